@@ -1,0 +1,1 @@
+"""Processes, durable state and the front door."""

@@ -1,0 +1,197 @@
+"""What a client can ask, as flows without I/O: frames and metadata out, replies and errors in.
+
+Both clients run these very flows; neither repeats any of it. The docstrings here are those of the clients' methods.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+from ..experts.errors import DataLoss, ExpertMeshError, InvalidRequest, TooLarge
+from ..experts.protocol import CallOptions, from_mapping
+from ..experts.wire import Frame, WireTensor, decode, encode_parts
+from . import health_protocol
+from .arrays import to_wire
+from .documents import decode_document
+from .grpc_options import MAX_MESSAGE_BYTES
+from .replies import Reply, read_reply
+from .retry import Flow, Retries, RetryBudget, RetryPolicy
+from .status_protocol import REQUEST_ID_KEY, is_request_id
+
+SERVICE = "expertmesh.v1.Mesh"
+Array = TypeVar("Array")
+_TOKEN = re.compile(r"[!-~]{1,4096}")
+
+
+def new_request_id() -> str:
+    """A fresh request id: 32 hex digits."""
+    return uuid.uuid4().hex
+
+
+def new_retries(policy: RetryPolicy) -> Retries:
+    """Retries by the real clock and real chance, with a full budget."""
+    return Retries(policy=policy, budget=RetryBudget(), clock=time.monotonic, jitter=random.random)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calls:
+    """The methods of a cluster as flows, for one token; `timeout` in seconds is that of calls that name none."""
+
+    token: str = field(repr=False)
+    timeout: float = 30.0
+    max_message_bytes: int = MAX_MESSAGE_BYTES
+    retries: Retries = field(default_factory=lambda: new_retries(RetryPolicy()), repr=False)
+    new_id: Callable[[], str] = field(default=new_request_id, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.token, str) or not _TOKEN.fullmatch(self.token):
+            raise InvalidRequest("the token must be printable ASCII without spaces")
+        _check_timeout(self.timeout)
+        if type(self.max_message_bytes) is not int or not 0 < self.max_message_bytes < 2**31:
+            raise InvalidRequest("max_message_bytes must be an int above 0 and below 2 GiB")
+
+    def forward(self, /, layer: str, x: Array, **options: Any) -> Flow[Array]:
+        """Send rows `x` [T, ...] through a layer; return its output [T, ...], of the kind of `x`.
+
+        Takes the options of `call` and raises what `call` raises.
+        """
+        reply = yield from self.call(layer, x, **options)
+        output: Array = reply.output
+        return output
+
+    def call(
+        self,
+        layer: str,
+        x: Any,
+        *,
+        gate_input: Any = None,
+        top_k_index: Any = None,
+        top_k_weights: Any = None,
+        top_k: int | None = None,
+        allow: Sequence[str] | None = None,
+        deny: Sequence[str] | None = None,
+        on_missing: str | None = None,
+        max_lost_mass: float | None = None,
+        return_routing: bool = False,
+        raw: bool = False,
+        timeout: float | None = None,
+        request_id: str | None = None,
+    ) -> Flow[Reply]:
+        """Send rows `x` [T, ...] through a layer; return the output with its epoch, versions and losses.
+
+        `x` is a numpy array, what numpy makes one of, or a torch tensor, which may be on a GPU; the reply's arrays are
+        of the same kind on the same device. Without torch, bfloat16 answers come as float32; `raw=True` leaves them as
+        uint16 bits, and sends uint16 arrays as bfloat16.
+
+        `gate_input` [T, ...] is what the gate looks at in place of `x`. `top_k_index` [T, K] and `top_k_weights`
+        [T, K] bring the routing, and the gate is skipped. `top_k`, and `allow` and `deny` (ids of experts), narrow the
+        gate's choice. `on_missing` ("error", "renormalize", "residual", "fallback:<expert>") and `max_lost_mass` say
+        what becomes of rows whose expert gives no answer. `timeout` is in seconds; `request_id` names the call in
+        logs, and is made up where it is None.
+
+        Raises InvalidRequest, NotFound, TooLarge, Overloaded, Unavailable, DeadlineExceeded, FailedPrecondition,
+        Unauthenticated or PermissionDenied. A call that was answered Unavailable has been retried, within its timeout
+        and the client's budget.
+        """
+        sent = {"x": x, "gate_input": gate_input, "top_k_index": top_k_index, "top_k_weights": top_k_weights}
+        described = {name: to_wire(value, name=name, raw=raw) for name, value in sent.items() if value is not None}
+        if "x" not in described:
+            raise InvalidRequest("x must be an array of rows, not None")
+        tensor_x, kind = described["x"]
+        if not tensor_x.shape:
+            raise InvalidRequest("x must have a first dimension, its rows; a single row is x[None]")
+        options = CallOptions(
+            layer=layer,
+            request_id=self.new_id() if request_id is None else request_id,
+            top_k=top_k,
+            allow=_names(allow),
+            deny=_names(deny),
+            on_missing=on_missing,
+            max_lost_mass=max_lost_mass,
+            return_routing=return_routing,
+        )
+        tensors = {name: tensor for name, (tensor, _) in described.items()}
+        frame = yield from self._ask("Call", _set_fields(options), tensors, timeout, options.request_id)
+        return read_reply(frame, rows=tensor_x.shape[0], kind=kind)
+
+    def status(self, *, timeout: float | None = None) -> Flow[dict[str, Any]]:
+        """The state of the cluster as a JSON object: layers, experts, versions, replicas."""
+        frame = yield from self._ask("Status", {}, {}, timeout, self.new_id())
+        return decode_document(frame, "status")
+
+    def drain(self, *, timeout: float | None = None) -> Flow[dict[str, Any]]:
+        """Let the cluster finish what it has accepted and take no more calls; returns its status. For operators."""
+        frame = yield from self._ask("Drain", {}, {}, timeout, self.new_id())
+        return decode_document(frame, "status")
+
+    def health(self, service: str = "", *, timeout: float | None = None) -> Flow[str]:
+        """What the health protocol says now, without a retry: "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN", "UNKNOWN".
+
+        Raises NotFound for a service that the server does not know, Unavailable when there is no server.
+        """
+        request = health_protocol.encode_request(service)
+        once = replace(self.retries, policy=RetryPolicy(attempts=1))
+        answer = yield from self._send(once, health_protocol.CHECK, request, timeout, self.new_id())
+        try:
+            return health_protocol.decode_response(answer).name
+        except InvalidRequest as error:
+            raise DataLoss(f"the health reply cannot be read: {error}") from None
+
+    def _ask(
+        self, method: str, meta: dict[str, Any], tensors: dict[str, WireTensor], timeout: float | None, request_id: Any
+    ) -> Flow[Frame]:
+        parts = encode_parts(method.lower(), meta, tensors)
+        size = sum(len(part) for part in parts)
+        if size > self.max_message_bytes:
+            raise TooLarge(
+                f"the request has {size} bytes, max_message_bytes of this client is {self.max_message_bytes}: "
+                "send fewer rows at a time, or raise it here and at the server"
+            )
+        answer = yield from self._send(self.retries, f"/{SERVICE}/{method}", b"".join(parts), timeout, request_id)
+        try:
+            return decode(answer, max_bytes=self.max_message_bytes)
+        except InvalidRequest as error:
+            raise DataLoss(f"the reply cannot be read: {error}", request_id=request_id) from None
+
+    def _send(
+        self, retries: Retries, method: str, payload: bytes, timeout: float | None, request_id: Any
+    ) -> Flow[bytes]:
+        if not is_request_id(request_id):
+            raise InvalidRequest("request_id must be 1 to 128 letters, digits, or any of . _ : / -")
+        seconds = self.timeout if timeout is None else _check_timeout(timeout)
+        metadata = (("authorization", f"Bearer {self.token}"), (REQUEST_ID_KEY, request_id))
+        try:
+            return (yield from retries.attempts(method, payload, timeout=seconds, metadata=metadata))
+        except ExpertMeshError as error:
+            if error.request_id is None:
+                error.request_id = request_id
+            raise
+
+
+def _check_timeout(timeout: float) -> float:
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise InvalidRequest("timeout must be a number of seconds")
+    if not (math.isfinite(timeout) and timeout > 0):
+        raise InvalidRequest(f"timeout must be a finite number of seconds above 0, not {timeout}")
+    return float(timeout)
+
+
+def _names(names: Sequence[str] | None) -> list[str] | None:
+    if isinstance(names, str):
+        raise InvalidRequest(f"allow and deny take a list of experts: [{names!r}]")
+    return None if names is None else list(names)
+
+
+def _set_fields(options: CallOptions) -> dict[str, Any]:
+    """The options that were given, checked here as the server will check them."""
+    found = {item.name: getattr(options, item.name) for item in fields(options)}
+    found = {name: value for name, value in found.items() if value is not None and value is not False}
+    from_mapping(CallOptions, found)
+    return found

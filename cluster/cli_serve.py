@@ -1,0 +1,73 @@
+"""`expertmesh serve`: starts a cluster from a YAML file and keeps it running."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import click
+
+from .config import load_config, parse_override
+from .launch import Cluster
+from .runfile import token_path
+from .settings import ClusterConfig
+
+
+@click.command()
+@click.argument("mesh", type=click.Path(path_type=Path))
+@click.option("--name", help="Name of the cluster; several may run on one machine.")
+@click.option("--host", help="Address to listen on; anything but loopback needs TLS.")
+@click.option("--port", type=int, help="Port to listen on; 0 takes any free one.")
+@click.option("--metrics-port", type=int, help="Port of the Prometheus metrics; 0 takes any free one.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other value of the file; repeatable.")
+def serve(
+    mesh: Path,
+    name: str | None,
+    host: str | None,
+    port: int | None,
+    metrics_port: int | None,
+    settings: tuple[str, ...],
+) -> None:
+    """Start the cluster that a YAML file describes, and run until Ctrl-C or `expertmesh down`.
+
+    The command line wins over EXPERTMESH_* in the environment (EXPERTMESH_PORT=50052), which wins over the file. The
+    file names code that is run, so it must be yours and nobody else may write it.
+
+    \b
+    layers:
+      waves:
+        gate: {type: fixed, weights: [0.5, 0.5]}
+        experts:
+          sin: {factory: "torch:sin"}
+          cos: {factory: "torch:cos"}
+
+    \b
+    expertmesh serve mesh.yaml
+    expertmesh serve mesh.yaml --port 0 --set layers.waves.experts.sin.replicas=2
+    """
+    given = {"name": name, "host": host, "port": port, "metrics_port": metrics_port}
+    overrides = dict(map(parse_override, settings))
+    overrides.update((key, value) for key, value in given.items() if value is not None)
+    config = load_config(mesh, overrides)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # while starting, it cleans up as Ctrl-C does
+    try:
+        with Cluster.start(config=config, progress=_say) as cluster:
+            _print_ready(config, cluster)
+            cluster.wait()
+            _say("stopping")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _say(message: str) -> None:
+    click.echo(message, err=True)
+
+
+def _print_ready(config: ClusterConfig, cluster: Cluster) -> None:
+    click.echo(f"cluster {config.name} is ready")
+    click.echo(f"  endpoint  {cluster.endpoint}")
+    if cluster.metrics_endpoint:
+        click.echo(f"  metrics   {cluster.metrics_endpoint}")
+    click.echo(f"  tokens    {token_path(config.name)} (clients of this user find it)")
+    click.echo(f'  call it   Client("{cluster.endpoint}").forward("{config.layers[0].name}", rows)')
+    click.echo(f"  stop it   Ctrl-C, or expertmesh down --name {config.name}")

@@ -1,0 +1,38 @@
+"""JSON documents over the wire, such as the status of a cluster: one uint8 tensor `json` holds the UTF-8 text.
+
+The text is no field of the header, because a header and its strings are kept short.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ..experts.errors import DataLoss, ExpertMeshError
+from ..experts.wire import Frame, WireTensor, encode
+
+NAME = "json"
+
+
+def encode_document(kind: str, document: dict[str, Any]) -> bytes:
+    """Encode a document as a frame of that kind."""
+    text = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
+    return encode(kind, {}, {NAME: WireTensor("uint8", (len(text),), text)})
+
+
+def decode_document(frame: Frame, kind: str) -> dict[str, Any]:
+    """The document in a frame of that kind. Raises DataLoss for a frame that holds none."""
+    tensor = frame.tensors.get(NAME)
+    if frame.kind != kind or tensor is None or tensor.dtype != "uint8":
+        raise DataLoss(f"a {kind} with a JSON text was expected, the reply is a {frame.kind[:64]!r}")
+    try:
+        document = json.loads(bytes(tensor.data), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise DataLoss(f"the {kind} in the reply is not JSON: {type(error).__name__}") from None
+    if not isinstance(document, dict):
+        raise DataLoss(f"the {kind} in the reply is not a JSON object")
+    return document
+
+
+def _no_constant(name: str) -> ExpertMeshError:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,265 @@
+"""The front door: gRPC in, frames checked, every call authorised, errors as status codes. The only place for grpc."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import grpc
+import grpc.aio
+from torch import Tensor
+
+from ..experts.errors import ExpertMeshError, InvalidRequest, Unavailable
+from ..experts.protocol import CallOptions, from_mapping
+from ..experts.tensors import from_wire, to_wire
+from ..experts.wire import Frame, WireTensor, decode, encode
+from ..router.answer import ForwardReply, ForwardRequest
+from ..router.forward import Router
+from . import health_protocol
+from .auth import TokenTable
+from .call import SERVICE, new_request_id
+from .documents import encode_document
+from .grpc_options import server_options
+from .health_protocol import ServingStatus
+from .status_protocol import REQUEST_ID_KEY, is_request_id, to_status
+
+log = logging.getLogger(__name__)
+CALL_TENSORS = ("x", "gate_input", "top_k_index", "top_k_weights")
+
+Handler = Callable[[bytes, "grpc.aio.ServicerContext"], Awaitable[bytes]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewaySettings:
+    """Where the gateway listens and what it takes. `tls` is (private key, certificate chain), both PEM."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    max_message_bytes: int = 64 * 1024 * 1024
+    default_timeout: float = 30.0
+    tls: tuple[bytes, bytes] | None = None
+
+
+class Gateway:
+    """Serves a router over gRPC: Call, Status, Drain, and the health protocol."""
+
+    def __init__(
+        self,
+        router: Router,
+        tokens: TokenTable,
+        settings: GatewaySettings,
+        status: Callable[[], Awaitable[dict[str, Any]]],
+    ) -> None:
+        self._router = router
+        self._tokens = tokens
+        self._settings = settings
+        self._status = status
+        self._server: grpc.aio.Server | None = None
+        self._draining = False
+        self._changed = asyncio.Event()
+        self.port = 0
+
+    async def start(self) -> int:
+        """Listen; returns the port. Raises Unavailable when the address is in use."""
+        settings = self._settings
+        server = grpc.aio.server(options=server_options(settings.max_message_bytes))
+        server.add_generic_rpc_handlers((self._handlers(),))
+        address = f"{settings.host}:{settings.port}"
+        try:
+            if settings.tls is None:
+                self.port = server.add_insecure_port(address)
+            else:
+                self.port = server.add_secure_port(address, grpc.ssl_server_credentials([settings.tls]))
+        except RuntimeError:
+            raise Unavailable(f"cannot listen on {address}: is the port in use?") from None
+        await server.start()
+        self._server = server
+        return self.port
+
+    async def stop(self, grace: float = 0.0) -> None:
+        """Refuse new calls, give those under way `grace` seconds, and close the port."""
+        self.drain()
+        if self._server is not None:
+            await self._server.stop(grace)
+            self._server = None
+
+    def drain(self) -> None:
+        """Answer NOT_SERVING and refuse new calls; those that were accepted are finished."""
+        self._draining = True
+        self.notify()
+
+    def notify(self) -> None:
+        """Tell those who watch the health that it may have changed."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    @property
+    def state(self) -> ServingStatus:
+        """SERVING once there are layers and the gateway does not drain."""
+        ready = not self._draining and self._router.epochs.number > 0
+        return ServingStatus.SERVING if ready else ServingStatus.NOT_SERVING
+
+    def _handlers(self) -> grpc.GenericRpcHandler:
+        unary = {
+            f"/{SERVICE}/Call": ("Call", self._call),
+            f"/{SERVICE}/Status": ("Status", self._get_status),
+            f"/{SERVICE}/Drain": ("Drain", self._drain),
+            health_protocol.CHECK: ("Check", self._check),
+        }
+        table = {path: grpc.unary_unary_rpc_method_handler(self._guarded(*entry)) for path, entry in unary.items()}
+        table[f"/{health_protocol.SERVICE}/Watch"] = grpc.unary_stream_rpc_method_handler(self._watch)
+
+        class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
+            def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+                return table.get(details.method)
+
+        return Handlers()
+
+    def _guarded(self, method: str, handler: Handler) -> Handler:
+        """Authorise, run, and turn every error into a status with the request's id."""
+
+        async def guarded(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+            request_id = _request_id(context)
+            try:
+                self._authorise(method, context)
+                return await handler(request, context)
+            except ExpertMeshError as error:
+                error.request_id = error.request_id or request_id
+                _log_error(method, error)
+                await _abort(context, error)
+            except Exception:  # the border of the process: a bug of ours must not kill the call silently
+                log.exception("internal error", extra={"method": method, "request_id": request_id})
+                await _abort(
+                    context, ExpertMeshError("internal error; the log has the request id", request_id=request_id)
+                )
+            raise AssertionError("abort always raises")
+
+        return guarded
+
+    def _authorise(self, method: str, context: grpc.aio.ServicerContext) -> None:
+        scheme, _, token = _metadata(context, "authorization").partition(" ")
+        self._tokens.authorise(method, token if scheme.lower() == "bearer" else None, time.time())
+
+    async def _call(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        if self._draining:
+            raise Unavailable("this cluster is draining: it takes no new requests")
+        frame = decode(request, max_bytes=self._settings.max_message_bytes)
+        forward = self._forward_request(frame, context)
+        request_id = forward.options.request_id
+        started = time.perf_counter()
+        try:
+            reply = await self._router.forward(forward)
+        except ExpertMeshError as error:
+            error.request_id = request_id
+            raise
+        if log.isEnabledFor(logging.DEBUG):
+            seconds = time.perf_counter() - started
+            log.debug("call", extra={"request_id": request_id, "layer": forward.options.layer, "seconds": seconds})
+        return encode_reply(reply)
+
+    def _forward_request(self, frame: Frame, context: grpc.aio.ServicerContext) -> ForwardRequest:
+        if frame.kind != "call":
+            raise InvalidRequest(f"a call frame was expected, not {frame.kind[:64]!r}")
+        unknown = [name for name in frame.tensors if name not in CALL_TENSORS]
+        if unknown or "x" not in frame.tensors:
+            raise InvalidRequest(f"a call carries the tensor x, and of others only {', '.join(CALL_TENSORS[1:])}")
+        options = from_mapping(CallOptions, frame.meta)
+        if options.request_id is None:
+            options = replace(options, request_id=_request_id(context))
+        if not is_request_id(options.request_id):
+            raise InvalidRequest("request_id must be 1 to 128 letters, digits, or any of . _ : / -")
+        left = context.time_remaining()
+        if not frame.tensors["x"].shape:
+            raise InvalidRequest("x must have a first dimension, its rows")
+        tensors = {name: from_wire(tensor) for name, tensor in frame.tensors.items()}
+        return ForwardRequest(
+            x=tensors["x"],
+            options=options,
+            timeout=self._settings.default_timeout if left is None else max(0.0, left),
+            features=tensors.get("gate_input"),
+            indices=tensors.get("top_k_index"),
+            weights=tensors.get("top_k_weights"),
+        )
+
+    async def _get_status(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        _expect(decode(request), "status")
+        return await self._document()
+
+    async def _drain(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        _expect(decode(request), "drain")
+        log.warning("draining: asked for by a client")
+        self.drain()
+        return await self._document()
+
+    async def _document(self) -> bytes:
+        status = await self._status()
+        status["state"] = "draining" if self._draining else self.state.name.lower()
+        return encode_document("status", status)
+
+    async def _check(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        return health_protocol.encode_response(self._health_of(health_protocol.decode_request(request)))
+
+    async def _watch(self, request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+        try:
+            self._authorise("Watch", context)
+            service = health_protocol.decode_request(request)
+        except ExpertMeshError as error:
+            error.request_id = _request_id(context)
+            await _abort(context, error)
+        last = None
+        while True:
+            changed, now = self._changed, self._health_of(service)
+            if now != last:
+                yield health_protocol.encode_response(now)
+                last = now
+            await changed.wait()
+
+    def _health_of(self, service: str) -> ServingStatus:
+        if service in ("", SERVICE):
+            return self.state
+        known = self._router.epochs.number > 0 and service in self._router.epochs.current.layers
+        return self.state if known else ServingStatus.SERVICE_UNKNOWN
+
+
+def encode_reply(reply: ForwardReply) -> bytes:
+    """The frame of an answer; `lost_mass` is left out where nothing was lost."""
+    tensors: dict[str, Tensor | None] = {
+        "output": reply.output,
+        "lost_mass": reply.lost_mass if reply.summary.degraded else None,
+        "indices": reply.indices,
+        "weights": reply.weights,
+    }
+    wired: dict[str, WireTensor] = {name: to_wire(tensor) for name, tensor in tensors.items() if tensor is not None}
+    return encode("reply", asdict(reply.summary), wired)
+
+
+def _expect(frame: Frame, kind: str) -> None:
+    if frame.kind != kind or frame.meta or frame.tensors:
+        raise InvalidRequest(f"an empty {kind} frame was expected")
+
+
+def _metadata(context: grpc.aio.ServicerContext, key: str) -> str:
+    for name, value in context.invocation_metadata() or ():
+        if name == key and isinstance(value, str):
+            return value[:4200]
+    return ""
+
+
+def _request_id(context: grpc.aio.ServicerContext) -> str:
+    given = _metadata(context, REQUEST_ID_KEY)
+    return given if is_request_id(given) else new_request_id()
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: ExpertMeshError) -> None:
+    code, text, metadata = to_status(error)
+    await context.abort(grpc.StatusCode[code], text, metadata)
+
+
+def _log_error(method: str, error: ExpertMeshError) -> None:
+    level = logging.WARNING if error.code in ("INTERNAL", "UNAVAILABLE", "DATA_LOSS") else logging.INFO
+    details = {"method": method, "code": error.code, "request_id": error.request_id}
+    log.log(level, error.message, extra=details)

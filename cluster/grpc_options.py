@@ -1,0 +1,48 @@
+"""The gRPC channel settings of both ends, side by side, because they must agree. No gRPC in here: they are plain pairs.
+
+A server drops a client that pings more often than it allows, so both keepalives come from the figures below. Messages
+are never compressed, and a server takes none that are: a few KiB could otherwise unfold into its whole memory.
+"""
+
+from __future__ import annotations
+
+Options = tuple[tuple[str, int], ...]
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+CLIENT_PING_MS = 20_000
+SERVER_PING_MS = 30_000
+PING_TIMEOUT_MS = 10_000
+MIN_PING_INTERVAL_MS = 10_000
+FIRST_RECONNECT_MS = 100
+LONGEST_RECONNECT_MS = 2_000
+IDENTITY_ONLY = 1
+
+
+def client_options(max_message_bytes: int = MAX_MESSAGE_BYTES, *, loopback: bool = False) -> Options:
+    """Settings of a client's channel; on loopback no HTTP proxy of the environment is used."""
+    return (
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.keepalive_time_ms", CLIENT_PING_MS),
+        ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", FIRST_RECONNECT_MS),
+        ("grpc.max_reconnect_backoff_ms", LONGEST_RECONNECT_MS),
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.enable_retries", 0),
+        ("grpc.enable_http_proxy", 0 if loopback else 1),
+    )
+
+
+def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> Options:
+    """Settings of the gateway's server: one owner of the port, and the client's pings are welcome."""
+    return (
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.so_reuseport", 0),
+        ("grpc.keepalive_time_ms", SERVER_PING_MS),
+        ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
+        ("grpc.compression_enabled_algorithms_bitset", IDENTITY_ONLY),
+    )

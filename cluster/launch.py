@@ -1,0 +1,270 @@
+"""The cluster as its owner sees it: start it, look at it, replace an expert, stop it and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from types import FrameType, TracebackType
+from typing import Any
+
+from ..experts.errors import ConfigError, ExpertMeshError, NotFound, Unavailable
+from ..experts.identity import gate_digest, version_name
+from ..experts.spec import Expert
+from ..experts.version import version
+from ..router.epochs import Epoch
+from ..router.layer import Layer
+from ..router.replicas import READY, Replica
+from .auth import Role, create_token_file, token_digest
+from .backend import Backend, open_backend
+from .claim import Claim, claim
+from .config import load_config
+from .controller import Desired
+from .gateway import GatewaySettings
+from .plan import PlannedReplica, plan_layer
+from .preflight import check_gpus, check_layer, check_port, free_port
+from .rolling import RollingReplacement, common_versions
+from .runfile import RunFile, token_path
+from .service import ServiceSettings
+from .settings import ClusterConfig
+
+Progress = Callable[[str], None]
+SUPERVISE_SECONDS = 0.5
+STOP_GRACE = 5.0
+
+
+class Cluster:
+    """A running cluster, owned by this process; made by `Cluster.start` or `Cluster.from_config`.
+
+    `endpoint` is what clients connect to, `metrics_endpoint` where the metrics page is ("" when off).
+    """
+
+    def __init__(self, config: ClusterConfig, progress: Progress | None = None) -> None:
+        self.config = config
+        self.endpoint = ""
+        self.metrics_endpoint = ""
+        self._say = progress or (lambda message: None)
+        self._claim: Claim | None = None
+        self._run_file: RunFile | None = None
+        self._backend: Backend | None = None
+        self._desired = Desired()
+        self._counters: dict[str, int] = {}
+        self._layers: dict[str, Layer] = {}
+        self._change = threading.RLock()
+        self._stopping = threading.Event()
+        self._supervisor = threading.Thread(target=self._supervise, name="expertmesh-supervisor", daemon=True)
+
+    @classmethod
+    def start(
+        cls,
+        layers: Iterable[Layer] | None = None,
+        *,
+        config: ClusterConfig | None = None,
+        progress: Progress | None = None,
+        **overrides: Any,
+    ) -> Cluster:
+        """Start a cluster with these layers, and return when every replica is ready and the gateway serves.
+
+        `overrides` are settings of ClusterConfig, such as name, port, transport or address ("auto" joins a Ray that
+        runs). Whatever fails, nothing is left running.
+
+        Raises ConfigError, SpecMismatch, NotFound or DataLoss for what is wrong with the layers, FailedPrecondition
+        for a name or port in use, Unavailable when a replica is not ready within `start_timeout`.
+        """
+        if layers is not None:
+            overrides["layers"] = tuple(layers)
+        cluster = cls(ClusterConfig(**overrides) if config is None else replace(config, **overrides), progress)
+        try:
+            cluster._start()
+        except BaseException:  # also Ctrl-C: whatever was started is ended
+            cluster.stop(grace=0.0)
+            raise
+        return cluster
+
+    @classmethod
+    def from_config(
+        cls, path: str | os.PathLike[str], *, progress: Progress | None = None, **overrides: Any
+    ) -> Cluster:
+        """Start the cluster that a YAML file describes. Raises ConfigError that lists every mistake as file:line."""
+        return cls.start(config=load_config(path, overrides), progress=progress)
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def status(self) -> dict[str, Any]:
+        """The replicas as the controller knows them: {"name", "endpoint", "epoch", "replicas": {id: {...}}}."""
+        replicas = self._running().state()[1]
+        return {
+            "name": self.config.name,
+            "endpoint": self.endpoint,
+            "epoch": self._desired.epoch.number,
+            "replicas": {r.id: {"state": r.state, "pid": r.pid, "node": r.node, "device": r.device} for r in replicas},
+        }
+
+    def replace(self, expert_id: str, expert: Expert, *, timeout: float = 120.0) -> str:
+        """Replace one expert under traffic, one replica after the other; returns its new version.
+
+        Requests that began on the old version end on it. With one replica, the new one starts beside the old one.
+        Raises NotFound for an unknown expert, what starting raises (then the old version serves on), Unavailable when
+        requests on the old version do not end within `timeout` seconds.
+        """
+        layer_name, _, name = expert_id.partition("/")
+        if layer_name not in self._layers or name not in self._layers[layer_name].everyone:
+            raise NotFound(f"there is no expert {expert_id!r}; known are {', '.join(sorted(self._counters))}")
+        with self._change:
+            old = self._layers[layer_name]
+            before = old.everyone[name]
+            everyone = {**old.everyone, name: replace(expert, replicas=before.replicas, pack=before.pack)}
+            layer = check_layer(old.with_experts(everyone), code_elsewhere=self.config.runtime_env is not None)
+            counters = {**self._counters, expert_id: self._counters[expert_id] + 1}
+            plans = plan_layer(old, self._counters), plan_layer(layer, counters)
+            rolling = RollingReplacement(self._running(), self._publish, lambda: self._desired, timeout)
+            version = rolling.run(expert_id, layer, *plans)
+            self._layers[layer_name], self._counters = layer, counters
+            return version
+
+    def stop(self, grace: float = STOP_GRACE) -> None:
+        """Refuse new requests, give those under way `grace` seconds, and end everything; idempotent."""
+        self._stopping.set()
+        if self._supervisor.is_alive():
+            self._supervisor.join()
+        if self._backend is not None:
+            self._backend.stop(grace)
+            self._backend = None
+        if self._run_file is not None:
+            self._run_file.remove()
+            self._run_file = None
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
+
+    def wait(self) -> None:
+        """Block until SIGINT or SIGTERM asks this process to stop. Call it from the main thread."""
+        asked = threading.Event()
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            asked.set()
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while not asked.wait(0.2) and not self._stopping.is_set():
+                pass
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _start(self) -> None:
+        config = self.config
+        self._claim = claim(config.name)
+        check_port(config.host, config.port, "endpoint")
+        check_port(config.host, config.metrics_port or 0, "metrics port")
+        elsewhere = config.runtime_env is not None
+        self._say("checking experts")
+        self._layers = {layer.name: check_layer(layer, code_elsewhere=elsewhere) for layer in config.layers}
+        self._counters = {expert_id: 1 for layer in config.layers for expert_id in layer.everyone_by_id}
+        planned = [replica for layer in self._layers.values() for replica in plan_layer(layer, self._counters)]
+        self._backend = backend = open_backend(config)
+        self._say("starting Ray" if config.transport == "ray" else "starting in this process")
+        backend.start(config.address)
+        check_gpus(config.layers, backend.gpus())
+        settings = self._service_settings()
+        deadline = time.monotonic() + config.start_timeout
+        for replica in planned:
+            backend.start_replica(replica)
+        ports = backend.start_front(settings, config.start_timeout)
+        self._announce(*ports)
+        reports = self._wait_for(planned, deadline)
+        self._publish(epoch=self._first_epoch(reports), replicas={r.id: r.expert_ids for r in planned})
+        self._supervisor.start()
+        self._say(f"serving on {self.endpoint}")
+
+    def _service_settings(self) -> ServiceSettings:
+        config = self.config
+        own = [(token_digest(token), role, None) for role, token in create_token_file(token_path(config.name)).items()]
+        given = [(entry.sha256, entry.role, entry.expires) for entry in config.tokens]
+        tls = None
+        if config.tls_key is not None and config.tls_cert is not None:
+            tls = (config.tls_key.read_bytes(), config.tls_cert.read_bytes())
+        gateway = GatewaySettings(
+            host=config.host,
+            port=config.port or free_port(config.host),  # chosen here: a router that Ray restarts listens there again
+            max_message_bytes=config.max_message_bytes,
+            default_timeout=config.default_timeout,
+            tls=tls,
+        )
+        tokens: tuple[tuple[str, Role, float | None], ...] = (*own, *given)
+        return ServiceSettings(
+            name=config.name,
+            gateway=gateway,
+            metrics_port=free_port(config.host) if config.metrics_port == 0 else config.metrics_port,
+            tokens=tokens,
+            max_rows_in_flight=config.max_rows_in_flight,
+        )
+
+    def _announce(self, port: int, metrics_port: int | None) -> None:
+        host = _reachable(self.config.host)
+        self.endpoint = f"{host}:{port}"
+        self.metrics_endpoint = f"http://{host}:{metrics_port}/metrics" if metrics_port is not None else ""
+        temp_dir = self._running().temp_dir
+        self._run_file = RunFile.of_this_process(
+            self.config.name,
+            self.endpoint,
+            version(),
+            metrics_endpoint=self.metrics_endpoint or None,
+            ray_temp_dir=temp_dir,
+        )
+        self._run_file.write()
+
+    def _wait_for(self, planned: Iterable[PlannedReplica], deadline: float) -> list[Replica]:
+        planned = list(planned)
+        reports = []
+        for number, replica in enumerate(planned, start=1):
+            report = self._running().wait_replica(replica.id, deadline)
+            if report.state != READY:
+                raise ConfigError(f"replica {replica.id} could not load its experts: {report.problem}")
+            reports.append(report)
+            self._say(f"replica {number}/{len(planned)} ready: {replica.id} on {report.node}, {report.device}")
+        return reports
+
+    def _first_epoch(self, reports: Iterable[Replica]) -> Epoch:
+        versions = common_versions(reports)
+        for layer in self._layers.values():
+            gate = layer.gate
+            digest = gate_digest(gate.name, gate, gate.state_dict())
+            versions[layer.gate_id] = version_name(1, digest)
+        layers = {name: layer.without_live_objects() for name, layer in self._layers.items()}
+        return Epoch(1, versions, layers)
+
+    def _publish(self, **changes: Any) -> None:
+        with self._change:
+            changes.setdefault("handles", self._running().handles())
+            self._desired = replace(self._desired, revision=self._desired.revision + 1, **changes)
+            self._running().apply(self._desired)
+
+    def _supervise(self) -> None:
+        """Bring a controller that Ray restarted up to date; it in turn does so for the router."""
+        while not self._stopping.wait(SUPERVISE_SECONDS):
+            try:
+                revision = self._running().state()[0]
+                if revision < self._desired.revision:
+                    self._running().apply(self._desired)
+            except ExpertMeshError:
+                continue  # it is restarting: next time
+
+    def _running(self) -> Backend:
+        if self._backend is None:
+            raise Unavailable("the cluster is not running")
+        return self._backend
+
+
+def _reachable(host: str) -> str:
+    """How clients on this machine reach a gateway that listens there."""
+    return {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)

@@ -1,0 +1,26 @@
+"""Names that need more than the base install: import their module, or say which `pip install` mends it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+from .errors import MissingExtra
+
+_OURS = __name__.partition(".")[0]
+
+
+def load(module: str, what: str, extra: str = "cluster") -> ModuleType:
+    """Import a module of this package on demand; `what` is the name that the user asked for.
+
+    Raises MissingExtra where a dependency is not installed. A module of ours that is missing stays an ImportError.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "a dependency").partition(".")[0]
+        if missing == _OURS:
+            raise
+        raise MissingExtra(
+            f"{what} needs {missing}, which is not installed; mend it with: pip install '{_OURS}[{extra}]'"
+        ) from error

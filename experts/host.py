@@ -1,0 +1,95 @@
+"""The host: holds versions of experts in slots and computes messages of rows. It knows no Ray and no socket."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import ExpertMeshError, NotFound
+from .factory import RowFunction, build
+from .identity import expert_digest, version_name
+from .probe import complete
+from .protocol import ExpertCall, ExpertReply, Part, PartFailure
+from .spec import Expert, TensorSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a host says of a version that it has loaded: its name, its rows, its size in bytes."""
+
+    expert: str
+    version: str
+    input: TensorSpec
+    output: TensorSpec
+    nbytes: int
+
+
+class ExpertHost:
+    """Runs experts in this process, each version in a slot of its own.
+
+    A host answers for exactly the version that a message names, or refuses. `incarnation` is new with every host.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self.incarnation = uuid.uuid4().hex
+        self._slots: dict[tuple[str, str], RowFunction] = {}
+        self._loaded: dict[tuple[str, str], Loaded] = {}
+        self._lock = threading.Lock()
+
+    def load(self, expert_id: str, expert: Expert, counter: int) -> Loaded:
+        """Build an expert and put it in a slot; its version follows from what was built, read back from the slot.
+
+        Raises ConfigError, SpecMismatch, NotFound or DataLoss; then nothing has changed.
+        """
+        function = build(expert, self.device)
+        state = function.state()
+        digest = expert_digest(expert, function.function, state)  # before the probe runs its code
+        input_spec, output_spec = complete(function, expert_id)
+        version = version_name(counter, digest)
+        size = sum(tensor.nbytes for tensor in state.values())
+        loaded = Loaded(expert_id, version, input_spec, output_spec, size)
+        with self._lock:
+            self._slots[expert_id, version] = function
+            self._loaded[expert_id, version] = loaded
+        return loaded
+
+    def unload(self, expert_id: str, version: str) -> None:
+        """Empty the slot of one version. Raises NotFound when there is none."""
+        with self._lock:
+            if self._slots.pop((expert_id, version), None) is None:
+                raise NotFound(f"{expert_id} {version} is not loaded here")
+            self._loaded.pop((expert_id, version))
+
+    def loaded(self) -> tuple[Loaded, ...]:
+        """Every version that this host holds."""
+        with self._lock:
+            return tuple(self._loaded.values())
+
+    @torch.inference_mode()
+    def compute(self, call: ExpertCall) -> ExpertReply:
+        """Compute every part of a message; a part that fails does not harm the others."""
+        rows = call.rows.to(self.device)
+        index = call.row_index.to(self.device)
+        return ExpertReply(self.incarnation, tuple(self._part(part, rows, index) for part in call.parts))
+
+    def _part(self, part: Part, rows: Tensor, index: Tensor) -> Tensor | PartFailure:
+        function = self._slots.get((part.expert, part.version))
+        if function is None:
+            return PartFailure("VersionGone", f"{part.expert} {part.version} is not loaded in this replica")
+        try:
+            return function(rows.index_select(0, index[part.start : part.stop])).cpu()
+        except ExpertMeshError as error:
+            return PartFailure("ExpertFailed", f"{part.expert}: {error.message}")
+        except (Exception, SystemExit) as error:  # an expert is foreign code and may raise anything
+            log.exception("expert raised", extra={"expert": part.expert, "version": part.version})
+            return PartFailure(
+                "ExpertFailed", f"{part.expert} raised {type(error).__name__}; see the log of its replica"
+            )

@@ -1,0 +1,127 @@
+"""The messages of expertmesh as plain records: what a client asks, what it is told, what router and experts exchange.
+
+Standard library only; a tensor in a record is whatever the process at hand uses (torch on the cluster's side).
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from .errors import InvalidRequest
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallOptions:
+    """What a client asks of one layer, beside its tensors `x`, `gate_input`, `top_k_index`, `top_k_weights`."""
+
+    layer: str
+    request_id: str | None = None
+    top_k: int | None = None
+    allow: list[str] | None = None
+    deny: list[str] | None = None
+    on_missing: str | None = None
+    max_lost_mass: float | None = None
+    return_routing: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallSummary:
+    """What a client is told, beside the tensors `output`, `lost_mass` and on demand `indices` and `weights`.
+
+    `versions` names every expert that took part, and the gate: {"news/e0": "v1-3fa1c2d40b9e", "news/gate": ...}.
+    """
+
+    request_id: str
+    epoch: int
+    versions: dict[str, str]
+    degraded: bool = False
+    missing: list[str] = field(default_factory=list)
+    max_lost_mass: float = 0.0
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows for one expert in one message: pairs `start:stop` of the message's row index."""
+
+    expert: str
+    version: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class ExpertCall:
+    """One message to one replica: each row once, and which rows each expert computes.
+
+    `rows` is [R, ...]; `row_index` is int64 [N] into it, grouped by part.
+    """
+
+    attempt: str
+    parts: tuple[Part, ...]
+    rows: Any
+    row_index: Any
+
+
+@dataclass(frozen=True)
+class PartFailure:
+    """Why one expert gave no answer for its part: the class of the error, by name, and a message."""
+
+    error: str
+    message: str
+
+
+@dataclass(frozen=True)
+class ExpertReply:
+    """The answer to an `ExpertCall`: one output [stop - start, ...] per part, or why there is none."""
+
+    incarnation: str
+    outputs: tuple[Any | PartFailure, ...]
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Build a record from an untrusted map: exactly its fields, exactly their types, numbers finite.
+
+    Raises InvalidRequest naming the field.
+    """
+    hints = _hints(cast(Any, cls))
+    known = {item.name: item for item in fields(cls)}  # type: ignore[arg-type]
+    for name, value in values.items():
+        if name not in known:
+            raise InvalidRequest(f"unknown field {name[:64]!r}; known are {', '.join(known)}")
+        if not _fits(value, hints[name]):
+            raise InvalidRequest(f"field {name} has the wrong type: {_type_name(hints[name])} expected")
+    for name, item in known.items():
+        if name not in values and item.default is MISSING and item.default_factory is MISSING:
+            raise InvalidRequest(f"field {name} is missing")
+    return cls(**values)
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _type_name(hint: Any) -> str:
+    return str(getattr(hint, "__name__", hint)) if get_origin(hint) is None else str(hint)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if origin is dict:
+        key_hint, value_hint = get_args(hint)
+        return isinstance(value, dict) and all(_fits(k, key_hint) and _fits(v, value_hint) for k, v in value.items())
+    if hint is float:
+        return type(value) is int or (isinstance(value, float) and math.isfinite(value))
+    return type(value) is hint

@@ -1,0 +1,140 @@
+"""What an expert is before it runs: its declaration, and the shapes and dtypes of its rows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError, SpecMismatch
+from .wire import ITEM_SIZES
+
+FLOATING = ("float64", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Trailing shape and dtype of rows: rows are [n, *shape]. `None` means any."""
+
+    shape: tuple[int, ...] | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.shape is not None:
+            sizes = isinstance(self.shape, (list, tuple)) and all(type(dim) is int and dim >= 0 for dim in self.shape)
+            if not sizes:
+                raise ConfigError(f"shape must be a list of sizes, each 0 or more, not {self.shape!r}")
+            object.__setattr__(self, "shape", tuple(self.shape))
+        if self.dtype is not None and self.dtype not in ITEM_SIZES:
+            raise ConfigError(f"dtype {self.dtype!r} is not known; use one of {', '.join(ITEM_SIZES)}")
+
+    def check(self, shape: tuple[int, ...], dtype: str, what: str) -> None:
+        """Check rows of trailing `shape` and `dtype`; floating dtypes may stand for each other.
+
+        Raises SpecMismatch naming `what`.
+        """
+        if self.shape is not None and shape != self.shape:
+            raise SpecMismatch(f"{what} has rows of shape {list(shape)}, expected {list(self.shape)}")
+        if self.dtype is not None and dtype != self.dtype and not (dtype in FLOATING and self.dtype in FLOATING):
+            raise SpecMismatch(f"{what} has dtype {dtype}, expected {self.dtype}")
+
+    def agrees(self, other: TensorSpec) -> bool:
+        """Whether rows of one spec may stand where the other is expected."""
+        shapes = self.shape is None or other.shape is None or self.shape == other.shape
+        if self.dtype is None or other.dtype is None or self.dtype == other.dtype:
+            return shapes
+        return shapes and self.dtype in FLOATING and other.dtype in FLOATING
+
+    def __str__(self) -> str:
+        shape = "any shape" if self.shape is None else str(list(self.shape))
+        return f"{shape} {self.dtype or 'any dtype'}"
+
+
+ANY = TensorSpec()
+"""Rows of any shape and dtype."""
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A function from rows [n, ...] to rows [n, ...], and where and how often it runs.
+
+    `factory` is an import string "module:attribute". A class, a callable that takes no arguments, or anything that is
+    given `args` or `kwargs`, is called once, and what it returns is the expert; any other callable is the expert
+    itself. `weights` is a safetensors file whose keys, shapes and dtypes are exactly those of the module's state.
+
+    `num_gpus`, `num_cpus` and `resources` are what each replica reserves, as Ray counts them; `replicas` is how many
+    copies run; experts of one layer with the same `pack` name share one actor per replica. `runtime_env` is Ray's
+    (code and packages on other nodes). `input` and `output` declare the rows; what is not declared is probed.
+    `framework` says what the function takes, "torch" or "numpy"; by default numpy for functions of numpy and scipy.
+
+    Raises ConfigError for a declaration that cannot be right.
+    """
+
+    factory: str | None = None
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    weights: str | Path | None = None
+    num_gpus: float = 0.0
+    num_cpus: float | None = None
+    resources: Mapping[str, float] = field(default_factory=dict)
+    replicas: int = 1
+    pack: str | None = None
+    runtime_env: Mapping[str, Any] | None = None
+    input: TensorSpec = ANY
+    output: TensorSpec = ANY
+    framework: str | None = None
+    live: Any = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if (self.factory is None) == (self.live is None):
+            raise ConfigError('an expert needs a factory, as in Expert("torch.nn:Linear"), or a live object')
+        if self.factory is not None and not _is_import_string(self.factory):
+            raise ConfigError(f'factory must be "module:attribute", as in "torch.nn:Linear", not {self.factory!r}')
+        if type(self.replicas) is not int or self.replicas < 1:
+            raise ConfigError(f"replicas must be a whole number of at least 1, not {self.replicas!r}")
+        for name in ("num_gpus", "num_cpus"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and 0 <= value < math.inf):
+                raise ConfigError(f"{name} must be a number of at least 0, not {value!r}")
+        if self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
+            raise ConfigError(f"num_gpus above 1 must be whole, not {self.num_gpus}")
+        if self.framework not in (None, "torch", "numpy"):
+            raise ConfigError(f'framework must be "torch" or "numpy", not {self.framework!r}')
+        object.__setattr__(self, "args", tuple(self.args))
+
+    @classmethod
+    def from_module(cls, module: Any, **options: Any) -> Expert:
+        """An expert from a live torch module of trusted code. It is ephemeral: no cold restart brings it back."""
+        return cls(live=module, **options)
+
+    @classmethod
+    def from_function(cls, function: Callable[[Any], Any], **options: Any) -> Expert:
+        """An expert from a live function of trusted code. It is ephemeral: a cold restart does not bring it back."""
+        if not callable(function):
+            raise ConfigError(f"from_function needs a function, not {type(function).__name__}")
+        return cls(live=function, **options)
+
+    @property
+    def ephemeral(self) -> bool:
+        """Whether the expert is a live object, which no file can bring back."""
+        return self.live is not None
+
+    def placement(self) -> tuple[object, ...]:
+        """What decides where an actor of this expert may run; equal for all experts of one pack."""
+        resources = tuple(sorted(self.resources.items()))
+        environment = json.dumps(self.runtime_env, sort_keys=True, default=str)
+        return (self.num_gpus, self.num_cpus, resources, self.replicas, environment)
+
+    def with_specs(self, input: TensorSpec, output: TensorSpec) -> Expert:
+        """The same expert with its specs filled in."""
+        return replace(self, input=input, output=output)
+
+
+def _is_import_string(text: object) -> bool:
+    if not isinstance(text, str) or text.count(":") != 1:
+        return False
+    return all(name.isidentifier() for part in text.split(":") for name in part.split("."))

@@ -1,0 +1,60 @@
+"""Torch tensors to and from raw bytes without copies: the wire's dtypes, bf16 included."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import InvalidRequest
+from .wire import ITEM_SIZES, WireTensor
+
+TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_SIZES}
+DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a wire dtype name. Raises InvalidRequest for a name that the wire does not know."""
+    try:
+        return TORCH_DTYPES[name]
+    except KeyError:
+        raise InvalidRequest(f"dtype {name!r} is not known; use one of {', '.join(TORCH_DTYPES)}") from None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The wire's name of a torch dtype. Raises InvalidRequest for a dtype that cannot cross the wire."""
+    try:
+        return DTYPE_NAMES[dtype]
+    except KeyError:
+        raise InvalidRequest(f"dtype {dtype} cannot be sent; use one of {', '.join(TORCH_DTYPES)}") from None
+
+
+def byte_view(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """The bytes of a tensor as a flat uint8 array: [nbytes]. Copies only from a device or a strided tensor."""
+    flat: Tensor = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy()
+
+
+def from_bytes(data: Any, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """View bytes as a tensor of `shape`; the tensor is to be read, never written."""
+    count = 1
+    for dim in shape:
+        count *= dim
+    if count == 0:
+        return torch.empty(shape, dtype=torch_dtype(dtype))
+    with warnings.catch_warnings():  # torch warns that the buffer is read-only; nothing here writes into it
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.frombuffer(data, dtype=torch_dtype(dtype), count=count).reshape(shape)
+
+
+def to_wire(tensor: Tensor) -> WireTensor:
+    """Describe a tensor for the wire; no copy for a contiguous tensor on the CPU."""
+    return WireTensor(dtype_name(tensor.dtype), tuple(tensor.shape), byte_view(tensor).data)
+
+
+def from_wire(tensor: WireTensor) -> Tensor:
+    """View a tensor of the wire as torch, sharing the frame's memory."""
+    return from_bytes(tensor.data, tensor.dtype, tensor.shape)

@@ -1,0 +1,15 @@
+"""The version of this installation."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+_OURS = __name__.partition(".")[0]
+
+
+def version() -> str:
+    """The installed version; "0+source" for a checkout that is run without being installed."""
+    try:
+        return metadata.version(_OURS)
+    except metadata.PackageNotFoundError:
+        return "0+source"

@@ -1,0 +1,1 @@
+"""Which experts answer a row, and how their answers become one."""

@@ -1,0 +1,73 @@
+"""The gates: which experts a row goes to, and with what weights."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+from ...experts.errors import ConfigError
+from .adaptive import Threshold, TopP
+from .base import Gate
+from .cosine import Cosine
+from .custom import Custom
+from .expert_choice import ExpertChoice
+from .given import Fixed
+from .hashed import Hash
+from .linear import LinearGate
+from .noisy import NoisyTopK
+from .routing import Routing, join
+from .sigmoid import Sigmoid
+from .softmax import Switch, TopK
+
+GATES: dict[str, type[Gate]] = {
+    gate.name: gate
+    for gate in (TopK, Switch, NoisyTopK, Sigmoid, Threshold, TopP, Cosine, ExpertChoice, Hash, Fixed, Custom)
+}
+"""Every gate by its name in YAML."""
+
+
+def build(name: str, **arguments: Any) -> Gate:
+    """Build a gate by its name in YAML. Raises ConfigError for an unknown name or argument, with a suggestion."""
+    if name not in GATES:
+        raise ConfigError(f"unknown gate {name!r}{_suggest(name, GATES)}; known: {', '.join(sorted(GATES))}")
+    parameters = inspect.signature(GATES[name]).parameters
+    for argument in arguments:
+        if argument not in parameters:
+            known = ", ".join(parameters)
+            raise ConfigError(
+                f"gate {name!r} has no argument {argument!r}{_suggest(argument, parameters)}; it takes {known}"
+            )
+    missing = [key for key, value in parameters.items() if value.default is value.empty and key not in arguments]
+    if missing:
+        raise ConfigError(f"gate {name!r} needs {', '.join(missing)}")
+    try:
+        return GATES[name](**arguments)
+    except TypeError as error:
+        raise ConfigError(f"gate {name!r}: an argument has the wrong type: {error}") from error
+
+
+def _suggest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+__all__ = [
+    "GATES",
+    "Cosine",
+    "Custom",
+    "ExpertChoice",
+    "Fixed",
+    "Gate",
+    "Hash",
+    "LinearGate",
+    "NoisyTopK",
+    "Routing",
+    "Sigmoid",
+    "Switch",
+    "Threshold",
+    "TopK",
+    "TopP",
+    "build",
+    "join",
+]

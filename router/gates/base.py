@@ -1,0 +1,133 @@
+"""The one small interface of every gate: scores, selection, configuration, weights file.
+
+Shapes: T rows, D features, E experts, K choices a row.
+"""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ...experts.errors import ConfigError, DataLoss, InvalidRequest, SpecMismatch
+from ...experts.weights import load_tensors, save_tensors
+from .routing import Routing
+from .selection import checked_mask, checked_scores
+
+AnyGate = TypeVar("AnyGate", bound="Gate")
+
+
+class Gate(nn.Module):
+    """Scores the experts for each row and picks some of them.
+
+    A subclass gives `name` (its name in YAML), `scores`, `_select` and `config`. `forward` is `select(scores(x))`.
+    `per_row` says that, given its scores, the choice of a row does not depend on the other rows.
+    """
+
+    name: ClassVar[str]
+    per_row: ClassVar[bool] = True
+    k_per_request: ClassVar[bool] = True
+
+    def __init__(self, num_experts: int, *, in_features: int | None = None, k: int | None = None) -> None:
+        super().__init__()
+        if num_experts < 1 or (in_features is not None and in_features < 1):
+            raise ConfigError(f"num_experts and in_features must be at least 1, not {num_experts} and {in_features}")
+        self.num_experts = num_experts
+        self.in_features = in_features
+        self.k = None if k is None else self._checked_k(k)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Score every expert for every row.
+
+        `x` is [T, ...]; its trailing dimensions are flattened to D and cast to the dtype of the gate's parameters.
+        Returns [T, E], float32 (float64 for a float64 gate). Raises SpecMismatch where D is not `in_features`.
+        """
+        raise NotImplementedError
+
+    def select(self, scores_TE: Tensor, *, mask_TE: Tensor | None = None, k: int | None = None) -> Routing:
+        """Choose experts from scores [T, E].
+
+        `mask_TE` (bool, [T, E] or [E]) is True where an expert is allowed; it is applied before selection, as if
+        the other experts did not exist. `k` takes the place of the gate's own number of choices in this call.
+        A row that is allowed fewer than K experts gets all of them. Equal scores go to the lower expert index.
+
+        Raises InvalidRequest for scores that are not finite, a row without any allowed expert, or a `k` that is
+        out of range or not supported; SpecMismatch for wrong shapes.
+        """
+        if k is not None and not self.k_per_request:
+            raise InvalidRequest(f"gate {self.name!r} does not take k (top_k) per request: leave it out")
+        scores_TE = checked_scores(scores_TE, self.num_experts)
+        k = self.k if k is None else self._checked_k(k)
+        return self._select(scores_TE, checked_mask(mask_TE, scores_TE), k or self.num_experts)
+
+    def _select(self, scores_TE: Tensor, mask_TE: Tensor | None, k: int) -> Routing:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *, mask_TE: Tensor | None = None, k: int | None = None) -> Routing:
+        """`select(scores(x))`: the routing of the rows of `x` [T, ...]."""
+        return self.select(self.scores(x), mask_TE=mask_TE, k=k)
+
+    def config(self) -> dict[str, Any]:
+        """Plain arguments (JSON types) that build this gate again, tensors apart: `build(gate.name, **config)`."""
+        raise NotImplementedError
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the tensors to a safetensors file, with name and configuration in its metadata."""
+        tensors = {key: value.detach() for key, value in self.state_dict().items()}
+        save_tensors(path, tensors, {"gate": self.name, "config": json.dumps(self.config(), sort_keys=True)})
+
+    @classmethod
+    def load(cls: type[AnyGate], path: str | PathLike[str]) -> AnyGate:
+        """Build the gate that `save` wrote. `Gate.load` takes any kind, `TopK.load` only its own.
+
+        Raises DataLoss where the file is not one of a gate, SpecMismatch where it holds another kind of gate.
+        """
+        tensors, metadata = load_tensors(path)
+        file = Path(path).name
+        found = _kinds(cls).get(metadata.get("gate", ""))
+        if found is None:
+            raise SpecMismatch(
+                f"{file!r} holds a gate of kind {metadata.get('gate')!r}, not one of {sorted(_kinds(cls))}"
+            )
+        try:
+            config = json.loads(metadata.get("config", ""))
+        except ValueError as error:
+            raise DataLoss(f"{file!r}: the gate's configuration in the metadata is not JSON ({error})") from error
+        gate = found(**config)
+        try:
+            gate.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:
+            raise DataLoss(f"{file!r}: its tensors do not fit its configuration ({error})") from error
+        return gate
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value!r}" for key, value in self.config().items())
+
+    def _checked_k(self, k: int) -> int:
+        if not 1 <= k <= self.num_experts:
+            raise InvalidRequest(f"k is {k}, but gate {self.name!r} has {self.num_experts} experts: use 1 to that")
+        return k
+
+    def _features(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """`x` as [T, D] in `dtype`. Raises SpecMismatch for rows of another width."""
+        if x.dim() == 0:
+            raise SpecMismatch("the gate's input is a scalar: give rows [rows, ...]")
+        x_TD = x.flatten(1) if x.dim() > 1 else x[:, None]
+        if self.in_features is not None and x_TD.shape[1] != self.in_features:
+            raise SpecMismatch(
+                f"rows have {x_TD.shape[1]} features (shape {tuple(x.shape)}), but gate {self.name!r} takes "
+                f"{self.in_features}"
+            )
+        return x_TD.to(dtype)
+
+
+def _kinds(cls: type[AnyGate]) -> dict[str, type[AnyGate]]:
+    """Every kind of gate that is `cls` or derives from it, by name."""
+    kinds = {cls.name: cls} if "name" in vars(cls) else {}
+    for child in cls.__subclasses__():
+        kinds |= _kinds(child)
+    return kinds

@@ -1,0 +1,55 @@
+"""Expert choice: experts pick their rows, so load is equal by construction.
+
+Shapes: T rows, E experts, C rows of each expert, K choices of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...experts.errors import ConfigError
+from .linear import LinearGate
+from .routing import Routing
+from .selection import masked, members, pick, top
+
+
+class ExpertChoice(LinearGate):
+    """Each expert takes the C = ⌈T · capacity_factor / E⌉ rows of largest p, p = softmax(h) (Zhou et al. 2022, §3.2).
+
+    `capacity_factor` is the mean number of experts of a row. A row's choice depends on the other rows of the request
+    (so it leaks the future: not for autoregressive models). Rows that no expert picks count as dropped. Equal
+    probabilities go to the earlier row.
+    """
+
+    name = "expert_choice"
+    per_row = False
+    k_per_request = False
+
+    def __init__(self, in_features: int, num_experts: int, capacity_factor: float = 2.0, *, bias: bool = False) -> None:
+        super().__init__(in_features, num_experts, bias=bias)
+        if not 0 < capacity_factor <= num_experts:
+            raise ConfigError(f"capacity_factor is {capacity_factor}, but must be above 0 and at most {num_experts}")
+        self.capacity_factor = capacity_factor
+
+    def _select(self, scores_TE: Tensor, mask_TE: Tensor | None, k: int) -> Routing:
+        num_rows = scores_TE.shape[0]
+        if num_rows == 0:
+            return Routing(scores_TE.new_empty((0, 1), dtype=torch.int64), scores_TE[:, :1], scores_TE[:, 0].long())
+        scores_TE = masked(scores_TE, mask_TE)
+        probabilities_TE = scores_TE.softmax(dim=1)
+        capacity = min(num_rows, math.ceil(num_rows * self.capacity_factor / self.num_experts))
+        _, rows_EC = top(masked(probabilities_TE, mask_TE).t(), capacity)
+        chosen_TE = members(rows_EC, num_rows).t()
+        most = max(1, int(chosen_TE.sum(dim=1).max()))
+        _, indices_TK = top(scores_TE.masked_fill(~chosen_TE, -torch.inf), most)
+        dropped_T = (~chosen_TE.any(dim=1)).long()
+        return Routing(indices_TK, pick(probabilities_TE, indices_TK), dropped_T)
+
+    def config(self) -> dict[str, Any]:
+        return {key: value for key, value in super().config().items() if key != "k"} | {
+            "capacity_factor": self.capacity_factor
+        }

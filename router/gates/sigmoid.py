@@ -1,0 +1,69 @@
+"""Sigmoid scores with a bias for balance and a limit on groups: the gate of DeepSeek-V3.
+
+Shapes: T rows, E experts, K choices a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .groups import check_groups, limit_groups
+from .linear import LinearGate
+from .routing import Routing
+from .selection import exact_sigmoid, masked, pick, top
+
+
+class Sigmoid(LinearGate):
+    """The k experts of largest s + b, weighted by s alone, with s = sigmoid(x·Wᵀ) (DeepSeek-V3, eq. 12-16).
+
+    `expert_bias` [E] (float32; no gradient) steers the choice and never the weights: `losses.balanced_bias` moves it.
+    With `groups` > 1 a row uses the `top_groups` groups of largest sum of two best s + b. Weights are divided by
+    their sum where `renormalize`, then multiplied by `scale`. Scores are computed in float32 at least.
+    """
+
+    name = "sigmoid"
+    expert_bias: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int,
+        k: int = 2,
+        *,
+        renormalize: bool = True,
+        scale: float = 1.0,
+        groups: int = 1,
+        top_groups: int = 1,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(in_features, num_experts, k=k, bias=bias)
+        check_groups(num_experts, groups, top_groups)
+        self.renormalize = renormalize
+        self.scale = scale
+        self.groups = groups
+        self.top_groups = top_groups
+        self.register_buffer("expert_bias", torch.zeros(num_experts))
+
+    def scores(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(self._features(x, dtype), self.weight.to(dtype), bias)
+
+    def _select(self, scores_TE: Tensor, mask_TE: Tensor | None, k: int) -> Routing:
+        sigmoid_TE = exact_sigmoid(scores_TE)
+        choice_TE = masked(sigmoid_TE.detach() + self.expert_bias, mask_TE)
+        if self.groups > 1:
+            choice_TE = limit_groups(choice_TE, self.groups, self.top_groups, best=2)
+        _, indices_TK = top(choice_TE, k)
+        weights_TK = pick(sigmoid_TE, indices_TK)
+        if self.renormalize:
+            weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True).clamp(min=1e-20)
+        return Routing(indices_TK, weights_TK * self.scale)
+
+    def config(self) -> dict[str, Any]:
+        names = ("renormalize", "scale", "groups", "top_groups")
+        return super().config() | {name: getattr(self, name) for name in names}

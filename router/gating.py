@@ -1,0 +1,190 @@
+"""Gating: requests that wait together go through the gate as one batch, each with its own options.
+
+Shapes: T rows of a batch, E experts, K choices a row, N pairs of a row and an expert.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..experts.errors import ExpertFailed, ExpertMeshError
+from .batch import Batch
+from .capacity import Capacity
+from .dispatch import Dispatch, dispatch
+from .epochs import Epoch
+from .fanout import Run
+from .gates import Gate, Routing
+from .gates.routing import join
+from .layer import Layer
+
+MAX_BATCH_ROWS = 16_384
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class GateRequest:
+    """What the gate is asked for one request: rows `x` [T, ...] and what it may choose.
+
+    `features` [T, ...] is what the gate looks at. `allowed` bool [E] or None; `k` or None; `given` is a routing that
+    the caller already has, which skips the gate.
+    """
+
+    x: Tensor
+    features: Tensor
+    allowed: Tensor | None = None
+    k: int | None = None
+    given: Routing | None = None
+
+    @property
+    def size(self) -> int:
+        return int(self.x.shape[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """Where a request's rows lie in the batch that carries them, and who was chosen for them."""
+
+    batch: Batch
+    start: int
+    stop: int
+
+    def handle(self) -> Dispatch:
+        """The request's own part of the batch's dispatch."""
+        return self.batch.handle.slice(self.start, self.stop)
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    request: GateRequest
+    answer: asyncio.Future[Routed]
+
+
+class Gating:
+    """Collects requests by (layer, epoch, kind of rows) and runs the gate once over all that wait."""
+
+    def __init__(self, run: Run, start_batch: Callable[[Epoch, Layer, Tensor, Routing, Dispatch], Batch]) -> None:
+        self._run = run
+        self._start_batch = start_batch
+        self._queues: dict[tuple[Any, ...], deque[_Waiting]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def route(self, epoch: Epoch, layer: Layer, request: GateRequest) -> Routed:
+        """Choose experts for the rows of a request, together with others that wait for the same gate.
+
+        Raises what the gate raises: InvalidRequest, SpecMismatch.
+        """
+        x, features = request.x, request.features
+        key = (layer.name, epoch.number, x.dtype, x.shape[1:], features.dtype, features.shape[1:])
+        answer: asyncio.Future[Routed] = asyncio.get_running_loop().create_future()
+        queue = self._queues.get(key)
+        if queue is None:
+            queue = self._queues[key] = deque()
+            task = asyncio.get_running_loop().create_task(self._drain(key, queue, epoch, layer))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        queue.append(_Waiting(request, answer))
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                answer.result().batch.release()  # it came, but whoever asked for it has just gone
+            raise
+
+    async def _drain(self, key: tuple[Any, ...], queue: deque[_Waiting], epoch: Epoch, layer: Layer) -> None:
+        while queue:
+            await self._serve(epoch, layer, _take(queue))
+        del self._queues[key]
+
+    async def _serve(self, epoch: Epoch, layer: Layer, taken: list[_Waiting]) -> None:
+        try:
+            await self._batch(epoch, layer, taken)
+        except Exception as error:  # noqa: BLE001 (a custom gate is foreign code and may raise anything)
+            if len(taken) > 1:  # one bad request must not spoil those that waited with it
+                for single in taken:
+                    await self._serve(epoch, layer, [single])
+            elif not taken[0].answer.done():
+                taken[0].answer.set_exception(_gate_error(layer, error))
+
+    async def _batch(self, epoch: Epoch, layer: Layer, taken: list[_Waiting]) -> None:
+        if not taken:
+            return
+        x, routing, handle = await self._run(
+            route_together, layer.gate, [waiting.request for waiting in taken], layer.capacity
+        )
+        batch = self._start_batch(epoch, layer, x, routing, handle)
+        start = 0
+        for waiting in taken:
+            stop = start + waiting.request.size
+            if not waiting.answer.done():
+                batch.hold()
+                waiting.answer.set_result(Routed(batch, start, stop))
+            start = stop
+        batch.release()
+
+
+def route_together(
+    gate: Gate, requests: Sequence[GateRequest], capacity: Capacity | None = None
+) -> tuple[Tensor, Routing, Dispatch]:
+    """Run the gate over the joined rows of several requests, and group the rows by expert.
+
+    What depends on other rows (a gate that is not `per_row`, capacity) is decided for each request alone.
+    """
+    x = requests[0].x if len(requests) == 1 else torch.cat([request.x for request in requests])
+    routing = _select(gate, requests, capacity)
+    return x, routing, dispatch(routing, gate.num_experts)
+
+
+def _select(gate: Gate, requests: Sequence[GateRequest], capacity: Capacity | None) -> Routing:
+    asked = [request for request in requests if request.given is None]
+    alike = len(asked) == len(requests) and all(request.k is None for request in requests)
+    if alike and gate.per_row and capacity is None:
+        scores_TE = gate.scores(_joined([request.features for request in requests]))
+        return gate.select(scores_TE, mask_TE=_mask(requests, gate.num_experts))
+    scores: Iterator[Tensor] = iter(())
+    if asked:
+        scores_TE = gate.scores(_joined([request.features for request in asked]))
+        scores = iter(torch.split(scores_TE, [request.size for request in asked]))
+    routings = [
+        request.given or gate.select(next(scores), mask_TE=request.allowed, k=request.k) for request in requests
+    ]
+    if capacity is not None:
+        routings = [capacity.apply(routing, gate.num_experts) for routing in routings]
+    return join(routings)
+
+
+def _mask(requests: Sequence[GateRequest], num_experts: int) -> Tensor | None:
+    if all(request.allowed is None for request in requests):
+        return None
+    everyone = torch.ones(num_experts, dtype=torch.bool)
+    masks = [everyone if request.allowed is None else request.allowed for request in requests]
+    return torch.cat([mask.expand(request.size, -1) for mask, request in zip(masks, requests, strict=True)])
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _take(queue: deque[_Waiting]) -> list[_Waiting]:
+    taken: list[_Waiting] = []
+    rows = 0
+    while queue and (not taken or rows + queue[0].request.size <= MAX_BATCH_ROWS):
+        waiting = queue.popleft()
+        if not waiting.answer.done():
+            taken.append(waiting)
+            rows += waiting.request.size
+    return taken
+
+
+def _gate_error(layer: Layer, error: Exception) -> ExpertMeshError:
+    if isinstance(error, ExpertMeshError):
+        return error
+    log.error("gate raised", exc_info=error, extra={"layer": layer.name})
+    return ExpertFailed(f"the gate of layer {layer.name} raised {type(error).__name__}; see the log of the router")

@@ -1,0 +1,52 @@
+"""Plain counters of what the router does; status and the metrics page read them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+"""Upper bounds of the latency histogram, in seconds; one more bucket counts what is above them all."""
+
+
+@dataclass
+class Histogram:
+    """Counts of observations by bucket, and their sum."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_BUCKETS) + 1))
+    total: float = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count one observation."""
+        index = next((i for i, bound in enumerate(LATENCY_BUCKETS) if seconds <= bound), len(LATENCY_BUCKETS))
+        self.counts[index] += 1
+        self.total += seconds
+
+
+@dataclass
+class Telemetry:
+    """Everything that is counted, since the start of this router.
+
+    By expert id: rows, errors, gate_mass, seconds (from sending to the answer). By replica id: messages. By (layer,
+    code): requests. By layer: latency of whole requests, rows and batches that went through its gate.
+    """
+
+    rows: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+    gate_mass: dict[str, float] = field(default_factory=dict)
+    messages: Counter[str] = field(default_factory=Counter)
+    retries: int = 0
+    requests: Counter[tuple[str, str]] = field(default_factory=Counter)
+    batches: Counter[str] = field(default_factory=Counter)
+    request_latency: dict[str, Histogram] = field(default_factory=dict)
+    expert_latency: dict[str, Histogram] = field(default_factory=dict)
+
+    def answered(self, layer: str, code: str, seconds: float) -> None:
+        """Count one request that ended, well ("OK") or not."""
+        self.requests[layer, code] += 1
+        self.request_latency.setdefault(layer, Histogram()).observe(seconds)
+
+    def computed(self, expert: str, rows: int, seconds: float) -> None:
+        """Count rows that an expert answered."""
+        self.rows[expert] += rows
+        self.expert_latency.setdefault(expert, Histogram()).observe(seconds)

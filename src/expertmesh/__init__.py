@@ -1,0 +1,99 @@
+"""expertmesh: any set of experts as one live sparse layer, y = sum of w_i * f_i(x), spread over machines by Ray.
+
+Every public name is loaded when it is first asked for: a process that only calls a cluster loads neither ray nor torch.
+A name whose extra is not installed raises MissingExtra, which says how to install it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .experts import errors
+from .experts.errors import (
+    Aborted,
+    ConfigError,
+    DataLoss,
+    DeadlineExceeded,
+    ExpertFailed,
+    ExpertMeshError,
+    FailedPrecondition,
+    InvalidRequest,
+    MissingExtra,
+    NotFound,
+    Overloaded,
+    PermissionDenied,
+    SpecMismatch,
+    TooLarge,
+    Unauthenticated,
+    Unavailable,
+    VersionGone,
+)
+from .experts.extras import load
+from .experts.version import version
+
+if TYPE_CHECKING:
+    from .cluster.client import AsyncClient, Client
+    from .cluster.config import ClusterConfig
+    from .cluster.launch import Cluster
+    from .cluster.replies import Reply
+    from .experts.spec import Expert, TensorSpec
+    from .router import gates
+    from .router.layer import Layer
+
+    __version__: str
+
+_MODULES = {
+    "AsyncClient": "cluster.client",
+    "Client": "cluster.client",
+    "Cluster": "cluster.launch",
+    "ClusterConfig": "cluster.config",
+    "Expert": "experts.spec",
+    "Layer": "router.layer",
+    "Reply": "cluster.replies",
+    "TensorSpec": "experts.spec",
+    "gates": "router.gates",
+}
+
+__all__ = [
+    "Aborted",
+    "AsyncClient",
+    "Client",
+    "Cluster",
+    "ClusterConfig",
+    "ConfigError",
+    "DataLoss",
+    "DeadlineExceeded",
+    "Expert",
+    "ExpertFailed",
+    "ExpertMeshError",
+    "FailedPrecondition",
+    "InvalidRequest",
+    "Layer",
+    "MissingExtra",
+    "NotFound",
+    "Overloaded",
+    "PermissionDenied",
+    "Reply",
+    "SpecMismatch",
+    "TensorSpec",
+    "TooLarge",
+    "Unauthenticated",
+    "Unavailable",
+    "VersionGone",
+    "__version__",
+    "errors",
+    "gates",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version()
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = load(f"{__name__}.{_MODULES[name]}", f"{__name__}.{name}")
+    return module if name == "gates" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
