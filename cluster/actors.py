@@ -8,28 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-from torch import Tensor
 
-from ..experts.errors import ExpertMeshError, Unavailable
 from ..experts.host import ExpertHost
-from ..experts.protocol import ExpertCall, ExpertReply, Part, PartFailure
-from ..experts.spec import Expert
-from ..experts.tensors import byte_view, dtype_name, from_bytes
+from ..experts.protocol import ExpertCall, Part, PartFailure
+from ..experts.stage import Proposal, Receipt
 from ..router.replicas import READY, Replica
-from .controller import Controller, Desired, RouterReport
+from .controller import open_controller
+from .controller_ports import ControllerState, StateSettings
 from .logs import configure_logs
+from .orders import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
+from .ray_ports import Packed, RayControlPort, RayReplicaPort, RayRouterPort, RayTransport, pack, unpack
 from .service import RouterService, ServiceSettings
-
-Packed = tuple[np.ndarray[Any, Any], str, tuple[int, ...]]
-"""A tensor as Ray carries it without a copy: its bytes, its dtype's name, its shape."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +37,14 @@ class LogSettings:
 
 
 class ExpertActor:
-    """Runs one replica: one expert, or the experts of a pack, on the device that Ray assigned."""
+    """Runs one replica: one expert, or the experts of a pack, on the device that Ray assigned. It starts empty."""
 
-    def __init__(self, replica_id: str, experts: Mapping[str, tuple[Expert, int]], logs: LogSettings) -> None:
+    def __init__(self, replica_id: str, experts: tuple[str, ...], device: str, logs: LogSettings) -> None:
         configure_logs(replica_id, logs.level, logs.path)
         torch.set_num_threads(1)
-        wants_gpu = any(expert.num_gpus for expert, _ in experts.values())
-        self._host = ExpertHost("cuda" if wants_gpu else "cpu")
+        self._host = ExpertHost(device)
         self._id = replica_id
-        self._names = tuple(experts)
-        self._problem: ExpertMeshError | None = None
-        try:
-            for expert_id, (expert, counter) in experts.items():
-                self._host.load(expert_id, expert, counter)
-        except ExpertMeshError as error:
-            self._problem = error
+        self._experts = experts
 
     @ray.method(concurrency_group="compute")
     def compute(self, attempt: str, parts: tuple[Part, ...], rows: Packed, index: Packed) -> Any:
@@ -63,19 +52,33 @@ class ExpertActor:
         reply = self._host.compute(ExpertCall(attempt, parts, unpack(rows), unpack(index)))
         return reply.incarnation, [out if isinstance(out, PartFailure) else pack(out) for out in reply.outputs]
 
+    @ray.method(concurrency_group="stage")
+    def stage(
+        self, proposal: Proposal, replaces: str | None, mode: str, weights: Mapping[str, Packed] | None
+    ) -> Receipt:
+        """Build and verify a version beside those that serve, at low priority."""
+        yield_to_serving()
+        if weights is not None:
+            proposal = replace(proposal, weights={name: unpack(packed) for name, packed in weights.items()})
+        return self._host.stage(proposal, replaces, mode)
+
+    @ray.method(concurrency_group="control")
+    def unload(self, expert_id: str, version: str) -> None:
+        """Forget a version."""
+        self._host.unload(expert_id, version)
+
     @ray.method(concurrency_group="control")
     def report(self) -> Replica:
         """What this replica is and holds."""
         return Replica(
             id=self._id,
-            experts=self._names,
+            experts=self._experts,
             incarnation=self._host.incarnation,
             holds=frozenset((loaded.expert, loaded.version) for loaded in self._host.loaded()),
-            state=READY if self._problem is None else "failed",
+            state=READY,
             node=_node(),
             pid=os.getpid(),
             device=_device_name(self._host.device),
-            problem="" if self._problem is None else self._problem.message,
         )
 
 
@@ -86,7 +89,8 @@ class RouterActor:
         configure_logs("router", logs.level, logs.path)
         torch.set_num_threads(1)
         self._transport = RayTransport()
-        self._service = RouterService(settings, self._transport)
+        self._control = RayControlPort()
+        self._service = RouterService(settings, self._transport, self._control)
         self._ports: tuple[int, int | None] | None = None
 
     async def start(self) -> tuple[int, int | None]:
@@ -95,15 +99,24 @@ class RouterActor:
             self._ports = await self._service.start()
         return self._ports
 
-    async def apply(self, desired: Desired) -> None:
-        """Take a newer state of things."""
+    async def declare(self, controller: Any, desired: Desired) -> None:
+        """Take newer declared layers, and how replicas and controller are reached."""
         self._transport.handles = dict(desired.handles)
-        self._service.apply(desired)
+        self._control.handle = controller
+        self._service.declare(desired)
 
-    async def sync(self, replicas: tuple[Replica, ...]) -> RouterReport:
-        """Take a report of all replicas; a router that Ray restarted begins to listen here."""
+    async def sync(self, update: RouterUpdate) -> RouterReport:
+        """Take what the controller knows; a router that Ray restarted begins to listen here."""
         await self.start()
-        return self._service.sync(replicas)
+        return self._service.sync(update)
+
+    async def stage(self, candidate: Candidate) -> Receipt:
+        """Stage and verify a gate."""
+        return await self._service.stage(candidate)
+
+    async def unload(self, id: str, version: str) -> None:
+        """Forget a gate."""
+        self._service.unload(id, version)
 
     async def stop(self, grace: float) -> None:
         """Drain and close the port."""
@@ -111,112 +124,48 @@ class RouterActor:
 
 
 class ControllerActor:
-    """Runs the controller and its endless turns."""
+    """Runs the controller and its endless turns. A new incarnation takes the registry over from the one before."""
 
-    def __init__(self, logs: LogSettings) -> None:
+    def __init__(self, settings: StateSettings, logs: LogSettings) -> None:
         configure_logs("controller", logs.level, logs.path)
         self._router = RayRouterPort()
-        self._controller = Controller(self._router, RayProbePort())
+        self._controller = open_controller(settings, self._router, RayReplicaPort())
         self._turns: asyncio.Task[None] | None = None
 
-    async def apply(self, router: Any, desired: Desired) -> None:
-        """Take a newer state of things, and bring the router there.
+    async def declare(self, controller: Any, router: Any, desired: Desired, timeout: float) -> dict[str, str]:
+        """Take what the owner declares, and bring everything there; returns the versions that then serve.
 
-        The router comes with every call and not with the constructor, whose arguments Ray may lose before a restart.
+        The handles come with every call and not with the constructor, whose arguments Ray may lose before a restart.
         """
-        self._router.handle = router
-        self._run()
-        await self._controller.apply(desired)
-
-    async def state(self) -> tuple[int, tuple[Replica, ...], RouterReport | None]:
-        """The revision that is known here, the replicas, and the router's last report."""
-        self._run()
-        controller = self._controller
-        return controller.desired.revision, controller.replicas(), controller.report
-
-    def _run(self) -> None:
+        self._router.handle, self._router.controller = router, controller
         if self._turns is None:
             self._turns = asyncio.get_running_loop().create_task(self._controller.run())
+        return await self._controller.declare(desired, timeout)
+
+    async def swap(self, request: SwapRequest) -> SwapResult:
+        """Carry out a swap."""
+        return await self._controller.swap(request)
+
+    async def progress(self, swap_id: str) -> dict[str, Any]:
+        """How far a swap is."""
+        return self._controller.progress(swap_id)
+
+    async def history(self, id: str) -> list[dict[str, Any]]:
+        """The versions of an id that are kept."""
+        return self._controller.history(id)
+
+    async def recall(self, epoch: int, ttl: float) -> None:
+        """Load an epoch that is kept."""
+        await self._controller.recall(epoch, ttl)
+
+    async def state(self) -> ControllerState:
+        """What is known here."""
+        return self._controller.state()
 
 
-class RayRouterPort:
-    """Reaches the router actor."""
-
-    handle: Any = None
-
-    async def apply(self, desired: Desired) -> None:
-        """Hand over a new state of things."""
-        await awaited(self.handle.apply.remote(desired))
-
-    async def sync(self, replicas: tuple[Replica, ...]) -> RouterReport:
-        """Hand over a report of the replicas."""
-        report: RouterReport = await awaited(self.handle.sync.remote(replicas))
-        return report
-
-
-class RayProbePort:
-    """Reaches the replicas' control group."""
-
-    async def probe(self, replica_id: str, handle: Any) -> Replica:
-        """Ask for a report."""
-        if handle is None:
-            raise Unavailable(f"replica {replica_id} has no actor yet")
-        report: Replica = await awaited(handle.report.remote())
-        return report
-
-
-class RayTransport:
-    """Carries messages through Ray's actor calls: portable, and the baseline of the direct channel."""
-
-    def __init__(self) -> None:
-        self.handles: dict[str, Any] = {}
-
-    async def send(self, replica_id: str, call: ExpertCall) -> ExpertReply:
-        """Call the actor. Raises Unavailable when it is not there or dies before it answers."""
-        handle = self.handles.get(replica_id)
-        if handle is None:
-            raise Unavailable("the replica is gone; retry")
-        answer = await awaited(handle.compute.remote(call.attempt, call.parts, pack(call.rows), pack(call.row_index)))
-        incarnation, outputs = answer
-        return ExpertReply(incarnation, tuple(out if isinstance(out, PartFailure) else unpack(out) for out in outputs))
-
-
-async def awaited(reference: Any) -> Any:
-    """Await a Ray reference; the one border at which Ray's exceptions become ours."""
-    try:
-        return await reference
-    except RayError as error:
-        raise translated(error) from error
-
-
-def fetched(reference: Any, timeout: float) -> Any:
-    """Like `awaited`, for a caller that blocks, at most `timeout` seconds."""
-    try:
-        return ray.get(reference, timeout=timeout)
-    except RayError as error:
-        raise translated(error) from error
-
-
-def translated(error: RayError) -> ExpertMeshError:
-    """What a Ray exception means here."""
-    if isinstance(error, RayTaskError):
-        cause = error.cause
-        return cause if isinstance(cause, ExpertMeshError) else ExpertMeshError(f"an actor raised: {cause!r}")
-    if isinstance(error, GetTimeoutError):
-        return Unavailable("an actor did not answer in time; it may be starting or busy")
-    if isinstance(error, RayActorError):
-        return Unavailable("the actor died or is restarting; retry")
-    return Unavailable(f"Ray could not carry the call ({type(error).__name__}); retry")
-
-
-def pack(tensor: Tensor) -> Packed:
-    """A tensor in the form that Ray carries without a copy."""
-    return byte_view(tensor), dtype_name(tensor.dtype), tuple(tensor.shape)
-
-
-def unpack(packed: Packed) -> Tensor:
-    """The tensor of `pack`, sharing its memory."""
-    return from_bytes(*packed)
+def yield_to_serving() -> None:
+    """Give this thread the lowest priority, so that staging does not slow down what serves."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _node() -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from ..router.replicas import Replica
-from .controller import Desired, RouterReport
+from .controller_ports import ControllerState, StateSettings
 from .local_backend import LocalBackend
 from .logs import log_file
+from .orders import Desired
 from .plan import PlannedReplica
 from .ray_environment import load_backend
 from .service import ServiceSettings
@@ -25,7 +26,7 @@ class Backend(Protocol):
     def gpus(self) -> float:
         """How many GPUs there are."""
 
-    def start_front(self, settings: ServiceSettings, timeout: float) -> tuple[int, int | None]:
+    def start_front(self, settings: ServiceSettings, state: StateSettings, timeout: float) -> tuple[int, int | None]:
         """Start router and controller; returns the ports of the gateway and of the metrics page."""
 
     def start_replica(self, planned: PlannedReplica) -> None:
@@ -34,17 +35,14 @@ class Backend(Protocol):
     def wait_replica(self, replica_id: str, deadline: float) -> Replica:
         """Wait for a replica's report. Raises Unavailable at `deadline` (monotonic seconds)."""
 
-    def stop_replica(self, replica_id: str) -> None:
-        """End a replica for good."""
-
     def handles(self) -> dict[str, Any]:
         """How the transport reaches each replica."""
 
-    def apply(self, desired: Desired) -> None:
-        """Tell the controller what is to be; returns when the router knows."""
+    def declare(self, desired: Desired, timeout: float) -> dict[str, str]:
+        """Have the controller bring everything to what is declared; returns the versions that then serve."""
 
-    def state(self) -> tuple[int, tuple[Replica, ...], RouterReport | None]:
-        """The controller's revision, the replicas as it knows them, and the router's last report."""
+    def state(self) -> ControllerState:
+        """What the controller knows."""
 
     def stop(self, grace: float) -> None:
         """End everything; idempotent."""

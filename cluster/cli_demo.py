@@ -23,4 +23,6 @@ def demo(data: Path | None, rows: int | None, seed: int) -> None:
     expertmesh demo
     expertmesh demo --data news.csv
     """
-    run_demo(data, console=new_console(), rows_limit=rows, seed=seed)
+    report = run_demo(data, console=new_console(), rows_limit=rows, seed=seed)
+    if not report.ok:
+        raise SystemExit(1)

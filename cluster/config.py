@@ -18,7 +18,7 @@ from .yaml_file import parse_tree, parse_value, read_trusted
 __all__ = ["ClusterConfig", "TokenEntry", "load_config", "parse_override"]
 
 PREFIX = "EXPERTMESH_"
-_PATHS = ("tls_cert", "tls_key")
+_PATHS = ("tls_cert", "tls_key", "state_dir")
 _TEXTS = ("name", "host", "transport", "address", "log_level", *_PATHS)
 _SCALARS = tuple(name for name in SETTINGS if name not in ("layers", "tokens", "runtime_env"))
 

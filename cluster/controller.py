@@ -1,7 +1,7 @@
-"""The controller: compares what is to be with what is, and tells the router. Never on the path of a request.
+"""The controller: compares what is to be with what is, and acts. Never on the path of a request.
 
-It is level-triggered: every turn it probes all replicas, and brings a router that is behind up to date. So it does not
-matter which of them was restarted, or what was lost on the way.
+It decides nothing itself: `Control` does. This shell probes, carries out orders, and owns the registry. Every turn it
+asks all replicas what they hold and tells the router; so it does not matter which of them restarted, or what was lost.
 """
 
 from __future__ import annotations
@@ -9,81 +9,106 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any
 
-from ..experts.errors import ExpertMeshError
-from ..router.epochs import Epoch
-from ..router.replicas import Replica
+from ..experts.errors import ExpertMeshError, FailedPrecondition, Unavailable
+from ..experts.stage import Proposal, Receipt
+from ..router.replicas import READY
+from .control import Answer, CommitSwap, Control, Load, Order, StageCandidate, Sync, Unload
+from .controller_ports import ControllerState, ReplicaPort, RouterPort, StateSettings
 from .health import Health, Probe
+from .orders import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
+from .registry import Registry
+from .swap_desk import SwapDesk
+from .versions import VersionStore
 
 log = logging.getLogger(__name__)
 TURN_SECONDS = 0.5
+DRAIN_SECONDS = 0.02
 PROBE_TIMEOUT = 2.0
 ROUTER_TIMEOUT = 5.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Desired:
-    """What is to be: the epoch, and the replicas with the experts each is for; a higher revision is newer.
-
-    `handles` is how the transport reaches each replica; the controller only passes it on.
-    """
-
-    revision: int = 0
-    epoch: Epoch = field(default_factory=lambda: Epoch(0))
-    replicas: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    draining: frozenset[str] = frozenset()
-    handles: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RouterReport:
-    """What a router says of itself: what it knows, and rows that are under way to each replica."""
-
-    incarnation: str
-    revision: int
-    epoch: int
-    oldest_pinned: int
-    rows_in_flight: Mapping[str, int]
-
-
-class RouterPort(Protocol):
-    """How the controller reaches a router."""
-
-    async def apply(self, desired: Desired) -> None:
-        """Take a new state of things."""
-
-    async def sync(self, replicas: tuple[Replica, ...]) -> RouterReport:
-        """Take a report of all replicas; answers with what the router knows."""
-
-
-class ProbePort(Protocol):
-    """How the controller reaches the replicas."""
-
-    async def probe(self, replica_id: str, handle: Any) -> Replica:
-        """Ask a replica for a report. Raises Unavailable when it is not there."""
+LEASE_SECONDS = 30.0
+ROUTER = "router"
 
 
 class Controller:
-    """Keeps routers informed of the replicas, and replicas under watch."""
+    """Keeps routers and replicas at what the registry says, and carries out swaps."""
 
-    def __init__(self, router: RouterPort, probes: ProbePort) -> None:
+    def __init__(self, desk: SwapDesk, router: RouterPort, replicas: ReplicaPort) -> None:
         self.incarnation = uuid.uuid4().hex
         self.desired = Desired()
+        self.desk = desk
+        self.control = Control()
         self.report: RouterReport | None = None
         self._router = router
-        self._probes = probes
+        self._replicas = replicas
         self._health = Health()
+        self._router_heard = 0.0
+        self._next_probe = 0.0
         self._turn = asyncio.Lock()
+        self._syncing = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._declared = 0
+        self._problem = "it is still loading"
+        self._declaring = asyncio.Lock()
 
-    async def apply(self, desired: Desired) -> None:
-        """Take a newer state of things, and bring the router there before returning. Older ones change nothing."""
-        if desired.revision > self.desired.revision:
-            self.desired = desired
-            self._health.expect(dict(desired.replicas))
-        await self.turn()
+    async def declare(self, desired: Desired, timeout: float) -> dict[str, str]:
+        """Take what the owner declares, and bring everything there; returns the versions that then serve.
+
+        What the registry knows and the declaration has not changed is loaded as it was, swapped versions too; what is
+        new or edited becomes a new version, all of it in one swap.
+        """
+        async with self._declaring:
+            if desired.revision > self.desired.revision:
+                self.desired = desired
+                self._health.expect(dict(desired.replicas))
+                self.desk.catalogue.declare(desired.layers)
+                await self._perform(self.control.restore(self.desk.epochs()))
+            self._next_probe = 0.0
+            deadline = asyncio.get_running_loop().time() + timeout
+            await self._until(self._all_there, deadline)
+            if self._declared < self.desired.revision:
+                request = await asyncio.to_thread(self.desk.declared_swap, timeout)
+                if request is not None:
+                    await self.swap(request)
+                self.desk.remember_declared()
+                self._declared = self.desired.revision
+            await self._until(self._at_rest, deadline)
+        return dict(self.control.epochs[self.control.current])
+
+    async def swap(self, request: SwapRequest) -> SwapResult:
+        """Carry out a swap; returns when it is durable and all routers have adopted it.
+
+        The same swap id again gives the same result. Raises what the table of swap failures says.
+        """
+        done = self.desk.result_of(request.swap_id)
+        if done is not None:
+            return done
+        ids = frozenset(request.changes)
+        asked_before = self.desk.is_awaited(request.swap_id)
+        answer = self.desk.expect_answer(request.swap_id)
+        if not asked_before:
+            try:
+                await asyncio.to_thread(self.desk.prepare, request)
+                orders = self.control.swap_asked(request.swap_id, ids)
+            except ExpertMeshError as error:
+                self.desk.abort(request.swap_id, error)
+                raise
+            timer = asyncio.get_running_loop().call_later(request.timeout, self._time_up, request.swap_id)
+            self.desk.on_answer(request.swap_id, timer.cancel)
+            await self._perform(orders)
+        return await asyncio.shield(answer)
+
+    async def recall(self, epoch: int, ttl: float) -> None:
+        """Load the versions of an epoch that is kept, for `ttl` seconds. Raises FailedPrecondition beyond retention."""
+        versions = self.desk.epoch(epoch)
+        self.control.epochs.setdefault(epoch, versions)
+        await self._perform(self.control.recall(epoch))
+        asyncio.get_running_loop().call_later(ttl, lambda: self._spawn(self._perform(self.control.release(epoch))))
+        while self.control.lacking(epoch):
+            await asyncio.sleep(DRAIN_SECONDS)
+        await self._sync()
 
     async def run(self) -> None:
         """Take turns for ever."""
@@ -92,34 +117,208 @@ class Controller:
                 await self.turn()
             except (ExpertMeshError, asyncio.TimeoutError, TimeoutError) as error:
                 log.warning("the router was not reached: %s", error)
-            except Exception:  # the border to the ports: whatever they raise, the watch goes on
-                log.exception("a turn failed")
-            await asyncio.sleep(TURN_SECONDS)
+            await asyncio.sleep(DRAIN_SECONDS if self.control.swaps.active() else TURN_SECONDS)
 
     async def turn(self) -> None:
-        """One turn: probe every replica, then report to the router. Raises Unavailable when it cannot be reached."""
+        """One turn: probe every replica, then tell the router. Raises Unavailable when it cannot be reached."""
         async with self._turn:
             desired = self.desired
             if not desired.revision:
                 return
-            await asyncio.gather(*(self._probe(name, desired.handles.get(name)) for name in desired.replicas))
-            replicas = self._health.replicas(desired.draining)
-            report = await asyncio.wait_for(self._router.sync(replicas), ROUTER_TIMEOUT)
-            if report.revision < desired.revision:
-                await asyncio.wait_for(self._router.apply(desired), ROUTER_TIMEOUT)
-                report = await asyncio.wait_for(self._router.sync(replicas), ROUTER_TIMEOUT)
-            self.report = report
+            now = asyncio.get_running_loop().time()
+            if now >= self._next_probe:
+                self._next_probe = now + TURN_SECONDS
+                await asyncio.gather(*(self._probe(name, desired.handles.get(name)) for name in desired.replicas))
+            await self._sync()
 
-    def replicas(self) -> tuple[Replica, ...]:
-        """Every replica as it is known now."""
-        return self._health.replicas(self.desired.draining)
+    def close(self) -> None:
+        """Close the registry."""
+        self.desk.registry.close()
+
+    def state(self) -> ControllerState:
+        """What is known here."""
+        return ControllerState(
+            revision=self._declared,
+            epoch=self.control.current,
+            versions=dict(self.control.epochs.get(self.control.current, {})),
+            replicas=self._health.replicas(),
+        )
+
+    def history(self, id: str) -> list[dict[str, Any]]:
+        """The versions of an id that are kept, oldest first, and which epochs name them. Raises NotFound."""
+        return self.desk.history(id)
+
+    def progress(self, swap_id: str) -> dict[str, Any]:
+        """How far a swap is: its phase, receipts there and needed. Raises NotFound for one that is not known."""
+        swap = self.control.swaps.find(swap_id)
+        if swap is None:
+            return self.desk.ended(swap_id)
+        there, needed = swap.receipts()
+        return {"swap_id": swap_id, "phase": swap.phase.value, "receipts": there, "needed": needed}
+
+    async def _until(self, done: Callable[[], str], deadline: float) -> None:
+        """Take turns until `done` has nothing to complain of. Raises Unavailable with the complaint at the deadline."""
+        while complaint := done():
+            if asyncio.get_running_loop().time() > deadline:
+                raise Unavailable(f"not ready in time: {complaint}")
+            await asyncio.sleep(DRAIN_SECONDS)
+            await self.turn()
+
+    def _all_there(self) -> str:
+        missing = [replica.id for replica in self._health.replicas() if replica.state != READY]
+        return f"replica {missing[0]} has not started" if missing else ""
+
+    def _at_rest(self) -> str:
+        if self.report is None or self.report.epoch < self.control.current or not self.control.current:
+            return "the router has not adopted the epoch"
+        lacking = self.control.incomplete()
+        return f"{lacking[0][0]} does not hold {lacking[0][1]} {lacking[0][2]}: {self._problem}" if lacking else ""
 
     async def _probe(self, name: str, handle: Any) -> None:
         try:
-            report = await asyncio.wait_for(self._probes.probe(name, handle), PROBE_TIMEOUT)
-        except ExpertMeshError:
+            report = await asyncio.wait_for(self._replicas.probe(name, handle), PROBE_TIMEOUT)
+        except Unavailable:
             self._health.probed(name, Probe(failure="down"))
+            await self._perform(self.control.member_lost(name))
         except (asyncio.TimeoutError, TimeoutError):
             self._health.probed(name, Probe(failure="timeout"))
         else:
             self._health.probed(name, Probe(report))
+            ids = frozenset(self.desired.replicas.get(name, ()))
+            await self._perform(self.control.member_reported(name, report.incarnation, ids, report.holds))
+
+    async def _sync(self) -> None:
+        async with self._syncing:
+            update = RouterUpdate(
+                replicas=self._health.replicas(), epochs=self.control.known_to_routers(), current=self.control.current
+            )
+            loop = asyncio.get_running_loop()
+            try:
+                report = await asyncio.wait_for(self._router.sync(update), ROUTER_TIMEOUT)
+                if report.revision < self.desired.revision:
+                    await asyncio.wait_for(self._router.declare(self.desired), ROUTER_TIMEOUT)
+                    report = await asyncio.wait_for(self._router.sync(update), ROUTER_TIMEOUT)
+            except (ExpertMeshError, asyncio.TimeoutError, TimeoutError):
+                if loop.time() - self._router_heard > LEASE_SECONDS:
+                    await self._perform(self.control.router_lost(ROUTER))
+                raise
+            self._router_heard = loop.time()
+            changed = self.report is not None and self.report.incarnation != report.incarnation
+            self.report = report
+        orders: list[Order] = []
+        if changed:
+            orders += [*self.control.member_lost(ROUTER), *self.control.router_lost(ROUTER)]
+        gates = frozenset(layer.gate_id for layer in self.desired.layers.values())
+        orders += self.control.member_reported(ROUTER, report.incarnation, gates, report.gates)
+        orders += self.control.router_reported(ROUTER, report.epoch, report.oldest_pinned)
+        await self._perform(orders)
+
+    async def _perform(self, orders: Iterable[Order]) -> None:
+        for order in orders:
+            if isinstance(order, StageCandidate):
+                self._spawn(self._stage(order))
+            elif isinstance(order, Load):
+                self._spawn(self._load(order))
+            elif isinstance(order, Unload):
+                self._spawn(self._unload(order))
+            elif isinstance(order, CommitSwap):
+                await self._commit(order)
+            elif isinstance(order, Sync):
+                self._spawn(self._sync())
+            elif isinstance(order, Answer):
+                self.desk.answer(order.swap_id, order.epoch, order.error)
+
+    async def _stage(self, order: StageCandidate) -> None:
+        member, incarnation, swap_id, id = order.member, order.incarnation, order.swap_id, order.id
+        try:
+            candidate = self.desk.candidate(swap_id, id)
+            receipt = await self._staged_at(member, candidate)
+            self.desk.keep_receipt(swap_id, receipt)
+        except Unavailable:  # it is restarting: its next incarnation is asked anew
+            await self._perform(self.control.member_lost(member))
+        except ExpertMeshError as error:
+            await self._perform(self.control.stage_refused(swap_id, member, incarnation, id, error))
+        else:
+            self._health.holds(member, incarnation, id, receipt.version)
+            await self._perform(self.control.staged(swap_id, member, incarnation, id, receipt.version))
+
+    async def _load(self, order: Load) -> None:
+        try:
+            candidate = await asyncio.to_thread(self.desk.catalogue.recorded, order.id, order.version)
+            receipt = await self._staged_at(order.member, candidate)
+            if receipt.version != order.version:
+                raise FailedPrecondition(
+                    f"{order.id} loads as {receipt.version}, not {order.version}: its code changed"
+                )
+        except ExpertMeshError as error:
+            self._problem = error.message
+            log.warning("%s could not load %s %s: %s", order.member, order.id, order.version, error)
+            self.control.load_failed(order.member, order.incarnation, order.id, order.version)
+        else:
+            self._health.holds(order.member, order.incarnation, order.id, order.version)
+            await self._perform(self.control.loaded(order.member, order.incarnation, order.id, order.version))
+
+    async def _unload(self, order: Unload) -> None:
+        try:
+            if order.member == ROUTER:
+                await self._router.unload(order.id, order.version)
+            else:
+                self._health.forgets(order.member, order.id, order.version)
+                handle = self.desired.handles.get(order.member)
+                await self._replicas.unload(order.member, handle, order.id, order.version)
+        except ExpertMeshError as error:
+            log.debug("%s did not unload %s %s: %s", order.member, order.id, order.version, error)
+
+    async def _staged_at(self, member: str, candidate: Candidate) -> Receipt:
+        if member == ROUTER:
+            return await self._router.stage(candidate)
+        return await self._replicas.stage(member, self.desired.handles.get(member), candidate)
+
+    async def _commit(self, order: CommitSwap) -> None:
+        try:
+            epoch, versions = await asyncio.to_thread(self.desk.commit, order.swap_id, order.versions)
+        except ExpertMeshError as error:
+            await self._perform(self.control.commit_refused(order.swap_id, error))
+        else:
+            await self._perform(self.control.committed(order.swap_id, epoch, versions))
+            self._spawn(self._collect())
+
+    async def _collect(self) -> None:
+        in_use = {pair for versions in self.control.in_use() for pair in versions.items()}
+        self.control.forget_epochs(await asyncio.to_thread(self.desk.collect, in_use))
+
+    def _time_up(self, swap_id: str) -> None:
+        self._spawn(self._perform(self.control.time_up(swap_id)))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(_logged(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def open_controller(settings: StateSettings, router: RouterPort, replicas: ReplicaPort) -> Controller:
+    """Open the registry, taking it over from whoever had it, and make a controller of it."""
+    registry, store = Registry(settings.state_dir), VersionStore(settings.state_dir)
+    return Controller(SwapDesk(registry, store, retain_epochs=settings.retain_epochs), router, replicas)
+
+
+def proposal_of(candidate: Candidate) -> Proposal:
+    """What a replica is asked to build for a candidate; where its weights are is left to the transport."""
+    if candidate.expert is None:
+        raise FailedPrecondition(f"{candidate.id} is a gate, and replicas run experts")
+    return Proposal(
+        id=candidate.id,
+        counter=candidate.counter,
+        expert=candidate.expert,
+        version=candidate.version,
+        input=candidate.input,
+        output=candidate.output,
+        policy=candidate.policy,
+    )
+
+
+async def _logged(work: Awaitable[None]) -> None:
+    try:
+        await work
+    except (ExpertMeshError, asyncio.TimeoutError, TimeoutError) as error:
+        log.warning("%s", error)

@@ -100,7 +100,7 @@ class DeclarationReader:
         """Whether experts that are right each by itself fit together, and the gate with them."""
         try:
             check_layer(layer, code_elsewhere=self._code_elsewhere)
-            plan_layer(layer, {})
+            plan_layer(layer)
         except ExpertMeshError as error:
             self._mistakes.add(node.where, str(error))
 

@@ -26,7 +26,7 @@ except ImportError as error:
     raise MissingExtra("the demo needs scikit-learn: pip install 'expertmesh[cluster,demo]'") from error
 
 HELD_OUT = 0.2
-WIDTH = 256
+WIDTH = 512
 VOCABULARY = 20_000
 TOKEN = r"(?u)[^\W\d_]{2,}"  # letters only: punctuation, digits and underscores part words
 
@@ -53,7 +53,7 @@ class Dataset:
     @property
     def width(self) -> int:
         """D."""
-        return self.train_x_TD.shape[1]
+        return int(self.train_x_TD.shape[1])
 
 
 def split(corpus: Corpus, *, seed: int = 0, rows_limit: int | None = None) -> Split:
@@ -115,7 +115,8 @@ def _encoder(rows: int, seed: int) -> Any:
 
 def _rows(values: Any) -> Tensor:
     rows_TD = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-    return rows_TD * rows_TD.shape[1] ** 0.5
+    scaled_TD: Tensor = rows_TD * rows_TD.shape[1] ** 0.5
+    return scaled_TD
 
 
 def _labels(corpus: Corpus, positions: Sequence[int]) -> Tensor:

@@ -51,9 +51,18 @@ class Health:
         elif known.state != "starting":
             self._replicas[name] = replace(known, state="restarting", holds=frozenset())
 
-    def replicas(self, draining: frozenset[str] = frozenset()) -> tuple[Replica, ...]:
-        """Every replica as it is known now; those that are to drain are not chosen any more."""
-        return tuple(
-            replace(known, state="draining") if known.id in draining and known.state == READY else known
-            for known in self._replicas.values()
-        )
+    def holds(self, name: str, incarnation: str, id: str, version: str) -> None:
+        """A replica has just said that it holds a version."""
+        known = self._replicas.get(name)
+        if known is not None and known.incarnation == incarnation:
+            self._replicas[name] = replace(known, holds=known.holds | {(id, version)})
+
+    def forgets(self, name: str, id: str, version: str) -> None:
+        """A replica is about to forget a version: it must not be chosen for it any more."""
+        known = self._replicas.get(name)
+        if known is not None:
+            self._replicas[name] = replace(known, holds=known.holds - {(id, version)})
+
+    def replicas(self) -> tuple[Replica, ...]:
+        """Every replica as it is known now."""
+        return tuple(self._replicas.values())

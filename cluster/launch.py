@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import FrameType, TracebackType
 from typing import Any
 
-from ..experts.errors import ConfigError, ExpertMeshError, NotFound, Unavailable
-from ..experts.identity import gate_digest, version_name
+from ..experts.errors import ExpertMeshError, NotFound, Unavailable
 from ..experts.spec import Expert
 from ..experts.version import version
-from ..router.epochs import Epoch
 from ..router.layer import Layer
-from ..router.replicas import READY, Replica
 from .auth import Role, create_token_file, token_digest
 from .backend import Backend, open_backend
 from .claim import Claim, claim
 from .config import load_config
-from .controller import Desired
+from .controller_ports import StateSettings
 from .gateway import GatewaySettings
+from .orders import Desired
 from .plan import PlannedReplica, plan_layer
 from .preflight import check_gpus, check_layer, check_port, free_port
-from .rolling import RollingReplacement, common_versions
-from .runfile import RunFile, token_path
+from .runfile import RunFile, state_path, token_path
 from .service import ServiceSettings
 from .settings import ClusterConfig
 
 Progress = Callable[[str], None]
 SUPERVISE_SECONDS = 0.5
 STOP_GRACE = 5.0
+BEHAVIOUR = ("factory", "args", "kwargs", "weights", "input", "output", "framework", "live")
+"""What of an expert says what it does; the rest says where and how often it runs."""
+
+log = logging.getLogger(__name__)
 
 
 class Cluster:
@@ -51,8 +53,8 @@ class Cluster:
         self._run_file: RunFile | None = None
         self._backend: Backend | None = None
         self._desired = Desired()
-        self._counters: dict[str, int] = {}
         self._layers: dict[str, Layer] = {}
+        self._replicas: dict[str, tuple[str, ...]] = {}
         self._change = threading.RLock()
         self._stopping = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="expertmesh-supervisor", daemon=True)
@@ -100,36 +102,45 @@ class Cluster:
         self.stop()
 
     def status(self) -> dict[str, Any]:
-        """The replicas as the controller knows them: {"name", "endpoint", "epoch", "replicas": {id: {...}}}."""
-        replicas = self._running().state()[1]
+        """What the controller knows: {"name", "endpoint", "epoch", "versions": {id: ...}, "replicas": {id: {...}}}."""
+        state = self._running().state()
         return {
             "name": self.config.name,
             "endpoint": self.endpoint,
-            "epoch": self._desired.epoch.number,
-            "replicas": {r.id: {"state": r.state, "pid": r.pid, "node": r.node, "device": r.device} for r in replicas},
+            "epoch": state.epoch,
+            "versions": dict(state.versions),
+            "replicas": {
+                replica.id: {"state": replica.state, "pid": replica.pid, "node": replica.node, "device": replica.device}
+                for replica in state.replicas
+            },
         }
 
     def replace(self, expert_id: str, expert: Expert, *, timeout: float = 120.0) -> str:
-        """Replace one expert under traffic, one replica after the other; returns its new version.
+        """Replace one expert by another declaration of it, under traffic; returns its new version.
 
-        Requests that began on the old version end on it. With one replica, the new one starts beside the old one.
-        Raises NotFound for an unknown expert, what starting raises (then the old version serves on), Unavailable when
-        requests on the old version do not end within `timeout` seconds.
+        The new one is staged and verified beside the old one in every replica, committed, and then flipped to;
+        requests that began on the old version end on it. Where and how often it runs stays as it was. Weights alone
+        are replaced by `Client.swap`.
+
+        Raises NotFound for an unknown expert, and what is wrong with the new one: then the old one serves on.
         """
         layer_name, _, name = expert_id.partition("/")
-        if layer_name not in self._layers or name not in self._layers[layer_name].everyone:
-            raise NotFound(f"there is no expert {expert_id!r}; known are {', '.join(sorted(self._counters))}")
         with self._change:
-            old = self._layers[layer_name]
-            before = old.everyone[name]
-            everyone = {**old.everyone, name: replace(expert, replicas=before.replicas, pack=before.pack)}
-            layer = check_layer(old.with_experts(everyone), code_elsewhere=self.config.runtime_env is not None)
-            counters = {**self._counters, expert_id: self._counters[expert_id] + 1}
-            plans = plan_layer(old, self._counters), plan_layer(layer, counters)
-            rolling = RollingReplacement(self._running(), self._publish, lambda: self._desired, timeout)
-            version = rolling.run(expert_id, layer, *plans)
-            self._layers[layer_name], self._counters = layer, counters
-            return version
+            if layer_name not in self._layers or name not in self._layers[layer_name].everyone:
+                known = [id for layer in self._layers.values() for id in layer.everyone_by_id]
+                raise NotFound(f"there is no expert {expert_id!r}; known are {', '.join(sorted(known)[:20])}")
+            old = self._layers
+            before = old[layer_name].everyone[name]
+            placed = replace(before, **{f.name: getattr(expert, f.name) for f in fields(Expert) if f.name in BEHAVIOUR})
+            wanted = old[layer_name].with_experts({**old[layer_name].everyone, name: placed})
+            elsewhere = self.config.runtime_env is not None
+            self._layers = {**old, layer_name: check_layer(wanted, code_elsewhere=elsewhere)}
+            try:
+                return self._declare(timeout)[expert_id]
+            except BaseException:
+                self._layers = old
+                self._declare(timeout)
+                raise
 
     def stop(self, grace: float = STOP_GRACE) -> None:
         """Refuse new requests, give those under way `grace` seconds, and end everything; idempotent."""
@@ -169,8 +180,7 @@ class Cluster:
         elsewhere = config.runtime_env is not None
         self._say("checking experts")
         self._layers = {layer.name: check_layer(layer, code_elsewhere=elsewhere) for layer in config.layers}
-        self._counters = {expert_id: 1 for layer in config.layers for expert_id in layer.everyone_by_id}
-        planned = [replica for layer in self._layers.values() for replica in plan_layer(layer, self._counters)]
+        planned = [replica for layer in self._layers.values() for replica in plan_layer(layer)]
         self._backend = backend = open_backend(config)
         self._say("starting Ray" if config.transport == "ray" else "starting in this process")
         backend.start(config.address)
@@ -179,10 +189,14 @@ class Cluster:
         deadline = time.monotonic() + config.start_timeout
         for replica in planned:
             backend.start_replica(replica)
-        ports = backend.start_front(settings, config.start_timeout)
+        folder = config.state_dir or state_path(config.name)
+        state = StateSettings(state_dir=str(folder), retain_epochs=config.retain_epochs)
+        ports = backend.start_front(settings, state, config.start_timeout)
         self._announce(*ports)
-        reports = self._wait_for(planned, deadline)
-        self._publish(epoch=self._first_epoch(reports), replicas={r.id: r.expert_ids for r in planned})
+        self._wait_for(planned, deadline)
+        self._say("loading and verifying experts")
+        self._replicas = {replica.id: replica.expert_ids for replica in planned}
+        self._declare(max(1.0, deadline - time.monotonic()))
         self._supervisor.start()
         self._say(f"serving on {self.endpoint}")
 
@@ -223,41 +237,34 @@ class Cluster:
         )
         self._run_file.write()
 
-    def _wait_for(self, planned: Iterable[PlannedReplica], deadline: float) -> list[Replica]:
-        planned = list(planned)
-        reports = []
+    def _wait_for(self, planned: list[PlannedReplica], deadline: float) -> None:
         for number, replica in enumerate(planned, start=1):
             report = self._running().wait_replica(replica.id, deadline)
-            if report.state != READY:
-                raise ConfigError(f"replica {replica.id} could not load its experts: {report.problem}")
-            reports.append(report)
-            self._say(f"replica {number}/{len(planned)} ready: {replica.id} on {report.node}, {report.device}")
-        return reports
+            self._say(f"replica {number}/{len(planned)} runs: {replica.id} on {report.node}, {report.device}")
 
-    def _first_epoch(self, reports: Iterable[Replica]) -> Epoch:
-        versions = common_versions(reports)
-        for layer in self._layers.values():
-            gate = layer.gate
-            digest = gate_digest(gate.name, gate, gate.state_dict())
-            versions[layer.gate_id] = version_name(1, digest)
-        layers = {name: layer.without_live_objects() for name, layer in self._layers.items()}
-        return Epoch(1, versions, layers)
-
-    def _publish(self, **changes: Any) -> None:
-        with self._change:
-            changes.setdefault("handles", self._running().handles())
-            self._desired = replace(self._desired, revision=self._desired.revision + 1, **changes)
-            self._running().apply(self._desired)
+    def _declare(self, timeout: float) -> dict[str, str]:
+        """Tell the controller what is declared now; returns the versions that then serve."""
+        backend = self._running()
+        self._desired = Desired(
+            revision=self._desired.revision + 1,
+            layers=self._layers,
+            replicas=self._replicas,
+            handles=backend.handles(),
+        )
+        return backend.declare(self._desired, timeout)
 
     def _supervise(self) -> None:
         """Bring a controller that Ray restarted up to date; it in turn does so for the router."""
         while not self._stopping.wait(SUPERVISE_SECONDS):
+            if not self._change.acquire(blocking=False):
+                continue  # a change is under way, and tells the controller itself
             try:
-                revision = self._running().state()[0]
-                if revision < self._desired.revision:
-                    self._running().apply(self._desired)
-            except ExpertMeshError:
-                continue  # it is restarting: next time
+                if self._running().state().revision < self._desired.revision:
+                    self._running().declare(self._desired, self.config.start_timeout)
+            except ExpertMeshError as error:
+                log.warning("the controller is not up to date: %s", error)
+            finally:
+                self._change.release()
 
     def _running(self) -> Backend:
         if self._backend is None:

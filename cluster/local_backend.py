@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import os
 import threading
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from ..experts.errors import Unavailable
 from ..experts.host import ExpertHost
+from ..experts.stage import Receipt
 from ..router.replicas import READY, Replica
 from ..router.transport import LocalTransport
-from .controller import Controller, Desired, RouterReport
+from .controller import Controller, open_controller, proposal_of
+from .controller_ports import ControllerState, StateSettings
 from .logs import configure_logs
+from .orders import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
 from .plan import PlannedReplica
 from .service import RouterService, ServiceSettings
 
@@ -45,49 +48,43 @@ class LocalBackend:
         """No GPU is pinned in a single process."""
         return 0.0
 
-    def start_front(self, settings: ServiceSettings, timeout: float) -> tuple[int, int | None]:
+    def start_front(self, settings: ServiceSettings, state: StateSettings, timeout: float) -> tuple[int, int | None]:
         """Start router and controller; returns the ports of the gateway and of the metrics page."""
-        return self._await(self._start_front(settings))
+        return self._await(self._start_front(settings, state))
 
-    async def _start_front(self, settings: ServiceSettings) -> tuple[int, int | None]:
-        self._service = RouterService(settings, self._transport)
+    async def _start_front(self, settings: ServiceSettings, state: StateSettings) -> tuple[int, int | None]:
+        router = _RouterPort()
+        self._controller = open_controller(state, router, _ReplicaPort(self._hosts))
+        self._service = router.service = RouterService(settings, self._transport, _ControlPort(self._controller))
         ports = await self._service.start()
-        self._controller = Controller(_Port(self._service), _Probes(self._hosts))
         self._turns = asyncio.ensure_future(self._controller.run())
         return ports
 
     def start_replica(self, planned: PlannedReplica) -> None:
-        """Load the experts of a replica in a host of its own. Raises what loading raises."""
-        host = ExpertHost()
-        for expert_id, (expert, counter) in planned.experts.items():
-            host.load(expert_id, copy.deepcopy(expert), counter)  # each replica has its own, as over a process border
-        self._hosts[planned.id] = host
+        """Make a host of its own for a replica."""
+        host = self._hosts[planned.id] = ExpertHost()
         self._transport.add(planned.id, host)
 
     def wait_replica(self, replica_id: str, deadline: float) -> Replica:
         """The report of a replica."""
         return _report(replica_id, self._hosts[replica_id])
 
-    def stop_replica(self, replica_id: str) -> None:
-        """Forget a replica."""
-        self._hosts.pop(replica_id, None)
-        self._transport.remove(replica_id)
-
     def handles(self) -> dict[str, Any]:
         """No handles: the transport has the hosts."""
         return {}
 
-    def apply(self, desired: Desired) -> None:
-        """Tell the controller what is to be; returns when the router knows."""
-        if self._controller is not None:
-            self._await(self._controller.apply(desired))
+    def declare(self, desired: Desired, timeout: float) -> dict[str, str]:
+        """Have the controller bring everything to what is declared; returns the versions that then serve."""
+        return self._await(self._running().declare(desired, timeout), timeout + CALL_TIMEOUT)
 
-    def state(self) -> tuple[int, tuple[Replica, ...], RouterReport | None]:
-        """The controller's revision, the replicas as it knows them, and the router's last report."""
-        controller = self._controller
-        if controller is None:
-            return 0, (), None
-        return controller.desired.revision, controller.replicas(), controller.report
+    def state(self) -> ControllerState:
+        """What the controller knows."""
+        return self._running().state()
+
+    def _running(self) -> Controller:
+        if self._controller is None:
+            raise Unavailable("the controller is not running")
+        return self._controller
 
     def stop(self, grace: float) -> None:
         """Drain, close the port and end the thread; idempotent."""
@@ -105,40 +102,72 @@ class LocalBackend:
             self._turns.cancel()
         if self._service is not None:
             await self._service.stop(grace)
+        if self._controller is not None:
+            self._controller.close()
 
-    def _await(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(CALL_TIMEOUT)
-
-
-class _Port:
-    def __init__(self, service: RouterService) -> None:
-        self._service = service
-
-    async def apply(self, desired: Desired) -> None:
-        self._service.apply(desired)
-
-    async def sync(self, replicas: tuple[Replica, ...]) -> RouterReport:
-        return self._service.sync(replicas)
+    def _await(self, work: Coroutine[Any, Any, T], timeout: float = CALL_TIMEOUT) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout)
 
 
-class _Probes:
+class _RouterPort:
+    service: RouterService
+
+    async def declare(self, desired: Desired) -> None:
+        self.service.declare(desired)
+
+    async def sync(self, update: RouterUpdate) -> RouterReport:
+        return self.service.sync(update)
+
+    async def stage(self, candidate: Candidate) -> Receipt:
+        return await self.service.stage(candidate)
+
+    async def unload(self, id: str, version: str) -> None:
+        self.service.unload(id, version)
+
+
+class _ControlPort:
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+
+    async def swap(self, request: SwapRequest) -> SwapResult:
+        return await self._controller.swap(request)
+
+    async def progress(self, swap_id: str) -> dict[str, Any]:
+        return self._controller.progress(swap_id)
+
+    async def history(self, id: str) -> list[dict[str, Any]]:
+        return self._controller.history(id)
+
+    async def recall(self, epoch: int, ttl: float) -> None:
+        await self._controller.recall(epoch, ttl)
+
+
+class _ReplicaPort:
     def __init__(self, hosts: dict[str, ExpertHost]) -> None:
         self._hosts = hosts
 
     async def probe(self, replica_id: str, handle: Any) -> Replica:
+        return _report(replica_id, self._host(replica_id))
+
+    async def stage(self, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:
+        proposal = replace(proposal_of(candidate), weights=candidate.weights)
+        return await asyncio.to_thread(self._host(replica_id).stage, proposal, candidate.replaces, candidate.mode)
+
+    async def unload(self, replica_id: str, handle: Any, id: str, version: str) -> None:
+        self._host(replica_id).unload(id, version)
+
+    def _host(self, replica_id: str) -> ExpertHost:
         host = self._hosts.get(replica_id)
         if host is None:
             raise Unavailable(f"replica {replica_id} is not here")
-        return _report(replica_id, host)
+        return host
 
 
 def _report(replica_id: str, host: ExpertHost) -> Replica:
-    loaded = host.loaded()
     return Replica(
         id=replica_id,
-        experts=tuple(item.expert for item in loaded),
         incarnation=host.incarnation,
-        holds=frozenset((item.expert, item.version) for item in loaded),
+        holds=frozenset((item.expert, item.version) for item in host.loaded()),
         state=READY,
         node="local",
         pid=os.getpid(),

@@ -12,15 +12,15 @@ from ..router.layer import Layer
 
 @dataclass(frozen=True)
 class PlannedReplica:
-    """One actor to be: its id, and what it is to load, {expert id: (expert, version counter)}."""
+    """One actor to be: its id, and the experts that it is for, by id."""
 
     id: str
-    experts: Mapping[str, tuple[Expert, int]]
+    experts: Mapping[str, Expert]
 
     @property
     def placement(self) -> Expert:
         """The expert whose resources decide where the actor runs; all of a pack agree."""
-        return next(iter(self.experts.values()))[0]
+        return next(iter(self.experts.values()))
 
     @property
     def expert_ids(self) -> tuple[str, ...]:
@@ -28,22 +28,20 @@ class PlannedReplica:
         return tuple(self.experts)
 
 
-def plan_layer(layer: Layer, counters: Mapping[str, int]) -> tuple[PlannedReplica, ...]:
+def plan_layer(layer: Layer) -> tuple[PlannedReplica, ...]:
     """The replicas of a layer, called `layer/expert#0` or `layer/pack#0` and so on.
 
     Raises ConfigError where the experts of a pack ask for different resources.
     """
-    groups: dict[str, dict[str, tuple[Expert, int]]] = {}
+    groups: dict[str, dict[str, Expert]] = {}
     for name, expert in layer.everyone.items():
-        expert_id = f"{layer.name}/{name}"
-        group = f"{layer.name}/{expert.pack or name}"
         if expert.pack in layer.everyone:
             raise ConfigError(f"layer {layer.name}: pack {expert.pack!r} has the name of an expert; choose another")
-        groups.setdefault(group, {})[expert_id] = (expert, counters.get(expert_id, 1))
+        groups.setdefault(f"{layer.name}/{expert.pack or name}", {})[f"{layer.name}/{name}"] = expert
     planned = []
     for group, experts in groups.items():
-        first = next(iter(experts.values()))[0]
-        if any(expert.placement() != first.placement() for expert, _ in experts.values()):
+        first = next(iter(experts.values()))
+        if any(expert.placement() != first.placement() for expert in experts.values()):
             raise ConfigError(
                 f"{group}: experts of one pack share an actor, so their resources and replicas must agree"
             )

@@ -17,15 +17,18 @@ from ray._private.runtime_env.working_dir import upload_working_dir_if_needed
 
 from ..experts.errors import ConfigError, FailedPrecondition, Unavailable
 from ..router.replicas import Replica
-from .actors import ControllerActor, ExpertActor, LogSettings, RouterActor, fetched
-from .controller import Desired, RouterReport
+from .actors import ControllerActor, ExpertActor, LogSettings, RouterActor
+from .controller_ports import ControllerState, StateSettings
+from .orders import Desired
 from .plan import PlannedReplica
+from .ray_ports import fetched
 from .reaper import MARKER, end_marked_processes, start_reaper
 from .service import ServiceSettings
 
 log = logging.getLogger(__name__)
 MINIMUM_RAY = (2, 56)
 CALL_TIMEOUT = 10.0
+GROUPS = {"compute": 1, "stage": 1, "control": 2}
 ALWAYS_RESTART = {"max_restarts": -1, "max_task_retries": 0}
 
 
@@ -36,7 +39,6 @@ class RayBackend:
         self._logs = LogSettings(log_level, log_path)
         self._runtime_env = dict(runtime_env or {})
         self._replicas: dict[str, Any] = {}
-        self._arguments: dict[str, Any] = {}
         self._router: Any = None
         self._controller: Any = None
         self._started_ray = False
@@ -70,18 +72,18 @@ class RayBackend:
         """How many GPUs the Ray cluster has."""
         return float(ray.cluster_resources().get("GPU", 0.0))  # type: ignore[no-untyped-call]
 
-    def start_front(self, settings: ServiceSettings, timeout: float) -> tuple[int, int | None]:
-        """Start router and controller; returns the ports of the gateway and of the metrics page."""
-        options = {"num_cpus": 0, "max_concurrency": 1000, **ALWAYS_RESTART}
-        self._router = ray.remote(RouterActor).options(**self._here(), **options).remote(settings, self._logs)
-        self._controller = ray.remote(ControllerActor).options(**options).remote(self._logs)
+    def start_front(self, settings: ServiceSettings, state: StateSettings, timeout: float) -> tuple[int, int | None]:
+        """Start router and controller on this node; returns the ports of the gateway and of the metrics page."""
+        options = {"num_cpus": 0, "max_concurrency": 1000, **self._here(), **ALWAYS_RESTART}
+        self._router = ray.remote(RouterActor).options(**options).remote(settings, self._logs)
+        self._controller = ray.remote(ControllerActor).options(**options).remote(state, self._logs)
         ports: tuple[int, int | None] = fetched(self._router.start.remote(), timeout)
         return ports
 
     def start_replica(self, planned: PlannedReplica) -> None:
         """Start the actor of a replica; does not wait for it."""
         expert = planned.placement
-        actor = ray.remote(concurrency_groups={"compute": 1, "control": 2})(ExpertActor)  # type: ignore[call-overload]
+        actor = ray.remote(concurrency_groups=GROUPS)(ExpertActor)  # type: ignore[call-overload]
         options: dict[str, Any] = {
             "num_cpus": expert.num_cpus or 0,
             "num_gpus": expert.num_gpus,
@@ -92,39 +94,32 @@ class RayBackend:
         environment = {**self._runtime_env, **(expert.runtime_env or {})}
         if environment:
             options["runtime_env"] = uploaded(environment)
-        experts: Any = planned.experts
-        if any(each.ephemeral for each, _ in planned.experts.values()):
-            # Live objects may be large; Ray restarts the actor only if somebody still holds such an argument.
-            experts = self._arguments[planned.id] = ray.put(experts)
-        self._replicas[planned.id] = actor.options(**options).remote(planned.id, experts, self._logs)
+        device = "cuda" if expert.num_gpus else "cpu"
+        self._replicas[planned.id] = actor.options(**options).remote(planned.id, planned.expert_ids, device, self._logs)
 
     def wait_replica(self, replica_id: str, deadline: float) -> Replica:
-        """Wait until a replica has loaded its experts. Raises Unavailable at `deadline` (monotonic seconds)."""
+        """Wait until the actor of a replica runs. Raises Unavailable at `deadline` (monotonic seconds)."""
         timeout = max(0.1, deadline - time.monotonic())
         report: Replica = fetched(self._replicas[replica_id].report.remote(), timeout)
         return report
-
-    def stop_replica(self, replica_id: str) -> None:
-        """End the actor of a replica for good."""
-        handle = self._replicas.pop(replica_id, None)
-        self._arguments.pop(replica_id, None)
-        if handle is not None:
-            ray.kill(handle, no_restart=True)
 
     def handles(self) -> dict[str, Any]:
         """The actor of every replica, for the transport."""
         return dict(self._replicas)
 
-    def apply(self, desired: Desired) -> None:
-        """Tell the controller what is to be; returns when the router knows."""
-        fetched(self._controller.apply.remote(self._router, desired), CALL_TIMEOUT)
+    def declare(self, desired: Desired, timeout: float) -> dict[str, str]:
+        """Have the controller bring everything to what is declared; returns the versions that then serve.
 
-    def state(self) -> tuple[int, tuple[Replica, ...], RouterReport | None]:
-        """The controller's revision, the replicas as it knows them, and the router's last report."""
-        answer: tuple[int, tuple[Replica, ...], RouterReport | None] = fetched(
-            self._controller.state.remote(), CALL_TIMEOUT
-        )
-        return answer
+        Raises what the controller raises, and Unavailable where it does not answer in time.
+        """
+        call = self._controller.declare.remote(self._controller, self._router, desired, timeout)
+        versions: dict[str, str] = fetched(call, timeout + CALL_TIMEOUT)
+        return versions
+
+    def state(self) -> ControllerState:
+        """What the controller knows."""
+        state: ControllerState = fetched(self._controller.state.remote(), CALL_TIMEOUT)
+        return state
 
     def stop(self, grace: float) -> None:
         """Drain the router, end every actor, shut down a Ray that was started here, and clear its folder."""
@@ -134,7 +129,6 @@ class RayBackend:
             if actor is not None and ray.is_initialized():
                 _quietly(lambda actor=actor: ray.kill(actor, no_restart=True))  # type: ignore[misc]
         self._replicas.clear()
-        self._arguments.clear()
         self._router = self._controller = None
         if self._started_ray:
             _quietly(ray.shutdown)

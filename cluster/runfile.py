@@ -120,6 +120,13 @@ def lock_path(name: str) -> Path:
     return _in_run(name, "lock")
 
 
+def state_path(name: str) -> Path:
+    """Where a cluster of this name keeps its versions and epochs, unless its configuration says otherwise."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"cluster name {name!r} cannot be a folder")
+    return home() / "state" / name
+
+
 def list_all() -> list[RunFile]:
     """Every readable run file of this user, stale ones too, by name."""
     found = []

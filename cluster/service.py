@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import os
 import time
 import uuid
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
 
-from ..experts.errors import Unavailable
+from ..experts.errors import FailedPrecondition, Unavailable
+from ..experts.identity import gate_digest, version_name
+from ..experts.spec import ANY
+from ..experts.stage import Receipt
+from ..experts.weights import tensor_digest, tensors_of
+from ..router.epochs import Epoch
 from ..router.forward import Router
+from ..router.gates import Gate
 from ..router.layer import Layer
 from ..router.replicas import Replica
+from ..router.stage_gate import stage_gate
 from ..router.transport import Transport
 from .auth import Role, TokenTable
-from .controller import Desired, RouterReport
 from .gateway import Gateway, GatewaySettings
 from .metrics import MetricsServer
+from .orders import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,19 +43,38 @@ class ServiceSettings:
     max_rows_in_flight: int
 
 
+class ControlPort(Protocol):
+    """How the gateway reaches the controller."""
+
+    async def swap(self, request: SwapRequest) -> SwapResult:
+        """Carry out a swap."""
+
+    async def progress(self, swap_id: str) -> dict[str, Any]:
+        """How far a swap is."""
+
+    async def history(self, id: str) -> list[dict[str, Any]]:
+        """The versions of an id that are kept."""
+
+    async def recall(self, epoch: int, ttl: float) -> None:
+        """Load an epoch that is kept."""
+
+
 class RouterService:
     """Serves requests and takes what the controller says."""
 
-    def __init__(self, settings: ServiceSettings, transport: Transport) -> None:
+    def __init__(self, settings: ServiceSettings, transport: Transport, control: ControlPort) -> None:
         self.incarnation = uuid.uuid4().hex
         self.router = Router(transport, max_rows_in_flight=settings.max_rows_in_flight)
         self._settings = settings
+        self.control = control
         self._tokens = TokenTable()
         for digest, role, expires in settings.tokens:
             self._tokens.add_digest(digest, role, expires)
         self.gateway = Gateway(self.router, self._tokens, settings.gateway, self.status)
         self._metrics: MetricsServer | None = None
         self._revision = 0
+        self._layers: dict[str, Layer] = {}
+        self._gates: dict[tuple[str, str], Gate] = {}
         self._heard = 0.0
 
     async def start(self) -> tuple[int, int | None]:
@@ -67,24 +96,70 @@ class RouterService:
             self._metrics = None
         self.router.close()
 
-    def apply(self, desired: Desired) -> None:
-        """Adopt the epoch of a newer state of things."""
+    def declare(self, desired: Desired) -> None:
+        """Take newer declared layers."""
         if desired.revision > self._revision:
             self._revision = desired.revision
-            self.router.adopt(desired.epoch)
-            self.gateway.notify()
+            self._layers = {name: layer.without_live_objects() for name, layer in desired.layers.items()}
 
-    def sync(self, replicas: tuple[Replica, ...]) -> RouterReport:
-        """Take a report of all replicas."""
+    async def stage(self, candidate: Candidate) -> Receipt:
+        """Stage and verify a gate beside the one that serves. Raises what `stage_gate` raises."""
+        receipt, gate = await asyncio.to_thread(self._staged, candidate)
+        self._gates[receipt.id, receipt.version] = gate
+        return receipt
+
+    def _staged(self, candidate: Candidate) -> tuple[Receipt, Gate]:
+        old = self._gates.get((candidate.id, candidate.replaces or ""))
+        gate, drift = staged_gate(candidate, old)
+        tensors = tensors_of(gate)
+        digest = gate_digest(gate.name, gate, tensors)
+        receipt = Receipt(
+            id=candidate.id,
+            version=version_name(candidate.counter, digest),
+            incarnation=self.incarnation,
+            digest=digest,
+            tensor_digest=tensor_digest(tensors),
+            drift=drift,
+            nbytes=sum(tensor.nbytes for tensor in tensors.values()),
+            seconds=0.0,
+            input=ANY,
+            output=ANY,
+        )
+        return receipt, gate
+
+    def unload(self, id: str, version: str) -> None:
+        """Forget a gate; the epochs that are known here keep theirs."""
+        self._gates.pop((id, version), None)
+
+    def sync(self, update: RouterUpdate) -> RouterReport:
+        """Take a report of all replicas, and adopt the current epoch once its gates are here."""
         self._heard = time.monotonic()
-        self.router.update_view(replicas)
+        self.router.update_view(update.replicas)
+        known = {epoch.number for epoch in self.router.epochs.known()}
+        built = {n: self._epoch(n, versions) for n, versions in update.epochs.items() if n not in known}
+        current = built.get(update.current)
+        if current is not None and self.router.adopt(current):
+            self.gateway.notify()
+        older = [epoch for n, epoch in built.items() if epoch is not None and n != update.current]
+        kept = [epoch for epoch in self.router.epochs.known() if epoch.number in update.epochs]
+        self.router.epochs.keep([*older, *kept])
         return RouterReport(
             incarnation=self.incarnation,
             revision=self._revision,
             epoch=self.router.epochs.number,
             oldest_pinned=self.router.epochs.oldest_pinned(),
-            rows_in_flight=self.router.view.rows_in_flight(),
+            gates=frozenset(self._gates),
         )
+
+    def _epoch(self, number: int, versions: Mapping[str, str]) -> Epoch | None:
+        """An epoch with the gates that it names, or None while one of them is not here."""
+        layers = {}
+        for name, layer in self._layers.items():
+            gate = self._gates.get((layer.gate_id, versions.get(layer.gate_id, "")))
+            if gate is None or not layer.everyone_by_id.keys() <= versions.keys():
+                return None
+            layers[name] = replace(layer, gate=gate)
+        return Epoch(number, versions, layers) if layers else None
 
     async def status(self) -> dict[str, Any]:
         """Everything that is known here of the cluster, as plain JSON types."""
@@ -123,6 +198,19 @@ class RouterService:
             }
         gate = {"id": layer.gate_id, "kind": layer.gate.name, "version": versions[layer.gate_id]}
         return {"gate": gate, "combine": layer.combine, "on_missing": layer.on_missing, "experts": experts}
+
+
+def staged_gate(candidate: Candidate, old: Gate | None) -> tuple[Gate, float | None]:
+    """A candidate's gate as it would serve, and the drift of its scores where it only has other tensors than the old.
+
+    Raises what `stage_gate` raises.
+    """
+    if candidate.gate is None:
+        raise FailedPrecondition(f"{candidate.id} is an expert, and routers run gates")
+    tensors = tensors_of(candidate.gate)
+    if old is not None and tensors and repr(old) == repr(candidate.gate):
+        return stage_gate(old, tensors, candidate.policy, name=candidate.id)
+    return copy.deepcopy(candidate.gate).eval(), None
 
 
 def _plain(replica: Replica) -> dict[str, Any]:

@@ -42,6 +42,9 @@ class ClusterConfig:
     actors) or "local" (experts in the router's process). `address` joins a Ray cluster ("auto" or its address); by
     default one is started. `runtime_env` is Ray's, for all experts. Times are in seconds.
 
+    `state_dir` is where versions and epochs are kept, by default a folder of the cluster's name; `retain_epochs` is how
+    many epochs before the current one can still be asked for, and rolled back to.
+
     Raises ConfigError that lists every mistake.
     """
 
@@ -61,9 +64,11 @@ class ClusterConfig:
     default_timeout: float = 30.0
     start_timeout: float = 120.0
     log_level: str = "info"
+    state_dir: Path | None = None
+    retain_epochs: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("tls_cert", "tls_key"):
+        for name in ("tls_cert", "tls_key", "state_dir"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, Path(getattr(self, name)))
         for name in ("layers", "tokens"):
@@ -171,5 +176,7 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "max_rows_in_flight": (_whole(1, 1 << 40), "a whole number of at least 1"),
     "default_timeout": (_seconds, "a number of seconds above 0, at most 86400"),
     "start_timeout": (_seconds, "a number of seconds above 0, at most 86400"),
+    "state_dir": (_optional(_is(Path)), "the path of a folder"),
+    "retain_epochs": (_whole(0, 1000), "a whole number from 0 to 1000"),
     "log_level": (lambda value: value in LOG_LEVELS, f"one of {', '.join(LOG_LEVELS)}"),
 }

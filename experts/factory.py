@@ -56,6 +56,11 @@ class RowFunction:
             rows = rows.float()
         return self.function(rows.cpu().numpy())
 
+    def on(self, device: torch.device) -> RowFunction:
+        """The same expert on another device; its module is moved there."""
+        function = self.function.to(device) if isinstance(self.function, nn.Module) else self.function
+        return RowFunction(function, self.expert, device)
+
     def state(self) -> dict[str, Tensor]:
         """The tensors of the expert by name; empty for a plain function."""
         return tensors_of(self.module) if self.module is not None else {}

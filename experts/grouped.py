@@ -31,7 +31,11 @@ class Stack:
 
     def each(self, rows_N: Tensor, offsets: Sequence[int]) -> Tensor:
         """Rows [N, I] of all experts to [N, O], one expert after the other."""
-        parts = [self.one(rows_N[start:stop], expert) for expert, start, stop in _spans(offsets)]
+        parts = [
+            self.one(rows_N[start : offsets[expert + 1]], expert)
+            for expert, start in enumerate(offsets[:-1])
+            if start < offsets[expert + 1]
+        ]
         return torch.cat(parts) if parts else rows_N.new_empty((0, self.weight.shape[2 if self.transposed else 1]))
 
     def grouped(self, rows_N: Tensor, offsets: Sequence[int]) -> Tensor:
@@ -56,10 +60,7 @@ def two_layers(
     """
     if x_N.device.type == "cpu" and x_N.shape[0] > FEW_ROWS * (len(offsets) - 1):
         return torch.cat(
-            [
-                second.one(hidden(first.one(x_N[start:stop], expert)), expert)
-                for expert, start, stop in _spans(offsets, CHUNK_ROWS)
-            ]
+            [second.one(hidden(first.one(x_N[start:stop], expert)), expert) for expert, start, stop in _chunks(offsets)]
         )
     if _grouped_wins(x_N, first.weight, second.weight):
         return second.grouped(hidden(first.grouped(x_N, offsets)), offsets)
@@ -81,9 +82,8 @@ def _aligned(tensor: Tensor) -> bool:
     return tensor.shape[-1] * tensor.element_size() % 16 == 0 == tensor.data_ptr() % 16 and tensor.is_contiguous()
 
 
-def _spans(offsets: Sequence[int], longest: int | None = None) -> Iterator[tuple[int, int, int]]:
-    """(expert, start, stop) for the rows of each expert that has some, at most `longest` rows at a time."""
+def _chunks(offsets: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(expert, start, stop) of at most `CHUNK_ROWS` rows."""
     for expert, begin in enumerate(offsets[:-1]):
-        end = offsets[expert + 1]
-        for start in range(begin, end, longest or max(end - begin, 1)):
-            yield expert, start, end if longest is None else min(start + longest, end)
+        for start in range(begin, offsets[expert + 1], CHUNK_ROWS):
+            yield expert, start, min(start + CHUNK_ROWS, offsets[expert + 1])

@@ -16,6 +16,7 @@ from .identity import expert_digest, version_name
 from .probe import complete
 from .protocol import ExpertCall, ExpertReply, Part, PartFailure
 from .spec import Expert, TensorSpec
+from .stage import Proposal, Receipt, stage
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class ExpertHost:
         self.incarnation = uuid.uuid4().hex
         self._slots: dict[tuple[str, str], RowFunction] = {}
         self._loaded: dict[tuple[str, str], Loaded] = {}
+        self._receipts: dict[tuple[str, str], Receipt] = {}
         self._lock = threading.Lock()
 
     def load(self, expert_id: str, expert: Expert, counter: int) -> Loaded:
@@ -61,12 +63,44 @@ class ExpertHost:
             self._loaded[expert_id, version] = loaded
         return loaded
 
+    def stage(self, proposal: Proposal, replaces: str | None = None, mode: str = "double") -> Receipt:
+        """Build and verify a version beside those that serve, compared with the one that it replaces if that is here.
+
+        In mode "double" both are on the device; with "staged_cpu" the new one waits in main memory, and the first rows
+        for it bring it to the device and send the other versions of the expert off it. A version that is here already is not built again. Raises what `stage.stage` raises; then nothing has changed.
+        """
+        if proposal.version is not None and (proposal.id, proposal.version) in self._receipts:
+            return self._receipts[proposal.id, proposal.version]
+        old = self._slots.get((proposal.id, replaces)) if replaces is not None else None
+        place = "cpu" if mode == "staged_cpu" else self.device
+        function, receipt = stage(proposal, old, incarnation=self.incarnation, device=place)
+        key = (receipt.id, receipt.version)
+        with self._lock:
+            self._slots[key] = function
+            self._loaded[key] = Loaded(*key, receipt.input, receipt.output, receipt.nbytes)
+            self._receipts[key] = receipt
+        return receipt
+
+    def _resident(self, expert_id: str, version: str) -> RowFunction | None:
+        """The function of a slot, on the device; one that was staged in main memory takes the place of its siblings."""
+        function = self._slots.get((expert_id, version))
+        device = torch.device(self.device)
+        if function is None or function.device.type == device.type:
+            return function
+        with self._lock:
+            for key, other in list(self._slots.items()):
+                if key[0] == expert_id and other.device.type == device.type:
+                    self._slots[key] = other.on(torch.device("cpu"))
+            self._slots[expert_id, version] = moved = function.on(device)
+        return moved
+
     def unload(self, expert_id: str, version: str) -> None:
         """Empty the slot of one version. Raises NotFound when there is none."""
         with self._lock:
             if self._slots.pop((expert_id, version), None) is None:
                 raise NotFound(f"{expert_id} {version} is not loaded here")
             self._loaded.pop((expert_id, version))
+            self._receipts.pop((expert_id, version), None)
 
     def loaded(self) -> tuple[Loaded, ...]:
         """Every version that this host holds."""
@@ -81,7 +115,7 @@ class ExpertHost:
         return ExpertReply(self.incarnation, tuple(self._part(part, rows, index) for part in call.parts))
 
     def _part(self, part: Part, rows: Tensor, index: Tensor) -> Tensor | PartFailure:
-        function = self._slots.get((part.expert, part.version))
+        function = self._resident(part.expert, part.version)
         if function is None:
             return PartFailure("VersionGone", f"{part.expert} {part.version} is not loaded in this replica")
         try:

@@ -28,20 +28,28 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class FeedForward(nn.Module):
-    """down(activation(up(x))): rows [R, D] to rows [R, D], with hidden width F.
+    """down(activation(up(x))): rows [R, D] to rows [R, O], with hidden width F; O is D unless `out_features` says more.
 
-    State: `up_proj.weight` [F, D], `down_proj.weight` [D, F], and biases where `bias`.
+    State: `up_proj.weight` [F, D], `down_proj.weight` [O, F], and biases where `bias`.
     """
 
-    def __init__(self, in_features: int, hidden_features: int, *, activation: str = "gelu", bias: bool = True) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        *,
+        out_features: int | None = None,
+        activation: str = "gelu",
+        bias: bool = True,
+    ) -> None:
         super().__init__()
         self.activation = activation_of(activation)
         self.up_proj = nn.Linear(in_features, hidden_features, bias=bias)
-        self.down_proj = nn.Linear(hidden_features, in_features, bias=bias)
+        self.down_proj = nn.Linear(hidden_features, out_features or in_features, bias=bias)
 
     def forward(self, x_RD: Tensor) -> Tensor:
-        down_RD: Tensor = self.down_proj(self.activation(self.up_proj(x_RD)))
-        return down_RD
+        down_RO: Tensor = self.down_proj(self.activation(self.up_proj(x_RD)))
+        return down_RO
 
 
 class GatedFeedForward(nn.Module):

@@ -13,13 +13,7 @@ from .factory import RowFunction, build
 from .spec import FLOATING, Expert, TensorSpec
 from .tensors import dtype_name, torch_dtype
 from .weights import check_fit, describe_tensors
-
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
-}  # fmt: skip
+from .weights_header import DTYPES
 
 
 def complete(function: RowFunction, name: str) -> tuple[TensorSpec, TensorSpec]:
@@ -94,11 +88,9 @@ def _needs_data(error: BaseException | None) -> bool:
 
 def _check_weights(expert: Expert, module: nn.Module, name: str) -> None:
     path = expert.weights or ""
-    given = {
-        key: (shape, _SAFETENSORS_DTYPES.get(dtype, dtype)) for key, (shape, dtype) in describe_tensors(path).items()
-    }
+    given = {key: (shape, DTYPES.get(dtype, dtype)) for key, (shape, dtype) in describe_tensors(path).items()}
     wanted = {key: (tuple(value.shape), value.dtype) for key, value in module.state_dict().items()}
-    check_fit(given, wanted, f"{name}: weights {str(path)!r}")  # type: ignore[arg-type]
+    check_fit(given, wanted, f"{name}: weights {str(path)!r}")
 
 
 def _input_spec(function: RowFunction) -> TensorSpec:

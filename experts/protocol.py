@@ -19,7 +19,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class CallOptions:
-    """What a client asks of one layer, beside its tensors `x`, `gate_input`, `top_k_index`, `top_k_weights`."""
+    """What a client asks of one layer, beside its tensors `x`, `gate_input`, `top_k_index`, `top_k_weights`.
+
+    `epoch` asks for exactly that epoch, `pin` is the id of a lease on one. `min_epoch` is the highest epoch of `cluster`
+    that the client has seen: it means nothing to another cluster.
+    """
 
     layer: str
     request_id: str | None = None
@@ -29,6 +33,10 @@ class CallOptions:
     on_missing: str | None = None
     max_lost_mass: float | None = None
     return_routing: bool = False
+    epoch: int | None = None
+    min_epoch: int = 0
+    cluster: str = ""
+    pin: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +44,7 @@ class CallSummary:
     """What a client is told, beside the tensors `output`, `lost_mass` and on demand `indices` and `weights`.
 
     `versions` names every expert that took part, and the gate: {"news/e0": "v1-3fa1c2d40b9e", "news/gate": ...}.
+    `cluster` is the id of the cluster that numbers the epochs.
     """
 
     request_id: str
@@ -45,6 +54,7 @@ class CallSummary:
     missing: list[str] = field(default_factory=list)
     max_lost_mass: float = 0.0
     dropped: int = 0
+    cluster: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,8 @@ def _type_name(hint: Any) -> str:
 
 
 def _fits(value: object, hint: Any) -> bool:
+    if hint is Any:
+        return True
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, option) for option in get_args(hint))

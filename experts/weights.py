@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,12 +21,16 @@ def save_tensors(
 ) -> None:
     """Write tensors, with text metadata, as one safetensors file; a reader never sees half a file."""
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(contiguous, str(temporary), dict(metadata) if metadata else None)
-    with temporary.open("rb") as written:
-        os.fsync(written.fileno())
-    temporary.replace(target)
+    try:
+        save_file(contiguous, str(temporary), dict(metadata) if metadata else None)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -75,11 +79,12 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> 
 
 
 def check_fit(
-    given: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-    wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    given: Mapping[str, tuple[tuple[int, ...], object]],
+    wanted: Mapping[str, tuple[tuple[int, ...], object]],
     source: str,
+    owner: str = "expert",
 ) -> None:
-    """Compare described tensors with those that a module has.
+    """Compare shapes and dtypes of tensors with those that a module, the `owner`, has.
 
     Raises SpecMismatch that names the first three differences.
     """
@@ -88,10 +93,10 @@ def check_fit(
     for name in wanted.keys() & given.keys():
         if given[name] != wanted[name]:
             (shape, dtype), (want_shape, want_dtype) = given[name], wanted[name]
-            problems.append(f"{name!r} is {list(shape)} {dtype}, the expert has {list(want_shape)} {want_dtype}")
+            problems.append(f"{name!r} is {list(shape)} {dtype}, the {owner} has {list(want_shape)} {want_dtype}")
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise SpecMismatch(f"{source} does not fit the expert: {'; '.join(sorted(problems)[:3])}{more}")
+        raise SpecMismatch(f"{source} does not fit the {owner}: {'; '.join(sorted(problems)[:3])}{more}")
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

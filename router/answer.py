@@ -174,6 +174,7 @@ class Answer:
             missing=missing,
             max_lost_mass=float(combined.lost_mass_T.max()) if handle.num_rows else 0.0,
             dropped=0 if combined.dropped_T is None else int(combined.dropped_T.sum()),
+            cluster=self.batch.epoch.cluster,
         )
         if not self.request.options.return_routing:
             return ForwardReply(summary, combined.output, combined.lost_mass_T)

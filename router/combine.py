@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..experts.errors import InvalidRequest, SpecMismatch, Unavailable
 from .dispatch import Dispatch
 from .missing import OnMissing, lost_mass, lost_pairs, refuse, renormalized
+from .summation import ordered_sum
 from .vote import labels_of, majority
 
 METHODS = ("weighted_sum", "mean", "vote", "residual")
@@ -85,7 +86,8 @@ def combine(
 
     if answered_N is None and method != "vote":
         # NaN and infinity survive every sum: a finite result proves that all answers were finite.
-        output = finish(ordered_sum(handle, outputs_N, _term_weights(handle, weights_TK, method)))
+        term_TK = _term_weights(handle, weights_TK, method)
+        output = finish(ordered_sum(handle, outputs_N, term_TK, out_dtype=finish.out_dtype if finish.plain else None))
         if _finite(output):
             return Combined(
                 output, weights_TK.new_zeros(handle.num_rows, dtype=torch.float32), handle.dropped_T, dropped
@@ -110,27 +112,6 @@ def combine(
             f"not, or the sum overflows {output.dtype} (then ask for a wider out_dtype)"
         )
     return Combined(output, mass_T, handle.dropped_T, degraded or dropped)
-
-
-def ordered_sum(handle: Dispatch, outputs_N: Tensor, weights_TK: Tensor) -> Tensor:
-    """Σ over the slots of a row of weight · answer, [T, ...], one slot after the other in ascending expert order.
-
-    Accumulates in float32 (float64 for float64 answers). Empty slots add nothing. One pass: each answer is read once
-    and each sum written once.
-    """
-    rows_N = outputs_N.flatten(1) if outputs_N.dim() > 1 else outputs_N[:, None]
-    rows_N = rows_N.to(torch.float64 if outputs_N.dtype == torch.float64 else torch.float32)
-    shape = (handle.num_rows, *outputs_N.shape[1:])
-    slots, starts = handle.slots_TK, None
-    if not handle.full:
-        held_TK = slots >= 0
-        ends_T = held_TK.sum(dim=1).cumsum(0)
-        slots, weights_TK = slots[held_TK], weights_TK[held_TK]
-        starts = F.pad(ends_T, (1, -1))
-    if slots.numel() == 0:
-        return rows_N.new_zeros(shape)
-    sums = F.embedding_bag(slots, rows_N, starts, mode="sum", per_sample_weights=weights_TK.to(rows_N.dtype))
-    return sums.view(shape)
 
 
 def _degraded_sum(
@@ -176,6 +157,12 @@ class _Finish:
     x_T: Tensor | None
     shared_T: Tensor | None
     out_dtype: torch.dtype
+
+    @property
+    def plain(self) -> bool:
+        """Whether only the dtype is left to be done."""
+        passes = self.on_dropped == "residual" and not self.handle.full
+        return self.shared_T is None and self.method != "residual" and not passes
 
     def __call__(self, total: Tensor) -> Tensor:
         if self.method == "residual":

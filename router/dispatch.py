@@ -58,8 +58,8 @@ class Dispatch:
     def experts(self) -> tuple[int, ...]:
         """The distinct experts that the rows of this handle (whole batch or slice) need, ascending."""
         slots = self.slots_TK[self.slots_TK >= 0]
-        starts = torch.tensor(self.offsets[1:], device=slots.device)
-        return tuple(sorted(set(torch.searchsorted(starts, slots, right=True).tolist())))
+        experts = torch.searchsorted(torch.tensor(self.offsets[1:], device=slots.device), slots, right=True)
+        return tuple(torch.bincount(experts).nonzero().flatten().tolist())
 
     def expert_of(self, slot: int) -> int:
         """The expert of the pair at position `slot`."""

@@ -6,6 +6,7 @@ Shapes: T rows of the request, E experts, K choices a row, N pairs of the batch 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -30,6 +31,8 @@ from .gates import Routing
 from .gating import Gating
 from .layer import Layer
 from .options import gate_request
+from .pinning import Pinning, refuse_restart
+from .pins import Pins
 from .replicas import Replica, View
 from .telemetry import Telemetry
 from .transport import Transport
@@ -42,6 +45,8 @@ class Router:
 
     def __init__(self, transport: Transport, *, max_rows_in_flight: int = 65_536) -> None:
         self.epochs = Epochs()
+        self.pins = Pins(self.epochs, time.monotonic)
+        self.pinning = Pinning(self.epochs, self.pins)
         self.view = View()
         self.telemetry = Telemetry()
         self.admission = Admission(max_rows_in_flight)
@@ -51,7 +56,10 @@ class Router:
 
     def adopt(self, epoch: Epoch) -> bool:
         """Make an epoch the current one; requests under way keep theirs."""
-        return self.epochs.adopt(epoch)
+        newer = self.epochs.adopt(epoch)
+        if newer:
+            self.pinning.adopted()
+        return newer
 
     def update_view(self, replicas: Sequence[Replica]) -> None:
         """Take a full report of the replicas."""
@@ -65,8 +73,8 @@ class Router:
     async def forward(self, request: ForwardRequest) -> ForwardReply:
         """Answer one request.
 
-        Raises NotFound, InvalidRequest, SpecMismatch, Overloaded, TooLarge, Unavailable, ExpertFailed or, when
-        `timeout` has passed, DeadlineExceeded.
+        Raises NotFound, InvalidRequest, SpecMismatch, Overloaded, TooLarge, Unavailable, ExpertFailed, for an epoch
+        that the caller has fixed FailedPrecondition or, when `timeout` has passed, DeadlineExceeded.
         """
         loop = asyncio.get_running_loop()
         started = loop.time()
@@ -94,13 +102,17 @@ class Router:
         return _layer(self.epochs.current, name)
 
     async def _on_some_epoch(self, request: ForwardRequest) -> ForwardReply:
+        options = request.options
+        fixed = options.epoch is not None or options.pin is not None
         for attempt in range(1, EPOCH_ATTEMPTS + 1):
-            epoch = self.epochs.pin()
+            epoch = await self.pinning.pin(options, request.timeout)
             try:
                 return await self._on_epoch(request, epoch)
-            except VersionGone:  # replaced everywhere in the meantime: once more from the gate, on the current epoch
+            except VersionGone as error:  # unloaded in the meantime
                 if attempt == EPOCH_ATTEMPTS:
-                    raise
+                    raise refuse_restart(options, error) if fixed else error from None
+                if fixed:  # no other epoch will do; otherwise once more from the gate, on the current one
+                    await self.pinning.fetch(epoch.number)
             finally:
                 self.epochs.unpin(epoch)
         raise Unavailable("unreachable")

@@ -117,3 +117,16 @@ def halves(rows: np.ndarray) -> np.ndarray:
 def labels(rows: Tensor) -> Tensor:
     """A classifier: the label of each row, int64 [n]."""
     return (rows.sum(dim=tuple(range(1, rows.ndim))) > 0).long()
+
+
+class FailsToStart(nn.Module):
+    """Looks right in every check, which allocates nothing, and fails where it is really built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(3))
+        if self.bias.device.type != "meta":
+            raise OSError("the disk is gone")
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows + self.bias

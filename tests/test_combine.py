@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from expertmesh.experts.errors import InvalidRequest, SpecMismatch, Unavailable
-from expertmesh.router.combine import METHODS, combine, ordered_sum
+from expertmesh.router import summation
+from expertmesh.router.combine import METHODS, combine
 from expertmesh.router.dispatch import Dispatch, dispatch
 from expertmesh.router.gates import Routing
 from expertmesh.router.missing import OnMissing, lost_pairs
+from expertmesh.router.summation import ordered_sum
 
 EXPERTS, WIDTH = 5, 3
 MANY = settings(max_examples=60, deadline=None)
@@ -230,6 +232,18 @@ def test_any_trailing_shape_and_float_dtype(shape: tuple[int, ...], dtype: torch
         output.double(), wanted.to(dtype).double(), rtol=1e-2 if dtype.itemsize == 2 else 1e-6, atol=1e-6
     )
     assert combine(handle, answers, out_dtype=torch.float32).output.dtype == torch.float32
+
+
+@pytest.mark.parametrize("holes", [False, True])
+@torch.no_grad()
+def test_narrow_answers_are_summed_in_blocks_to_the_same_bits(holes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle, answers, x = sample(40, 3, 5, holes)
+    narrow = answers.bfloat16()
+    whole = [combine(handle, narrow).output, combine(handle, narrow, shared_T=x).output]
+    monkeypatch.setattr(summation, "BLOCK_ROWS", 7)
+    assert torch.equal(combine(handle, narrow).output, whole[0])
+    assert torch.equal(combine(handle, narrow, shared_T=x).output, whole[1])
+    assert torch.equal(combine(handle, narrow, out_dtype=torch.float32).output, combine(handle, narrow.float()).output)
 
 
 def test_integers_are_summed_as_floats_and_narrow_results_may_not_overflow() -> None:

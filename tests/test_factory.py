@@ -67,7 +67,7 @@ def test_a_wrong_factory_says_what_is_wrong(factory: str, message: str) -> None:
 
 
 def test_wrong_arguments_are_the_operators_mistake() -> None:
-    with pytest.raises(ConfigError, match="could not be called with its args: .*'depth'"):
+    with pytest.raises(ConfigError, match=r"could not be called with its args: .*'depth'"):
         build(Expert("samples:Affine", kwargs={"depth": 3}))
     with pytest.raises(ConfigError, match="no stable text"):
         build(Expert("samples:Affine", args=(object(),)))

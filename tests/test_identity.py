@@ -92,7 +92,7 @@ def test_gates_differ_by_kind_arguments_and_weights(other: Gate) -> None:
     moved = copy.deepcopy(gate)
     with torch.no_grad():
         moved.weight[0, 0] += 1
-    digests = {gate_digest(g.name, g.config(), g, g.state_dict()) for g in (gate, other, moved)}
+    digests = {gate_digest(g.name, g, g.state_dict()) for g in (gate, other, moved)}
     assert len(digests) == 3
 
 

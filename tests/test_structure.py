@@ -16,7 +16,7 @@ FILES = sorted(path for package in LEVELS for path in (ROOT / package).rglob("*.
 ALL_FILES = [*FILES, *sorted(FACADE.glob("*.py"))]
 
 FENCES = {  # who alone may import what
-    "ray": ("cluster/actors.py", "cluster/ray_backend.py"),
+    "ray": ("cluster/actors.py", "cluster/ray_backend.py", "cluster/ray_ports.py"),
     "grpc": ("cluster/gateway.py", "cluster/client.py"),
     "msgpack": ("experts/wire.py",),
     "sqlite3": ("cluster/registry.py",),

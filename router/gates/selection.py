@@ -68,15 +68,19 @@ def top(scores_TE: Tensor, k: int, *, holes: bool = True) -> tuple[Tensor, Tenso
 
     Scores of -inf are never chosen: the index -1 (and the value -inf) stands in their place. `holes=False` says that
     there are none. The values are differentiable. `torch.topk` orders equal scores as it likes, so its answer is
-    taken only where each score is larger than the next, also across the border of the selection.
+    taken only for rows whose scores differ from one to the next, also across the border of the selection.
     """
     k = min(k, scores_TE.shape[1])
-    if scores_TE.numel() > SMALL and k < scores_TE.shape[1]:
-        values, indices = scores_TE.topk(k + 1, dim=1)
-        if (values[:, :-1] - values[:, 1:]).min().item() > 0:  # two of -inf give NaN, which is not above 0
-            return values[:, :k], indices[:, :k]
-    values, indices = scores_TE.sort(dim=1, descending=True, stable=True)
-    values_TK, indices_TK = values[:, :k], indices[:, :k]
+    if scores_TE.numel() <= SMALL or k == scores_TE.shape[1]:
+        values, indices = scores_TE.sort(dim=1, descending=True, stable=True)
+        values_TK, indices_TK = values[:, :k], indices[:, :k]
+    else:
+        values, indices = scores_TE.detach().topk(k + 1, dim=1)
+        tied_T = (values[:, :-1] == values[:, 1:]).any(dim=1)
+        if tied_T.any():
+            indices[tied_T] = scores_TE.detach()[tied_T].argsort(dim=1, descending=True, stable=True)[:, : k + 1]
+        indices_TK = indices[:, :k]
+        values_TK = scores_TE.gather(1, indices_TK)
     if holes:
         indices_TK = indices_TK.masked_fill(values_TK == -torch.inf, -1)
     return values_TK, indices_TK

@@ -1,0 +1,55 @@
+"""Fair timing on a noisy machine: interleaved blocks, medians, and a bootstrap interval of a ratio."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+BLOCK_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median of the ratio over blocks, and the bounds of its 95 % bootstrap interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], *, blocks: int = 9, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds per call of each function in each of `blocks` rounds A B C, A B C, ..., after one round to warm up.
+
+    A block repeats its function for about `BLOCK_SECONDS`. Where a round begins rotates, so that none is always first.
+    """
+    repeats = {name: max(1, round(BLOCK_SECONDS / _timed(function, 2, clock))) for name, function in functions.items()}
+    names = list(functions)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for block in range(blocks):
+        start = block % len(names)
+        for name in names[start:] + names[:start]:
+            times[name].append(_timed(functions[name], repeats[name], clock))
+    return times
+
+
+def ratio(ours: list[float], theirs: list[float], *, draws: int = 2000) -> Ratio:
+    """The ratio of two functions that were timed in the same blocks."""
+    ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
+    generator = random.Random(0)
+    medians = sorted(statistics.median(generator.choices(ratios, k=len(ratios))) for _ in range(draws))
+    return Ratio(statistics.median(ratios), medians[int(0.025 * draws)], medians[int(0.975 * draws)])
+
+
+def _timed(function: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
+    begin = clock()
+    for _ in range(repeats):
+        function()
+    return max(clock() - begin, 1e-9) / repeats

@@ -1,0 +1,173 @@
+"""How the actors reach each other through Ray's calls, and the one border at which Ray's errors become ours."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from torch import Tensor
+
+from ..experts.errors import ExpertMeshError, Unavailable
+from ..experts.protocol import ExpertCall, ExpertReply, PartFailure
+from ..experts.stage import Receipt
+from ..experts.tensors import byte_view, dtype_name, from_bytes
+from ..experts.weights import load_tensors
+from ..router.replicas import Replica
+from .controller import proposal_of
+from .orders import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
+
+Packed = tuple[np.ndarray[Any, Any], str, tuple[int, ...]]
+"""A tensor as Ray carries it without a copy: its bytes, its dtype's name, its shape."""
+
+
+class RayRouterPort:
+    """Reaches the router actor."""
+
+    handle: Any = None
+    controller: Any = None
+
+    async def declare(self, desired: Desired) -> None:
+        """Hand over the declared layers."""
+        layers = {name: layer.without_live_objects() for name, layer in desired.layers.items()}
+        await awaited(self.handle.declare.remote(self.controller, replace(desired, layers=layers)))
+
+    async def sync(self, update: RouterUpdate) -> RouterReport:
+        """Hand over what is known."""
+        report: RouterReport = await awaited(self.handle.sync.remote(update))
+        return report
+
+    async def stage(self, candidate: Candidate) -> Receipt:
+        """Have a gate staged."""
+        receipt: Receipt = await awaited(self.handle.stage.remote(candidate))
+        return receipt
+
+    async def unload(self, id: str, version: str) -> None:
+        """Have a gate forgotten."""
+        await awaited(self.handle.unload.remote(id, version))
+
+
+class RayReplicaPort:
+    """Reaches the replicas. Weights go through Ray's object store: once to each node, whatever its replicas."""
+
+    def __init__(self) -> None:
+        self._weights: tuple[Any, Any] = (None, None)
+
+    async def probe(self, replica_id: str, handle: Any) -> Replica:
+        """Ask for a report."""
+        report: Replica = await awaited(_there(replica_id, handle).report.remote())
+        return report
+
+    async def stage(self, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:
+        """Have an expert staged."""
+        weights = None if candidate.weights is None else await asyncio.to_thread(self._stored, candidate.weights)
+        call = _there(replica_id, handle).stage.remote(proposal_of(candidate), candidate.replaces, candidate.mode, weights)
+        receipt: Receipt = await awaited(call)
+        return receipt
+
+    async def unload(self, replica_id: str, handle: Any, id: str, version: str) -> None:
+        """Have a version forgotten."""
+        await awaited(_there(replica_id, handle).unload.remote(id, version))
+
+    def _stored(self, path: Path) -> Any:
+        """The tensors of a file in the object store; the last file is kept for the next replica."""
+        status = path.stat()
+        key = (path, status.st_ino, status.st_mtime_ns)
+        if self._weights[0] != key:
+            tensors = load_tensors(path)[0]
+            self._weights = (key, ray.put({name: pack(tensor) for name, tensor in tensors.items()}))
+        return self._weights[1]
+
+
+class RayControlPort:
+    """Reaches the controller, for the gateway."""
+
+    handle: Any = None
+
+    async def swap(self, request: SwapRequest) -> SwapResult:
+        """Carry out a swap."""
+        result: SwapResult = await awaited(self._there().swap.remote(request))
+        return result
+
+    async def progress(self, swap_id: str) -> dict[str, Any]:
+        """How far a swap is."""
+        answer: dict[str, Any] = await awaited(self._there().progress.remote(swap_id))
+        return answer
+
+    async def history(self, id: str) -> list[dict[str, Any]]:
+        """The versions of an id that are kept."""
+        answer: list[dict[str, Any]] = await awaited(self._there().history.remote(id))
+        return answer
+
+    async def recall(self, epoch: int, ttl: float) -> None:
+        """Load an epoch that is kept."""
+        await awaited(self._there().recall.remote(epoch, ttl))
+
+    def _there(self) -> Any:
+        if self.handle is None:
+            raise Unavailable("the controller is not there yet; retry in a moment")
+        return self.handle
+
+
+class RayTransport:
+    """Carries messages through Ray's actor calls: portable, and the baseline of the direct channel."""
+
+    def __init__(self) -> None:
+        self.handles: dict[str, Any] = {}
+
+    async def send(self, replica_id: str, call: ExpertCall) -> ExpertReply:
+        """Call the actor. Raises Unavailable when it is not there or dies before it answers."""
+        handle = self.handles.get(replica_id)
+        if handle is None:
+            raise Unavailable("the replica is gone; retry")
+        answer = await awaited(handle.compute.remote(call.attempt, call.parts, pack(call.rows), pack(call.row_index)))
+        incarnation, outputs = answer
+        return ExpertReply(incarnation, tuple(out if isinstance(out, PartFailure) else unpack(out) for out in outputs))
+
+
+async def awaited(reference: Any) -> Any:
+    """Await a Ray reference; the one border at which Ray's exceptions become ours."""
+    try:
+        return await reference
+    except RayError as error:
+        raise translated(error) from error
+
+
+def fetched(reference: Any, timeout: float) -> Any:
+    """Like `awaited`, for a caller that blocks, at most `timeout` seconds."""
+    try:
+        return ray.get(reference, timeout=timeout)
+    except RayError as error:
+        raise translated(error) from error
+
+
+def translated(error: RayError) -> ExpertMeshError:
+    """What a Ray exception means here."""
+    if isinstance(error, RayTaskError):
+        cause = error.cause
+        return cause if isinstance(cause, ExpertMeshError) else ExpertMeshError(f"an actor raised: {cause!r}")
+    if isinstance(error, GetTimeoutError):
+        return Unavailable("an actor did not answer in time; it may be starting or busy")
+    if isinstance(error, RayActorError):
+        return Unavailable("the actor died or is restarting; retry")
+    return Unavailable(f"Ray could not carry the call ({type(error).__name__}); retry")
+
+
+def pack(tensor: Tensor) -> Packed:
+    """A tensor in the form that Ray carries without a copy."""
+    return byte_view(tensor), dtype_name(tensor.dtype), tuple(tensor.shape)
+
+
+def unpack(packed: Packed) -> Tensor:
+    """The tensor of `pack`, sharing its memory."""
+    return from_bytes(*packed)
+
+
+def _there(replica_id: str, handle: Any) -> Any:
+    if handle is None:
+        raise Unavailable(f"replica {replica_id} has no actor yet")
+    return handle

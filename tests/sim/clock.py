@@ -1,0 +1,40 @@
+"""Virtual time: a heap of events, and one source of chance. Nothing here waits, and the same seed gives the same run."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Callable
+from typing import Any
+
+
+class Clock:
+    """Runs events in the order of their time; equal times in the order in which they were made."""
+
+    def __init__(self, seed: int) -> None:
+        self.now = 0.0
+        self.rng = random.Random(seed)
+        self.events = 0
+        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._made = 0
+
+    def after(self, delay: float, action: Callable[..., None], *arguments: Any) -> None:
+        """Call `action` when `delay` seconds have passed."""
+        self._made += 1
+        heapq.heappush(self._heap, (self.now + delay, self._made, action, arguments))
+
+    def run(self, until: float) -> None:
+        """Let time pass up to `until`."""
+        while self._heap and self._heap[0][0] <= until:
+            self.now, _, action, arguments = heapq.heappop(self._heap)
+            self.events += 1
+            action(*arguments)
+        self.now = until
+
+    def chance(self, share: float) -> bool:
+        """True in this share of the cases."""
+        return share > 0.0 and self.rng.random() < share
+
+    def between(self, low: float, high: float) -> float:
+        """A moment in between."""
+        return low + (high - low) * self.rng.random()

@@ -1,0 +1,116 @@
+"""Processes that can die, and calls between them that may be late, doubled, reordered or lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sim.clock import Clock
+
+Reply = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Weather:
+    """How badly messages fare: shares of messages, and seconds."""
+
+    lost: float = 0.0
+    doubled: float = 0.05
+    slow: float = 0.05
+    delay: float = 0.08
+    slow_delay: float = 0.5
+    silent_death: float = 0.0
+
+
+class Process:
+    """Something that receives calls until it dies. A restart makes another object with another incarnation."""
+
+    def __init__(self, name: str, incarnation: str) -> None:
+        self.name = name
+        self.incarnation = incarnation
+        self.alive = True
+        self.cut_off = False
+        self.calls: dict[int, Call] = {}
+
+    def receive(self, method: str, arguments: tuple[Any, ...], reply: Reply) -> None:
+        """Handle one call: `on_<method>` answers through `reply`, now or later."""
+        getattr(self, f"on_{method}")(reply, *arguments)
+
+
+class Call:
+    """One call that waits for its reply; `done` gets the reply, or None when there is none."""
+
+    def __init__(self, number: int, sender: Process, target: Process | None, done: Reply) -> None:
+        self.number = number
+        self.sender = sender
+        self.target = target
+        self._done = done
+        self.open = True
+
+    def end(self, result: Any) -> None:
+        """Give the sender the result, once, and only while it lives."""
+        if self.open:
+            self.open = False
+            if self.target is not None:
+                self.target.calls.pop(self.number, None)
+            if self.sender.alive:
+                self._done(result)
+
+
+class Network:
+    """Carries calls. A call is bound to the process that has the name when it is sent, like a connection."""
+
+    def __init__(self, clock: Clock, weather: Weather) -> None:
+        self.clock = clock
+        self.weather = weather
+        self.processes: dict[str, Process] = {}
+        self.tell: Callable[[str], None] | None = None
+        self._number = 0
+
+    def call(
+        self, sender: Process, target: str, method: str, arguments: tuple[Any, ...], done: Reply, timeout: float
+    ) -> None:
+        """Call a method of another process; `done(None)` means that no answer came in time."""
+        self._number += 1
+        found = self.processes.get(target)
+        call = Call(self._number, sender, found, done)
+        if found is None or not found.alive:
+            self.clock.after(self._delay(), call.end, None)
+            return
+        found.calls[call.number] = call
+        self.clock.after(timeout, call.end, None)
+        for _ in range(2 if self.clock.chance(self.weather.doubled) else 1):
+            if not self.clock.chance(self.weather.lost):
+                self.clock.after(self._delay(), self._deliver, call, found, method, arguments)
+
+    def died(self, process: Process) -> None:
+        """Tell those who wait for a dead process: mostly at once, as when a socket closes."""
+        for call in list(process.calls.values()):
+            if not self.clock.chance(self.weather.silent_death):
+                self.clock.after(self._delay(), call.end, None)
+
+    def _deliver(self, call: Call, target: Process, method: str, arguments: tuple[Any, ...]) -> None:
+        if self.tell is not None:
+            self.tell(f"{call.sender.incarnation} -> {target.incarnation} #{call.number}: {method} {arguments}")
+        if not target.alive:
+            self.clock.after(self._delay(), call.end, None)
+        elif not self._cut(call, target):
+            target.receive(method, arguments, lambda result: self._answer(call, target, result))
+
+    def _answer(self, call: Call, target: Process, result: Any) -> None:
+        if self.tell is not None:
+            self.tell(f"{target.incarnation} answers #{call.number}: {result!r}")
+        if target.alive and not self._cut(call, target) and not self.clock.chance(self.weather.lost):
+            self.clock.after(self._delay(), call.end, result)
+
+    def _cut(self, call: Call, target: Process) -> bool:
+        """A process that is cut off cannot speak with the controller."""
+        ends = (call.sender, target)
+        return any(end.cut_off for end in ends) and any(end.name == "controller" for end in ends)
+
+    def _delay(self) -> float:
+        weather = self.weather
+        if self.clock.chance(weather.slow):
+            return self.clock.between(weather.delay, weather.slow_delay)
+        return self.clock.between(0.001, weather.delay)
