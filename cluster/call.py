@@ -11,7 +11,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from ..experts.errors import DataLoss, ExpertMeshError, InvalidRequest, TooLarge
@@ -23,7 +23,9 @@ from .documents import decode_document
 from .grpc_options import MAX_MESSAGE_BYTES
 from .replies import Reply, read_reply
 from .retry import Flow, Retries, RetryBudget, RetryPolicy
+from .seen import Seen
 from .status_protocol import REQUEST_ID_KEY, is_request_id
+from .swap_protocol import Lease
 
 SERVICE = "expertmesh.v1.Mesh"
 Array = TypeVar("Array")
@@ -49,6 +51,7 @@ class Calls:
     max_message_bytes: int = MAX_MESSAGE_BYTES
     retries: Retries = field(default_factory=lambda: new_retries(RetryPolicy()), repr=False)
     new_id: Callable[[], str] = field(default=new_request_id, repr=False)
+    seen: Seen = field(default_factory=Seen, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.token, str) or not _TOKEN.fullmatch(self.token):
@@ -80,6 +83,8 @@ class Calls:
         on_missing: str | None = None,
         max_lost_mass: float | None = None,
         return_routing: bool = False,
+        epoch: int | None = None,
+        pin: Lease | str | None = None,
         raw: bool = False,
         timeout: float | None = None,
         request_id: str | None = None,
@@ -93,12 +98,13 @@ class Calls:
         `gate_input` [T, ...] is what the gate looks at in place of `x`. `top_k_index` [T, K] and `top_k_weights`
         [T, K] bring the routing, and the gate is skipped. `top_k`, and `allow` and `deny` (ids of experts), narrow the
         gate's choice. `on_missing` ("error", "renormalize", "residual", "fallback:<expert>") and `max_lost_mass` say
-        what becomes of rows whose expert gives no answer. `timeout` is in seconds; `request_id` names the call in
-        logs, and is made up where it is None.
+        what becomes of rows whose expert gives no answer. `epoch` asks for the very versions of an epoch that is kept,
+        as that of an earlier reply, and `pin` for those of a lease. `timeout` is in seconds; `request_id` names the
+        call in logs, and is made up where it is None.
 
-        Raises InvalidRequest, NotFound, TooLarge, Overloaded, Unavailable, DeadlineExceeded, FailedPrecondition,
-        Unauthenticated or PermissionDenied. A call that was answered Unavailable has been retried, within its timeout
-        and the client's budget.
+        Raises InvalidRequest, NotFound, TooLarge, Overloaded, Unavailable, DeadlineExceeded, FailedPrecondition (also
+        for an epoch that is not kept any more), Unauthenticated or PermissionDenied. A call that was answered
+        Unavailable has been retried, within its timeout and the client's budget.
         """
         sent = {"x": x, "gate_input": gate_input, "top_k_index": top_k_index, "top_k_weights": top_k_weights}
         described = {name: to_wire(value, name=name, raw=raw) for name, value in sent.items() if value is not None}
@@ -116,10 +122,15 @@ class Calls:
             on_missing=on_missing,
             max_lost_mass=max_lost_mass,
             return_routing=return_routing,
+            epoch=epoch,
+            pin=pin.pin if isinstance(pin, Lease) else pin,
+            **self.seen.options(),
         )
         tensors = {name: tensor for name, (tensor, _) in described.items()}
         frame = yield from self._ask("Call", _set_fields(options), tensors, timeout, options.request_id)
-        return read_reply(frame, rows=tensor_x.shape[0], kind=kind)
+        reply = read_reply(frame, rows=tensor_x.shape[0], kind=kind)
+        self.seen.note(reply.cluster, reply.epoch)
+        return reply
 
     def status(self, *, timeout: float | None = None) -> Flow[dict[str, Any]]:
         """The state of the cluster as a JSON object: layers, experts, versions, replicas."""
@@ -191,7 +202,11 @@ def _names(names: Sequence[str] | None) -> list[str] | None:
 
 def _set_fields(options: CallOptions) -> dict[str, Any]:
     """The options that were given, checked here as the server will check them."""
-    found = {item.name: getattr(options, item.name) for item in fields(options)}
-    found = {name: value for name, value in found.items() if value is not None and value is not False}
+    found = {item.name: getattr(options, item.name) for item in fields(options) if not _is_default(options, item)}
     from_mapping(CallOptions, found)
     return found
+
+
+def _is_default(options: CallOptions, item: Field[Any]) -> bool:
+    value = getattr(options, item.name)
+    return value is item.default or (type(value) is type(item.default) and value == item.default)

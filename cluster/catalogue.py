@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ..experts.artefact import inspect_artefact
-from ..experts.errors import FailedPrecondition, InvalidRequest
+from ..experts.errors import FailedPrecondition, InvalidRequest, NotFound
 from ..experts.factory import build
+from ..experts.spec import Expert
 from ..experts.tensors import dtype_name
 from ..experts.weights import load_into, load_tensors
 from ..router.layer import Layer
-from .definitions import declared_candidates, declared_digest, declared_gate_digest, from_record
+from .definitions import declared_candidates, declared_digest, declared_gate_digest, from_record, origin_of
 from .orders import Candidate, Change, SwapRequest
 from .records import VersionRecord
 from .registry import Registry
@@ -40,6 +42,10 @@ class Catalogue:
             self.digests |= {id: declared_digest(expert) for id, expert in layer.everyone_by_id.items()}
             self.digests[layer.gate_id] = declared_gate_digest(layer.gate)
 
+    def unknown(self, id: str) -> NotFound:
+        """The error for an id that is not declared."""
+        return NotFound(f"there is no expert or gate {id!r}; known are {', '.join(sorted(self.declared)[:20])}")
+
     def recorded(self, id: str, version: str) -> Candidate:
         """The candidate that loads a version of the registry again. Raises NotFound, FailedPrecondition or DataLoss."""
         return self.of_record(self._registry.version(id, version))
@@ -51,16 +57,29 @@ class Catalogue:
         if change.version is not None:
             record = self._registry.version(id, change.version)
             return replace(self.of_record(record), **common, note=f"rollback {change.version}")
-        counter = self._registry.next_counter(id)
-        if change.upload is not None:
-            return self._uploaded(id, change, counter, replaces or "", common)
         declared = self.declared[id]
-        if change.expert is not None and change.expert is not declared.expert:
-            raise InvalidRequest(f"{id}: a declaration comes from the owner of the cluster alone")
-        return replace(declared, counter=counter, **common)
+        if change.expert is not None and change.expert is not declared.expert:  # over the network, and allowed there
+            base = self._of_factory(id, change.expert, replaces or "")
+        elif change.upload is not None:
+            base = self.recorded(id, replaces or "")
+        else:
+            base = declared
+        if change.upload is not None:
+            base = self._with_upload(id, base, change)
+        return replace(base, counter=self._registry.next_counter(id), **common)
 
-    def _uploaded(self, id: str, change: Change, counter: int, replaces: str, common: Mapping[str, Any]) -> Candidate:
+    def _of_factory(self, id: str, expert: Expert, replaces: str) -> Candidate:
+        """The candidate of another factory, for the same rows and in the same place."""
         base = self.recorded(id, replaces)
+        if base.expert is None:
+            raise InvalidRequest(f"{id} is a gate, and gates have no factory: swap in its weights")
+        expert = replace(expert, input=base.expert.input, output=base.expert.output)
+        return replace(
+            base, expert=expert, weights=None, version=None, origin=origin_of(expert), note=f"factory {expert.factory}"
+        )
+
+    def _with_upload(self, id: str, base: Candidate, change: Change) -> Candidate:
+        """The candidate with uploaded weights in place of its own, which were inspected without building it."""
         path = self._store.upload_path(change.upload or "")
         if base.gate is not None:
             wanted = {name: (tuple(t.shape), dtype_name(t.dtype)) for name, t in base.gate.state_dict().items()}
@@ -70,10 +89,11 @@ class Catalogue:
         if not wanted:
             raise FailedPrecondition(f"{id} has no tensors that weights could replace")
         inspect_artefact(path, sha256=change.sha256, wanted=wanted, owner="gate" if base.gate else "expert")
-        candidate = replace(base, counter=counter, version=None, weights=path, note="upload", **common)
+        gate = None
         if base.gate is not None:
-            load_into(base.gate, load_tensors(path)[0], "the uploaded gate")  # `base` was read from disk: it is ours
-        return candidate
+            gate = copy.deepcopy(base.gate)  # that of `base` may be needed again
+            load_into(gate, load_tensors(path)[0], "the uploaded gate")
+        return replace(base, gate=gate, version=None, weights=path, note="upload")
 
     def of_record(self, record: VersionRecord) -> Candidate:
         """The candidate that loads a version again, from disk or from the live object that was declared."""
@@ -86,4 +106,5 @@ class Catalogue:
             live = {}
         candidate = from_record(record, self._store, live)
         weights = self._store.weights(record.id, record.version) if candidate.gate is None else candidate.weights
-        return replace(candidate, counter=record.counter, weights=weights or candidate.weights)
+        candidate = replace(candidate, counter=record.counter, weights=weights or candidate.weights)
+        return candidate if declared is None else replace(candidate, input=declared.input, output=declared.output)

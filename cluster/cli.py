@@ -16,6 +16,9 @@ _COMMANDS: Mapping[str, tuple[str, str]] = {
     "demo": ("Train, serve and replace experts on real text.", "cluster,demo"),
     "serve": ("Start the cluster that a YAML file describes; Ctrl-C stops it.", "cluster"),
     "status": ("Show layers, experts, versions and replicas of a running cluster.", "cluster"),
+    "swap": ("Replace the weights of experts and gates under traffic.", "cluster"),
+    "rollback": ("Bring earlier versions of experts and gates back.", "cluster"),
+    "history": ("List the versions of an expert or gate that are kept.", "cluster"),
     "down": ("Stop a cluster that runs on this machine.", "cluster"),
     "doctor": ("Check whether this machine can run a cluster.", "cluster"),
 }
@@ -70,5 +73,6 @@ def cli(debug: bool) -> None:
     See it work:            expertmesh demo
     Serve your own:         expertmesh serve mesh.yaml
     Look at it:             expertmesh status
+    Replace an expert:      expertmesh swap news/e3=e3_v2.safetensors
     Call it from Python:    Client().forward("news", rows)
     """

@@ -8,19 +8,17 @@ from typing import Any
 
 import click
 
+from .cli_connect import cluster_options, connect
 from .cli_output import new_console, new_table, output_option, print_json, shown
-from .client import Client
 
 _COLUMNS = ("expert", "version", "rows", "errors", "replica", "node", "pid", "device", "state")
 
 
 @click.command()
-@click.option("--name", help="The cluster of yours on this machine; by default the only one, or `default`.")
-@click.option("--endpoint", help="Or where it listens, as 127.0.0.1:50051.")
-@click.option("--ca-cert", type=click.Path(path_type=Path), help="PEM file that TLS trusts, for another machine.")
 @click.option("--timeout", type=float, default=10.0, show_default=True, help="Seconds to wait for the answer.")
+@cluster_options
 @output_option
-def status(name: str | None, endpoint: str | None, ca_cert: Path | None, timeout: float, output: str) -> None:
+def status(timeout: float, name: str | None, endpoint: str | None, ca_cert: Path | None, output: str) -> None:
     """Show layers, experts, versions and replicas of a running cluster.
 
     A cluster of yours on this machine is found by itself, and so is its token. For another one, put the token into
@@ -31,9 +29,7 @@ def status(name: str | None, endpoint: str | None, ca_cert: Path | None, timeout
     expertmesh status -o json | jq .epoch
     EXPERTMESH_TOKEN=... expertmesh status --endpoint mesh.example.org:50051 --ca-cert ca.pem
     """
-    if name is not None and endpoint is not None:
-        raise click.UsageError("give --name or --endpoint, not both")
-    with Client(endpoint, name=name, timeout=timeout, ca_cert=ca_cert) as client:
+    with connect(name, endpoint, ca_cert, timeout) as client:
         found = client.status()
     if output == "json":
         print_json(found)
@@ -44,6 +40,8 @@ def status(name: str | None, endpoint: str | None, ca_cert: Path | None, timeout
 def _print_tables(found: Mapping[str, Any]) -> None:
     console = new_console()
     console.print(f"cluster {found.get('name')}: {found.get('state')}, epoch {found.get('epoch')}")
+    for id, versions in (found.get("draining") or {}).items():
+        console.print(f"draining: {id}, requests under way still need {', '.join(versions)}")
     for name, layer in found.get("layers", {}).items():
         console.print()
         console.print(f"layer {name}, gate {_pairs(layer.get('gate', {}))}")

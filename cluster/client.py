@@ -1,4 +1,4 @@
-"""The clients: a blocking one and one for asyncio, both thin drivers of the flows in call.py over gRPC.
+"""The clients: a blocking one and one for asyncio, thin drivers of the flows in call.py and swap_call.py over gRPC.
 
 Each client does its own I/O. The blocking one does not run the other's event loop in a thread: gRPC's asyncio layer
 polls one queue for all loops of a process, and complains when there are several.
@@ -10,25 +10,28 @@ import asyncio
 import functools
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import grpc
 
 from ..experts.errors import ExpertMeshError, FailedPrecondition
-from .call import Calls, new_retries
+from .call import new_retries
 from .endpoints import Endpoint, resolve
 from .grpc_options import MAX_MESSAGE_BYTES, client_options
-from .retry import Answer, Flow, Pause, RetryPolicy, Step, drive, drive_async
+from .retry import Answer, Flow, Pause, RetryPolicy, Step, Work, drive, drive_async
 from .status_protocol import from_status
+from .swap_call import SwapCalls
+from .swap_protocol import Lease
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _blocking(flow: Callable[Concatenate[Calls, P], Flow[T]]) -> Callable[Concatenate[Client, P], T]:
-    """A method of `Client` that runs a flow of `Calls` to its end."""
+def _blocking(flow: Callable[Concatenate[SwapCalls, P], Flow[T]]) -> Callable[Concatenate[Client, P], T]:
+    """A method of `Client` that runs a flow of `SwapCalls` to its end."""
 
     @functools.wraps(flow)
     def method(client: Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -37,8 +40,10 @@ def _blocking(flow: Callable[Concatenate[Calls, P], Flow[T]]) -> Callable[Concat
     return method
 
 
-def _awaiting(flow: Callable[Concatenate[Calls, P], Flow[T]]) -> Callable[Concatenate[AsyncClient, P], Awaitable[T]]:
-    """A method of `AsyncClient` that runs a flow of `Calls` to its end."""
+def _awaiting(
+    flow: Callable[Concatenate[SwapCalls, P], Flow[T]],
+) -> Callable[Concatenate[AsyncClient, P], Awaitable[T]]:
+    """A method of `AsyncClient` that runs a flow of `SwapCalls` to its end."""
 
     @functools.wraps(flow)
     async def method(client: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -70,7 +75,7 @@ class _Connected:
         Raises NotFound, Unauthenticated when there is no token, InvalidRequest.
         """
         self._endpoint: Endpoint = resolve(endpoint, token=token, name=name, ca_cert=ca_cert)
-        self._calls = Calls(
+        self._calls = SwapCalls(
             token=self._endpoint.token,
             timeout=timeout,
             max_message_bytes=max_message_bytes,
@@ -113,11 +118,28 @@ class Client(_Connected):
 
     _sleep = staticmethod(time.sleep)
 
-    forward = _blocking(Calls.forward)
-    call = _blocking(Calls.call)
-    status = _blocking(Calls.status)
-    drain = _blocking(Calls.drain)
-    health = _blocking(Calls.health)
+    forward = _blocking(SwapCalls.forward)
+    call = _blocking(SwapCalls.call)
+    status = _blocking(SwapCalls.status)
+    drain = _blocking(SwapCalls.drain)
+    health = _blocking(SwapCalls.health)
+    swap = _blocking(SwapCalls.swap)
+    rollback = _blocking(SwapCalls.rollback)
+    history = _blocking(SwapCalls.history)
+    swap_progress = _blocking(SwapCalls.swap_progress)
+
+    @contextmanager
+    def pin(self, ttl: float = 30.0) -> Iterator[Lease]:
+        """Lease the current epoch for several calls: `with client.pin() as lease: client.call("news", x, pin=lease)`.
+
+        The lease ends with the block, or `ttl` seconds (at most 60) after its last use. Raises what a call raises.
+        """
+        lease = drive(self._calls.lease(ttl), self._perform)
+        try:
+            yield lease
+        finally:
+            with suppress(ExpertMeshError):  # it ends by itself
+                drive(self._calls.give_back(lease), self._perform)
 
     def close(self) -> None:
         """Close the connection; calls in flight end with an error. Closing twice is harmless."""
@@ -137,6 +159,8 @@ class Client(_Connected):
         if isinstance(step, Pause):
             self._sleep(step.seconds)
             return None
+        if isinstance(step, Work):
+            return step.action()
         self._check_open()
         try:
             method = self._channel.unary_unary(step.method)
@@ -160,11 +184,25 @@ class AsyncClient(_Connected):
 
     _sleep = staticmethod(asyncio.sleep)
 
-    forward = _awaiting(Calls.forward)
-    call = _awaiting(Calls.call)
-    status = _awaiting(Calls.status)
-    drain = _awaiting(Calls.drain)
-    health = _awaiting(Calls.health)
+    forward = _awaiting(SwapCalls.forward)
+    call = _awaiting(SwapCalls.call)
+    status = _awaiting(SwapCalls.status)
+    drain = _awaiting(SwapCalls.drain)
+    health = _awaiting(SwapCalls.health)
+    swap = _awaiting(SwapCalls.swap)
+    rollback = _awaiting(SwapCalls.rollback)
+    history = _awaiting(SwapCalls.history)
+    swap_progress = _awaiting(SwapCalls.swap_progress)
+
+    @asynccontextmanager
+    async def pin(self, ttl: float = 30.0) -> AsyncIterator[Lease]:
+        """Lease the current epoch for several calls, as `Client.pin` does: `async with client.pin() as lease: ...`."""
+        lease = await drive_async(self._calls.lease(ttl), self._perform)
+        try:
+            yield lease
+        finally:
+            with suppress(ExpertMeshError):  # it ends by itself
+                await drive_async(self._calls.give_back(lease), self._perform)
 
     async def close(self) -> None:
         """Close the connection; calls in flight are cancelled. Closing twice is harmless."""
@@ -187,6 +225,8 @@ class AsyncClient(_Connected):
         if isinstance(step, Pause):
             await self._sleep(step.seconds)
             return None
+        if isinstance(step, Work):
+            return await asyncio.to_thread(step.action)
         try:
             method = self._connection().unary_unary(step.method)
             reply: bytes = await method(step.payload, timeout=step.timeout, metadata=step.metadata)

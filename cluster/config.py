@@ -20,7 +20,7 @@ __all__ = ["ClusterConfig", "TokenEntry", "load_config", "parse_override"]
 PREFIX = "EXPERTMESH_"
 _PATHS = ("tls_cert", "tls_key", "state_dir")
 _TEXTS = ("name", "host", "transport", "address", "log_level", *_PATHS)
-_SCALARS = tuple(name for name in SETTINGS if name not in ("layers", "tokens", "runtime_env"))
+_SCALARS = tuple(name for name in SETTINGS if name not in ("layers", "tokens", "runtime_env", "allowed_factories"))
 
 
 def load_config(
@@ -90,6 +90,8 @@ def _values(tree: Located, folder: Path, found: Mistakes) -> dict[str, Any]:
             values[key] = reader.runtime_env(child)
         elif key == "tokens":
             values[key] = _tokens(child, found)
+        elif key == "allowed_factories" and isinstance(child.value, list):
+            values[key] = tuple(child.plain())
         elif key in _PATHS and isinstance(child.value, str):
             values[key] = folder / child.value
         else:

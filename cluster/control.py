@@ -94,6 +94,10 @@ class Control:
         self.epochs = {**used, **kept}
         self.recalled &= set(self.epochs)
 
+    def oldest_needed(self) -> int:
+        """The oldest epoch that is current, pinned, recalled or perhaps pinned: the registry must not collect it."""
+        return max(min([self.current, *self._pinned(), *self.recalled]), min(self.epochs, default=0))
+
     def mark(self, member: str) -> int:
         """How often what is known of a member has changed.
 
@@ -115,7 +119,7 @@ class Control:
             self._changed(member)
         known.ids, known.holds = ids, holds
         known.asked -= holds
-        return [*self._tell(MemberSeen(member, incarnation, ids)), *self._reconcile_member(member)]
+        return [*self._tell(MemberSeen(member, incarnation, ids)), *self._reconcile([member])]
 
     def member_lost(self, member: str) -> list[Order]:
         """A member does not answer any more, or is not wanted any more."""
@@ -260,21 +264,24 @@ class Control:
     def _changed(self, member: str) -> None:
         self._marks[member] = self.mark(member) + 1
 
-    def _reconcile(self) -> list[Order]:
-        return [order for member in self._members for order in self._reconcile_member(member)]
-
-    def _reconcile_member(self, name: str) -> list[Order]:
-        member = self._members[name]
-        needed = wanted(member.ids, self.in_use())
-        missing = sorted(needed - member.holds - member.asked)
-        member.asked.update(missing)
-        staging = frozenset(id for swap in self.swaps.active() if swap.phase is not Phase.RETIRING for id in swap.ids)
-        surplus = [] if self._blind() else unneeded(member.holds, needed, staging)
-        if surplus:
-            member.holds -= set(surplus)
-            self._changed(name)
-        loads: list[Order] = [Load(name, member.incarnation, *pair) for pair in missing]
-        return [*loads, *(Unload(name, member.incarnation, *pair) for pair in surplus)]
+    def _reconcile(self, names: Collection[str] | None = None) -> list[Order]:
+        """Compare what members hold with what they have to hold; all members, if none is named."""
+        in_use, may_unload = self.in_use(), not self._blind()
+        swapping = [swap for swap in self.swaps.active() if swap.phase is not Phase.RETIRING]
+        staging = frozenset(id for swap in swapping for id in swap.ids)
+        orders: list[Order] = []
+        for name in self._members if names is None else names:
+            member = self._members[name]
+            needed = wanted(member.ids, in_use)
+            missing = sorted(needed - member.holds - member.asked)
+            member.asked.update(missing)
+            surplus = unneeded(member.holds, needed, staging) if may_unload else []
+            if surplus:
+                member.holds -= set(surplus)
+                self._changed(name)
+            orders += [Load(name, member.incarnation, *pair) for pair in missing]
+            orders += [Unload(name, member.incarnation, *pair) for pair in surplus]
+        return orders
 
 
 def refuse_unless_current(expect: Mapping[str, str], current: Versions) -> None:

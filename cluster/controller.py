@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
-from ..experts.errors import ExpertMeshError, FailedPrecondition, Unavailable
-from ..experts.stage import Proposal, Receipt
+from ..experts.errors import ExpertMeshError, Unavailable
 from ..router.replicas import READY
-from .control import Answer, CommitSwap, Control, Load, Order, StageCandidate, Sync, Unload
+from .control import Control, Order
 from .controller_ports import ControllerState, ReplicaPort, RouterPort, StateSettings
+from .executor import ROUTER, Executor
 from .health import Health, Probe
-from .orders import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
+from .orders import Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
 from .registry import Registry
 from .swap_desk import SwapDesk
 from .versions import VersionStore
@@ -29,7 +30,6 @@ DRAIN_SECONDS = 0.02
 PROBE_TIMEOUT = 2.0
 ROUTER_TIMEOUT = 5.0
 LEASE_SECONDS = 30.0
-ROUTER = "router"
 
 
 class Controller:
@@ -44,13 +44,13 @@ class Controller:
         self._router = router
         self._replicas = replicas
         self._health = Health()
+        self.executor = Executor(self.control, desk, self._health, router, replicas, self._sync)
         self._router_heard = 0.0
         self._next_probe = 0.0
         self._turn = asyncio.Lock()
         self._syncing = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._declared = 0
-        self._problem = "it is still loading"
+        self._recalls: Counter[int] = Counter()
         self._declaring = asyncio.Lock()
 
     async def declare(self, desired: Desired, timeout: float) -> dict[str, str]:
@@ -62,9 +62,10 @@ class Controller:
         async with self._declaring:
             if desired.revision > self.desired.revision:
                 self.desired = desired
+                self.executor.handles = desired.handles
                 self._health.expect(dict(desired.replicas))
                 self.desk.catalogue.declare(desired.layers)
-                await self._perform(self.control.restore(self.desk.epochs()))
+                await self.executor.perform(self.control.restore(self.desk.epochs()))
             self._next_probe = 0.0
             deadline = asyncio.get_running_loop().time() + timeout
             await self._until(self._all_there, deadline)
@@ -97,18 +98,33 @@ class Controller:
                 raise
             timer = asyncio.get_running_loop().call_later(request.timeout, self._time_up, request.swap_id)
             self.desk.on_answer(request.swap_id, timer.cancel)
-            await self._perform(orders)
+            await self.executor.perform(orders)
         return await asyncio.shield(answer)
 
     async def recall(self, epoch: int, ttl: float) -> None:
-        """Load the versions of an epoch that is kept, for `ttl` seconds. Raises FailedPrecondition beyond retention."""
+        """Load the versions of an epoch that is kept, for `ttl` seconds.
+
+        Raises FailedPrecondition beyond retention, NotFound for an epoch that never was, and Unavailable where it could
+        not be loaded in that time.
+        """
         versions = self.desk.epoch(epoch)
         self.control.epochs.setdefault(epoch, versions)
-        await self._perform(self.control.recall(epoch))
-        asyncio.get_running_loop().call_later(ttl, lambda: self._spawn(self._perform(self.control.release(epoch))))
+        self._recalls[epoch] += 1
+        loop = asyncio.get_running_loop()
+        loop.call_later(ttl, self._release, epoch)
+        deadline = loop.time() + ttl
+        await self.executor.perform(self.control.recall(epoch))
         while self.control.lacking(epoch):
+            if loop.time() > deadline:
+                raise Unavailable(f"epoch {epoch} could not be loaded: {self.executor.problem}")
             await asyncio.sleep(DRAIN_SECONDS)
         await self._sync()
+
+    def _release(self, epoch: int) -> None:
+        """Let an epoch go that was recalled, unless another recall of it still runs."""
+        self._recalls[epoch] -= 1
+        if not self._recalls[epoch]:
+            self.executor.spawn(self.executor.perform(self.control.release(epoch)))
 
     async def run(self) -> None:
         """Take turns for ever."""
@@ -117,6 +133,8 @@ class Controller:
                 await self.turn()
             except (ExpertMeshError, asyncio.TimeoutError, TimeoutError) as error:
                 log.warning("the router was not reached: %s", error)
+            except Exception:  # the watch must go on
+                log.exception("a turn of the controller failed")
             await asyncio.sleep(DRAIN_SECONDS if self.control.swaps.active() else TURN_SECONDS)
 
     async def turn(self) -> None:
@@ -156,6 +174,9 @@ class Controller:
         there, needed = swap.receipts()
         return {"swap_id": swap_id, "phase": swap.phase.value, "receipts": there, "needed": needed}
 
+    def _time_up(self, swap_id: str) -> None:
+        self.executor.spawn(self.executor.perform(self.control.time_up(swap_id)))
+
     async def _until(self, done: Callable[[], str], deadline: float) -> None:
         """Take turns until `done` has nothing to complain of. Raises Unavailable with the complaint at the deadline."""
         while complaint := done():
@@ -172,25 +193,33 @@ class Controller:
         if self.report is None or self.report.epoch < self.control.current or not self.control.current:
             return "the router has not adopted the epoch"
         lacking = self.control.incomplete()
-        return f"{lacking[0][0]} does not hold {lacking[0][1]} {lacking[0][2]}: {self._problem}" if lacking else ""
+        return (
+            f"{lacking[0][0]} does not hold {lacking[0][1]} {lacking[0][2]}: {self.executor.problem}" if lacking else ""
+        )
 
     async def _probe(self, name: str, handle: Any) -> None:
+        began = asyncio.get_running_loop().time()
         try:
             report = await asyncio.wait_for(self._replicas.probe(name, handle), PROBE_TIMEOUT)
-        except Unavailable:
+        except ExpertMeshError:
             self._health.probed(name, Probe(failure="down"))
-            await self._perform(self.control.member_lost(name))
+            await self.executor.perform(self.control.member_lost(name))
         except (asyncio.TimeoutError, TimeoutError):
             self._health.probed(name, Probe(failure="timeout"))
         else:
+            if self.executor.changed_since(name, began):
+                return  # it may have reported before what it has loaded or forgotten since
             self._health.probed(name, Probe(report))
             ids = frozenset(self.desired.replicas.get(name, ()))
-            await self._perform(self.control.member_reported(name, report.incarnation, ids, report.holds))
+            await self.executor.perform(self.control.member_reported(name, report.incarnation, ids, report.holds))
 
     async def _sync(self) -> None:
         async with self._syncing:
             update = RouterUpdate(
-                replicas=self._health.replicas(), epochs=self.control.known_to_routers(), current=self.control.current
+                replicas=self._health.replicas(),
+                epochs=self.control.known_to_routers(),
+                current=self.control.current,
+                cluster_id=self.desk.registry.cluster_id,
             )
             loop = asyncio.get_running_loop()
             try:
@@ -200,7 +229,7 @@ class Controller:
                     report = await asyncio.wait_for(self._router.sync(update), ROUTER_TIMEOUT)
             except (ExpertMeshError, asyncio.TimeoutError, TimeoutError):
                 if loop.time() - self._router_heard > LEASE_SECONDS:
-                    await self._perform(self.control.router_lost(ROUTER))
+                    await self.executor.perform(self.control.router_lost(ROUTER))
                 raise
             self._router_heard = loop.time()
             changed = self.report is not None and self.report.incarnation != report.incarnation
@@ -211,114 +240,10 @@ class Controller:
         gates = frozenset(layer.gate_id for layer in self.desired.layers.values())
         orders += self.control.member_reported(ROUTER, report.incarnation, gates, report.gates)
         orders += self.control.router_reported(ROUTER, report.epoch, report.oldest_pinned)
-        await self._perform(orders)
-
-    async def _perform(self, orders: Iterable[Order]) -> None:
-        for order in orders:
-            if isinstance(order, StageCandidate):
-                self._spawn(self._stage(order))
-            elif isinstance(order, Load):
-                self._spawn(self._load(order))
-            elif isinstance(order, Unload):
-                self._spawn(self._unload(order))
-            elif isinstance(order, CommitSwap):
-                await self._commit(order)
-            elif isinstance(order, Sync):
-                self._spawn(self._sync())
-            elif isinstance(order, Answer):
-                self.desk.answer(order.swap_id, order.epoch, order.error)
-
-    async def _stage(self, order: StageCandidate) -> None:
-        member, incarnation, swap_id, id = order.member, order.incarnation, order.swap_id, order.id
-        try:
-            candidate = self.desk.candidate(swap_id, id)
-            receipt = await self._staged_at(member, candidate)
-            self.desk.keep_receipt(swap_id, receipt)
-        except Unavailable:  # it is restarting: its next incarnation is asked anew
-            await self._perform(self.control.member_lost(member))
-        except ExpertMeshError as error:
-            await self._perform(self.control.stage_refused(swap_id, member, incarnation, id, error))
-        else:
-            self._health.holds(member, incarnation, id, receipt.version)
-            await self._perform(self.control.staged(swap_id, member, incarnation, id, receipt.version))
-
-    async def _load(self, order: Load) -> None:
-        try:
-            candidate = await asyncio.to_thread(self.desk.catalogue.recorded, order.id, order.version)
-            receipt = await self._staged_at(order.member, candidate)
-            if receipt.version != order.version:
-                raise FailedPrecondition(
-                    f"{order.id} loads as {receipt.version}, not {order.version}: its code changed"
-                )
-        except ExpertMeshError as error:
-            self._problem = error.message
-            log.warning("%s could not load %s %s: %s", order.member, order.id, order.version, error)
-            self.control.load_failed(order.member, order.incarnation, order.id, order.version)
-        else:
-            self._health.holds(order.member, order.incarnation, order.id, order.version)
-            await self._perform(self.control.loaded(order.member, order.incarnation, order.id, order.version))
-
-    async def _unload(self, order: Unload) -> None:
-        try:
-            if order.member == ROUTER:
-                await self._router.unload(order.id, order.version)
-            else:
-                self._health.forgets(order.member, order.id, order.version)
-                handle = self.desired.handles.get(order.member)
-                await self._replicas.unload(order.member, handle, order.id, order.version)
-        except ExpertMeshError as error:
-            log.debug("%s did not unload %s %s: %s", order.member, order.id, order.version, error)
-
-    async def _staged_at(self, member: str, candidate: Candidate) -> Receipt:
-        if member == ROUTER:
-            return await self._router.stage(candidate)
-        return await self._replicas.stage(member, self.desired.handles.get(member), candidate)
-
-    async def _commit(self, order: CommitSwap) -> None:
-        try:
-            epoch, versions = await asyncio.to_thread(self.desk.commit, order.swap_id, order.versions)
-        except ExpertMeshError as error:
-            await self._perform(self.control.commit_refused(order.swap_id, error))
-        else:
-            await self._perform(self.control.committed(order.swap_id, epoch, versions))
-            self._spawn(self._collect())
-
-    async def _collect(self) -> None:
-        in_use = {pair for versions in self.control.in_use() for pair in versions.items()}
-        self.control.forget_epochs(await asyncio.to_thread(self.desk.collect, in_use))
-
-    def _time_up(self, swap_id: str) -> None:
-        self._spawn(self._perform(self.control.time_up(swap_id)))
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(_logged(work))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        await self.executor.perform(orders)
 
 
 def open_controller(settings: StateSettings, router: RouterPort, replicas: ReplicaPort) -> Controller:
     """Open the registry, taking it over from whoever had it, and make a controller of it."""
     registry, store = Registry(settings.state_dir), VersionStore(settings.state_dir)
     return Controller(SwapDesk(registry, store, retain_epochs=settings.retain_epochs), router, replicas)
-
-
-def proposal_of(candidate: Candidate) -> Proposal:
-    """What a replica is asked to build for a candidate; where its weights are is left to the transport."""
-    if candidate.expert is None:
-        raise FailedPrecondition(f"{candidate.id} is a gate, and replicas run experts")
-    return Proposal(
-        id=candidate.id,
-        counter=candidate.counter,
-        expert=candidate.expert,
-        version=candidate.version,
-        input=candidate.input,
-        output=candidate.output,
-        policy=candidate.policy,
-    )
-
-
-async def _logged(work: Awaitable[None]) -> None:
-    try:
-        await work
-    except (ExpertMeshError, asyncio.TimeoutError, TimeoutError) as error:
-        log.warning("%s", error)

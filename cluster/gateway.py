@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,9 +20,10 @@ from ..experts.wire import Frame, WireTensor, decode, encode
 from ..router.answer import ForwardReply, ForwardRequest
 from ..router.forward import Router
 from . import health_protocol
-from .auth import TokenTable
+from .auth import Role, TokenTable
 from .call import SERVICE, new_request_id
 from .documents import encode_document
+from .gateway_swap import FrameHandler
 from .grpc_options import server_options
 from .health_protocol import ServingStatus
 from .status_protocol import REQUEST_ID_KEY, is_request_id, to_status
@@ -30,7 +31,10 @@ from .status_protocol import REQUEST_ID_KEY, is_request_id, to_status
 log = logging.getLogger(__name__)
 CALL_TENSORS = ("x", "gate_input", "top_k_index", "top_k_weights")
 
-Handler = Callable[[bytes, "grpc.aio.ServicerContext"], Awaitable[bytes]]
+NOT_WHILE_DRAINING = ("Upload", "Swap", "Pin")
+
+Answerer = Callable[[bytes, "grpc.aio.ServicerContext"], Awaitable[bytes]]
+Handler = Callable[[bytes, "grpc.aio.ServicerContext", Role], Awaitable[bytes]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +49,7 @@ class GatewaySettings:
 
 
 class Gateway:
-    """Serves a router over gRPC: Call, Status, Drain, and the health protocol."""
+    """Serves a router over gRPC: Call, Status, Drain, the health protocol, and what `more` handles, by method."""
 
     def __init__(
         self,
@@ -53,11 +57,13 @@ class Gateway:
         tokens: TokenTable,
         settings: GatewaySettings,
         status: Callable[[], Awaitable[dict[str, Any]]],
+        more: Mapping[str, FrameHandler] | None = None,
     ) -> None:
         self._router = router
         self._tokens = tokens
         self._settings = settings
         self._status = status
+        self._more = dict(more or {})
         self._server: grpc.aio.Server | None = None
         self._draining = False
         self._changed = asyncio.Event()
@@ -68,7 +74,8 @@ class Gateway:
         settings = self._settings
         server = grpc.aio.server(options=server_options(settings.max_message_bytes))
         server.add_generic_rpc_handlers((self._handlers(),))
-        address = f"{settings.host}:{settings.port}"
+        host = f"[{settings.host}]" if settings.host.count(":") > 1 and settings.host[0] != "[" else settings.host
+        address = f"{host}:{settings.port}"
         try:
             if settings.tls is None:
                 self.port = server.add_insecure_port(address)
@@ -104,12 +111,13 @@ class Gateway:
         return ServingStatus.SERVING if ready else ServingStatus.NOT_SERVING
 
     def _handlers(self) -> grpc.GenericRpcHandler:
-        unary = {
+        unary: dict[str, tuple[str, Handler]] = {
             f"/{SERVICE}/Call": ("Call", self._call),
             f"/{SERVICE}/Status": ("Status", self._get_status),
             f"/{SERVICE}/Drain": ("Drain", self._drain),
             health_protocol.CHECK: ("Check", self._check),
         }
+        unary |= {f"/{SERVICE}/{name}": (name, self._framed(name, handler)) for name, handler in self._more.items()}
         table = {path: grpc.unary_unary_rpc_method_handler(self._guarded(*entry)) for path, entry in unary.items()}
         table[f"/{health_protocol.SERVICE}/Watch"] = grpc.unary_stream_rpc_method_handler(self._watch)
 
@@ -119,14 +127,14 @@ class Gateway:
 
         return Handlers()
 
-    def _guarded(self, method: str, handler: Handler) -> Handler:
+    def _guarded(self, method: str, handler: Handler) -> Answerer:
         """Authorise, run, and turn every error into a status with the request's id."""
 
         async def guarded(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
             request_id = _request_id(context)
             try:
-                self._authorise(method, context)
-                return await handler(request, context)
+                role = self._authorise(method, context)
+                return await handler(request, context, role)
             except ExpertMeshError as error:
                 error.request_id = error.request_id or request_id
                 _log_error(method, error)
@@ -140,11 +148,21 @@ class Gateway:
 
         return guarded
 
-    def _authorise(self, method: str, context: grpc.aio.ServicerContext) -> None:
+    def _authorise(self, method: str, context: grpc.aio.ServicerContext) -> Role:
         scheme, _, token = _metadata(context, "authorization").partition(" ")
-        self._tokens.authorise(method, token if scheme.lower() == "bearer" else None, time.time())
+        return self._tokens.authorise(method, token if scheme.lower() == "bearer" else None, time.time())
 
-    async def _call(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    def _framed(self, method: str, handler: FrameHandler) -> Handler:
+        """A handler of bytes that decodes the frame for one of frames."""
+
+        async def framed(request: bytes, context: grpc.aio.ServicerContext, role: Role) -> bytes:
+            if self._draining and method in NOT_WHILE_DRAINING:
+                raise Unavailable("this cluster is draining: it takes no changes")
+            return await handler(decode(request, max_bytes=self._settings.max_message_bytes), role)
+
+        return framed
+
+    async def _call(self, request: bytes, context: grpc.aio.ServicerContext, role: Role) -> bytes:
         if self._draining:
             raise Unavailable("this cluster is draining: it takes no new requests")
         frame = decode(request, max_bytes=self._settings.max_message_bytes)
@@ -185,11 +203,11 @@ class Gateway:
             weights=tensors.get("top_k_weights"),
         )
 
-    async def _get_status(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    async def _get_status(self, request: bytes, context: grpc.aio.ServicerContext, role: Role) -> bytes:
         _expect(decode(request), "status")
         return await self._document()
 
-    async def _drain(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    async def _drain(self, request: bytes, context: grpc.aio.ServicerContext, role: Role) -> bytes:
         _expect(decode(request), "drain")
         log.warning("draining: asked for by a client")
         self.drain()
@@ -200,7 +218,7 @@ class Gateway:
         status["state"] = "draining" if self._draining else self.state.name.lower()
         return encode_document("status", status)
 
-    async def _check(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    async def _check(self, request: bytes, context: grpc.aio.ServicerContext, role: Role) -> bytes:
         return health_protocol.encode_response(self._health_of(health_protocol.decode_request(request)))
 
     async def _watch(self, request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:

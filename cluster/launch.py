@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -27,7 +28,8 @@ from .plan import PlannedReplica, plan_layer
 from .preflight import check_gpus, check_layer, check_port, free_port
 from .runfile import RunFile, state_path, token_path
 from .service import ServiceSettings
-from .settings import ClusterConfig
+from .settings import ClusterConfig, allowed_factories
+from .uploads import UploadLimits
 
 Progress = Callable[[str], None]
 SUPERVISE_SECONDS = 0.5
@@ -189,8 +191,7 @@ class Cluster:
         deadline = time.monotonic() + config.start_timeout
         for replica in planned:
             backend.start_replica(replica)
-        folder = config.state_dir or state_path(config.name)
-        state = StateSettings(state_dir=str(folder), retain_epochs=config.retain_epochs)
+        state = StateSettings(state_dir=str(self._state_dir()), retain_epochs=config.retain_epochs)
         ports = backend.start_front(settings, state, config.start_timeout)
         self._announce(*ports)
         self._wait_for(planned, deadline)
@@ -221,7 +222,13 @@ class Cluster:
             metrics_port=free_port(config.host) if config.metrics_port == 0 else config.metrics_port,
             tokens=tokens,
             max_rows_in_flight=config.max_rows_in_flight,
+            state_dir=str(self._state_dir()),
+            uploads=UploadLimits(max_upload_bytes=config.max_upload_bytes, max_uploads_bytes=config.max_uploads_bytes),
+            allowed_factories=allowed_factories(config),
         )
+
+    def _state_dir(self) -> Path:
+        return self.config.state_dir or state_path(self.config.name)
 
     def _announce(self, port: int, metrics_port: int | None) -> None:
         host = _reachable(self.config.host)
@@ -274,4 +281,5 @@ class Cluster:
 
 def _reachable(host: str) -> str:
     """How clients on this machine reach a gateway that listens there."""
-    return {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}.get(host, host)
+    return f"[{host}]" if host.count(":") > 1 and host[0] != "[" else host

@@ -14,10 +14,10 @@ from ..experts.host import ExpertHost
 from ..experts.stage import Receipt
 from ..router.replicas import READY, Replica
 from ..router.transport import LocalTransport
-from .controller import Controller, open_controller, proposal_of
+from .controller import Controller, open_controller
 from .controller_ports import ControllerState, StateSettings
 from .logs import configure_logs
-from .orders import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
+from .orders import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult, proposal_of
 from .plan import PlannedReplica
 from .service import RouterService, ServiceSettings
 

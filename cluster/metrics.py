@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, make_server
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -54,7 +55,8 @@ class MetricsServer:
         registry = CollectorRegistry()
         registry.register(RouterCollector(router))
         page = make_wsgi_app(registry)
-        self._server = make_server(host, port, _guarded(page, tokens), handler_class=_QuietHandler)
+        server_class = _Server6 if ":" in host else WSGIServer
+        self._server = make_server(host.strip("[]"), port, _guarded(page, tokens), server_class, _QuietHandler)
         self.port: int = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
         self._thread.start()
@@ -63,6 +65,10 @@ class MetricsServer:
         """Close the port."""
         self._server.shutdown()
         self._server.server_close()
+
+
+class _Server6(WSGIServer):
+    address_family = socket.AF_INET6
 
 
 class _QuietHandler(WSGIRequestHandler):

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..experts.errors import FailedPrecondition
 from ..experts.spec import ANY, Expert, TensorSpec
+from ..experts.stage import Proposal
 from ..experts.verify import Policy
 from ..router.gates import Gate
 from ..router.layer import Layer
 from ..router.replicas import Replica
-
-MODES = ("double", "staged_cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,8 @@ class Desired:
 class Candidate:
     """A version to be: what it is built from. `version` is its name where that is known already.
 
-    `input` and `output` are the rows of the layer. An expert has `expert`, whose own `weights` are left out where `weights` names a file of the version store; a gate
-    has `gate`. `replaces` is the version that it is compared with.
+    An expert has `expert`, whose weights are the file `weights`; a gate has `gate`. `input` and `output` are the rows
+    of the layer. `replaces` is the version that it is compared with.
     """
 
     id: str
@@ -50,6 +50,21 @@ class Candidate:
     mode: str = "double"
     origin: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+
+
+def proposal_of(candidate: Candidate) -> Proposal:
+    """What a replica is asked to build for a candidate; where its weights are is left to the transport."""
+    if candidate.expert is None:
+        raise FailedPrecondition(f"{candidate.id} is a gate, and replicas run experts")
+    return Proposal(
+        id=candidate.id,
+        counter=candidate.counter,
+        expert=candidate.expert,
+        version=candidate.version,
+        input=candidate.input,
+        output=candidate.output,
+        policy=candidate.policy,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,7 @@ from ..experts.stage import Receipt
 from ..experts.tensors import byte_view, dtype_name, from_bytes
 from ..experts.weights import load_tensors
 from ..router.replicas import Replica
-from .controller import proposal_of
-from .orders import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
+from .orders import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult, proposal_of
 
 Packed = tuple[np.ndarray[Any, Any], str, tuple[int, ...]]
 """A tensor as Ray carries it without a copy: its bytes, its dtype's name, its shape."""
@@ -65,7 +64,9 @@ class RayReplicaPort:
     async def stage(self, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:
         """Have an expert staged."""
         weights = None if candidate.weights is None else await asyncio.to_thread(self._stored, candidate.weights)
-        call = _there(replica_id, handle).stage.remote(proposal_of(candidate), candidate.replaces, candidate.mode, weights)
+        call = _there(replica_id, handle).stage.remote(
+            proposal_of(candidate), candidate.replaces, candidate.mode, weights
+        )
         receipt: Receipt = await awaited(call)
         return receipt
 

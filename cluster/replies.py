@@ -19,9 +19,9 @@ class Reply:
     """The answer of a layer. Its arrays are of the caller's kind, writable, and own their memory.
 
     `output` is [T, ...]; `lost_mass` is float32 [T], the share of each row's |gate weight| whose expert gave no answer,
-    and `max_lost_mass` its maximum. `versions` names every expert that took part, and the gate. `degraded` is true
-    when anything is `missing`. `dropped` counts (row, expert) pairs that capacity turned away. `indices` [T, K] and
-    `weights` [T, K] are None unless the call asked for `return_routing=True`.
+    and `max_lost_mass` its maximum. `versions` names every expert that took part, and the gate; `epoch` is one of
+    `cluster`. `degraded` is true when anything is `missing`. `dropped` counts (row, expert) pairs that capacity turned
+    away. `indices` [T, K] and `weights` [T, K] are None unless the call asked for `return_routing=True`.
     """
 
     output: Any = field(repr=False)
@@ -33,6 +33,7 @@ class Reply:
     max_lost_mass: float
     request_id: str
     dropped: int
+    cluster: str = field(default="", repr=False)
     indices: Any = field(default=None, repr=False)
     weights: Any = field(default=None, repr=False)
 
@@ -69,6 +70,7 @@ def read_reply(frame: Frame, *, rows: int, kind: ArrayKind) -> Reply:
         max_lost_mass=float(summary.max_lost_mass),
         request_id=summary.request_id,
         dropped=summary.dropped,
+        cluster=summary.cluster,
         indices=_optional(frame, "indices", rows, kind),
         weights=_optional(frame, "weights", rows, kind),
     )

@@ -1,7 +1,8 @@
 """One call as a flow without I/O: which attempts to make, how long to pause between them, when to give up.
 
-A flow yields an `Attempt` and is sent the reply's bytes or the error; it yields a `Pause` and is sent nothing. It
-returns its result or raises. Whoever drives it owns the socket and the sleep.
+A flow yields an `Attempt` and is sent the reply's bytes or the error; it yields `Work` and is sent what that returns;
+it yields a `Pause` and is sent nothing. It returns its result or raises. Whoever drives it owns the socket, the threads
+and the sleep.
 """
 
 from __future__ import annotations
@@ -33,7 +34,14 @@ class Pause:
     seconds: float
 
 
-Step = Attempt | Pause
+@dataclass(frozen=True)
+class Work:
+    """Run `action`, which may wait for the disk; what it raises ends the flow."""
+
+    action: Callable[[], bytes]
+
+
+Step = Attempt | Pause | Work
 Answer = bytes | ExpertMeshError | None
 Flow = Generator[Step, Answer, T]
 

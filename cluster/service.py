@@ -8,8 +8,8 @@ import os
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from ..experts.errors import FailedPrecondition, Unavailable
 from ..experts.identity import gate_digest, version_name
@@ -25,15 +25,22 @@ from ..router.stage_gate import stage_gate
 from ..router.transport import Transport
 from .auth import Role, TokenTable
 from .gateway import Gateway, GatewaySettings
+from .gateway_swap import ControlPort, SwapDoor
 from .metrics import MetricsServer
-from .orders import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
+from .orders import Candidate, Desired, RouterReport, RouterUpdate
+from .uploads import UploadLimits, Uploads
+from .versions import VersionStore
+
+RECALL_SECONDS = 30.0
+"""How long an epoch that a request has named stays loaded at least."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceSettings:
     """All that a router's process needs to know: where it listens, whom it knows, what it bears.
 
-    `tokens` are (sha256, role, expires in seconds since 1970 or None).
+    `tokens` are (sha256, role, expires in seconds since 1970 or None). Uploads go to `state_dir`, which the controller
+    shares. `allowed_factories` are those that an admin may name over the network.
     """
 
     name: str
@@ -41,22 +48,9 @@ class ServiceSettings:
     metrics_port: int | None
     tokens: tuple[tuple[str, Role, float | None], ...]
     max_rows_in_flight: int
-
-
-class ControlPort(Protocol):
-    """How the gateway reaches the controller."""
-
-    async def swap(self, request: SwapRequest) -> SwapResult:
-        """Carry out a swap."""
-
-    async def progress(self, swap_id: str) -> dict[str, Any]:
-        """How far a swap is."""
-
-    async def history(self, id: str) -> list[dict[str, Any]]:
-        """The versions of an id that are kept."""
-
-    async def recall(self, epoch: int, ttl: float) -> None:
-        """Load an epoch that is kept."""
+    state_dir: str
+    uploads: UploadLimits = field(default_factory=UploadLimits)
+    allowed_factories: tuple[str, ...] = ()
 
 
 class RouterService:
@@ -70,7 +64,10 @@ class RouterService:
         self._tokens = TokenTable()
         for digest, role, expires in settings.tokens:
             self._tokens.add_digest(digest, role, expires)
-        self.gateway = Gateway(self.router, self._tokens, settings.gateway, self.status)
+        self.router.pinning.recall = lambda number: control.recall(number, RECALL_SECONDS)
+        uploads = Uploads(VersionStore(settings.state_dir), settings.uploads)
+        self.door = SwapDoor(control, uploads, self.router.epochs, self.router.pins, settings.allowed_factories)
+        self.gateway = Gateway(self.router, self._tokens, settings.gateway, self.status, self.door.handlers())
         self._metrics: MetricsServer | None = None
         self._revision = 0
         self._layers: dict[str, Layer] = {}
@@ -95,6 +92,7 @@ class RouterService:
             self._metrics.stop()
             self._metrics = None
         self.router.close()
+        self.door.close()
 
     def declare(self, desired: Desired) -> None:
         """Take newer declared layers."""
@@ -134,9 +132,11 @@ class RouterService:
     def sync(self, update: RouterUpdate) -> RouterReport:
         """Take a report of all replicas, and adopt the current epoch once its gates are here."""
         self._heard = time.monotonic()
+        self.door.tidy()
         self.router.update_view(update.replicas)
         known = {epoch.number for epoch in self.router.epochs.known()}
-        built = {n: self._epoch(n, versions) for n, versions in update.epochs.items() if n not in known}
+        new = {n: versions for n, versions in update.epochs.items() if n not in known}
+        built = {n: self._epoch(n, versions, update.cluster_id) for n, versions in new.items()}
         current = built.get(update.current)
         if current is not None and self.router.adopt(current):
             self.gateway.notify()
@@ -151,7 +151,7 @@ class RouterService:
             gates=frozenset(self._gates),
         )
 
-    def _epoch(self, number: int, versions: Mapping[str, str]) -> Epoch | None:
+    def _epoch(self, number: int, versions: Mapping[str, str], cluster: str) -> Epoch | None:
         """An epoch with the gates that it names, or None while one of them is not here."""
         layers = {}
         for name, layer in self._layers.items():
@@ -159,7 +159,7 @@ class RouterService:
             if gate is None or not layer.everyone_by_id.keys() <= versions.keys():
                 return None
             layers[name] = replace(layer, gate=gate)
-        return Epoch(number, versions, layers) if layers else None
+        return Epoch(number, versions, layers, cluster) if layers else None
 
     async def status(self) -> dict[str, Any]:
         """Everything that is known here of the cluster, as plain JSON types."""
@@ -169,6 +169,7 @@ class RouterService:
         return {
             "name": self._settings.name,
             "epoch": epochs.number,
+            "draining": epochs.draining(),
             "layers": {name: self._layer(layer) for name, layer in layers.items()},
             "router": {
                 "pid": os.getpid(),
@@ -180,6 +181,7 @@ class RouterService:
                 "messages": dict(telemetry.messages),
                 "batches": dict(telemetry.batches),
                 "pins": {str(number): count for number, count in epochs.pins().items()},
+                "leases": len(self.router.pins),
             },
             "controller": {"heard_seconds_ago": age, "state": "ok" if age is not None and age < 3.0 else "silent"},
         }

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..experts.artefact import LIMITS
 from ..experts.errors import ConfigError
+from ..experts.spec import is_import_string
 from ..experts.wire import MAX_FRAME_BYTES
 from ..router.layer import Layer, check_name
 from .auth import Role, check_digest
@@ -43,7 +45,9 @@ class ClusterConfig:
     default one is started. `runtime_env` is Ray's, for all experts. Times are in seconds.
 
     `state_dir` is where versions and epochs are kept, by default a folder of the cluster's name; `retain_epochs` is how
-    many epochs before the current one can still be asked for, and rolled back to.
+    many epochs before the current one can still be asked for, and rolled back to. `max_upload_bytes` bounds one upload
+    of weights, `max_uploads_bytes` all that no version has taken yet. `allowed_factories` are the factories that an
+    admin may swap in over the network, by default those of `layers`.
 
     Raises ConfigError that lists every mistake.
     """
@@ -66,12 +70,15 @@ class ClusterConfig:
     log_level: str = "info"
     state_dir: Path | None = None
     retain_epochs: int = 2
+    max_upload_bytes: int = LIMITS.max_bytes
+    max_uploads_bytes: int = 2 * LIMITS.max_bytes
+    allowed_factories: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("tls_cert", "tls_key", "state_dir"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, Path(getattr(self, name)))
-        for name in ("layers", "tokens"):
+        for name in ("layers", "tokens", "allowed_factories"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         found = mistakes(vars(self))
@@ -81,6 +88,14 @@ class ClusterConfig:
 
 SETTINGS = tuple(item.name for item in fields(ClusterConfig))
 DEFAULTS: Mapping[str, Any] = {item.name: item.default for item in fields(ClusterConfig)}
+
+
+def allowed_factories(config: ClusterConfig) -> tuple[str, ...]:
+    """The factories that may be named over the network: those that are listed, by default those of the layers."""
+    if config.allowed_factories is not None:
+        return config.allowed_factories
+    named = {expert.factory for layer in config.layers for expert in layer.everyone.values()}
+    return tuple(sorted(factory for factory in named if factory is not None))
 
 
 def mistakes(values: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -154,6 +169,10 @@ def _tokens(value: Any) -> bool:
     return isinstance(value, tuple) and all(isinstance(entry, TokenEntry) for entry in value)
 
 
+def _factories(value: Any) -> bool:
+    return isinstance(value, tuple) and all(is_import_string(factory) for factory in value)
+
+
 def _optional(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or fits(value)
 
@@ -178,5 +197,8 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "start_timeout": (_seconds, "a number of seconds above 0, at most 86400"),
     "state_dir": (_optional(_is(Path)), "the path of a folder"),
     "retain_epochs": (_whole(0, 1000), "a whole number from 0 to 1000"),
+    "max_upload_bytes": (_whole(1, LIMITS.max_bytes), f"a whole number from 1 to {LIMITS.max_bytes}"),
+    "max_uploads_bytes": (_whole(1, 1 << 50), "a whole number of at least 1"),
+    "allowed_factories": (_optional(_factories), 'a list of factories, each "module:attribute"'),
     "log_level": (lambda value: value in LOG_LEVELS, f"one of {', '.join(LOG_LEVELS)}"),
 }

@@ -29,10 +29,6 @@ from .versions import VersionStore
 log = logging.getLogger(__name__)
 
 
-class DryRun(ExpertMeshError):
-    """Raised instead of a commit when only a rehearsal was asked for."""
-
-
 class SwapDesk:
     """Prepares swaps, makes them durable, and answers who asked. It alone writes to the registry."""
 
@@ -46,6 +42,7 @@ class SwapDesk:
         self._requests: dict[str, SwapRequest] = {}
         self._candidates: dict[str, dict[str, Candidate]] = {}
         self._receipts: dict[str, dict[str, Receipt]] = {}
+        self._rehearsed: set[str] = set()
         self._answers: dict[str, asyncio.Future[SwapResult]] = {}
         self.catalogue = Catalogue(registry, store)
         for swap in registry.open_swaps():  # of a controller that died: what was not committed is discarded
@@ -90,9 +87,7 @@ class SwapDesk:
         current = self.current()
         unknown = [id for id in request.changes if id not in self.catalogue.declared]
         if unknown:
-            raise NotFound(
-                f"there is no expert or gate {unknown[0]!r}; known are {', '.join(sorted(self.catalogue.declared)[:20])}"
-            )
+            raise self.catalogue.unknown(unknown[0])
         refuse_unless_current(request.expect, current)
         candidates = {
             id: self.catalogue.candidate(id, change, request, current) for id, change in request.changes.items()
@@ -114,7 +109,8 @@ class SwapDesk:
         """Make a swap's versions the next epoch, durably; returns it. Raises Aborted, and what the disk raises."""
         request = self._requests[swap_id]
         if request.dry_run:
-            raise DryRun("a rehearsal ends here")
+            self._rehearsed.add(swap_id)
+            raise Aborted("a rehearsal ends before the commit")
         for id, version in versions.items():
             if (id, version) not in self.registry.known():
                 self._store(swap_id, self._candidates[swap_id][id], self._receipts[swap_id][id], request.note)
@@ -157,11 +153,13 @@ class SwapDesk:
         answer, request = self._answers.pop(swap_id, None), self._requests.pop(swap_id, None)
         candidates, receipts = self._candidates.pop(swap_id, {}), self._receipts.pop(swap_id, {})
         result = self._result(swap_id, request, candidates, receipts, epoch)
+        rehearsed = swap_id in self._rehearsed
+        self._rehearsed.discard(swap_id)
         if error is not None:
-            self._end(swap_id, "rehearsal" if isinstance(error, DryRun) else error.message)
+            self._end(swap_id, "rehearsal" if rehearsed else error.message)
         if answer is None or answer.done():
             return
-        if error is None or isinstance(error, DryRun):
+        if error is None or rehearsed:
             answer.set_result(result)
         else:
             answer.set_exception(error)
@@ -188,9 +186,7 @@ class SwapDesk:
     def history(self, id: str) -> list[dict[str, Any]]:
         """The versions of an id that are kept, oldest first, and which epochs name them. Raises NotFound."""
         if id not in self.catalogue.declared:
-            raise NotFound(
-                f"there is no expert or gate {id!r}; known are {', '.join(sorted(self.catalogue.declared)[:20])}"
-            )
+            raise self.catalogue.unknown(id)
         epochs, current = self.registry.epochs(), self.current().get(id)
         return [
             {

@@ -67,7 +67,8 @@ class ExpertHost:
         """Build and verify a version beside those that serve, compared with the one that it replaces if that is here.
 
         In mode "double" both are on the device; with "staged_cpu" the new one waits in main memory, and the first rows
-        for it bring it to the device and send the other versions of the expert off it. A version that is here already is not built again. Raises what `stage.stage` raises; then nothing has changed.
+        for it bring it to the device and send the other versions of the expert off it. A version that is here already
+        is not built again. Raises what `stage.stage` raises; then nothing has changed.
         """
         if proposal.version is not None and (proposal.id, proposal.version) in self._receipts:
             return self._receipts[proposal.id, proposal.version]

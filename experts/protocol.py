@@ -21,8 +21,8 @@ T = TypeVar("T")
 class CallOptions:
     """What a client asks of one layer, beside its tensors `x`, `gate_input`, `top_k_index`, `top_k_weights`.
 
-    `epoch` asks for exactly that epoch, `pin` is the id of a lease on one. `min_epoch` is the highest epoch of `cluster`
-    that the client has seen: it means nothing to another cluster.
+    `epoch` asks for exactly that epoch, `pin` is the id of a lease on one. `min_epoch` is the highest epoch that the
+    client has seen of `cluster`: it means nothing to another cluster.
     """
 
     layer: str

@@ -91,7 +91,7 @@ class Expert:
     def __post_init__(self) -> None:
         if (self.factory is None) == (self.live is None):
             raise ConfigError('an expert needs a factory, as in Expert("torch.nn:Linear"), or a live object')
-        if self.factory is not None and not _is_import_string(self.factory):
+        if self.factory is not None and not is_import_string(self.factory):
             raise ConfigError(f'factory must be "module:attribute", as in "torch.nn:Linear", not {self.factory!r}')
         if type(self.replicas) is not int or self.replicas < 1:
             raise ConfigError(f"replicas must be a whole number of at least 1, not {self.replicas!r}")
@@ -134,7 +134,8 @@ class Expert:
         return replace(self, input=input, output=output)
 
 
-def _is_import_string(text: object) -> bool:
+def is_import_string(text: object) -> bool:
+    """Whether a text has the form "module:attribute"."""
     if not isinstance(text, str) or text.count(":") != 1:
         return False
     return all(name.isidentifier() for part in text.split(":") for name in part.split("."))

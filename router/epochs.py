@@ -75,7 +75,7 @@ class Epochs:
         return epoch
 
     def pin_again(self, epoch: Epoch) -> Epoch:
-        """Pin an epoch once more that is pinned already, and so still loaded, whether or not new requests may ask for it."""
+        """Pin an epoch once more that is pinned already, and so is loaded, also where requests may not name it."""
         self._pins[epoch.number] += 1
         return epoch
 

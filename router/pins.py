@@ -1,7 +1,7 @@
 """Leases: an epoch that several calls of one caller share, for as long as the caller goes on using it. A pure decision.
 
-A lease is a pin like that of a request, so what the epoch names stays loaded. It ends when it is given back, when it was
-not used for its time to live, and in any case after `MAX_LIFE`: an old epoch must not be held for ever.
+A lease is a pin like that of a request, so what the epoch names stays loaded. It ends when it is given back, when it
+was not used for its time to live, and in any case after `MAX_LIFE`: an old epoch must not be held for ever.
 """
 
 from __future__ import annotations

@@ -48,6 +48,19 @@ class LooksAtData(nn.Module):
         return self.linear(rows) if rows.sum().item() >= 0 else rows
 
 
+class LooksAtPlaces(nn.Module):
+    """A module whose code depends on where the rows are above zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        answer = self.linear(rows)
+        answer[rows.nonzero(as_tuple=True)] += 1
+        return answer
+
+
 class Half(nn.Linear):
     """A module of float16 parameters."""
 

@@ -16,14 +16,15 @@ from expertmesh.experts.errors import ConfigError, ExpertMeshError, NotFound, Pe
 
 NOW = 1_000_000.0
 TOKENS = {role.label: f"{role.label}-token" for role in Role} | {"expired": "expired-token"}
-READERS_METHODS = ("Call", "Status", "Check", "Watch")
+READERS_METHODS = ("Call", "Status", "Check", "Watch", "SwapProgress", "History", "Pin", "Unpin")
+OPERATORS_METHODS = (*READERS_METHODS, "Drain", "Upload", "Swap")
 OUTCOMES = {  # the table: who may call what
     "none": {},
     "wrong": {},
     "expired": {},
     "reader": dict.fromkeys(READERS_METHODS, Role.READER),
-    "operator": dict.fromkeys((*READERS_METHODS, "Drain"), Role.OPERATOR),
-    "admin": dict.fromkeys((*READERS_METHODS, "Drain"), Role.ADMIN),
+    "operator": dict.fromkeys(OPERATORS_METHODS, Role.OPERATOR),
+    "admin": dict.fromkeys(OPERATORS_METHODS, Role.ADMIN),
 }
 
 

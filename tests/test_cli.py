@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from expertmesh.cluster import cli_status
+from expertmesh.cluster import cli_connect
 from expertmesh.cluster.cli import cli
 from expertmesh.cluster.cli_down import stop
 from expertmesh.cluster.process import start_time
 from expertmesh.cluster.runfile import RunFile, home, run_path, token_path
 from expertmesh.experts.errors import DeadlineExceeded, NotFound, Unavailable
 
-COMMANDS = ("demo", "serve", "status", "down", "doctor")
+COMMANDS = ("demo", "serve", "status", "swap", "rollback", "history", "down", "doctor")
 STATUS: dict[str, Any] = {
     "name": "default",
     "epoch": 3,
@@ -162,7 +162,7 @@ def test_an_error_is_one_line_and_debug_shows_where() -> None:
 
 
 def test_an_error_of_ours_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_status, "Client", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr(cli_connect, "Client", lambda *args, **options: 1 / 0)
     result = run("status")
     assert result.exit_code == 1
     assert result.stderr == "error: ZeroDivisionError: division by zero (`expertmesh --debug ...` shows where)\n"
@@ -199,7 +199,7 @@ def client_that_says(answer: Any) -> Any:
 
 
 def test_status_is_a_table_for_people_and_json_for_machines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_status, "Client", client_that_says(STATUS))
+    monkeypatch.setattr(cli_connect, "Client", client_that_says(STATUS))
     lines = run("status").output.splitlines()
     assert lines[0] == "cluster default: ready, epoch 3"
     first = next(line.split() for line in lines if line.startswith("news/e0"))
@@ -210,7 +210,7 @@ def test_status_is_a_table_for_people_and_json_for_machines(monkeypatch: pytest.
 
 
 def test_status_of_a_cluster_that_does_not_answer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_status, "Client", client_that_says(Unavailable("the server cannot be reached")))
+    monkeypatch.setattr(cli_connect, "Client", client_that_says(Unavailable("the server cannot be reached")))
     result = run("status")
     assert (result.exit_code, result.stderr) == (1, "error: the server cannot be reached\n")
 

@@ -438,6 +438,34 @@ def test_a_replica_that_is_no_more_hands_its_rows_on() -> None:
     check(main())
 
 
+def test_figures_are_read_while_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the thread of the metrics page does; here the change comes, for certain, in the middle of the reading."""
+
+    async def main() -> None:
+        mesh = mesh_of("r", "s")
+        jobs = [mesh.submit("l/a", row) for row in range(6)]
+        size = module.Job.size.fget  # type: ignore[attr-defined]
+
+        def changing(job: module.Job) -> int:
+            with monkeypatch.context() as patch:
+                patch.setattr(module.Job, "size", property(size))
+                jobs.append(mesh.submit("l/a", 0))
+                mesh.fanout._lanes[f"lane {len(jobs)}"] = module._Lane("1")
+            return int(size(job))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module.Job, "size", property(changing))
+            assert sum(mesh.fanout.waiting().values()) >= 6
+        for number in range(7, len(jobs) + 1):
+            mesh.fanout._lanes.pop(f"lane {number}")
+        while not all(job.done() for job in jobs):
+            await settle()
+            for sent in mesh.wire.open():
+                sent.answer()
+
+    check(main())
+
+
 actions = st.lists(
     st.tuples(
         st.sampled_from(

@@ -57,7 +57,7 @@ def test_weights_that_are_not_there_or_not_whole(tmp_path: Path) -> None:
         check_declaration(Expert("torch.nn:Linear", args=(4, 4), weights=path), "l/e", ANY)
 
 
-@pytest.mark.parametrize("factory", ["samples:Sizes", "samples:LooksAtData"])
+@pytest.mark.parametrize("factory", ["samples:Sizes", "samples:LooksAtData", "samples:LooksAtPlaces"])
 def test_code_that_reads_numbers_is_not_refused(factory: str) -> None:
     input_spec, _ = check_declaration(Expert(factory), "l/e", TensorSpec((4,)))
     assert input_spec.shape == (4,)

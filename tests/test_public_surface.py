@@ -16,7 +16,7 @@ ERRORS = [
     "InvalidRequest", "MissingExtra", "NotFound", "Overloaded", "PermissionDenied", "SpecMismatch", "TooLarge",
     "Unauthenticated", "Unavailable", "VersionGone",
 ]  # fmt: skip
-CLIENT = ["AsyncClient", "Client", "Reply"]
+CLIENT = ["AsyncClient", "Client", "Lease", "Reply", "SwapOutcome"]
 CLUSTER = ["Cluster", "ClusterConfig", "Expert", "Layer", "TensorSpec", "gates"]
 SURFACE = sorted([*ERRORS, *CLIENT, *CLUSTER, "__version__", "errors"])
 
@@ -55,7 +55,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
 
 def test_a_client_needs_neither_ray_nor_torch() -> None:
     heavy = ("ray", "torch", "click", "rich", "yaml", "safetensors", "sklearn", "prometheus_client", "transformers")
-    assert imported("import expertmesh; from expertmesh import AsyncClient, Client, Reply, errors", *heavy) == []
+    assert imported("import expertmesh; from expertmesh import AsyncClient, Client, Lease, Reply, SwapOutcome, errors", *heavy) == []
     assert imported("import expertmesh", "grpc", "numpy", "msgpack") == []
 
 

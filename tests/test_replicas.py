@@ -91,6 +91,7 @@ def test_failing_again_begins_again_and_a_new_incarnation_is_no_suspect() -> Non
     view.failed("a")
     view.update([a])
     assert not view.holds("a", *OLD)
+    view.failed("a")
     view.update([replica("a", OLD, incarnation="2")])
     assert view.holds("a", *OLD)
     view.failed("nobody")

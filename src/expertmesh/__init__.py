@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .cluster.config import ClusterConfig
     from .cluster.launch import Cluster
     from .cluster.replies import Reply
+    from .cluster.swap_protocol import Lease, SwapOutcome
     from .experts.spec import Expert, TensorSpec
     from .router import gates
     from .router.layer import Layer
@@ -49,7 +50,9 @@ _MODULES = {
     "ClusterConfig": "cluster.config",
     "Expert": "experts.spec",
     "Layer": "router.layer",
+    "Lease": "cluster.swap_protocol",
     "Reply": "cluster.replies",
+    "SwapOutcome": "cluster.swap_protocol",
     "TensorSpec": "experts.spec",
     "gates": "router.gates",
 }
@@ -69,12 +72,14 @@ __all__ = [
     "FailedPrecondition",
     "InvalidRequest",
     "Layer",
+    "Lease",
     "MissingExtra",
     "NotFound",
     "Overloaded",
     "PermissionDenied",
     "Reply",
     "SpecMismatch",
+    "SwapOutcome",
     "TensorSpec",
     "TooLarge",
     "Unauthenticated",

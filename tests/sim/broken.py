@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from sim.controller import Controller
 from sim.registry import Registry
@@ -46,11 +47,13 @@ class FlipsEarly(Swap):
 class CountsOldReceipts(Swap):
     """Keeps the receipts of a member that has restarted since."""
 
-    def _member(self, event: MemberSeen) -> list[Effect]:
+    def _forget(self, member: str) -> None:
         kept = dict(self._receipts)
-        effects = super()._member(event)
-        self._receipts = {**kept, **self._receipts}
-        return [*effects, *self._ready()]
+        super()._forget(member)
+        self._receipts = kept
+
+    def _member(self, event: MemberSeen) -> list[Effect]:
+        return [*super()._member(event), *self._ready()]
 
 
 class RetiresEarly(Control):
@@ -74,22 +77,6 @@ class BelievesOldReports(Control):
         return 0
 
 
-class ForgetsPinnedEpochs(Control):
-    """Forgets epochs that the registry has collected, pinned or not."""
-
-    def forget_epochs(self, kept: Mapping[int, Versions]) -> None:
-        self.epochs = dict(kept)
-
-
-class NeverAsksAgain(Swap):
-    """Does not ask a member again that was lost and is back."""
-
-    def _forget(self, member: str) -> None:
-        asked = set(self._asked)
-        super()._forget(member)
-        self._asked = asked
-
-
 class PretendsToHold(Replica):
     """After a restart it loads the current versions alone, reports all, and answers with what it has."""
 
@@ -105,12 +92,11 @@ class PretendsToHold(Replica):
         return known or super().found(expert, version)
 
 
-class AnswersWithAny(Replica):
-    """Computes with another version where the one asked for is not there."""
+class AnswersWithNewest(Replica):
+    """Computes with the newest version that it has, whatever was asked for."""
 
     def found(self, expert: str, version: str) -> str | None:
-        held = sorted(v for id, v in self.slots if id == expert)
-        return version if version in held else (held[0] if held else None)
+        return max((held for id, held in self.slots if id == expert), default=None)
 
 
 class DisobeysOrder(Replica):
@@ -160,20 +146,30 @@ def _named(world: World, id: str) -> set[str]:
     return {versions[id] for versions in world.registry.epochs.values()}
 
 
+@dataclass(frozen=True)
+class Rule:
+    """A broken rule, the promise that it breaks, and the kind of world that shows it soonest."""
+
+    rules: Broken
+    breach: str
+    kind: str | None = None
+
+
 RULES = {
-    "flip before all receipts": Broken(control=_control_with(FlipsEarly)),
-    "receipts of an incarnation that is gone": Broken(control=_control_with(CountsOldReceipts)),
-    "a member that is back is not asked again": Broken(control=_control_with(NeverAsksAgain)),
-    "retire before drain": Broken(control=RetiresEarly),
-    "retire before routers were heard": Broken(control=ForgetsRoutersAtStart),
-    "old reports believed": Broken(control=BelievesOldReports),
-    "pinned epochs forgotten": Broken(control=ForgetsPinnedEpochs),
-    "restarted without the pinned version": Broken(replica=PretendsToHold),
-    "answers with any version": Broken(replica=AnswersWithAny),
-    "late unload obeyed": Broken(replica=DisobeysOrder),
-    "no fencing": Broken(registry=Unfenced),
-    "fencing taken for refusal": Broken(controller=TellsOfFencing),
-    "router goes backwards": Broken(router=GoesBackwards),
-    "old views believed": Broken(router=BelievesOldViews),
+    "flip before all receipts": Rule(Broken(control=_control_with(FlipsEarly)), "receipts"),
+    "receipts of an incarnation that is gone": Rule(
+        Broken(control=_control_with(CountsOldReceipts)), "receipts", "storm"
+    ),
+    "retire before drain": Rule(Broken(control=RetiresEarly), "no request fails"),
+    "retire before routers were heard": Rule(
+        Broken(control=ForgetsRoutersAtStart), "no request fails", "controller lost"
+    ),
+    "old reports believed": Rule(Broken(control=BelievesOldReports), "no request fails", "quiet"),
+    "restarted without the pinned version": Rule(Broken(replica=PretendsToHold), "no mix"),
+    "answers with the newest version": Rule(Broken(replica=AnswersWithNewest), "no mix"),
+    "late unload obeyed": Rule(Broken(replica=DisobeysOrder), "receipts", "storm"),
+    "no fencing": Rule(Broken(registry=Unfenced), "fencing", "storm"),
+    "fencing taken for refusal": Rule(Broken(controller=TellsOfFencing), "refused changes nothing", "storm"),
+    "router goes backwards": Rule(Broken(router=GoesBackwards), "routers only go forward"),
+    "old views believed": Rule(Broken(router=BelievesOldViews), "no request fails", "quiet"),
 }
-"""The name of each broken rule, and the world's rules with it."""

@@ -67,7 +67,7 @@ class Clients:
                 clock.after(n * 0.7, self._use, router, number)
             if clock.now < LATE or clock.chance(0.5):
                 clock.after(clock.between(1.0, 4.5), router.end_lease, number)
-        clock.after(clock.between(2.0, 7.0), self._keep_leasing)
+        clock.after(clock.between(1.5, 4.0), self._keep_leasing)
 
     def _use(self, router: Router, number: int) -> None:
         if router.serves and number in router.leases:
@@ -88,7 +88,7 @@ class Clients:
         if self.calm:
             return
         self._swap()
-        clock.after(clock.between(0.2, 3.0), self._keep_swapping)
+        clock.after(clock.between(0.2, 2.2), self._keep_swapping)
 
     def _swap(self) -> None:
         world, rng = self.world, self.world.clock.rng

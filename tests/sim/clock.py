@@ -1,4 +1,4 @@
-"""Virtual time: a heap of events, and one source of chance. Nothing here waits, and the same seed gives the same run."""
+"""Virtual time: a heap of events, and one source of chance. Nothing waits, and the same seed gives the same run."""
 
 from __future__ import annotations
 

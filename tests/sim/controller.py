@@ -31,7 +31,7 @@ TURN = 1.0
 PROBE_TIMEOUT = 2.0
 STAGE_TIMEOUT = 4.0
 STAGING_LIMIT = 7.0
-RETAIN_EPOCHS = 2
+RETAIN_EPOCHS = 1
 
 
 class Controller(Process):
@@ -227,7 +227,8 @@ class Controller(Process):
 
     def _collect(self) -> None:
         registry = self.world.registry
-        registry.collect(self.term, [n for n in registry.epochs if n >= registry.current - RETAIN_EPOCHS])
+        oldest = min(registry.current - RETAIN_EPOCHS, self.control.oldest_needed())
+        registry.collect(self.term, [number for number in registry.epochs if number >= oldest])
         self.control.forget_epochs(registry.epochs)
 
     def _do_sync(self, _: Sync) -> None:
@@ -255,7 +256,7 @@ class Controller(Process):
         elif swap_id in self._outcomes:
             reply(self._outcomes[swap_id])
         elif self._unheard:
-            reply((None, Unavailable("the controller is still looking round")))
+            self._refuse(reply, swap_id, Unavailable("the controller is still looking round"))
         elif swap_id in self._candidates:
             self._asked_by.setdefault(swap_id, []).append(reply)
         else:
@@ -268,12 +269,16 @@ class Controller(Process):
             self._candidates[swap_id] = versions
             orders = control.swap_asked(swap_id, frozenset(versions))
         except ExpertMeshError as error:
-            self._outcomes[swap_id] = (None, error)
-            reply((None, error))
+            self._refuse(reply, swap_id, error)
             return
         self._asked_by[swap_id] = [reply]
         self.world.clock.after(STAGING_LIMIT, self._time_up, swap_id)
         self.perform(orders)
+
+    def _refuse(self, reply: Reply, swap_id: str, error: ExpertMeshError) -> None:
+        """Say no, and say so again when the question comes again: it may have been doubled on its way."""
+        self._outcomes[swap_id] = (None, error)
+        reply((None, error))
 
     def _time_up(self, swap_id: str) -> None:
         if self.alive:

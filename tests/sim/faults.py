@@ -27,7 +27,7 @@ POINTS = (
     ("load", "before"),
     ("load", "after"),
 )
-"""Steps of a swap. "before" and "after" are at the one who acts: the controller that sends, the member that has done."""
+"""Steps of a swap. "before" and "after" are at the one who acts: who sends an order, who has done it."""
 
 ACTORS = ("controller", "router", "replica")
 CELLS = tuple((*point, actor) for point in POINTS for actor in ACTORS)

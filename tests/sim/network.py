@@ -17,9 +17,9 @@ class Weather:
 
     lost: float = 0.0
     doubled: float = 0.05
-    slow: float = 0.05
+    slow: float = 0.1
     delay: float = 0.08
-    slow_delay: float = 0.5
+    slow_delay: float = 0.9
     silent_death: float = 0.0
 
 

@@ -104,4 +104,3 @@ class Router(Holder):
         if current in built and self.epochs.adopt(built[current]):
             self.world.checker.adopted(self, current)
         self.epochs.keep([epoch for number, epoch in built.items() if number != current])
-

@@ -97,14 +97,15 @@ class World:
         while left:
             size = rng.choice((1, 1, 2))
             together, left = tuple(left[:size]), left[size:]
-            for n in range(rng.randint(2 if self.kind == "one replica lost" else 1, 3)):
+            fewest, most = {"one replica lost": (2, 3), "quiet": (1, 2)}.get(self.kind, (1, 3))
+            for n in range(rng.randint(fewest, most)):
                 hosts[f"{together[0]}#{n}"] = together
         return hosts
 
     # ---- chance
 
     def loading_time(self) -> float:
-        return self.clock.between(0.05, 1.0)
+        return self.clock.between(0.05, 2.5 if self.stormy else 1.0)
 
     def computing_time(self) -> float:
         return self.clock.between(0.01, 1.2 if self.clock.chance(0.2) else 0.2)
@@ -202,6 +203,8 @@ class World:
         if new:
             self.checker.committed(epoch, swap_id, self.clients.asked[swap_id])
         if chance < DISK_LATE:
+            if self.stormy:  # a controller that waits for a disk is soon given up
+                self.clock.after(0.1, self.replace_controller)
             raise Unavailable("the disk has done it, but did not say so in time")
         return epoch
 

@@ -1,0 +1,83 @@
+"""A controller that kills itself with SIGKILL at a step of a swap, when a file beside its state says which.
+
+It is the same death as from outside, and happens exactly where it is asked for. Import this module in a process only
+after Ray's environment was set.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from expertmesh.cluster.actors import ControllerActor, LogSettings
+from expertmesh.cluster.control import Unload
+from expertmesh.cluster.controller import Controller
+from expertmesh.cluster.controller_ports import StateSettings
+from expertmesh.cluster.orders import SwapRequest
+from expertmesh.cluster.swap_desk import SwapDesk
+from expertmesh.experts.errors import ExpertMeshError
+from expertmesh.experts.stage import Receipt
+
+from .crash_steps import COMMITTED, FLIPPED, JOURNALLED, READY, RETIRING, STAGING, STORED, crash_file
+
+
+class CrashingDesk(SwapDesk):
+    """Dies in the middle of its paperwork."""
+
+    crash: Path
+
+    def die_at(self, step: str) -> None:
+        """Die if this is the step that was asked for; only once."""
+        try:
+            wanted = self.crash.read_text()
+        except FileNotFoundError:
+            return
+        if wanted == step:
+            self.crash.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def prepare(self, request: SwapRequest) -> None:
+        super().prepare(request)
+        self.die_at(JOURNALLED)
+
+    def keep_receipt(self, swap_id: str, receipt: Receipt) -> None:
+        super().keep_receipt(swap_id, receipt)
+        self.die_at(STAGING)
+
+    def commit(self, swap_id: str, versions: Mapping[str, str]) -> tuple[int, Mapping[str, str]]:
+        self.die_at(READY)
+        committed = super().commit(swap_id, versions)
+        self.die_at(COMMITTED)
+        return committed
+
+    def answer(self, swap_id: str, epoch: int | None, error: ExpertMeshError | None) -> None:
+        if epoch is not None:
+            self.die_at(FLIPPED)
+        super().answer(swap_id, epoch, error)
+
+    def _store(self, *version: Any) -> None:
+        super()._store(*version)
+        self.die_at(STORED)
+
+
+class CrashingController(Controller):
+    """Dies when it begins to retire what a swap has replaced."""
+
+    async def _unload(self, order: Unload) -> None:
+        if isinstance(self.desk, CrashingDesk):
+            self.desk.die_at(RETIRING)
+        await super()._unload(order)
+
+
+class CrashingControllerActor(ControllerActor):
+    """The actor of such a controller."""
+
+    def __init__(self, settings: StateSettings, logs: LogSettings) -> None:
+        super().__init__(settings, logs)
+        self._controller.__class__ = CrashingController
+        desk = self._controller.desk
+        desk.__class__ = CrashingDesk
+        vars(desk)["crash"] = crash_file(settings.state_dir)

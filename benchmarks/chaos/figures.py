@@ -1,0 +1,92 @@
+"""What a run is told by: quantiles, rows a second, gaps, and the lines that are printed."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from .checker import MIXED, RIGHT, Checker
+from .load import Load, Seen
+
+
+def quantile(values: Iterable[float], share: float) -> float:
+    """The value that `share` of the values do not exceed; NaN of none."""
+    found = sorted(values)
+    return found[max(0, math.ceil(share * len(found)) - 1)] if found else math.nan
+
+
+def between(seen: Iterable[Seen], begin: float, end: float) -> list[Seen]:
+    """The requests that were due in a span of time."""
+    return [one for one in seen if begin <= one.due < end]
+
+
+def p99_ms(seen: Iterable[Seen]) -> float:
+    """The 99th percentile of the latency in milliseconds; a request that failed counts as never answered."""
+    return 1000 * quantile((math.inf if one.error else one.latency for one in seen), 0.99)
+
+
+def rows_per_second(seen: Iterable[Seen], begin: float, end: float, count: int) -> float:
+    """Rows that were answered in a span of time, a second."""
+    return sum(count for one in seen if not one.error and begin <= one.done < end) / (end - begin)
+
+
+def longest_gap(seen: Iterable[Seen], begin: float, end: float) -> float:
+    """The longest time without an answer in a span, in seconds."""
+    times = [begin, *sorted(one.done for one in seen if not one.error and begin <= one.done <= end), end]
+    return max(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+
+
+def went_back(seen: Sequence[Seen]) -> int:
+    """How many requests of one client were answered from an older epoch than one answered before they were sent."""
+    events = sorted([(one.done, 0, one.reply.epoch) for one in seen if not one.error], key=lambda event: event[:2])
+    newest, place, found = 0, 0, 0
+    for one in sorted((one for one in seen if not one.error), key=lambda one: one.sent):
+        while place < len(events) and events[place][0] < one.sent:
+            newest = max(newest, events[place][2])
+            place += 1
+        found += one.reply.epoch < newest
+    return found
+
+
+def judged(checker: Checker, load: Load) -> Mapping[str, int]:
+    """Every request of a load judged: right, wrong (also unknown), mixed, failed."""
+    seen = load.seen
+    verdicts = Counter("failed" if one.error else checker.judge(load.input(one), one.reply) for one in seen)
+    wrong = sum(verdicts.values()) - verdicts[RIGHT] - verdicts[MIXED] - verdicts["failed"]
+    return {
+        "requests": len(seen),
+        "right": verdicts[RIGHT],
+        "failed": verdicts["failed"],
+        "wrong": wrong,
+        "mixed": verdicts[MIXED],
+        "went back": went_back(seen),
+    }
+
+
+def harm(found: Mapping[str, int]) -> int:
+    """How many requests did not get what was promised."""
+    return found["failed"] + found["wrong"] + found["mixed"] + found["went back"]
+
+
+def say(name: str, value: object, wanted: str = "") -> None:
+    """One line of a result."""
+    text = f"{value:.3g}" if isinstance(value, float) else str(value)
+    print(f"{name:<44} {text:>12}  {wanted}".rstrip(), flush=True)
+
+
+def say_judged(found: Mapping[str, int], checker: Checker, load: Load) -> None:
+    """What the checker found, with an example of each kind of failure."""
+    say("requests, each answer recomputed", found["requests"])
+    for name in ("failed", "wrong", "mixed", "went back"):
+        say(name, found[name], "0 wanted")
+    for example in checker.examples:
+        print(f"    {example}")
+    for error, times in Counter(one.error for one in load.seen if one.error).most_common(3):
+        print(f"    failed {times} times: {error}")
+
+
+def say_load() -> None:
+    """How busy the machine is, since every figure depends on that."""
+    say("load average, CPUs", f"{os.getloadavg()[0]:.1f}, {os.cpu_count()}")

@@ -1,0 +1,132 @@
+"""Load on a layer: as many requests as it bears, or open-loop at a rate, and what came of each request.
+
+A latency counts from the moment at which a request was due, not from when it was sent: a load generator that falls
+behind must not hide what a caller would have waited.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from expertmesh import AsyncClient, errors
+
+from .exact import rows
+
+POOL = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One request: its number, when it was due, sent and done (monotonic seconds), its reply or the error's name."""
+
+    number: int
+    due: float
+    sent: float
+    done: float
+    reply: Any = None
+    error: str = ""
+
+    @property
+    def latency(self) -> float:
+        """Seconds from when it was due."""
+        return self.done - self.due
+
+
+class Load:
+    """Requests to one layer from a thread of its own, from `start` to `stop`; `seen` is complete after `stop`.
+
+    `rate` is in requests a second, in random order of arrival; with `callers` instead, so many callers ask as fast as
+    they are answered.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        layer: str,
+        *,
+        rate: float = 0.0,
+        callers: int = 0,
+        count: int = 4,
+        timeout: float = 10.0,
+        inputs: Sequence[Any] | None = None,
+    ) -> None:
+        self.seen: list[Seen] = []
+        self.count = count
+        self.inputs = [rows(number, count) for number in range(POOL)] if inputs is None else inputs
+        self._endpoint, self._layer, self._timeout = endpoint, layer, timeout
+        self._rate, self._callers = rate, callers
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="load")
+
+    def start(self) -> Load:
+        """Begin."""
+        self._thread.start()
+        return self
+
+    def stop(self) -> list[Seen]:
+        """Send nothing more, wait for what is under way, and return all that was seen."""
+        self._stop.set()
+        self._thread.join()
+        return self.seen
+
+    def input(self, seen: Seen) -> Any:
+        """The rows of a request."""
+        return self.inputs[seen.number % len(self.inputs)]
+
+    async def _main(self) -> None:
+        async with AsyncClient(self._endpoint, timeout=self._timeout) as client:
+            if self._callers:
+                await asyncio.gather(*(self._caller(client, place) for place in range(self._callers)))
+            else:
+                await self._open_loop(client)
+
+    async def _caller(self, client: AsyncClient, place: int) -> None:
+        number = place
+        while not self._stop.is_set():
+            await self._ask(client, number, time.monotonic())
+            number += self._callers
+
+    async def _open_loop(self, client: AsyncClient) -> None:
+        arrivals = random.Random(0)
+        asked: set[asyncio.Task[None]] = set()
+        due, number = time.monotonic(), 0
+        while not self._stop.is_set():
+            wait = due - time.monotonic()
+            if wait > 0:
+                await asyncio.sleep(min(wait, 0.1))
+                continue
+            task = asyncio.create_task(self._ask(client, number, due))
+            asked.add(task)
+            task.add_done_callback(asked.discard)
+            due += arrivals.expovariate(self._rate)
+            number += 1
+            await asyncio.sleep(0)
+        await asyncio.gather(*asked)
+
+    async def _ask(self, client: AsyncClient, number: int, due: float) -> None:
+        sent = time.monotonic()
+        x = self.inputs[number % len(self.inputs)]
+        try:
+            reply = await client.call(self._layer, x)
+        except errors.ExpertMeshError as error:
+            name = f"{type(error).__name__}: {error.message[:160]}"
+            self.seen.append(Seen(number, due, sent, time.monotonic(), error=name))
+        else:
+            self.seen.append(Seen(number, due, sent, time.monotonic(), reply))
+
+
+def capacity(endpoint: str, layer: str, *, callers: int = 32, count: int = 4, seconds: float = 5.0) -> float:
+    """The most rows a second that a layer bears, after a second to warm up."""
+    load = Load(endpoint, layer, callers=callers, count=count).start()
+    time.sleep(1.0)
+    begin = time.monotonic()
+    time.sleep(seconds)
+    end = time.monotonic()
+    done = [seen for seen in load.stop() if begin <= seen.done < end]
+    return sum(count for seen in done if not seen.error) / (end - begin)

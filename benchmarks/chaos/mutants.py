@@ -1,0 +1,70 @@
+"""Actors with a rule broken on purpose: what checks the real ones must notice, or it proves nothing.
+
+They are sent in the place of the real ones by `chaos_mesh(actors=...)`; no switch in the product does this. Import this
+module in a process only after Ray's environment was set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+from expertmesh.cluster.actors import ControllerActor, ExpertActor, LogSettings
+from expertmesh.cluster.control import StageCandidate
+from expertmesh.cluster.controller import ROUTER, Controller, proposal_of
+from expertmesh.cluster.controller_ports import StateSettings
+from expertmesh.experts.errors import ExpertMeshError
+from expertmesh.experts.host import ExpertHost
+from expertmesh.experts.protocol import Part
+
+LATE_SECONDS = 0.3
+
+
+class FlipsEarly(Controller):
+    """Makes the receipts of the replicas itself, and has them stage only later: so it flips before they have."""
+
+    async def _stage(self, order: StageCandidate) -> None:
+        if order.member == ROUTER:
+            await super()._stage(order)
+            return
+        member, incarnation, swap_id, id = order.member, order.incarnation, order.swap_id, order.id
+        candidate = self.desk.candidate(swap_id, id)
+        proposal = replace(proposal_of(candidate), weights=candidate.weights)
+        try:
+            receipt = await asyncio.to_thread(ExpertHost().stage, proposal)
+        except ExpertMeshError as error:
+            await self._perform(self.control.stage_refused(swap_id, member, incarnation, id, error))
+            return
+        self.desk.keep_receipt(swap_id, receipt)
+        self._health.holds(member, incarnation, id, receipt.version)
+        await self._perform(self.control.staged(swap_id, member, incarnation, id, receipt.version))
+        await asyncio.sleep(LATE_SECONDS)
+        await self._staged_at(member, self.desk.catalogue.recorded(id, receipt.version))
+
+
+class AnswersWithNewest(ExpertHost):
+    """Computes with the newest version that it has where it does not hold the one that was asked for."""
+
+    def _part(self, part: Part, *rows: Any) -> Any:
+        held = [version for id, version in self._slots if id == part.expert]
+        if held and part.version not in held:
+            newest = max(held, key=lambda version: int(version[1:].partition("-")[0]))
+            part = replace(part, version=newest)
+        return super()._part(part, *rows)
+
+
+class EarlyController(ControllerActor):
+    """A controller that flips before its replicas have staged."""
+
+    def __init__(self, settings: StateSettings, logs: LogSettings) -> None:
+        super().__init__(settings, logs)
+        self._controller.__class__ = FlipsEarly
+
+
+class NewestExpert(ExpertActor):
+    """A replica that answers with another version than it was asked for."""
+
+    def __init__(self, replica_id: str, experts: tuple[str, ...], device: str, logs: LogSettings) -> None:
+        super().__init__(replica_id, experts, device, logs)
+        self._host.__class__ = AnswersWithNewest
