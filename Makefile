@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean bench-router
+.PHONY: help demo test check format clean bench-router sim
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -32,6 +32,9 @@ format: $(STAMP) ## put the code in the form that check wants
 
 bench-router: $(STAMP) ## gate, dispatch and combine against their floor and against transformers
 	$(BIN)/python -m benchmarks.router
+
+sim: $(STAMP) ## the controller's decisions in 2,000 simulated worlds that crash, delay and lose
+	PYTHONPATH=tests $(BIN)/python -m sim
 
 clean: ## remove what these targets made
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
@@ -45,7 +46,7 @@ class Controller:
         self._replicas = replicas
         self._health = Health()
         self.executor = Executor(self.control, desk, self._health, router, replicas, self._sync)
-        self._router_heard = 0.0
+        self._router_heard = time.monotonic()
         self._next_probe = 0.0
         self._turn = asyncio.Lock()
         self._syncing = asyncio.Lock()
@@ -65,10 +66,12 @@ class Controller:
                 self.executor.handles = desired.handles
                 self._health.expect(dict(desired.replicas))
                 self.desk.catalogue.declare(desired.layers)
-                await self.executor.perform(self.control.restore(self.desk.epochs()))
+                routers = [] if self.control.epochs else [ROUTER]  # what it pins is not known yet
+                await self.executor.perform(self.control.restore(self.desk.epochs(), routers))
             self._next_probe = 0.0
             deadline = asyncio.get_running_loop().time() + timeout
             await self._until(self._all_there, deadline)
+            await self.turn()
             if self._declared < self.desired.revision:
                 request = await asyncio.to_thread(self.desk.declared_swap, timeout)
                 if request is not None:

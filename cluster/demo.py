@@ -1,11 +1,12 @@
-"""The demo: experts trained on real text, served as one sparse layer, and one of them replaced under traffic."""
+"""The demo: experts trained on real text, served as one sparse layer, and experts swapped under traffic."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from ..experts.weights import save_module
 from ..router.layer import Layer
 from .client import Client
 from .demo_features import Dataset, encode, split
+from .demo_swaps import SwapReport, swap_under_traffic
 from .demo_text import Corpus, read_csv, standard_library
-from .demo_traffic import Traffic, TrafficReport
-from .demo_training import HIDDEN, NUM_EXPERTS, TOP_K, Trained, accuracy, mixture, parameters, train, train_expert
+from .demo_training import HIDDEN, NUM_EXPERTS, TOP_K, Trained, accuracy, parameters, train
 from .launch import Cluster
 
 LAYER = "text"
@@ -31,7 +32,7 @@ BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class DemoReport:
-    """All figures of a run: held-out accuracies, rows a second through the client, and the replacement's traffic."""
+    """All figures of a run: held-out accuracies, rows a second through the client, and the swaps under traffic."""
 
     rows: int
     classes: int
@@ -40,14 +41,12 @@ class DemoReport:
     dense: float
     alone: tuple[float, ...]
     rows_per_second: float
-    before: str
-    after: str
-    traffic: TrafficReport
+    swaps: SwapReport
 
     @property
     def ok(self) -> bool:
-        """Whether nobody failed and no answer was wrong while the expert was replaced."""
-        return self.traffic.failed == 0 and self.traffic.wrong == 0 and self.traffic.succeeded > 0
+        """Whether the swaps went as they should, and no answer failed, was wrong or mixed meanwhile."""
+        return self.swaps.ok
 
 
 def run_demo(data: Path | None = None, *, console: Console, rows_limit: int | None = None, seed: int = 0) -> DemoReport:
@@ -73,7 +72,7 @@ def run_demo(data: Path | None = None, *, console: Console, rows_limit: int | No
             cluster = Cluster.start([layer], name=name, port=0, state_dir=state, progress=say)
             with cluster, Client(cluster.endpoint) as client:
                 say("asking the held-out rows")
-                return _serve(console, cluster, client, trained, dataset, Path(folder), say)
+                return _serve(console, client, trained, dataset, Path(folder), say)
 
 
 def _layer(trained: Trained, dataset: Dataset, folder: Path) -> Layer:
@@ -100,17 +99,15 @@ def _expert(dataset: Dataset, weights: Path, replicas: int = 1) -> Expert:
 
 def _serve(
     console: Console,
-    cluster: Cluster,
     client: Client,
     trained: Trained,
     dataset: Dataset,
     folder: Path,
     say: Callable[[str], None],
 ) -> DemoReport:
-    clock = Traffic.clock
-    started = clock()
+    started = time.perf_counter()
     sparse_TC = _ask(client, dataset.held_x_TD)
-    seconds = clock() - started
+    seconds = time.perf_counter() - started
     full_TC = _ask(client, dataset.held_x_TD, top_k=NUM_EXPERTS)
     labels = dataset.held_y_T
     with torch.inference_mode():
@@ -120,9 +117,8 @@ def _serve(
     console.print(f"{len(labels) / seconds:,.0f} held-out rows a second through the client, {BATCH} in a request\n")
     _print_places(console, client.status())
     _print_first_replies(console, client, dataset)
-    say(f"replacing {LAYER}/{REPLACED}, which has 2 replicas, while requests come in without pause")
-    before, after, traffic = _replace(cluster, client, trained, dataset, folder)
-    _print_replacement(console, before, after, traffic)
+    swaps = swap_under_traffic(client, LAYER, trained, dataset, folder, say)
+    _print_swaps(console, swaps)
     return DemoReport(
         rows=len(dataset.train_y_T) + len(labels),
         classes=len(dataset.names),
@@ -131,43 +127,12 @@ def _serve(
         dense=dense,
         alone=alone,
         rows_per_second=len(labels) / seconds,
-        before=before,
-        after=after,
-        traffic=traffic,
+        swaps=swaps,
     )
 
 
 def _ask(client: Client, x_TD: Tensor, **options: Any) -> Tensor:
     return torch.cat([client.forward(LAYER, rows, **options) for rows in torch.split(x_TD, BATCH)])
-
-
-def _replace(
-    cluster: Cluster, client: Client, trained: Trained, dataset: Dataset, folder: Path
-) -> tuple[str, str, TrafficReport]:
-    """Replace one expert by one that was trained on all rows, and check every answer of the meantime."""
-    position = int(REPLACED[1:])
-    better = train_expert(dataset, torch.ones(len(dataset.train_y_T), dtype=torch.bool))
-    path = folder / f"{REPLACED}-v2.safetensors"
-    save_module(path, better)
-    expert_id = f"{LAYER}/{REPLACED}"
-    before = cluster.status()["versions"][expert_id]
-    rows = dataset.held_x_TD[: 4 * BATCH]
-    old = expected(trained, rows)
-    experts = (*trained.experts[:position], better, *trained.experts[position + 1 :])
-    new = expected(replace(trained, experts=experts), rows)
-    with Traffic(client, LAYER, expert_id, rows, {before: old, "": new}) as traffic:
-        traffic.settle()
-        after = cluster.replace(expert_id, _expert(dataset, path))
-        traffic.settle()
-    return before, after, traffic.report()
-
-
-def expected(trained: Trained, x_TD: Tensor) -> Tensor:
-    """What the sparse layer answers, computed here: [T, C]."""
-    with torch.inference_mode():
-        routing = trained.gate(x_TD)
-        weights_TE = torch.zeros(len(x_TD), NUM_EXPERTS).scatter(1, routing.indices_TK, routing.weights_TK)
-        return mixture(torch.stack([expert(x_TD) for expert in trained.experts], dim=1), weights_TE)
 
 
 def _print_corpus(console: Console, corpus: Corpus, dataset: Dataset) -> None:
@@ -219,12 +184,20 @@ def _print_first_replies(console: Console, client: Client, dataset: Dataset) -> 
     console.print()
 
 
-def _print_replacement(console: Console, before: str, after: str, traffic: TrafficReport) -> None:
-    table = Table("replaced under traffic", "")
-    table.add_row("version before", f"{before} ({traffic.answers.get(before, 0)} answers)")
-    table.add_row("version after", f"{after} ({traffic.answers.get(after, 0)} answers)")
-    table.add_row("requests sent", str(traffic.sent))
-    table.add_row("succeeded", str(traffic.succeeded))
-    table.add_row("failed", str(traffic.failed))
-    table.add_row("wrong", f"{traffic.wrong} (each answer was compared with what its versions compute here)")
+def _print_swaps(console: Console, swaps: SwapReport) -> None:
+    table = Table("under traffic", "epoch", "versions before", "versions after")
+    for step in swaps.steps:
+        if step.outcome is None:
+            table.add_row(step.what, "unchanged", "", f"refused, {step.refusal}")
+        else:
+            before, after = (
+                "\n".join(map(" ".join, found.items())) for found in (step.outcome.before, step.outcome.after)
+            )
+            table.add_row(step.what, str(step.outcome.epoch), before, after)
     console.print(table)
+    traffic = swaps.traffic
+    latency = ", ".join(f"p99 {phase} {value:.1f} ms" for phase, value in traffic.p99.items())
+    console.print(
+        f"requests sent {traffic.sent}, failed = {traffic.failed}, wrong = {traffic.wrong}, mixed = {traffic.mixed} "
+        f"(every answer was computed again from the versions that it names); {latency}"
+    )

@@ -1,12 +1,11 @@
-"""Requests without pause from a few threads, every answer compared with what the versions that it names compute."""
+"""Requests without pause from a few threads, every answer judged by the versions that it names."""
 
 from __future__ import annotations
 
 import itertools
 import threading
 import time
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,54 +13,53 @@ from torch import Tensor
 
 from ..experts.errors import ExpertMeshError
 from .client import Client
+from .replies import Reply
 
-THREADS = 3
+THREADS = 2
 ROWS = 8
-TOLERANCE = 1e-4
+PAUSE = 0.01
+"""Between two requests of a thread, in seconds: traffic is to show swaps, not to fill the machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrafficReport:
-    """What came of the requests: how many failed or were wrong, and how many answers each version had a part in.
+    """What came of the requests. `mixed` counts answers whose epoch had been seen with other versions.
 
-    `latencies` are in seconds, in the order in which the requests ended.
+    `p99` is the 99th percentile of the latency by phase, in milliseconds.
     """
 
     sent: int
     failed: int
     wrong: int
-    answers: Mapping[str, int]
-    latencies: tuple[float, ...]
+    mixed: int
+    p99: Mapping[str, float]
 
     @property
-    def succeeded(self) -> int:
-        """Requests that were answered."""
-        return self.sent - self.failed
+    def ok(self) -> bool:
+        """Whether requests were sent, and all of them answered right."""
+        return self.sent > 0 and self.failed == self.wrong == self.mixed == 0
 
 
 class Traffic:
     """A context in which requests go out without pause.
 
-    `expected` gives the right answer [T, C] to all `rows` for each version of `expert_id`; the key "" stands for any
-    version that is not named.
+    `judge` says whether a reply to the rows of that number is what its versions compute.
     """
 
     clock = staticmethod(time.perf_counter)
 
-    def __init__(
-        self, client: Client, layer: str, expert_id: str, rows: Tensor, expected: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, client: Client, layer: str, rows: Tensor, judge: Callable[[Tensor, Reply], bool]) -> None:
         self._client = client
         self._layer = layer
-        self._expert_id = expert_id
         self._rows = torch.split(rows, ROWS)
-        self._expected = {version: torch.split(answer, ROWS) for version, answer in expected.items()}
+        self._judge = judge
         self._counter = itertools.count()
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._outcomes: Counter[str] = Counter()
-        self._answers: Counter[str] = Counter()
-        self._latencies: list[float] = []
+        self._phase = "steady"
+        self._replies: list[tuple[int, Reply]] = []
+        self._latencies: dict[str, list[float]] = {}
+        self._failed = 0
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(THREADS)]
 
     def __enter__(self) -> Traffic:
@@ -74,46 +72,51 @@ class Traffic:
         for thread in self._threads:
             thread.join()
 
-    def settle(self, requests: int = 150, seconds: float = 10.0) -> None:
+    def phase(self, name: str) -> None:
+        """From now on latencies count for this phase."""
+        self._phase = name
+
+    def settle(self, requests: int = 200, seconds: float = 10.0) -> None:
         """Let so many more requests end, or so much time pass."""
-        wanted, deadline = len(self._latencies) + requests, self.clock() + seconds
-        while len(self._latencies) < wanted and self.clock() < deadline and not self._stop.wait(0.01):
+        wanted, deadline = len(self._replies) + requests, self.clock() + seconds
+        while len(self._replies) < wanted and self.clock() < deadline and not self._stop.wait(0.01):
             pass
 
     def report(self) -> TrafficReport:
-        """What came of it so far."""
-        with self._lock:
-            return TrafficReport(
-                sent=sum(self._outcomes.values()),
-                failed=self._outcomes["failed"],
-                wrong=self._outcomes["wrong"],
-                answers=dict(self._answers),
-                latencies=tuple(self._latencies),
-            )
+        """Judge every answer. Call it when the traffic has ended."""
+        wrong = sum(not self._judge(self._rows[number], reply) for number, reply in self._replies)
+        return TrafficReport(
+            sent=len(self._replies) + self._failed,
+            failed=self._failed,
+            wrong=wrong,
+            mixed=self._mixed(),
+            p99={phase: percentile(found, 0.99) * 1000 for phase, found in self._latencies.items()},
+        )
 
     def _run(self) -> None:
-        while not self._stop.is_set():
+        while not self._stop.wait(PAUSE):
             number = next(self._counter) % len(self._rows)
-            started = self.clock()
+            phase, started = self._phase, self.clock()
             try:
                 reply = self._client.call(self._layer, self._rows[number])
             except ExpertMeshError:
-                self._count("failed", None, self.clock() - started)
+                with self._lock:
+                    self._failed += 1
                 continue
-            version = reply.versions.get(self._expert_id)
-            self._count(self._judge(number, version, reply.output), version, self.clock() - started)
+            with self._lock:
+                self._replies.append((number, reply))
+                self._latencies.setdefault(phase, []).append(self.clock() - started)
 
-    def _judge(self, number: int, version: str | None, output: Tensor) -> str:
-        if version is None:  # no row of this request needed the expert: then both versions compute the same
-            known = next(iter(self._expected.values()))
-        else:
-            known = self._expected.get(version, self._expected.get("", ()))
-        right = bool(known) and torch.allclose(output, known[number], atol=TOLERANCE)
-        return "right" if right else "wrong"
+    def _mixed(self) -> int:
+        epochs: dict[int, dict[str, str]] = {}
+        mixed = 0
+        for _, reply in self._replies:
+            known = epochs.setdefault(reply.epoch, {})
+            mixed += any(known.setdefault(id, version) != version for id, version in reply.versions.items())
+        return mixed
 
-    def _count(self, outcome: str, version: str | None, seconds: float) -> None:
-        with self._lock:
-            self._outcomes[outcome] += 1
-            self._latencies.append(seconds)
-            if version is not None:
-                self._answers[version] += 1
+
+def percentile(values: list[float], share: float) -> float:
+    """The smallest value that is not exceeded by `share` of them."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0

@@ -36,12 +36,13 @@ GATE_SHARPNESS = 2.0
 
 @dataclass(frozen=True)
 class Trained:
-    """Eight experts, the rows that each was trained on (bool [T, E]), their gate, and the dense model."""
+    """The experts, the rows each was trained on (bool [T, E]), their gate, the dense model, the centres of the regions."""
 
     experts: tuple[FeedForward, ...]
     seen_TE: Tensor
     gate: gates.TopK
     dense: FeedForward
+    centres_ED: Tensor
 
     @property
     def sparse_parameters(self) -> int:
@@ -66,7 +67,7 @@ def train(data: Dataset, *, seed: int = 0, say: Callable[[str], None] = lambda m
     say(f"training a dense model of as many parameters ({total:,}) on all rows")
     dense = FeedForward(data.width, equal_width(total, data), out_features=len(data.names))
     fit(dense, data.train_x_TD, data.train_y_T, DENSE_RATE)
-    return Trained(tuple(experts), seen_TE, gate, dense)
+    return Trained(tuple(experts), seen_TE, gate, dense, centres_ED)
 
 
 def train_expert(data: Dataset, seen_T: Tensor) -> FeedForward:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
-from ..experts.errors import ExpertMeshError, FailedPrecondition, Unavailable
+from ..experts.errors import ExpertMeshError, FailedPrecondition, Fenced, Unavailable
 from ..experts.stage import Receipt
 from .control import Answer, CommitSwap, Control, Load, Order, StageCandidate, Sync, Unload
 from .controller_ports import ReplicaPort, RouterPort
@@ -41,6 +41,7 @@ class Executor:
         self._replicas = replicas
         self._sync = sync
         self._changed: dict[str, float] = {}
+        self._turns: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def changed_since(self, member: str, moment: float) -> bool:
@@ -51,17 +52,22 @@ class Executor:
         """Carry out orders: a commit at once, what takes time in a task of its own."""
         for order in orders:
             if isinstance(order, StageCandidate):
-                self.spawn(self._stage(order))
+                self.spawn(self._in_turn(order.member, self._stage(order)))
             elif isinstance(order, Load):
-                self.spawn(self._load(order))
+                self.spawn(self._in_turn(order.member, self._load(order)))
             elif isinstance(order, Unload):
-                self.spawn(self._unload(order))
+                self.spawn(self._in_turn(order.member, self._unload(order)))
             elif isinstance(order, CommitSwap):
                 await self._commit(order)
             elif isinstance(order, Sync):
                 self.spawn(self._sync())
             elif isinstance(order, Answer):
                 self.desk.answer(order.swap_id, order.epoch, order.error)
+
+    async def _in_turn(self, member: str, work: Coroutine[Any, Any, None]) -> None:
+        """One order to a member after the other: an unload must not overtake, or be overtaken by, a later load."""
+        async with self._turns.setdefault(member, asyncio.Lock()):
+            await work
 
     async def _stage(self, order: StageCandidate) -> None:
         member, incarnation, swap_id, id = order.member, order.incarnation, order.swap_id, order.id
@@ -116,6 +122,8 @@ class Executor:
     async def _commit(self, order: CommitSwap) -> None:
         try:
             epoch, versions = await asyncio.to_thread(self.desk.commit, order.swap_id, order.versions)
+        except Fenced as error:  # whether it is durable, only the controller that took over can say
+            self.desk.answer(order.swap_id, None, Unavailable(f"{error.message}: ask again with the same swap id"))
         except ExpertMeshError as error:
             await self.perform(self.control.commit_refused(order.swap_id, error))
         except Exception as error:
@@ -128,7 +136,7 @@ class Executor:
 
     async def _collect(self) -> None:
         in_use = {pair for versions in self.control.in_use() for pair in versions.items()}
-        self.control.forget_epochs(await asyncio.to_thread(self.desk.collect, in_use))
+        self.control.forget_epochs(await asyncio.to_thread(self.desk.collect, in_use, self.control.oldest_needed()))
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run work of its own accord; what goes wrong with it is logged."""

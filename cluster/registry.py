@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..experts.errors import Aborted, ConfigError, FailedPrecondition, InvalidRequest, Unavailable
+from ..experts.errors import Aborted, ConfigError, FailedPrecondition, Fenced, InvalidRequest, Unavailable
 from . import schema, tables
 from .durable import private_folder, sync_folder
 from .records import (
@@ -231,7 +231,7 @@ class Registry:
         with self._read() as db, _transaction(db):
             term = schema.meta(db, "term")
             if term != self.term:
-                raise Aborted(f"another controller has taken the registry over (term {term}, ours is {self.term})")
+                raise Fenced(f"another controller has taken the registry over (term {term}, ours is {self.term})")
             yield db
 
 

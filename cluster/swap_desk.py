@@ -123,9 +123,14 @@ class SwapDesk:
             epoch = self.registry.commit(swap_id, changes, expect=request.expect)
         return epoch.number, epoch.versions
 
-    def collect(self, in_use: Collection[tuple[str, str]]) -> dict[int, Mapping[str, str]]:
-        """Forget epochs and versions that nobody may ask for any more; returns the epochs that are kept."""
-        for record in self.registry.collect(self._retain, in_use):
+    def collect(self, in_use: Collection[tuple[str, str]], oldest_needed: int) -> dict[int, Mapping[str, str]]:
+        """Forget epochs and versions that nobody may ask for any more; returns the epochs that are kept.
+
+        Epochs from `oldest_needed` on are pinned somewhere, and outlive their retention.
+        """
+        epoch = self.registry.current()
+        pinned = 0 if epoch is None else epoch.number - oldest_needed
+        for record in self.registry.collect(max(self._retain, pinned), in_use):
             self.store.remove(record.id, record.version)
             self.catalogue.built.pop((record.id, record.version), None)
         return self.epochs()

@@ -14,6 +14,7 @@
     ├── FailedPrecondition              FAILED_PRECONDITION  the state forbids it: retrying alone does not help
     │   └── VersionGone                 FAILED_PRECONDITION  the version that was asked for is nowhere loaded
     ├── Aborted                         ABORTED              lost a race against another change: look, then retry
+    │   └── Fenced                      ABORTED              another writer has taken over: what came of it, it knows
     ├── DataLoss                        DATA_LOSS            bytes are not what they were declared to be
     ├── ExpertFailed                    INTERNAL             the expert's own code raised: mend the expert
     └── MissingExtra (ImportError)      FAILED_PRECONDITION  this name needs an extra that is not installed
@@ -122,6 +123,10 @@ class Aborted(ExpertMeshError):
 
     code = "ABORTED"
     retryable = True
+
+
+class Fenced(Aborted):
+    """Another writer has taken the registry over; this one can change nothing any more."""
 
 
 class DataLoss(ExpertMeshError):

@@ -308,3 +308,49 @@ def test_two_swaps_of_one_expert_race(tmp_path: Path, monkeypatch: pytest.Monkey
             await world.controller.swap(stale)
 
     run(tmp_path, monkeypatch, story)
+
+
+def test_a_new_controller_unloads_nothing_before_the_router_has_told_its_pins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(world: World) -> None:
+        before = await world.declare(layer())
+        world.router.pinned = 1
+        after = await world.declare(layer("torch:tanh"))
+        world.controller.close()
+        world.controller = world.open()
+        unloaded: list[str] = []
+        unload = world.replicas.unload
+
+        async def noted(name: str, handle: Any, id: str, version: str) -> None:
+            unloaded.append(version)
+            await unload(name, handle, id, version)
+
+        monkeypatch.setattr(world.replicas, "unload", noted)
+        assert await world.declare(layer("torch:tanh")) == after
+        for _ in range(5):
+            await world.controller.turn()
+            await asyncio.sleep(0)
+        assert unloaded == []
+        assert world.replicas.holds("l/e0#0") == {(E0, before[E0]), (E0, after[E0])}
+        world.router.pinned = None
+        await world.until(lambda: world.replicas.holds("l/e0#0") == {(E0, after[E0])})
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_a_new_controller_asks_for_patience_until_it_is_told_what_is_declared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(world: World) -> None:
+        versions = await world.declare(layer())
+        world.controller.close()
+        world.controller = world.open()
+        with pytest.raises(Unavailable):  # not NotFound: the client asks again
+            await world.controller.swap(SwapRequest(swap_id="1", changes={E0: Change(version=versions[E0])}))
+        with pytest.raises(Unavailable):
+            world.controller.history(E0)
+        await world.declare(layer())
+        assert [entry["version"] for entry in world.controller.history(E0)] == [versions[E0]]
+
+    run(tmp_path, monkeypatch, story)

@@ -13,7 +13,7 @@ from expertmesh.experts.extras import load
 
 ERRORS = [
     "Aborted", "ConfigError", "DataLoss", "DeadlineExceeded", "ExpertFailed", "ExpertMeshError", "FailedPrecondition",
-    "InvalidRequest", "MissingExtra", "NotFound", "Overloaded", "PermissionDenied", "SpecMismatch", "TooLarge",
+    "Fenced", "InvalidRequest", "MissingExtra", "NotFound", "Overloaded", "PermissionDenied", "SpecMismatch", "TooLarge",
     "Unauthenticated", "Unavailable", "VersionGone",
 ]  # fmt: skip
 CLIENT = ["AsyncClient", "Client", "Lease", "Reply", "SwapOutcome"]
