@@ -89,6 +89,7 @@ class Controller:
         done = self.desk.result_of(request.swap_id)
         if done is not None:
             return done
+        self._check_told()
         ids = frozenset(request.changes)
         asked_before = self.desk.is_awaited(request.swap_id)
         answer = self.desk.expect_answer(request.swap_id)
@@ -167,6 +168,7 @@ class Controller:
 
     def history(self, id: str) -> list[dict[str, Any]]:
         """The versions of an id that are kept, oldest first, and which epochs name them. Raises NotFound."""
+        self._check_told()
         return self.desk.history(id)
 
     def progress(self, swap_id: str) -> dict[str, Any]:
@@ -176,6 +178,11 @@ class Controller:
             return self.desk.ended(swap_id)
         there, needed = swap.receipts()
         return {"swap_id": swap_id, "phase": swap.phase.value, "receipts": there, "needed": needed}
+
+    def _check_told(self) -> None:
+        """A controller that has just restarted knows no expert: that is no reason to tell a client that there is none."""
+        if not self.desired.revision:
+            raise Unavailable("the controller is restarting; retry in a moment")
 
     def _time_up(self, swap_id: str) -> None:
         self.executor.spawn(self.executor.perform(self.control.time_up(swap_id)))

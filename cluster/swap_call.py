@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class SwapCalls(Calls):
 
     def swap(
         self,
-        changes: Mapping[str, str | os.PathLike[str]],
+        changes: Mapping[str, str | os.PathLike[str] | Mapping[str, Any]],
         *,
         expect: Mapping[str, str] | None = None,
         mode: str = "double",
@@ -73,6 +73,10 @@ class SwapCalls(Calls):
         loads and verifies the new version beside the old one before it is committed; requests under way keep theirs.
         Returns once it is durable and every router serves it.
 
+        In the place of a file, {"factory": "mine:Expert", "args": [...], "kwargs": {...}, "weights": file} makes an
+        expert of other code for the same rows; what is not needed is left out. That takes an admin, and a factory that
+        `allowed_factories` of the cluster names.
+
         `expect` names the versions that must be current. `mode` "double" holds old and new on the device at once,
         "staged_cpu" keeps the new one in main memory until the commit. `max_drift` bounds how far the answers to probe
         rows may move, as relative L2 distance; `allow_norm` lets weights be of another magnitude. `timeout` bounds the
@@ -83,17 +87,25 @@ class SwapCalls(Calls):
         TooLarge, Aborted where another change was faster, DeadlineExceeded; the old versions then serve on, unless
         the message says that the outcome is open.
         """
-        files = yield from self._files(changes)
-        asked = {id: {"upload": sent.upload_id, "sha256": sent.sha256} for id, sent in files.items()}
+        if not isinstance(changes, Mapping) or not changes:
+            raise InvalidRequest('say what to swap, as in swap({"news/e3": "e3_v2.safetensors"})')
+        asked: dict[str, dict[str, Any]] = {}
+        sent: dict[str, _Sent] = {}
+        for id, change in changes.items():
+            asked[id] = dict(change) if isinstance(change, Mapping) else {"weights": change}
+            if "weights" in asked[id]:
+                sent[id] = yield from _described(id, asked[id].pop("weights"))
+                asked[id] |= {"upload": sent[id].upload_id, "sha256": sent[id].sha256}
         policy: dict[str, Any] = {"allow_norm": allow_norm}
         if max_drift is not None:
             policy["max_drift"] = max_drift
+        request = _request(asked, expect, policy, mode, timeout, dry_run, swap_id)
         try:
-            for id, sent in files.items():
-                yield from self._upload(id, sent, progress)
-            return (yield from self._swap(asked, expect, policy, mode, timeout, dry_run, swap_id))
+            for id, file in sent.items():
+                yield from self._upload(id, file, progress)
+            return (yield from self._swap(request))
         except ExpertMeshError as error:
-            raise _with_names(error, files) from None
+            raise _with_names(error, sent.values()) from None
 
     def rollback(
         self,
@@ -126,7 +138,8 @@ class SwapCalls(Calls):
                 raise FailedPrecondition(f"{id} has no version before {current[id]} that is kept: see its history")
         asked = {id: {"version": version} for id, version in given.items()}
         wanted = current if expect is None else expect
-        return (yield from self._swap(asked, wanted, {"allow_norm": True}, mode, timeout, dry_run, swap_id))
+        request = _request(asked, wanted, {"allow_norm": True}, mode, timeout, dry_run, swap_id)
+        return (yield from self._swap(request))
 
     def history(self, id: str, *, timeout: float | None = None) -> Flow[list[dict[str, Any]]]:
         """The versions of an expert or gate that are kept, oldest first; "current" marks the one that serves.
@@ -156,49 +169,23 @@ class SwapCalls(Calls):
         """End a lease; one that is over is no error."""
         yield from self._ask("Unpin", {"pin": lease.pin}, {}, None, self.new_id())
 
-    def _swap(
-        self,
-        changes: Mapping[str, dict[str, Any]],
-        expect: Mapping[str, str] | None,
-        policy: Mapping[str, Any],
-        mode: str,
-        timeout: float,
-        dry_run: bool,
-        swap_id: str | None,
-    ) -> Flow[SwapOutcome]:
-        swap_id = uuid.uuid4().hex if swap_id is None else swap_id
-        asked = {
-            "swap_id": swap_id, "changes": dict(changes), "expect": dict(expect or {}), "policy": dict(policy),
-            "mode": mode, "timeout": timeout, "dry_run": dry_run,
-        }  # fmt: skip
-        from_mapping(SwapAsked, asked).read_changes()  # here, as the server will
-        try:
-            document = to_tensor(asked)
-        except (TypeError, ValueError) as error:
-            raise InvalidRequest(f"a bound of the swap is no number that can be sent: {error}") from None
+    def _swap(self, request: SwapAsked) -> Flow[SwapOutcome]:
+        """Ask for a swap until there is an answer; it happens once, however often it is asked for."""
         retries = replace(self.retries, policy=PATIENT, budget=RetryBudget(ratio=0.0, reserve=float(PATIENT.attempts)))
         patient = replace(self, retries=retries)
         try:
-            frame = yield from patient._ask("Swap", {}, {NAME: document}, timeout + ANSWER_SECONDS, self.new_id())
+            document = to_tensor(asdict(request))
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"the swap holds what cannot be sent: {error}") from None
+        try:
+            seconds = request.timeout + ANSWER_SECONDS
+            frame = yield from patient._ask("Swap", {}, {NAME: document}, seconds, self.new_id())
         except (Unavailable, DeadlineExceeded) as error:
-            raise _open_ended(error, swap_id) from None
+            raise _open_ended(error, request.swap_id) from None
         outcome = SwapOutcome.from_document(decode_document(frame, "swap"))
         if outcome.committed:
             self.seen.note(outcome.cluster, outcome.epoch)
         return outcome
-
-    def _files(self, changes: Mapping[str, str | os.PathLike[str]]) -> Flow[dict[str, _Sent]]:
-        if not isinstance(changes, Mapping) or not changes:
-            raise InvalidRequest('say what to swap, as in swap({"news/e3": "e3_v2.safetensors"})')
-        files = {}
-        for id, given in changes.items():
-            if not isinstance(given, (str, os.PathLike)):
-                raise InvalidRequest(f"{id} becomes what a safetensors file holds: give its path, not {given!r}")
-            file = LocalFile(Path(given))
-            total = file.size()
-            sha256 = yield from _worked(file.sha256)
-            files[id] = _Sent(uuid.uuid4().hex, file, total, sha256.hex())
-        return files
 
     def _upload(self, id: str, sent: _Sent, progress: Progress | None) -> Flow[None]:
         """Send a file chunk by chunk, from where the server says; chunks that were sent twice do no harm."""
@@ -224,6 +211,35 @@ class SwapCalls(Calls):
         return read_answer(UploadState, decode_document(frame, "uploaded"))
 
 
+def _described(id: str, given: Any) -> Flow[_Sent]:
+    """A file that is to be sent for an id."""
+    if not isinstance(given, (str, os.PathLike)):
+        raise InvalidRequest(f"{id} becomes what a safetensors file holds: give its path, not {given!r}")
+    file = LocalFile(Path(given))
+    total = file.size()
+    sha256 = yield from _worked(file.sha256)
+    return _Sent(uuid.uuid4().hex, file, total, sha256.hex())
+
+
+def _request(
+    changes: dict[str, dict[str, Any]],
+    expect: Mapping[str, str] | None,
+    policy: dict[str, Any],
+    mode: str,
+    timeout: float,
+    dry_run: bool,
+    swap_id: str | None,
+) -> SwapAsked:
+    """The request for a swap, checked here as the server will check it."""
+    fields = {
+        "swap_id": uuid.uuid4().hex if swap_id is None else swap_id, "changes": changes, "expect": dict(expect or {}),
+        "policy": policy, "mode": mode, "timeout": timeout, "dry_run": dry_run,
+    }  # fmt: skip
+    request = from_mapping(SwapAsked, fields)
+    request.read_changes()
+    return request
+
+
 def _worked(action: Callable[[], bytes]) -> Flow[bytes]:
     """What a piece of work returns."""
     answer = yield Work(action)
@@ -241,9 +257,9 @@ def _around(id: str, kept: list[dict[str, Any]]) -> tuple[str, str | None]:
     return versions[places[0]], versions[places[0] - 1] if places[0] else None
 
 
-def _with_names(error: ExpertMeshError, files: Mapping[str, _Sent]) -> ExpertMeshError:
+def _with_names(error: ExpertMeshError, files: Iterable[_Sent]) -> ExpertMeshError:
     """The error with the names of files in place of the ids of their uploads, which say nothing to anybody."""
-    for sent in files.values():
+    for sent in files:
         error.message = error.message.replace(sent.upload_id, sent.file.path.name)
     error.args = (error.message,)
     return error

@@ -175,7 +175,9 @@ class SwapDesk:
         a restart ends what is open."""
         try:
             self.registry.end_swap(swap_id, ABORTED, message)
-        except (NotFound, Aborted, Unavailable) as error:
+        except NotFound:
+            log.debug("swap %s was refused before it began", swap_id)
+        except (Aborted, Unavailable) as error:
             log.warning("swap %s: %s", swap_id, error)
 
     def result_of(self, swap_id: str) -> SwapResult | None:

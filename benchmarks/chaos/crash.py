@@ -14,8 +14,8 @@ from typing import Any
 
 from expertmesh.cluster.actors import ControllerActor, LogSettings
 from expertmesh.cluster.control import Unload
-from expertmesh.cluster.controller import Controller
 from expertmesh.cluster.controller_ports import StateSettings
+from expertmesh.cluster.executor import Executor
 from expertmesh.cluster.orders import SwapRequest
 from expertmesh.cluster.swap_desk import SwapDesk
 from expertmesh.experts.errors import ExpertMeshError
@@ -63,7 +63,7 @@ class CrashingDesk(SwapDesk):
         self.die_at(STORED)
 
 
-class CrashingController(Controller):
+class CrashingExecutor(Executor):
     """Dies when it begins to retire what a swap has replaced."""
 
     async def _unload(self, order: Unload) -> None:
@@ -77,7 +77,7 @@ class CrashingControllerActor(ControllerActor):
 
     def __init__(self, settings: StateSettings, logs: LogSettings) -> None:
         super().__init__(settings, logs)
-        self._controller.__class__ = CrashingController
+        self._controller.executor.__class__ = CrashingExecutor
         desk = self._controller.desk
         desk.__class__ = CrashingDesk
         vars(desk)["crash"] = crash_file(settings.state_dir)

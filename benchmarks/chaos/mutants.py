@@ -12,8 +12,9 @@ from typing import Any
 
 from expertmesh.cluster.actors import ControllerActor, ExpertActor, LogSettings
 from expertmesh.cluster.control import StageCandidate
-from expertmesh.cluster.controller import ROUTER, Controller, proposal_of
 from expertmesh.cluster.controller_ports import StateSettings
+from expertmesh.cluster.executor import ROUTER, Executor
+from expertmesh.cluster.orders import proposal_of
 from expertmesh.experts.errors import ExpertMeshError
 from expertmesh.experts.host import ExpertHost
 from expertmesh.experts.protocol import Part
@@ -21,7 +22,7 @@ from expertmesh.experts.protocol import Part
 LATE_SECONDS = 0.3
 
 
-class FlipsEarly(Controller):
+class FlipsEarly(Executor):
     """Makes the receipts of the replicas itself, and has them stage only later: so it flips before they have."""
 
     async def _stage(self, order: StageCandidate) -> None:
@@ -34,11 +35,11 @@ class FlipsEarly(Controller):
         try:
             receipt = await asyncio.to_thread(ExpertHost().stage, proposal)
         except ExpertMeshError as error:
-            await self._perform(self.control.stage_refused(swap_id, member, incarnation, id, error))
+            await self.perform(self.control.stage_refused(swap_id, member, incarnation, id, error))
             return
         self.desk.keep_receipt(swap_id, receipt)
-        self._health.holds(member, incarnation, id, receipt.version)
-        await self._perform(self.control.staged(swap_id, member, incarnation, id, receipt.version))
+        self._holds(member, incarnation, id, receipt.version)
+        await self.perform(self.control.staged(swap_id, member, incarnation, id, receipt.version))
         await asyncio.sleep(LATE_SECONDS)
         await self._staged_at(member, self.desk.catalogue.recorded(id, receipt.version))
 
@@ -59,7 +60,7 @@ class EarlyController(ControllerActor):
 
     def __init__(self, settings: StateSettings, logs: LogSettings) -> None:
         super().__init__(settings, logs)
-        self._controller.__class__ = FlipsEarly
+        self._controller.executor.__class__ = FlipsEarly
 
 
 class NewestExpert(ExpertActor):
