@@ -12,7 +12,7 @@ from ..experts.errors import FailedPrecondition, InvalidRequest, NotFound
 from ..experts.factory import build
 from ..experts.spec import Expert
 from ..experts.tensors import dtype_name
-from ..experts.weights import load_into, load_tensors
+from ..experts.weights import load_into, load_tensors, tensor_digest
 from ..router.layer import Layer
 from .definitions import declared_candidates, declared_digest, declared_gate_digest, from_record, origin_of
 from .orders import Candidate, Change, SwapRequest
@@ -89,11 +89,13 @@ class Catalogue:
         if not wanted:
             raise FailedPrecondition(f"{id} has no tensors that weights could replace")
         inspect_artefact(path, sha256=change.sha256, wanted=wanted, owner="gate" if base.gate else "expert")
-        gate = None
+        tensors, gate = load_tensors(path)[0], None
         if base.gate is not None:
             gate = copy.deepcopy(base.gate)  # that of `base` may be needed again
-            load_into(gate, load_tensors(path)[0], "the uploaded gate")
-        return replace(base, gate=gate, version=None, weights=path, note="upload")
+            load_into(gate, tensors, "the uploaded gate")
+        return replace(
+            base, gate=gate, version=None, weights=path, note="upload", tensor_digest=tensor_digest(tensors)
+        )
 
     def of_record(self, record: VersionRecord) -> Candidate:
         """The candidate that loads a version again, from disk or from the live object that was declared."""

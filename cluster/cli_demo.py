@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+import torch
 
 from .cli_output import new_console
 from .demo import run_demo
@@ -23,6 +24,7 @@ def demo(data: Path | None, rows: int | None, seed: int) -> None:
     expertmesh demo
     expertmesh demo --data news.csv
     """
+    torch.set_num_threads(1)  # the matrices are small: a second thread costs more than it gives
     report = run_demo(data, console=new_console(), rows_limit=rows, seed=seed)
     if not report.ok:
         raise SystemExit(1)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
-from ..experts.errors import ExpertMeshError, FailedPrecondition, Fenced, Unavailable
+from ..experts.errors import DataLoss, ExpertMeshError, FailedPrecondition, Fenced, Unavailable
 from ..experts.stage import Receipt
 from .control import Answer, CommitSwap, Control, Load, Order, StageCandidate, Sync, Unload
 from .controller_ports import ReplicaPort, RouterPort
@@ -74,6 +74,7 @@ class Executor:
         try:
             candidate = self.desk.candidate(swap_id, id)
             receipt = await self._staged_at(member, candidate)
+            _check_tensors(member, candidate, receipt)
             self.desk.keep_receipt(swap_id, receipt)
         except Unavailable:  # it is restarting: its next incarnation is asked anew
             await self.perform(self.control.member_lost(member))
@@ -151,6 +152,12 @@ class Executor:
     def _forgets(self, member: str, id: str, version: str) -> None:
         self._changed[member] = asyncio.get_running_loop().time()
         self._health.forgets(member, id, version)
+
+
+def _check_tensors(member: str, candidate: Candidate, receipt: Receipt) -> None:
+    """Hold a receipt against the file that was sent: on its way to a member it may have been taken for another."""
+    if candidate.tensor_digest not in (None, receipt.tensor_digest):
+        raise DataLoss(f"{candidate.id}: {member} has staged other tensors than those that were sent to it; try again")
 
 
 async def _logged(work: Awaitable[None]) -> None:

@@ -6,7 +6,7 @@ What a frame asks for is checked field by field before anybody is asked to do it
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, Protocol, TypeVar
@@ -41,6 +41,7 @@ from .swap_protocol import (
     SwapOutcome,
     UnpinAsked,
     UploadChunk,
+    is_upload_id,
 )
 from .uploads import Uploads
 
@@ -121,7 +122,11 @@ class SwapDoor:
     async def swap(self, frame: Frame, role: Role) -> bytes:
         """Carry out a swap. It goes on when its caller has gone: the same swap id asks for its outcome."""
         asked = from_mapping(SwapAsked, _document(frame, "swap"))
-        request = swap_request(asked, role, self._allowed)
+        try:
+            request = swap_request(asked, role, self._allowed)
+        except ExpertMeshError:
+            await self._drop_uploads(change.get("upload") for change in asked.changes.values())
+            raise
         work = asyncio.ensure_future(self._carry_out(request))
         self._swaps.add(work)
         work.add_done_callback(self._ended)
@@ -169,16 +174,18 @@ class SwapDoor:
         except Unavailable:  # it may be asked for again, with what it has uploaded
             raise
         except ExpertMeshError:
-            await self._drop_uploads(request)
+            await self._drop_uploads(change.upload for change in request.changes.values())
             raise
-        await self._drop_uploads(request)  # those of a rehearsal; the others are versions now
+        await self._drop_uploads(
+            change.upload for change in request.changes.values()
+        )  # those of a rehearsal; the others are versions now
         return result
 
-    async def _drop_uploads(self, request: SwapRequest) -> None:
+    async def _drop_uploads(self, uploads: Iterable[Any]) -> None:
         loop = asyncio.get_running_loop()
-        for change in request.changes.values():
-            if change.upload is not None:
-                await loop.run_in_executor(self._disk, self._uploads.discard, change.upload)
+        for upload_id in uploads:
+            if is_upload_id(upload_id):
+                await loop.run_in_executor(self._disk, self._uploads.discard, upload_id)
 
     def _ended(self, work: asyncio.Future[SwapResult]) -> None:
         self._swaps.discard(work)

@@ -34,7 +34,8 @@ class Candidate:
     """A version to be: what it is built from. `version` is its name where that is known already.
 
     An expert has `expert`, whose weights are the file `weights`; a gate has `gate`. `input` and `output` are the rows
-    of the layer. `replaces` is the version that it is compared with.
+    of the layer. `replaces` is the version that it is compared with. `tensor_digest`, where it is known, is what a
+    receipt has to name.
     """
 
     id: str
@@ -50,6 +51,7 @@ class Candidate:
     mode: str = "double"
     origin: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    tensor_digest: str | None = None
 
 
 def proposal_of(candidate: Candidate) -> Proposal:

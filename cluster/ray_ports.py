@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..experts.weights import load_tensors
 from ..router.replicas import Replica
 from .orders import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult, proposal_of
 
+FILES_KEPT = 4
 Packed = tuple[np.ndarray[Any, Any], str, tuple[int, ...]]
 """A tensor as Ray carries it without a copy: its bytes, its dtype's name, its shape."""
 
@@ -54,7 +56,8 @@ class RayReplicaPort:
     """Reaches the replicas. Weights go through Ray's object store: once to each node, whatever its replicas."""
 
     def __init__(self) -> None:
-        self._weights: tuple[Any, Any] = (None, None)
+        self._weights: dict[Any, Any] = {}
+        self._storing = threading.Lock()
 
     async def probe(self, replica_id: str, handle: Any) -> Replica:
         """Ask for a report."""
@@ -75,13 +78,21 @@ class RayReplicaPort:
         await awaited(_there(replica_id, handle).unload.remote(id, version))
 
     def _stored(self, path: Path) -> Any:
-        """The tensors of a file in the object store; the last file is kept for the next replica."""
+        """The tensors of a file in the object store; the last few files are kept for the next replica.
+
+        Called from several threads at once: the candidates of a set are staged together.
+        """
         status = path.stat()
         key = (path, status.st_ino, status.st_mtime_ns)
-        if self._weights[0] != key:
-            tensors = load_tensors(path)[0]
-            self._weights = (key, ray.put({name: pack(tensor) for name, tensor in tensors.items()}))
-        return self._weights[1]
+        with self._storing:
+            stored = self._weights.pop(key, None)
+            if stored is None:
+                tensors = load_tensors(path)[0]
+                stored = ray.put({name: pack(tensor) for name, tensor in tensors.items()})
+            self._weights[key] = stored
+            if len(self._weights) > FILES_KEPT:
+                del self._weights[next(iter(self._weights))]
+        return stored
 
 
 class RayControlPort:

@@ -173,10 +173,7 @@ class SwapCalls(Calls):
         """Ask for a swap until there is an answer; it happens once, however often it is asked for."""
         retries = replace(self.retries, policy=PATIENT, budget=RetryBudget(ratio=0.0, reserve=float(PATIENT.attempts)))
         patient = replace(self, retries=retries)
-        try:
-            document = to_tensor(asdict(request))
-        except (TypeError, ValueError) as error:
-            raise InvalidRequest(f"the swap holds what cannot be sent: {error}") from None
+        document = to_tensor(asdict(request))
         try:
             seconds = request.timeout + ANSWER_SECONDS
             frame = yield from patient._ask("Swap", {}, {NAME: document}, seconds, self.new_id())
@@ -237,6 +234,10 @@ def _request(
     }  # fmt: skip
     request = from_mapping(SwapAsked, fields)
     request.read_changes()
+    try:
+        to_tensor(asdict(request))
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"the swap holds what cannot be sent: {error}") from None
     return request
 
 

@@ -197,9 +197,14 @@ def read_answer(kind: type[T], document: Mapping[str, Any]) -> T:
         raise DataLoss(f"the reply cannot be read: {error.message}") from None
 
 
+def is_upload_id(value: object) -> bool:
+    """Whether a value may be the id of an upload."""
+    return isinstance(value, str) and _UPLOAD_ID.fullmatch(value) is not None
+
+
 def check_upload(upload_id: str, sha256: str) -> None:
     """Check the id and the sha256 of an upload. Raises InvalidRequest."""
-    if not _UPLOAD_ID.fullmatch(upload_id):
+    if not is_upload_id(upload_id):
         raise InvalidRequest("an upload id is 32 hex digits that the client has drawn, as uuid4().hex")
     if not _SHA256.fullmatch(sha256):
         raise InvalidRequest("sha256 must be 64 lower-case hex digits")

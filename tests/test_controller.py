@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from expertmesh.cluster.controller import Controller, open_controller
 from expertmesh.cluster.controller_ports import StateSettings
@@ -20,10 +22,11 @@ from expertmesh.cluster.orders import (
     SwapRequest,
     proposal_of,
 )
-from expertmesh.experts.errors import Aborted, FailedPrecondition, Unavailable
+from expertmesh.experts.errors import Aborted, DataLoss, FailedPrecondition, Unavailable
 from expertmesh.experts.host import ExpertHost
 from expertmesh.experts.spec import Expert, TensorSpec
 from expertmesh.experts.stage import Receipt
+from expertmesh.experts.weights import save_tensors
 from expertmesh.router import gates
 from expertmesh.router.layer import Layer
 from expertmesh.router.replicas import READY, Replica
@@ -352,5 +355,37 @@ def test_a_new_controller_asks_for_patience_until_it_is_told_what_is_declared(
             world.controller.history(E0)
         await world.declare(layer())
         assert [entry["version"] for entry in world.controller.history(E0)] == [versions[E0]]
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_a_replica_that_staged_other_tensors_than_were_sent_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the transport takes the file of one expert for that of another: shapes fit, and nothing else would tell."""
+
+    async def story(world: World) -> None:
+        rows = TensorSpec((2,), "float32")
+        linear = {name: Expert("torch.nn:Linear", args=(2, 2), input=rows) for name in ("e0", "e1")}
+        await world.declare(Layer("l", gates.Fixed([0.5, 0.5]), linear, input=rows))
+        sent: dict[str, Path] = {}
+        for number, upload in enumerate(("right", "wrong")):
+            sent[upload] = world.controller.desk.store.upload_path(upload)
+            save_tensors(sent[upload], {"weight": torch.full((2, 2), 2.0 + number), "bias": torch.ones(2)})
+
+        async def stage(name: str, handle: Any, candidate: Candidate) -> Receipt:
+            proposal = replace(proposal_of(candidate), weights=sent[arrives])
+            return world.replicas.hosts[name].stage(proposal, candidate.replaces)
+
+        monkeypatch.setattr(world.replicas, "stage", stage)
+        request = SwapRequest(swap_id="1", changes={E0: Change(upload="right")}, timeout=5.0)
+        arrives = "wrong"
+        with pytest.raises(DataLoss, match="other tensors"):
+            await world.controller.swap(request)
+        assert world.controller.control.current == 1
+        arrives = "right"
+        waiting = asyncio.ensure_future(world.controller.swap(replace(request, swap_id="2")))
+        await world.until(waiting.done)
+        assert waiting.result().committed
 
     run(tmp_path, monkeypatch, story)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import kill, swap
+from . import kill, slow, soak, swap
 
-EXPERIMENTS = {"swap": swap, "kill": kill}
+EXPERIMENTS = {"swap": swap, "kill": kill, "soak": soak, "slow": slow}
 
 
 def main() -> int:

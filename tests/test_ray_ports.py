@@ -1,0 +1,43 @@
+"""How weights go to replicas: what is staged together must not be mixed up on its way."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from expertmesh.cluster.ray_environment import load_backend
+from expertmesh.experts.weights import save_tensors
+
+pytestmark = pytest.mark.ray
+
+
+def test_candidates_that_are_staged_together_get_their_own_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_backend(None)  # as a private Ray would have it: with its token, before Ray is imported
+    from expertmesh.cluster import ray_ports
+
+    puts: list[float] = []
+
+    def put(packed: dict[str, Any]) -> float:
+        value = float(ray_ports.unpack(packed["weight"])[0])
+        puts.append(value)
+        threading.Event().wait(0.002)  # so that other threads come in between
+        return value
+
+    monkeypatch.setattr(ray_ports.ray, "put", put)
+    paths = [tmp_path / f"{number}.safetensors" for number in range(12)]
+    for number, path in enumerate(paths):
+        save_tensors(path, {"weight": torch.tensor([float(number)])})
+    port = ray_ports.RayReplicaPort()
+    wanted = [number % 12 for number in range(240)]
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(lambda number: port._stored(paths[number]), wanted)) == [float(n) for n in wanted]
+    puts.clear()
+    assert [port._stored(paths[0]) for _ in range(3)] == [0.0] * 3
+    assert len(puts) <= 1  # once for all replicas
