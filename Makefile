@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean bench-router sim
+.PHONY: help demo test check format clean bench-router sim chaos-swap chaos-kill soak-swap chaos-slow
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -35,6 +35,20 @@ bench-router: $(STAMP) ## gate, dispatch and combine against their floor and aga
 
 sim: $(STAMP) ## the controller's decisions in 2,000 simulated worlds that crash, delay and lose
 	PYTHONPATH=tests $(BIN)/python -m sim
+
+chaos-swap: $(STAMP) ## 100 swaps in a minute under load on real Ray, every answer recomputed; then mutants, to be caught
+	$(BIN)/python -m benchmarks.chaos swap
+	$(BIN)/python -m benchmarks.chaos swap --experts 2 --seconds 10 --steady 2 --swaps 10 --mutant early
+	$(BIN)/python -m benchmarks.chaos swap --experts 2 --seconds 10 --steady 2 --swaps 10 --mutant newest
+
+chaos-kill: $(STAMP) ## replicas and the controller are killed under load and in the middle of swaps
+	$(BIN)/python -m benchmarks.chaos kill
+
+soak-swap: $(STAMP) ## 2,000 swaps in a row: memory, file descriptors and latencies must not drift
+	$(BIN)/python -m benchmarks.chaos soak
+
+chaos-slow: $(STAMP) ## a slow layer at twice what it bears must not slow down another one
+	$(BIN)/python -m benchmarks.chaos slow
 
 clean: ## remove what these targets made
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis out

@@ -93,9 +93,7 @@ class Catalogue:
         if base.gate is not None:
             gate = copy.deepcopy(base.gate)  # that of `base` may be needed again
             load_into(gate, tensors, "the uploaded gate")
-        return replace(
-            base, gate=gate, version=None, weights=path, note="upload", tensor_digest=tensor_digest(tensors)
-        )
+        return replace(base, gate=gate, version=None, weights=path, note="upload", tensor_digest=tensor_digest(tensors))
 
     def of_record(self, record: VersionRecord) -> Candidate:
         """The candidate that loads a version again, from disk or from the live object that was declared."""

@@ -96,9 +96,14 @@ class Controller:
         if not asked_before:
             try:
                 await asyncio.to_thread(self.desk.prepare, request)
+                if self.control.swaps.active():  # one of the same expert may have drained since it was last looked at
+                    await self._sync()
                 orders = self.control.swap_asked(request.swap_id, ids)
             except ExpertMeshError as error:
                 self.desk.abort(request.swap_id, error)
+                raise
+            except Exception as error:
+                self.desk.abort(request.swap_id, ExpertMeshError(f"preparing failed with {type(error).__name__}"))
                 raise
             timer = asyncio.get_running_loop().call_later(request.timeout, self._time_up, request.swap_id)
             self.desk.on_answer(request.swap_id, timer.cancel)
@@ -180,7 +185,7 @@ class Controller:
         return {"swap_id": swap_id, "phase": swap.phase.value, "receipts": there, "needed": needed}
 
     def _check_told(self) -> None:
-        """A controller that has just restarted knows no expert: that is no reason to tell a client that there is none."""
+        """Raise Unavailable, and not that there is no such expert, where nothing was declared since the restart."""
         if not self.desired.revision:
             raise Unavailable("the controller is restarting; retry in a moment")
 

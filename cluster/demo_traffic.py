@@ -59,7 +59,7 @@ class Traffic:
         self._phase = "steady"
         self._replies: list[tuple[int, Reply]] = []
         self._latencies: dict[str, list[float]] = {}
-        self._failed = 0
+        self._sent = 0
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(THREADS)]
 
     def __enter__(self) -> Traffic:
@@ -86,8 +86,8 @@ class Traffic:
         """Judge every answer. Call it when the traffic has ended."""
         wrong = sum(not self._judge(self._rows[number], reply) for number, reply in self._replies)
         return TrafficReport(
-            sent=len(self._replies) + self._failed,
-            failed=self._failed,
+            sent=self._sent,
+            failed=self._sent - len(self._replies),
             wrong=wrong,
             mixed=self._mixed(),
             p99={phase: percentile(found, 0.99) * 1000 for phase, found in self._latencies.items()},
@@ -97,11 +97,11 @@ class Traffic:
         while not self._stop.wait(PAUSE):
             number = next(self._counter) % len(self._rows)
             phase, started = self._phase, self.clock()
+            with self._lock:
+                self._sent += 1  # whatever ends a call without an answer, it counts as failed
             try:
                 reply = self._client.call(self._layer, self._rows[number])
             except ExpertMeshError:
-                with self._lock:
-                    self._failed += 1
                 continue
             with self._lock:
                 self._replies.append((number, reply))

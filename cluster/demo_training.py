@@ -20,14 +20,18 @@ from .demo_features import Dataset
 NUM_EXPERTS = 8
 TOP_K = 2
 HIDDEN = 32
-SHARE = 0.6
-"""Of the rows that are not an expert's own, the share that it sees too: so that it has an answer for every label."""
+NEAREST = 2
+"""How many experts' regions a row belongs to."""
+
+SHARE = 0.4
+"""Of the other rows, the share that an expert sees too: so that it has an answer for every label."""
 
 BATCH = 128
 DROPOUT = 0.5
-EXPERT_EPOCHS = 20
+EXPERT_EPOCHS = 30
+DENSE_EPOCHS = 20
 GATE_EPOCHS = 10
-EXPERT_RATE = 4e-3
+EXPERT_RATE = 1e-3
 DENSE_RATE = 1e-3
 GATE_RATE = 1e-3
 WEIGHT_DECAY = 0.01
@@ -36,7 +40,7 @@ GATE_SHARPNESS = 2.0
 
 @dataclass(frozen=True)
 class Trained:
-    """The experts, the rows each was trained on (bool [T, E]), their gate, the dense model, the centres of the regions."""
+    """The experts, the rows each was trained on (bool [T, E]), their gate, the dense model, the regions' centres."""
 
     experts: tuple[FeedForward, ...]
     seen_TE: Tensor
@@ -54,8 +58,9 @@ def train(data: Dataset, *, seed: int = 0, say: Callable[[str], None] = lambda m
     """Train everything on the training rows of a dataset; `say` is told what goes on."""
     torch.manual_seed(seed)
     say("clustering the training rows into one region for each expert")
-    own_T, centres_ED = regions(data.train_x_TD, seed)
-    seen_TE = F.one_hot(own_T, NUM_EXPERTS).bool() | (torch.rand(len(own_T), NUM_EXPERTS) < SHARE)
+    centres_ED = regions(data.train_x_TD, seed)
+    near_TE = torch.cdist(data.train_x_TD, centres_ED).topk(NEAREST, largest=False).indices
+    seen_TE = F.one_hot(near_TE, NUM_EXPERTS).any(dim=1) | (torch.rand(len(near_TE), NUM_EXPERTS) < SHARE)
     experts = []
     for expert in range(NUM_EXPERTS):
         rows = int(seen_TE[:, expert].sum())
@@ -66,21 +71,21 @@ def train(data: Dataset, *, seed: int = 0, say: Callable[[str], None] = lambda m
     total = sum(parameters(model) for model in (*experts, gate))
     say(f"training a dense model of as many parameters ({total:,}) on all rows")
     dense = FeedForward(data.width, equal_width(total, data), out_features=len(data.names))
-    fit(dense, data.train_x_TD, data.train_y_T, DENSE_RATE)
+    fit(dense, data.train_x_TD, data.train_y_T, DENSE_EPOCHS, DENSE_RATE)
     return Trained(tuple(experts), seen_TE, gate, dense, centres_ED)
 
 
 def train_expert(data: Dataset, seen_T: Tensor) -> FeedForward:
     """An expert, trained on its own subset of the rows by Adam (with decoupled weight decay) and cross-entropy."""
     expert = FeedForward(data.width, HIDDEN, out_features=len(data.names))
-    fit(expert, data.train_x_TD[seen_T], data.train_y_T[seen_T], EXPERT_RATE)
+    fit(expert, data.train_x_TD[seen_T], data.train_y_T[seen_T], EXPERT_EPOCHS, EXPERT_RATE)
     return expert
 
 
-def regions(x_TD: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """The region of each row (int64 [T]) and the centres of the regions [E, D], by k-means."""
+def regions(x_TD: Tensor, seed: int) -> Tensor:
+    """The centres of the regions [E, D], by k-means."""
     clusters = KMeans(NUM_EXPERTS, n_init=3, random_state=seed).fit(x_TD.numpy())
-    return torch.from_numpy(clusters.labels_).long(), torch.from_numpy(clusters.cluster_centers_).float()
+    return torch.from_numpy(clusters.cluster_centers_).float()
 
 
 def train_gate(data: Dataset, experts: Iterable[nn.Module], centres_ED: Tensor) -> gates.TopK:
@@ -112,13 +117,13 @@ def mixture(answers_TEC: Tensor, weights_TE: Tensor) -> Tensor:
     return (answers_TEC * weights_TE[:, :, None]).sum(dim=1)
 
 
-def fit(model: nn.Module, x_TD: Tensor, y_T: Tensor, rate: float) -> None:
+def fit(model: nn.Module, x_TD: Tensor, y_T: Tensor, epochs: int, rate: float) -> None:
     """Train a classifier on rows with input dropout; it is in evaluation mode afterwards."""
 
     def loss(rows: Tensor) -> Tensor:
         return F.cross_entropy(model(F.dropout(x_TD[rows], DROPOUT)), y_T[rows])
 
-    descend(model.parameters(), loss, len(x_TD), EXPERT_EPOCHS, rate)
+    descend(model.parameters(), loss, len(x_TD), epochs, rate)
     model.eval()
 
 

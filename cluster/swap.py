@@ -17,7 +17,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
-from ..experts.errors import Aborted, ExpertMeshError, FailedPrecondition, Unavailable
+from ..experts.errors import Aborted, DeadlineExceeded, ExpertMeshError, FailedPrecondition
 from .swap_events import (
     Commit,
     CommitRefused,
@@ -99,7 +99,7 @@ class Swap:
         if isinstance(event, RouterGone):
             self._routers.pop(event.router, None)
             return self._flipped()
-        return self._abort(Unavailable(f"the swap was not staged in time: {self._waiting_for()}"))
+        return self._abort(DeadlineExceeded(f"the swap was not staged in time: {self._waiting_for()}"))
 
     def _member(self, event: MemberSeen) -> list[Effect]:
         ids = event.ids & self.ids

@@ -1,4 +1,4 @@
-"""Experts for experiments with faults: answers that are exact whatever the batch, stamped by the version that made them.
+"""Experts for experiments with faults: answers that are exact whatever the batch, stamped by their version.
 
 Shapes: R rows at an expert, D width, E experts of the layer.
 """

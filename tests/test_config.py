@@ -15,7 +15,7 @@ from torch import nn
 from expertmesh.cluster import yaml_file
 from expertmesh.cluster.auth import Role
 from expertmesh.cluster.config import ClusterConfig, TokenEntry, load_config, parse_override
-from expertmesh.cluster.settings import is_loopback
+from expertmesh.cluster.settings import allowed_factories, is_loopback
 from expertmesh.experts.errors import ConfigError
 from expertmesh.experts.spec import Expert, TensorSpec
 from expertmesh.experts.weights import save_module
@@ -234,13 +234,22 @@ def test_text_that_is_no_map_of_yaml_is_one_error_with_a_line(tmp_path: Path, te
     assert re.match(r"mesh\.yaml:\d+: ", found)
 
 
+def test_the_factories_that_may_be_swapped_in_are_those_of_the_start_unless_they_are_listed(tmp_path: Path) -> None:
+    assert allowed_factories(load(tmp_path, WAVES)) == ("torch:cos", "torch:sin")
+    listed = load(tmp_path, WAVES + 'allowed_factories: ["mine:Expert"]\nmax_upload_bytes: 1000\n')
+    assert (allowed_factories(listed), listed.max_upload_bytes) == (("mine:Expert",), 1000)
+    assert allowed_factories(load(tmp_path, WAVES + "allowed_factories: []\n")) == ()
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("name", "a/b"), ("host", ""), ("host", 5), ("port", -1), ("port", "x"), ("port", None),
         ("metrics_port", True), ("transport", "udp"), ("address", 5), ("runtime_env", 5), ("max_message_bytes", 1),
         ("max_message_bytes", 1 << 31), ("max_rows_in_flight", 0), ("default_timeout", 0),
-        ("default_timeout", float("inf")), ("start_timeout", "1s"), ("log_level", "loud"),
+        ("default_timeout", float("inf")), ("start_timeout", "1s"), ("log_level", "loud"), ("retain_epochs", -1),
+        ("max_upload_bytes", 0), ("max_upload_bytes", 1 << 40), ("max_uploads_bytes", "8"),
+        ("allowed_factories", "torch:sin"), ("allowed_factories", ["torch"]), ("allowed_factories", [5]),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_names_its_setting(tmp_path: Path, name: str, value: object) -> None:

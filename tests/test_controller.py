@@ -306,8 +306,8 @@ def test_two_swaps_of_one_expert_race(tmp_path: Path, monkeypatch: pytest.Monkey
         world.replicas.hold_back = None
         await world.until(first.done)
         assert first.result().committed
+        stale = SwapRequest(swap_id="3", changes=change, expect={E0: after[E0]}, timeout=2.0)
         with pytest.raises(Aborted, match="as expected"):
-            stale = SwapRequest(swap_id="3", changes=change, expect={E0: after[E0]}, timeout=2.0)
             await world.controller.swap(stale)
 
     run(tmp_path, monkeypatch, story)
@@ -362,7 +362,7 @@ def test_a_new_controller_asks_for_patience_until_it_is_told_what_is_declared(
 def test_a_replica_that_staged_other_tensors_than_were_sent_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when the transport takes the file of one expert for that of another: shapes fit, and nothing else would tell."""
+    """As when the transport takes the file of one expert for that of another: their shapes are the same."""
 
     async def story(world: World) -> None:
         rows = TensorSpec((2,), "float32")

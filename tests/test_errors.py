@@ -70,4 +70,5 @@ def test_errors_are_also_what_python_calls_them() -> None:
 
 
 def test_what_may_be_retried() -> None:
-    assert {name for name, kind in BY_NAME.items() if kind.retryable} == {"Overloaded", "Unavailable", "Aborted", "Fenced"}
+    retryable = {name for name, kind in BY_NAME.items() if kind.retryable}
+    assert retryable == {"Overloaded", "Unavailable", "Aborted", "Fenced"}

@@ -290,7 +290,7 @@ def test_progress_history_and_leases(tmp_path: Path) -> None:
         assert await world.ask("Unpin", given_back, Role.READER) == {"was_held": False}
         assert world.epochs.pins() == {}
         for method, meta in [
-            ("SwapProgress", {}), ("SwapProgress", {"swap_id": "a b"}), ("History", {"id": "a"}), ("History", {"id": 1}),
+            ("SwapProgress", {}), ("SwapProgress", {"swap_id": "a b"}), ("History", {"id": "a"}), ("History", {}),
             ("Pin", {"ttl": 0}), ("Pin", {"ttl": "1"}), ("Pin", {"more": 1}), ("Unpin", {}), ("Unpin", {"pin": None}),
         ]:  # fmt: skip
             with pytest.raises(InvalidRequest):

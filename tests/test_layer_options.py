@@ -66,8 +66,8 @@ def client() -> Iterator[Client]:
     layers.append(Layer("custom", gates.Custom(Scores(), num_experts=E, k=2), experts()))
     layers += [Layer(method, make_gate("top_k"), experts(), combine=method) for method in ("mean", "vote", "residual")]
     layers += [
-        Layer(f"drop-{drop}", make_gate("top_k"), experts(), capacity=Capacity(factor=0.5, drop=drop), on_dropped=policy)
-        for drop, policy in (("position", "zero"), ("probability", "residual"))
+        Layer(f"drop-{drop}", make_gate("top_k"), experts(), capacity=Capacity(factor=0.5, drop=drop), on_dropped=to)
+        for drop, to in (("position", "zero"), ("probability", "residual"))
     ]
     layers.append(Layer("shared", make_gate("top_k"), experts(), shared={"always": scale(-0.5), "too": scale(0.25)}))
     with Cluster.start(layers, name="options", port=0, transport="local") as cluster, Client(cluster.endpoint) as found:

@@ -13,7 +13,8 @@ from expertmesh.experts.extras import load
 
 ERRORS = [
     "Aborted", "ConfigError", "DataLoss", "DeadlineExceeded", "ExpertFailed", "ExpertMeshError", "FailedPrecondition",
-    "Fenced", "InvalidRequest", "MissingExtra", "NotFound", "Overloaded", "PermissionDenied", "SpecMismatch", "TooLarge",
+    "Fenced", "InvalidRequest", "MissingExtra", "NotFound", "Overloaded", "PermissionDenied", "SpecMismatch",
+    "TooLarge",
     "Unauthenticated", "Unavailable", "VersionGone",
 ]  # fmt: skip
 CLIENT = ["AsyncClient", "Client", "Lease", "Reply", "SwapOutcome"]
@@ -55,7 +56,8 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
 
 def test_a_client_needs_neither_ray_nor_torch() -> None:
     heavy = ("ray", "torch", "click", "rich", "yaml", "safetensors", "sklearn", "prometheus_client", "transformers")
-    assert imported("import expertmesh; from expertmesh import AsyncClient, Client, Lease, Reply, SwapOutcome, errors", *heavy) == []
+    code = "import expertmesh; from expertmesh import AsyncClient, Client, Lease, Reply, SwapOutcome, errors"
+    assert imported(code, *heavy) == []
     assert imported("import expertmesh", "grpc", "numpy", "msgpack") == []
 
 

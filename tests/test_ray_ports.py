@@ -24,11 +24,18 @@ def test_candidates_that_are_staged_together_get_their_own_weights(
 
     puts: list[float] = []
 
-    def put(packed: dict[str, Any]) -> float:
-        value = float(ray_ports.unpack(packed["weight"])[0])
-        puts.append(value)
-        threading.Event().wait(0.002)  # so that other threads come in between
-        return value
+    class Reference:
+        """Lets other threads in when it is dropped, as Ray's references do."""
+
+        def __init__(self, value: float) -> None:
+            self.value = value
+
+        def __del__(self) -> None:
+            threading.Event().wait(0.002)
+
+    def put(packed: dict[str, Any]) -> Reference:
+        puts.append(float(ray_ports.unpack(packed["weight"])[0]))
+        return Reference(puts[-1])
 
     monkeypatch.setattr(ray_ports.ray, "put", put)
     paths = [tmp_path / f"{number}.safetensors" for number in range(12)]
@@ -37,7 +44,8 @@ def test_candidates_that_are_staged_together_get_their_own_weights(
     port = ray_ports.RayReplicaPort()
     wanted = [number % 12 for number in range(240)]
     with ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(lambda number: port._stored(paths[number]), wanted)) == [float(n) for n in wanted]
+        found = threads.map(lambda number: port._stored(paths[number]).value, wanted)
+        assert list(found) == [float(number) for number in wanted]
     puts.clear()
-    assert [port._stored(paths[0]) for _ in range(3)] == [0.0] * 3
+    assert [port._stored(paths[0]).value for _ in range(3)] == [0.0] * 3
     assert len(puts) <= 1  # once for all replicas

@@ -14,12 +14,13 @@ import torch
 from artefacts import bad_artefacts, sha256_of
 from swap_samples import GATE, Mesh, Weights, X, matrix, mesh
 
-from expertmesh import AsyncClient, Cluster, Expert, Layer, errors, gates
+from expertmesh import AsyncClient, Cluster, Expert, Layer, gates
 from expertmesh.cluster.auth import Role
 from expertmesh.cluster.local_file import LocalFile
 from expertmesh.experts.errors import (
     Aborted,
     DataLoss,
+    DeadlineExceeded,
     ExpertMeshError,
     FailedPrecondition,
     InvalidRequest,
@@ -28,6 +29,7 @@ from expertmesh.experts.errors import (
     SpecMismatch,
     TooLarge,
 )
+from expertmesh.experts.host import ExpertHost
 from expertmesh.experts.weights import save_tensors
 
 
@@ -416,11 +418,29 @@ def test_the_asynchronous_client_does_the_same(running: Mesh) -> None:
 
 
 def test_a_swap_goes_on_when_its_caller_has_gone(running: Mesh) -> None:
-    with pytest.raises(errors.DeadlineExceeded, match=r"outcome of swap gone-1 may be open.*swap_id='gone-1'"):
+    with pytest.raises(DeadlineExceeded, match=r"outcome of swap gone-1 may be open.*swap_id='gone-1'"):
         _impatient(running).swap(running.weights.files({"l/a": 10}), swap_id="gone-1")
     outcome = running.swap({"l/a": 10}, swap_id="gone-1")
     assert (outcome.committed, outcome.epoch) == (True, 2)
     assert running.call().epoch == 2
+
+
+def test_a_swap_that_is_not_staged_in_time_is_undone(running: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    release, stage = threading.Event(), ExpertHost.stage
+
+    def late(host: ExpertHost, *arguments: Any, **options: Any) -> Any:
+        assert release.wait(60)
+        return stage(host, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ExpertHost, "stage", late)
+        with pytest.raises(DeadlineExceeded, match=r"was not staged in time: l/a#[01] for l/a"):
+            running.client.swap(running.weights.files({"l/a": 10, "l/b": 11}), timeout=0.2)
+        assert running.call().epoch == 1
+        assert running.uploads() == []
+        release.set()
+    assert running.swap({"l/a": 12}).epoch == 2
+    running.call()
 
 
 def _impatient(made: Mesh) -> Any:

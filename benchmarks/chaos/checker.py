@@ -1,6 +1,6 @@
 """The checker: recomputes every answer from the versions that its reply names, and holds those against the epochs.
 
-It trusts nothing of the cluster but what was acknowledged: which file became which version, and which epochs there were.
+It trusts nothing of the cluster but what was acknowledged: which file became which version, and which epochs exist.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections import Counter
@@ -35,7 +36,7 @@ def rows_per_second(seen: Iterable[Seen], begin: float, end: float, count: int) 
 def longest_gap(seen: Iterable[Seen], begin: float, end: float) -> float:
     """The longest time without an answer in a span, in seconds."""
     times = [begin, *sorted(one.done for one in seen if not one.error and begin <= one.done <= end), end]
-    return max(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+    return max(later - earlier for earlier, later in itertools.pairwise(times))
 
 
 def went_back(seen: Sequence[Seen]) -> int:

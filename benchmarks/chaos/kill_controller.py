@@ -1,21 +1,23 @@
-"""The controller dies in the middle of swaps: one committed set, nothing lost that was acknowledged, never a third state."""
+"""The controller dies in the middle of swaps: one committed set, nothing acknowledged is lost, never a third state."""
 
 from __future__ import annotations
 
 import random
 import threading
 import time
+import uuid
 from dataclasses import dataclass, field
+from typing import Any
 
 from expertmesh import errors
 
-from .checker import Checker
-from .crash_steps import AFTER_COMMIT, STEPS, crash_file
+from .checker import RIGHT, Checker
+from .crash_steps import AFTER_COMMIT, RETIRING, STEPS, crash_file
 from .exact import rows
 from .figures import harm, judged, quantile, say, say_judged
 from .load import Load
 from .mesh import Mesh, processes, wait_until
-from .swaps import Made, Swapper, make_swap
+from .swaps import DRAINING_PAUSE, Made, Swapper, make_swap
 
 CONVERGED_SECONDS = 10.0
 ANSWER_SECONDS = 60.0
@@ -36,9 +38,15 @@ class Asked:
         self._thread.start()
 
     def _ask(self) -> None:
+        made, client = self.made, self.swapper.mesh.client
         try:
-            outcome = self.swapper.mesh.client.swap(self.made.paths, swap_id=self.made.swap_id, timeout=ANSWER_SECONDS)
-        except errors.Aborted:
+            outcome = client.swap(made.paths, swap_id=made.swap_id, timeout=ANSWER_SECONDS)
+        except errors.Aborted as error:
+            if "draining" in error.message:
+                made.swap_id = uuid.uuid4().hex
+                time.sleep(DRAINING_PAUSE)
+                self._ask()
+                return
             self.outcome = "aborted"
         except errors.ExpertMeshError as error:
             self.outcome = f"{type(error).__name__}: {error}"
@@ -68,9 +76,29 @@ def crash_points(mesh: Mesh, rate: float, count: int) -> list[str]:
 
 
 def _crash_at(swapper: Swapper, made: Made, step: str) -> list[str]:
+    """Die at one step, while a client leases the epoch before it; what is leased cannot be retired."""
+    _at_rest(swapper.mesh)
+    if step == RETIRING:
+        return _died_at(swapper, made, step)
+    with swapper.mesh.client.pin(ttl=60.0) as lease:
+        return [*_died_at(swapper, made, step), *_still_leased(swapper.mesh, lease, step)]
+
+
+def _still_leased(mesh: Mesh, lease: Any, step: str) -> list[str]:
+    """Whether the epoch of a lease is still answered, whatever was committed and restarted since."""
+    checker, x = Checker(mesh.shape, mesh.ledger), rows(200_000, 16)
+    try:
+        reply = mesh.client.call(mesh.shape.layer, x, pin=lease)
+    except errors.ExpertMeshError as error:
+        return [f"killed {step}: the leased epoch {lease.epoch} is not answered: {error}"]
+    verdict = checker.judge(x, reply)
+    kept = verdict == RIGHT and reply.epoch == lease.epoch
+    return [] if kept else [f"killed {step}: leased was epoch {lease.epoch}, the answer is {verdict} of {reply.epoch}"]
+
+
+def _died_at(swapper: Swapper, made: Made, step: str) -> list[str]:
     mesh = swapper.mesh
     before = mesh.ledger.current
-    _at_rest(mesh)
     file = crash_file(mesh.settings["state_dir"])
     file.write_text(step)
     asked = Asked(swapper, made)

@@ -1,4 +1,4 @@
-"""`slow`: a layer whose expert takes half a second a row, asked for twice what it bears, beside a layer that is quick."""
+"""`slow`: a layer whose expert takes half a second a row, asked for twice what it bears, beside a quick layer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ LATE_SECONDS = 0.5
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this experiment."""
     parser.add_argument("--experts", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=15.0, help="of each of four parts: quick alone, with slow, ...")
+    parser.add_argument(
+        "--seconds", type=float, default=15.0, help="of each of four parts: quick alone, with slow, ..."
+    )
     parser.add_argument("--slow", type=float, default=0.5, help="seconds a row of the slow expert")
     parser.add_argument("--times", type=float, default=2.0, help="load of the slow layer, in times of what it bears")
 

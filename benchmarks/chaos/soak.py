@@ -89,7 +89,9 @@ def run(mesh: Mesh, options: argparse.Namespace) -> list[str]:
     if len(swapper.committed) < options.swaps:
         problems.append(f"only {len(swapper.committed)} of {options.swaps} swaps were committed")
     first, last = between(load.seen, times[0], times[window]), between(load.seen, times[-window - 1], times[-1])
-    problems += _latency("swap", [1000 * one for one in swapper.seconds[:window]], [1000 * one for one in swapper.seconds[-window:]])
+    problems += _latency(
+        "swap", [1000 * one for one in swapper.seconds[:window]], [1000 * one for one in swapper.seconds[-window:]]
+    )
     problems += _latency("request", [1000 * one.latency for one in first], [1000 * one.latency for one in last])
     say("request p99 ms, first / last", f"{p99_ms(first):.1f} / {p99_ms(last):.1f}")
     problems += _drift("memory MB", samples.memory, window, MEMORY_LIMIT)

@@ -1,4 +1,4 @@
-"""`chaos-swap`: a hundred swaps in a minute under open-loop load, every answer recomputed; and mutants, to be caught."""
+"""`chaos-swap`: a hundred swaps in a minute under open-loop load, every answer recomputed; mutants are to be caught."""
 
 from __future__ import annotations
 
@@ -81,9 +81,7 @@ def run(mesh: Mesh, options: argparse.Namespace) -> list[str]:
     return report(mesh, load, swapper, times, options)
 
 
-def report(
-    mesh: Mesh, load: Load, swapper: Swapper, times: list[float], options: argparse.Namespace
-) -> list[str]:
+def report(mesh: Mesh, load: Load, swapper: Swapper, times: list[float], options: argparse.Namespace) -> list[str]:
     """Print what was seen; returns what was not as it must be."""
     checker = Checker(mesh.shape, mesh.ledger)
     found = judged(checker, load)

@@ -18,6 +18,8 @@ KINDS = ("one", "set", "one", "one", "gate", "one", "set", "one", "one", "set")
 """Ten swaps: six of one expert, three of a set, one of a set with the gate."""
 
 DRAINING_PAUSE = 0.02
+PACE = 0.95
+"""The share of its time over which swaps are spread, so that one that takes long does not push out the last."""
 
 
 @dataclass
@@ -99,5 +101,5 @@ def paced(swapper: Swapper, swaps: list[Made], seconds: float, clock: Callable[[
         now = clock() - begin
         if now >= seconds:
             return
-        time.sleep(max(0.0, number * seconds / len(swaps) - now))
+        time.sleep(max(0.0, number * PACE * seconds / len(swaps) - now))
         swapper.swap(made)
