@@ -20,7 +20,7 @@ try:
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.model_selection import train_test_split
-    from sklearn.pipeline import Pipeline
+    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import Normalizer
 except ImportError as error:
     raise MissingExtra("the demo needs scikit-learn: pip install 'expertmesh[cluster,demo]'") from error
@@ -80,25 +80,31 @@ def encode(corpus: Corpus, parts: Split, *, seed: int = 0) -> Dataset:
     (latent semantic analysis), each row scaled to length √D. A text without a known word is a row of zeros.
     Raises ConfigError where no words are left.
     """
-    texts = [corpus.texts[position] for position in parts.train]
-    encoder = _encoder(len(texts), seed)
+    words = _words()
     try:
-        train = encoder.fit_transform(texts)
+        train = words.fit_transform([corpus.texts[position] for position in parts.train])
     except ValueError as error:
         raise ConfigError(f"{corpus.source}: no words are left after cleaning: {error}") from error
-    held_out = encoder.transform([corpus.texts[position] for position in parts.held_out])
+    held_out = words.transform([corpus.texts[position] for position in parts.held_out])
+    rows, vocabulary = train.shape
+    width = min(WIDTH, rows // 2, vocabulary - 1)
+    if width < 2:
+        raise ConfigError(
+            f"{corpus.source}: only {vocabulary} words occur in two training texts; longer texts are needed"
+        )
+    reduce = make_pipeline(TruncatedSVD(width, random_state=seed), Normalizer()).fit(train)
     return Dataset(
-        train_x_TD=_rows(train),
+        train_x_TD=_rows(reduce.transform(train)),
         train_y_T=_labels(corpus, parts.train),
-        held_x_TD=_rows(held_out),
+        held_x_TD=_rows(reduce.transform(held_out)),
         held_y_T=_labels(corpus, parts.held_out),
         names=corpus.names,
-        vocabulary=len(encoder["words"].vocabulary_),
+        vocabulary=vocabulary,
     )
 
 
-def _encoder(rows: int, seed: int) -> Any:
-    words = TfidfVectorizer(
+def _words() -> Any:
+    return TfidfVectorizer(
         lowercase=True,
         strip_accents="unicode",
         stop_words="english",
@@ -109,8 +115,6 @@ def _encoder(rows: int, seed: int) -> Any:
         sublinear_tf=True,
         dtype=np.float32,
     )
-    width = max(2, min(WIDTH, rows // 2))
-    return Pipeline([("words", words), ("reduce", TruncatedSVD(width, random_state=seed)), ("scale", Normalizer())])
 
 
 def _rows(values: Any) -> Tensor:

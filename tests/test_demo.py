@@ -24,7 +24,7 @@ TOPICS = {
 }
 
 
-def synthetic(rows: int = 400) -> Corpus:
+def synthetic(rows: int = 2000) -> Corpus:
     """Texts of four topics: six words of the topic's own eight, and one of another's."""
     generator = torch.Generator().manual_seed(0)
     texts, labels = [], []
