@@ -27,10 +27,10 @@ def start_reaper(folder: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, cwd="/")
 
 
-def end_marked_processes(folder: str) -> None:
-    """Kill every process that carries `folder` in its environment, but this one."""
+def end_marked_processes(folder: str, spare: int = 0) -> None:
+    """Kill every process that belongs to the Ray of `folder`, but this one and `spare`."""
     deadline = time.monotonic() + KILL_SECONDS
-    while (left := marked_processes(folder)) and time.monotonic() < deadline:
+    while (left := marked_processes(folder, spare)) and time.monotonic() < deadline:
         for pid in left:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -39,15 +39,18 @@ def end_marked_processes(folder: str) -> None:
         time.sleep(0.05)
 
 
-def marked_processes(folder: str) -> list[int]:
-    """The live processes that carry `folder` in their environment, but this one and reapers."""
+def marked_processes(folder: str, spare: int = 0) -> list[int]:
+    """The live processes that carry `folder` in their environment or have a file of it open.
+
+    This process, reapers, and `spare` are left out.
+    """
     wanted = f"{MARKER}={folder}".encode()
     found = []
     for process in Path("/proc").iterdir():
-        if not process.name.isdigit() or int(process.name) == os.getpid():
+        if not process.name.isdigit() or int(process.name) in (os.getpid(), spare):
             continue
         try:
-            carries = wanted in (process / "environ").read_bytes().split(b"\0")
+            carries = wanted in (process / "environ").read_bytes().split(b"\0") or _has_open(process, folder)
             alive = (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
             reaper = MODULE.encode() in (process / "cmdline").read_bytes().split(b"\0")
         except OSError:  # it is gone, or another user's
@@ -57,11 +60,24 @@ def marked_processes(folder: str) -> list[int]:
     return found
 
 
+def _has_open(process: Path, folder: str) -> bool:
+    """Whether a process has a file of the folder open: one that changed its title has lost its environment."""
+    for descriptor in (process / "fd").iterdir():
+        try:
+            if os.readlink(descriptor).startswith(f"{folder}/"):
+                return True
+        except OSError:  # it was closed meanwhile
+            continue
+    return False
+
+
 def main(folder: str) -> None:
     """Wait for the owner's death, then kill and clear. A folder that is not one of ours is left alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    owner = os.getppid()
     sys.stdin.buffer.read()
-    end_marked_processes(folder)
+    # An owner that stopped in good order lives on, and may still have Ray's log files open.
+    end_marked_processes(folder, spare=owner if os.getppid() == owner else 0)
     if Path(folder).name.startswith("expertmesh-"):
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,9 @@ from .errors import ConfigError, ExpertFailed
 from .spec import Expert
 from .tensors import DTYPE_NAMES, torch_dtype
 from .weights import load_into, load_tensors, tensors_of
+
+_DRAWING = threading.Lock()
+"""Held while random numbers are drawn: torch has one generator for all threads, and replicas may be built at once."""
 
 _NUMPY_PACKAGES = ("numpy", "scipy")
 
@@ -91,7 +95,7 @@ def build(expert: Expert, device: str = "cpu", *, load_weights: bool = True) -> 
     Raises ConfigError, SpecMismatch, NotFound or DataLoss.
     """
     place = torch.device(device)
-    with torch.random.fork_rng(devices=[]):
+    with _DRAWING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(_seed(expert))
         with torch.device("meta" if place.type == "meta" else "cpu"):
             function = expert.live if expert.live is not None else _construct(expert)

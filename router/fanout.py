@@ -96,8 +96,8 @@ class Fanout:
         return job.answer
 
     def refresh(self) -> None:
-        """Look at the view again: what was sent to an incarnation that is no more is sent elsewhere."""
-        now = {replica.id: replica.incarnation for replica in self._view.replicas()}
+        """Look at the view again: what was sent to an incarnation that is no more, or is dead, is sent elsewhere."""
+        now = {replica.id: replica.incarnation for replica in self._view.replicas() if replica.state != "restarting"}
         for name, lane in list(self._lanes.items()):
             if now.get(name) != lane.incarnation:
                 del self._lanes[name]

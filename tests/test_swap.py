@@ -24,7 +24,7 @@ from expertmesh.cluster.swap_events import (
     StageRefused,
     TimeUp,
 )
-from expertmesh.experts.errors import Aborted, ExpertMeshError, FailedPrecondition, Unavailable
+from expertmesh.experts.errors import Aborted, DeadlineExceeded, ExpertMeshError, FailedPrecondition
 
 A, B = frozenset(["l/a"]), frozenset(["l/a", "l/b"])
 ORDER = (Phase.STAGING, Phase.COMMITTING, Phase.FLIPPING, Phase.RETIRING, Phase.DONE)
@@ -98,7 +98,7 @@ def test_the_others_go_on_without_a_member_that_is_gone_but_never_without_all() 
     [
         (StageRefused("m", "m.1", "l/a", ERROR), FailedPrecondition),
         (staged("n", "n.1", version="v3"), FailedPrecondition),
-        (TimeUp(), Unavailable),
+        (TimeUp(), DeadlineExceeded),
     ],
 )
 def test_what_aborts_a_swap_aborts_all_of_it_with_a_reason(event: Event, kind: type[ExpertMeshError]) -> None:

@@ -51,7 +51,7 @@ def main(options: argparse.Namespace) -> int:
     ) as mesh:
         problems = run(mesh, options)
     if options.mutant:
-        print(f"mutant {options.mutant}: {'caught: ' + problems[0] if problems else 'NOT CAUGHT'}")
+        print(f"mutant {options.mutant}: {'caught: ' + ', '.join(problems) if problems else 'NOT CAUGHT'}")
         return 0 if problems else 1
     for problem in problems:
         print(f"FAILED: {problem}")

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from sim.network import Process, Reply
-from sim.registry import Fenced
 from sim.router import GATE, LEASE
 
 from expertmesh.cluster.control import (
@@ -20,7 +19,7 @@ from expertmesh.cluster.control import (
     Unload,
     refuse_unless_current,
 )
-from expertmesh.experts.errors import ExpertMeshError, Unavailable
+from expertmesh.experts.errors import ExpertMeshError, Fenced, Unavailable
 from expertmesh.router.replicas import READY
 from expertmesh.router.replicas import Replica as Reported
 

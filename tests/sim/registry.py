@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from expertmesh.experts.errors import Aborted
-
-
-class Fenced(Aborted):
-    """Another controller has taken over. It does not say whether an earlier attempt of this commit was durable."""
+from expertmesh.experts.errors import Fenced
 
 
 class Registry:
