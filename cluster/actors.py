@@ -7,6 +7,7 @@ so that a long computation does not delay them.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import threading
 from collections.abc import Mapping
@@ -128,6 +129,7 @@ class ControllerActor:
 
     def __init__(self, settings: StateSettings, logs: LogSettings) -> None:
         configure_logs("controller", logs.level, logs.path)
+        give_memory_back()
         self._router = RayRouterPort()
         self._controller = open_controller(settings, self._router, RayReplicaPort())
         self._turns: asyncio.Task[None] | None = None
@@ -161,6 +163,17 @@ class ControllerActor:
     async def state(self) -> ControllerState:
         """What is known here."""
         return self._controller.state()
+
+
+def give_memory_back() -> None:
+    """Have the C library return large blocks when they are freed, and not keep them for each thread that used some.
+
+    The controller reads weights in threads; nothing there is in a hurry. M_MMAP_THRESHOLD is -3, M_ARENA_MAX -8.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 128 * 1024)
+        mallopt(-8, 2)
 
 
 def yield_to_serving() -> None:
