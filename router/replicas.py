@@ -17,7 +17,7 @@ SUSPECT_REPORTS = 2
 class Replica:
     """What is known of one replica: the experts it is for, the (expert, version) pairs it holds, where it runs.
 
-    `state` is "ready", or why it is not chosen: "starting", "restarting", "unresponsive", "draining" or "failed".
+    `state` is "ready", or why it is not chosen: "starting", "restarting" or "unresponsive".
     """
 
     id: str
