@@ -18,14 +18,18 @@ import ray
 import torch
 
 from ..experts.host import ExpertHost
-from ..experts.protocol import ExpertCall, Part, PartFailure
+from ..experts.protocol import ExpertCall
 from ..experts.stage import Proposal, Receipt
+from ..experts.tensors import from_bytes
 from ..router.replicas import READY, Replica
+from .channel import ChannelTransport
+from .channel_settings import ChannelSettings, open_channel
 from .controller import open_controller
 from .controller_ports import ControllerState, StateSettings
 from .logs import configure_logs
 from .orders import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
-from .ray_ports import Packed, RayControlPort, RayReplicaPort, RayRouterPort, RayTransport, pack, unpack
+from .ray_ports import Packed, RayControlPort, RayReplicaPort, RayRouterPort
+from .ray_transport import RayTransport, packed_reply, unpacked_call
 from .service import RouterService, ServiceSettings
 
 
@@ -40,18 +44,27 @@ class LogSettings:
 class ExpertActor:
     """Runs one replica: one expert, or the experts of a pack, on the device that Ray assigned. It starts empty."""
 
-    def __init__(self, replica_id: str, experts: tuple[str, ...], device: str, logs: LogSettings) -> None:
+    def __init__(
+        self,
+        replica_id: str,
+        experts: tuple[str, ...],
+        device: str,
+        logs: LogSettings,
+        channel: ChannelSettings | None,
+    ) -> None:
         configure_logs(replica_id, logs.level, logs.path)
         torch.set_num_threads(1)
         self._host = ExpertHost(device)
         self._id = replica_id
         self._experts = experts
+        here = ray.get_runtime_context().get_node_id()
+        address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        self._channel = None if channel is None else open_channel(self._host, replica_id, channel, here, address)
 
     @ray.method(concurrency_group="compute")
-    def compute(self, attempt: str, parts: tuple[Part, ...], rows: Packed, index: Packed) -> Any:
-        """Compute one message."""
-        reply = self._host.compute(ExpertCall(attempt, parts, unpack(rows), unpack(index)))
-        return reply.incarnation, [out if isinstance(out, PartFailure) else pack(out) for out in reply.outputs]
+    def compute(self, call: ExpertCall) -> Any:
+        """Compute one message that came as an actor call: tensors packed, and so is the reply."""
+        return packed_reply(self._host.compute(unpacked_call(call)))
 
     @ray.method(concurrency_group="stage")
     def stage(
@@ -60,7 +73,7 @@ class ExpertActor:
         """Build and verify a version beside those that serve, at low priority."""
         yield_to_serving()
         if weights is not None:
-            proposal = replace(proposal, weights={name: unpack(packed) for name, packed in weights.items()})
+            proposal = replace(proposal, weights={name: from_bytes(*packed) for name, packed in weights.items()})
         return self._host.stage(proposal, replaces, mode)
 
     @ray.method(concurrency_group="control")
@@ -80,16 +93,17 @@ class ExpertActor:
             node=_node(),
             pid=os.getpid(),
             device=_device_name(self._host.device),
+            address="" if self._channel is None else self._channel.address,
         )
 
 
 class RouterActor:
     """Runs the router's process: gateway, router, metrics."""
 
-    def __init__(self, settings: ServiceSettings, logs: LogSettings) -> None:
+    def __init__(self, settings: ServiceSettings, logs: LogSettings, channel: ChannelSettings | None) -> None:
         configure_logs("router", logs.level, logs.path)
         torch.set_num_threads(1)
-        self._transport = RayTransport()
+        self._transport = RayTransport() if channel is None else ChannelTransport(channel.secret)
         self._control = RayControlPort()
         self._service = RouterService(settings, self._transport, self._control)
         self._ports: tuple[int, int | None] | None = None
@@ -102,14 +116,15 @@ class RouterActor:
 
     async def declare(self, controller: Any, desired: Desired) -> None:
         """Take newer declared layers, and how replicas and controller are reached."""
-        self._transport.handles = dict(desired.handles)
+        if isinstance(self._transport, RayTransport):
+            self._transport.handles = dict(desired.handles)
         self._control.handle = controller
-        self._service.declare(desired)
+        await self._service.declare(desired)
 
     async def sync(self, update: RouterUpdate) -> RouterReport:
         """Take what the controller knows; a router that Ray restarted begins to listen here."""
         await self.start()
-        return self._service.sync(update)
+        return await self._service.sync(update)
 
     async def stage(self, candidate: Candidate) -> Receipt:
         """Stage and verify a gate."""
@@ -117,7 +132,7 @@ class RouterActor:
 
     async def unload(self, id: str, version: str) -> None:
         """Forget a gate."""
-        self._service.unload(id, version)
+        await self._service.unload(id, version)
 
     async def stop(self, grace: float) -> None:
         """Drain and close the port."""

@@ -54,5 +54,7 @@ def open_backend(config: ClusterConfig) -> Backend:
     if config.transport == "local":
         return LocalBackend(config.log_level, path)
     module = load_backend(config.address)
-    backend: Backend = module.RayBackend(config.log_level, path, config.runtime_env)
+    backend: Backend = module.RayBackend(
+        config.log_level, path, config.runtime_env, direct=config.transport == "channel"
+    )
     return backend

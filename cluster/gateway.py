@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
@@ -18,7 +18,7 @@ from ..experts.protocol import CallOptions, from_mapping
 from ..experts.tensors import from_wire, to_wire
 from ..experts.wire import Frame, WireTensor, decode, encode
 from ..router.answer import ForwardReply, ForwardRequest
-from ..router.forward import Router
+from ..router.epochs import Epochs
 from . import health_protocol
 from .auth import Role, TokenTable
 from .call import SERVICE, new_request_id
@@ -48,12 +48,23 @@ class GatewaySettings:
     tls: tuple[bytes, bytes] | None = None
 
 
+class Forwarder(Protocol):
+    """Answers requests: a router, or one that runs in another thread."""
+
+    @property
+    def epochs(self) -> Epochs:
+        """The epochs that it knows."""
+
+    async def forward(self, request: ForwardRequest) -> ForwardReply:
+        """Answer one request."""
+
+
 class Gateway:
     """Serves a router over gRPC: Call, Status, Drain, the health protocol, and what `more` handles, by method."""
 
     def __init__(
         self,
-        router: Router,
+        router: Forwarder,
         tokens: TokenTable,
         settings: GatewaySettings,
         status: Callable[[], Awaitable[dict[str, Any]]],
@@ -201,6 +212,7 @@ class Gateway:
             features=tensors.get("gate_input"),
             indices=tensors.get("top_k_index"),
             weights=tensors.get("top_k_weights"),
+            client=context.peer(),
         )
 
     async def _get_status(self, request: bytes, context: grpc.aio.ServicerContext, role: Role) -> bytes:

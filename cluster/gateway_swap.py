@@ -48,6 +48,8 @@ from .uploads import Uploads
 MAX_DOCUMENT_BYTES = 2**20
 T = TypeVar("T")
 FrameHandler = Callable[[Frame, Role], Awaitable[bytes]]
+Call = Callable[..., Awaitable[Any]]
+"""Calls a function in another thread: `await call(function, *arguments)`."""
 
 
 class ControlPort(Protocol):
@@ -69,7 +71,8 @@ class ControlPort(Protocol):
 class SwapDoor:
     """Answers the methods that change versions, tell of them, or lease epochs.
 
-    `allowed_factories` are those that an admin may name over the network.
+    `call` calls a function where the router runs. `allowed_factories` are those that an admin may name over the
+    network.
     """
 
     def __init__(
@@ -78,12 +81,14 @@ class SwapDoor:
         uploads: Uploads,
         epochs: Epochs,
         pins: Pins,
+        call: Call,
         allowed_factories: Collection[str] = (),
     ) -> None:
         self._control = control
         self._uploads = uploads
         self._epochs = epochs
         self._pins = pins
+        self._call = call
         self._allowed = frozenset(allowed_factories)
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="uploads")
         self._swaps: set[asyncio.Future[SwapResult]] = set()
@@ -100,8 +105,7 @@ class SwapDoor:
         }
 
     def tidy(self) -> None:
-        """Drop leases that are over, and from time to time uploads that nobody goes on with."""
-        self._pins.drop_expired()
+        """From time to time drop uploads that nobody goes on with."""
         if self._uploads.is_untidy():
             asyncio.get_running_loop().run_in_executor(self._disk, self._uploads.tidy)
 
@@ -159,14 +163,14 @@ class SwapDoor:
     async def pin(self, frame: Frame, role: Role) -> bytes:
         """Lease the current epoch."""
         asked = _record(PinAsked, frame, "pin")
-        lease_id, epoch, ttl = self._pins.lease(asked.ttl)
+        lease_id, epoch, ttl = await self._call(self._pins.lease, asked.ttl)
         lease = Lease(pin=lease_id, epoch=epoch.number, ttl=ttl, cluster=epoch.cluster)
         return encode_document("lease", asdict(lease))
 
     async def unpin(self, frame: Frame, role: Role) -> bytes:
         """Give a lease back; one that is over is no error."""
         asked = _record(UnpinAsked, frame, "unpin")
-        return encode_document("unpinned", {"was_held": self._pins.give_back(asked.pin)})
+        return encode_document("unpinned", {"was_held": await self._call(self._pins.give_back, asked.pin)})
 
     async def _carry_out(self, request: SwapRequest) -> SwapResult:
         try:

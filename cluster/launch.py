@@ -184,7 +184,7 @@ class Cluster:
         self._layers = {layer.name: check_layer(layer, code_elsewhere=elsewhere) for layer in config.layers}
         planned = [replica for layer in self._layers.values() for replica in plan_layer(layer)]
         self._backend = backend = open_backend(config)
-        self._say("starting Ray" if config.transport == "ray" else "starting in this process")
+        self._say("starting in this process" if config.transport == "local" else "starting Ray")
         backend.start(config.address)
         check_gpus(config.layers, backend.gpus())
         settings = self._service_settings()

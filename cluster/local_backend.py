@@ -113,16 +113,16 @@ class _RouterPort:
     service: RouterService
 
     async def declare(self, desired: Desired) -> None:
-        self.service.declare(desired)
+        await self.service.declare(desired)
 
     async def sync(self, update: RouterUpdate) -> RouterReport:
-        return self.service.sync(update)
+        return await self.service.sync(update)
 
     async def stage(self, candidate: Candidate) -> Receipt:
         return await self.service.stage(candidate)
 
     async def unload(self, id: str, version: str) -> None:
-        self.service.unload(id, version)
+        await self.service.unload(id, version)
 
 
 class _ControlPort:

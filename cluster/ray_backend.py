@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,6 +20,8 @@ from ray._private.runtime_env.working_dir import upload_working_dir_if_needed
 from ..experts.errors import ConfigError, FailedPrecondition, Unavailable
 from ..router.replicas import Replica
 from .actors import ControllerActor, ExpertActor, LogSettings, RouterActor
+from .channel_folder import folder_of
+from .channel_settings import ChannelSettings
 from .controller_ports import ControllerState, StateSettings
 from .orders import Desired
 from .plan import PlannedReplica
@@ -35,7 +39,10 @@ ALWAYS_RESTART = {"max_restarts": -1, "max_task_retries": 0}
 class RayBackend:
     """Runs a cluster's processes as Ray actors that this process owns: when it dies, they die."""
 
-    def __init__(self, log_level: str, log_path: str, runtime_env: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, log_level: str, log_path: str, runtime_env: Mapping[str, Any] | None = None, *, direct: bool = True
+    ) -> None:
+        """Rows travel by the direct channel, or through Ray's calls if not `direct`."""
         self._logs = LogSettings(log_level, log_path)
         self._runtime_env = dict(runtime_env or {})
         self._replicas: dict[str, Any] = {}
@@ -43,6 +50,8 @@ class RayBackend:
         self._controller: Any = None
         self._started_ray = False
         self._reaper: subprocess.Popen[bytes] | None = None
+        self._direct = direct
+        self._channel: ChannelSettings | None = None
         self.temp_dir: str | None = None
 
     def start(self, address: str | None) -> None:
@@ -50,10 +59,19 @@ class RayBackend:
         version = tuple(int(part) for part in ray.__version__.split(".")[:2])
         if version < MINIMUM_RAY:
             raise ConfigError(f"Ray {ray.__version__} has known vulnerabilities: install ray>=2.56")
-        if ray.is_initialized():
-            if address is None:
-                raise FailedPrecondition('this process uses a Ray already: pass address="auto" to run on it')
-            return
+        if ray.is_initialized() and address is None:
+            raise FailedPrecondition('this process uses a Ray already: pass address="auto" to run on it')
+        if not ray.is_initialized():
+            self._start_ray(address)
+        if self._direct:
+            self._channel = ChannelSettings(
+                secret=secrets.token_bytes(32),
+                run=secrets.token_hex(6),
+                router_node=ray.get_runtime_context().get_node_id(),
+                folder=None if self.temp_dir is None else str(Path(self.temp_dir) / "channel"),
+            )
+
+    def _start_ray(self, address: str | None) -> None:
         options: dict[str, Any] = {"include_dashboard": False} if address is None else {}
         if address is None:
             self.temp_dir = tempfile.mkdtemp(prefix="expertmesh-")
@@ -75,7 +93,7 @@ class RayBackend:
     def start_front(self, settings: ServiceSettings, state: StateSettings, timeout: float) -> tuple[int, int | None]:
         """Start router and controller on this node; returns the ports of the gateway and of the metrics page."""
         options = {"num_cpus": 0, "max_concurrency": 1000, **self._here(), **ALWAYS_RESTART}
-        self._router = ray.remote(RouterActor).options(**options).remote(settings, self._logs)
+        self._router = ray.remote(RouterActor).options(**options).remote(settings, self._logs, self._channel)
         self._controller = ray.remote(ControllerActor).options(**options).remote(state, self._logs)
         ports: tuple[int, int | None] = fetched(self._router.start.remote(), timeout)
         return ports
@@ -95,7 +113,8 @@ class RayBackend:
         if environment:
             options["runtime_env"] = uploaded(environment)
         device = "cuda" if expert.num_gpus else "cpu"
-        self._replicas[planned.id] = actor.options(**options).remote(planned.id, planned.expert_ids, device, self._logs)
+        settings = (planned.id, planned.expert_ids, device, self._logs, self._channel)
+        self._replicas[planned.id] = actor.options(**options).remote(*settings)
 
     def wait_replica(self, replica_id: str, deadline: float) -> Replica:
         """Wait until the actor of a replica runs. Raises Unavailable at `deadline` (monotonic seconds)."""
@@ -133,6 +152,8 @@ class RayBackend:
         if self._started_ray:
             _quietly(ray.shutdown)
             self._started_ray = False
+        if self._channel is not None:
+            shutil.rmtree(folder_of(self._channel.run), ignore_errors=True)
         if self.temp_dir is not None:
             end_marked_processes(self.temp_dir)
             shutil.rmtree(self.temp_dir, ignore_errors=True)

@@ -17,6 +17,7 @@ _SETTINGS = {
     "RAY_timeout_ms_task_wait_for_death_info": "20",  # a killed actor is reported after 0.4 s instead of 1.4 s
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
+    "RAY_worker_niceness": "0",  # Ray runs its workers at 15: whatever else runs on the machine would go before them
 }
 
 

@@ -14,9 +14,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from torch import Tensor
 
 from ..experts.errors import ExpertMeshError, Unavailable
-from ..experts.protocol import ExpertCall, ExpertReply, PartFailure
 from ..experts.stage import Receipt
-from ..experts.tensors import byte_view, dtype_name, from_bytes
+from ..experts.tensors import byte_view, dtype_name
 from ..experts.weights import load_tensors
 from ..router.replicas import Replica
 from .orders import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult, proposal_of
@@ -125,22 +124,6 @@ class RayControlPort:
         return self.handle
 
 
-class RayTransport:
-    """Carries messages through Ray's actor calls: portable, and the baseline of the direct channel."""
-
-    def __init__(self) -> None:
-        self.handles: dict[str, Any] = {}
-
-    async def send(self, replica_id: str, call: ExpertCall) -> ExpertReply:
-        """Call the actor. Raises Unavailable when it is not there or dies before it answers."""
-        handle = self.handles.get(replica_id)
-        if handle is None:
-            raise Unavailable("the replica is gone; retry")
-        answer = await awaited(handle.compute.remote(call.attempt, call.parts, pack(call.rows), pack(call.row_index)))
-        incarnation, outputs = answer
-        return ExpertReply(incarnation, tuple(out if isinstance(out, PartFailure) else unpack(out) for out in outputs))
-
-
 async def awaited(reference: Any) -> Any:
     """Await a Ray reference; the one border at which Ray's exceptions become ours."""
     try:
@@ -171,12 +154,7 @@ def translated(error: RayError) -> ExpertMeshError:
 
 def pack(tensor: Tensor) -> Packed:
     """A tensor in the form that Ray carries without a copy."""
-    return byte_view(tensor), dtype_name(tensor.dtype), tuple(tensor.shape)
-
-
-def unpack(packed: Packed) -> Tensor:
-    """The tensor of `pack`, sharing its memory."""
-    return from_bytes(*packed)
+    return np.frombuffer(byte_view(tensor), np.uint8), dtype_name(tensor.dtype), tuple(tensor.shape)
 
 
 def _there(replica_id: str, handle: Any) -> Any:

@@ -28,6 +28,7 @@ from .gateway import Gateway, GatewaySettings
 from .gateway_swap import ControlPort, SwapDoor
 from .metrics import MetricsServer
 from .orders import Candidate, Desired, RouterReport, RouterUpdate
+from .router_thread import RouterThread, elsewhere
 from .uploads import UploadLimits, Uploads
 from .versions import VersionStore
 
@@ -59,15 +60,17 @@ class RouterService:
     def __init__(self, settings: ServiceSettings, transport: Transport, control: ControlPort) -> None:
         self.incarnation = uuid.uuid4().hex
         self.router = Router(transport, max_rows_in_flight=settings.max_rows_in_flight)
+        self._thread = RouterThread(self.router)
         self._settings = settings
         self.control = control
         self._tokens = TokenTable()
         for digest, role, expires in settings.tokens:
             self._tokens.add_digest(digest, role, expires)
-        self.router.pinning.recall = lambda number: control.recall(number, RECALL_SECONDS)
         uploads = Uploads(VersionStore(settings.state_dir), settings.uploads)
-        self.door = SwapDoor(control, uploads, self.router.epochs, self.router.pins, settings.allowed_factories)
-        self.gateway = Gateway(self.router, self._tokens, settings.gateway, self.status, self.door.handlers())
+        self.door = SwapDoor(
+            control, uploads, self.router.epochs, self.router.pins, self._thread.call, settings.allowed_factories
+        )
+        self.gateway = Gateway(self._thread, self._tokens, settings.gateway, self.status, self.door.handlers())
         self._metrics: MetricsServer | None = None
         self._revision = 0
         self._layers: dict[str, Layer] = {}
@@ -76,6 +79,8 @@ class RouterService:
 
     async def start(self) -> tuple[int, int | None]:
         """Listen; returns the ports of the gateway and of the metrics page."""
+        here = asyncio.get_running_loop()
+        self.router.pinning.recall = lambda number: elsewhere(here, lambda: self.control.recall(number, RECALL_SECONDS))
         port = await self.gateway.start()
         wanted = self._settings.metrics_port
         if wanted is not None:
@@ -91,11 +96,14 @@ class RouterService:
         if self._metrics is not None:
             self._metrics.stop()
             self._metrics = None
-        self.router.close()
+        self._thread.close()
         self.door.close()
 
-    def declare(self, desired: Desired) -> None:
+    async def declare(self, desired: Desired) -> None:
         """Take newer declared layers."""
+        await self._thread.call(self._declare, desired)
+
+    def _declare(self, desired: Desired) -> None:
         if desired.revision > self._revision:
             self._revision = desired.revision
             self._layers = {name: layer.without_live_objects() for name, layer in desired.layers.items()}
@@ -103,7 +111,7 @@ class RouterService:
     async def stage(self, candidate: Candidate) -> Receipt:
         """Stage and verify a gate beside the one that serves. Raises what `stage_gate` raises."""
         receipt, gate = await asyncio.to_thread(self._staged, candidate)
-        self._gates[receipt.id, receipt.version] = gate
+        await self._thread.call(self._gates.__setitem__, (receipt.id, receipt.version), gate)
         return receipt
 
     def _staged(self, candidate: Candidate) -> tuple[Receipt, Gate]:
@@ -125,21 +133,29 @@ class RouterService:
         )
         return receipt, gate
 
-    def unload(self, id: str, version: str) -> None:
+    async def unload(self, id: str, version: str) -> None:
         """Forget a gate; the epochs that are known here keep theirs."""
-        self._gates.pop((id, version), None)
+        await self._thread.call(self._gates.pop, (id, version), None)
 
-    def sync(self, update: RouterUpdate) -> RouterReport:
+    async def sync(self, update: RouterUpdate) -> RouterReport:
         """Take a report of all replicas, and adopt the current epoch once its gates are here."""
         self._heard = time.monotonic()
         self.door.tidy()
+        before = self.router.epochs.number
+        report = await self._thread.call(self._sync, update)
+        if report.epoch != before:
+            self.gateway.notify()
+        return report
+
+    def _sync(self, update: RouterUpdate) -> RouterReport:
+        self.router.pins.drop_expired()
         self.router.update_view(update.replicas)
         known = {epoch.number for epoch in self.router.epochs.known()}
         new = {n: versions for n, versions in update.epochs.items() if n not in known}
         built = {n: self._epoch(n, versions, update.cluster_id) for n, versions in new.items()}
         current = built.get(update.current)
-        if current is not None and self.router.adopt(current):
-            self.gateway.notify()
+        if current is not None:
+            self.router.adopt(current)
         older = [epoch for n, epoch in built.items() if epoch is not None and n != update.current]
         kept = [epoch for epoch in self.router.epochs.known() if epoch.number in update.epochs]
         self.router.epochs.keep([*older, *kept])
@@ -163,6 +179,9 @@ class RouterService:
 
     async def status(self) -> dict[str, Any]:
         """Everything that is known here of the cluster, as plain JSON types."""
+        return await self._thread.call(self._status)
+
+    def _status(self) -> dict[str, Any]:
         telemetry, epochs = self.router.telemetry, self.router.epochs
         layers = epochs.current.layers if epochs.number else {}
         age = time.monotonic() - self._heard if self._heard else None
@@ -180,6 +199,7 @@ class RouterService:
                 "retries": telemetry.retries,
                 "messages": dict(telemetry.messages),
                 "batches": dict(telemetry.batches),
+                "rows_carried": dict(self.router.transport.carried),
                 "pins": {str(number): count for number, count in epochs.pins().items()},
                 "leases": len(self.router.pins),
             },

@@ -17,7 +17,7 @@ from ..experts.wire import MAX_FRAME_BYTES
 from ..router.layer import Layer, check_name
 from .auth import Role, check_digest
 
-TRANSPORTS = ("ray", "local")
+TRANSPORTS = ("channel", "ray", "local")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MAX_GRPC_BYTES = (1 << 31) - 1
 
@@ -40,8 +40,9 @@ class TokenEntry:
 class ClusterConfig:
     """Everything that a cluster is started with.
 
-    `port` 0 takes any free port; `metrics_port` 0 likewise, and None serves no metrics. `transport` is "ray" (expert
-    actors) or "local" (experts in the router's process). `address` joins a Ray cluster ("auto" or its address); by
+    `port` 0 takes any free port; `metrics_port` 0 likewise, and None serves no metrics. `transport` is "channel"
+    (expert actors, rows by direct sockets), "ray" (the same, rows through Ray's calls) or "local" (experts in the
+    router's process). `address` joins a Ray cluster ("auto" or its address); by
     default one is started. `runtime_env` is Ray's, for all experts. Times are in seconds.
 
     `state_dir` is where versions and epochs are kept, by default a folder of the cluster's name; `retain_epochs` is how
@@ -56,7 +57,7 @@ class ClusterConfig:
     host: str = "127.0.0.1"
     port: int = 50051
     metrics_port: int | None = 0
-    transport: str = "ray"
+    transport: str = "channel"
     address: str | None = None
     layers: tuple[Layer, ...] = ()
     runtime_env: Mapping[str, Any] | None = None

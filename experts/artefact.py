@@ -190,8 +190,8 @@ class _Look:
         """Look at the next numbers, in a flat tensor."""
         self.seen = True
         data = byte_view(part)
-        self.sha256.update(data.data)
-        if part.dtype == torch.bool and data.max() > 1:
+        self.sha256.update(data)
+        if part.dtype == torch.bool and max(data, default=0) > 1:
             raise DataLoss(f"{short(self.name)} is of dtype bool and has bytes other than 0 and 1; write the file anew")
         if not self.floating:
             return

@@ -55,7 +55,7 @@ def _text_keys(value: object) -> object:
 
 def _described(value: object) -> object:
     if isinstance(value, Tensor):
-        return ["tensor", str(value.dtype), list(value.shape), hashlib.sha256(byte_view(value).data).hexdigest()]
+        return ["tensor", str(value.dtype), list(value.shape), hashlib.sha256(byte_view(value)).hexdigest()]
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
         return ["array", value.dtype.str, list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
     if isinstance(value, (set, frozenset)):

@@ -13,6 +13,7 @@ from torch import Tensor
 from .errors import ExpertMeshError, NotFound
 from .factory import RowFunction, build
 from .identity import expert_digest, version_name
+from .partial_sum import add_up
 from .probe import complete
 from .protocol import ExpertCall, ExpertReply, Part, PartFailure
 from .spec import Expert, TensorSpec
@@ -112,15 +113,24 @@ class ExpertHost:
     def compute(self, call: ExpertCall) -> ExpertReply:
         """Compute every part of a message; a part that fails does not harm the others."""
         rows = call.rows.to(self.device)
-        index = call.row_index.to(self.device)
-        return ExpertReply(self.incarnation, tuple(self._part(part, rows, index) for part in call.parts))
+        index = None if call.row_index is None else call.row_index.to(self.device)
+        summed = {position for asked in call.sums for position in range(asked.first, asked.last)}
+        outputs = [self._part(part, rows, index, keep=position in summed) for position, part in enumerate(call.parts)]
+        if not call.sums:
+            return ExpertReply(self.incarnation, tuple(outputs))
+        sums, lost = add_up(call, outputs, index)
+        told = (None if at in summed and isinstance(out, Tensor) else out for at, out in enumerate(outputs))
+        return ExpertReply(self.incarnation, tuple(told), sums, lost)
 
-    def _part(self, part: Part, rows: Tensor, index: Tensor) -> Tensor | PartFailure:
+    def _part(self, part: Part, rows: Tensor, index: Tensor | None, *, keep: bool) -> Tensor | PartFailure:
+        """The answer of one part; on the device if `keep`, to be added up there."""
         function = self._resident(part.expert, part.version)
         if function is None:
             return PartFailure("VersionGone", f"{part.expert} {part.version} is not loaded in this replica")
+        pairs = slice(part.start, part.stop)
         try:
-            return function(rows.index_select(0, index[part.start : part.stop])).cpu()
+            answer = function(rows[pairs] if index is None else rows.index_select(0, index[pairs]))
+            return answer if keep else answer.cpu()
         except ExpertMeshError as error:
             return PartFailure("ExpertFailed", f"{part.expert}: {error.message}")
         except (Exception, SystemExit) as error:  # an expert is foreign code and may raise anything

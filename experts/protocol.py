@@ -59,7 +59,7 @@ class CallSummary:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows for one expert in one message: pairs `start:stop` of the message's row index."""
+    """Rows for one expert in one message: pairs `start:stop` of its row index, or of its rows where it has none."""
 
     expert: str
     version: str
@@ -68,16 +68,31 @@ class Part:
 
 
 @dataclass(frozen=True)
+class PartialSum:
+    """Parts `first:last` of a message are weighted and added up where they are computed, into rows `start:stop`."""
+
+    first: int
+    last: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class ExpertCall:
     """One message to one replica: each row once, and which rows each expert computes.
 
-    `rows` is [R, ...]; `row_index` is int64 [N] into it, grouped by part.
+    `rows` is [R, ...]; `row_index` is int64 [N] into it, grouped by part, or None where each part has rows of its own.
+    `weights` float [N] are the factors of the pairs in `sums`, and None where there are none. `timeout` is how many
+    seconds the most patient of those who wait has left.
     """
 
-    attempt: str
+    attempt: int
     parts: tuple[Part, ...]
     rows: Any
-    row_index: Any
+    row_index: Any = None
+    weights: Any = None
+    sums: tuple[PartialSum, ...] = ()
+    timeout: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -90,10 +105,17 @@ class PartFailure:
 
 @dataclass(frozen=True)
 class ExpertReply:
-    """The answer to an `ExpertCall`: one output [stop - start, ...] per part, or why there is none."""
+    """The answer to an `ExpertCall`.
+
+    `outputs` has one entry per part: its rows [stop - start, ...], or why there are none; None for a part that went
+    into a sum. `sums` has the rows [stop - start, ...] of each partial sum, or why there are none. `lost` holds the
+    pairs, int64, that no sum contains because their answer is not finite; None where there are none.
+    """
 
     incarnation: str
-    outputs: tuple[Any | PartFailure, ...]
+    outputs: tuple[Any | PartFailure | None, ...]
+    sums: tuple[Any | PartFailure, ...] = ()
+    lost: Any = None
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any]) -> T:

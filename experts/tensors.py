@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import InvalidRequest
 from .wire import ITEM_SIZES, WireTensor
+
+warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_SIZES}
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -32,27 +34,26 @@ def dtype_name(dtype: torch.dtype) -> str:
         raise InvalidRequest(f"dtype {dtype} cannot be sent; use one of {', '.join(TORCH_DTYPES)}") from None
 
 
-def byte_view(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The bytes of a tensor as a flat uint8 array: [nbytes]. Copies only from a device or a strided tensor."""
-    flat: Tensor = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy()
+def byte_view(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor: [nbytes]. Copies only from a device or a strided tensor."""
+    flat = tensor.detach().cpu().contiguous()
+    if flat.numel() == 0:
+        return memoryview(b"")
+    held: memoryview = flat.reshape(-1).view(torch.uint8).numpy().data
+    return held.cast("B")
 
 
 def from_bytes(data: Any, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """View bytes as a tensor of `shape`; the tensor is to be read, never written."""
-    count = 1
-    for dim in shape:
-        count *= dim
+    count = math.prod(shape)
     if count == 0:
         return torch.empty(shape, dtype=torch_dtype(dtype))
-    with warnings.catch_warnings():  # torch warns that the buffer is read-only; nothing here writes into it
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.frombuffer(data, dtype=torch_dtype(dtype), count=count).reshape(shape)
+    return torch.frombuffer(data, dtype=torch_dtype(dtype), count=count).view(shape)
 
 
 def to_wire(tensor: Tensor) -> WireTensor:
     """Describe a tensor for the wire; no copy for a contiguous tensor on the CPU."""
-    return WireTensor(dtype_name(tensor.dtype), tuple(tensor.shape), byte_view(tensor).data)
+    return WireTensor(dtype_name(tensor.dtype), tuple(tensor.shape), byte_view(tensor))
 
 
 def from_wire(tensor: WireTensor) -> Tensor:

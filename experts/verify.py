@@ -65,7 +65,7 @@ def check_norms(new: Mapping[str, float], old: Mapping[str, float], policy: Poli
 
 def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The sha256 of each tensor's bytes."""
-    return {name: hashlib.sha256(byte_view(tensor).data).hexdigest() for name, tensor in tensors.items()}
+    return {name: hashlib.sha256(byte_view(tensor)).hexdigest() for name, tensor in tensors.items()}
 
 
 def check_applied(staged: Mapping[str, Tensor], digests: Mapping[str, str]) -> None:

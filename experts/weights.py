@@ -110,5 +110,5 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(byte_view(tensor).data)
+        digest.update(byte_view(tensor))
     return digest.hexdigest()

@@ -14,7 +14,7 @@ are read-only and share the frame's memory. Neither pickle nor any extension typ
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ MAX_TEXT_BYTES = 4096
 MAX_DEPTH = 4
 MAX_ELEMENT_BYTES = 1 << 40
 _PREFIX = struct.Struct("<4sHHI")
+Buffer = bytes | memoryview
 
 ITEM_SIZES: dict[str, int] = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
@@ -90,7 +91,14 @@ def bfloat16_to_float32(bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def encode_parts(kind: str, meta: Mapping[str, Any], tensors: Mapping[str, WireTensor]) -> list[bytes | memoryview]:
     """Encode a message as a list of buffers for a vectored write; no tensor is copied."""
-    described = [[name, tensor.dtype, list(tensor.shape)] for name, tensor in tensors.items()]
+    return encode_scattered(kind, meta, {name: (t.dtype, t.shape, (t.data,)) for name, t in tensors.items()})
+
+
+def encode_scattered(
+    kind: str, meta: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...], Sequence[Buffer]]]
+) -> list[Buffer]:
+    """Like `encode_parts`, for tensors (dtype, shape, pieces) whose bytes lie in several pieces one after the other."""
+    described = [[name, dtype, list(shape)] for name, (dtype, shape, _) in tensors.items()]
     try:
         header = msgpack.packb({"kind": kind, "meta": dict(meta), "tensors": described}, use_bin_type=True)
     except (TypeError, ValueError, OverflowError) as error:
@@ -98,9 +106,12 @@ def encode_parts(kind: str, meta: Mapping[str, Any], tensors: Mapping[str, WireT
     if len(header) > MAX_HEADER_BYTES:
         raise TooLarge(f"the message's header has {len(header)} bytes, the limit is {MAX_HEADER_BYTES}")
     head = _PREFIX.pack(MAGIC, PROTOCOL_VERSION, 0, len(header)) + header
-    parts: list[bytes | memoryview] = [head, bytes(-len(head) % ALIGNMENT)]
-    for tensor in tensors.values():
-        parts += [tensor.data, bytes(-tensor.nbytes % ALIGNMENT)]
+    parts: list[Buffer] = [head + bytes(-len(head) % ALIGNMENT)]
+    for _, _, pieces in tensors.values():
+        parts += pieces
+        padding = -sum(map(len, pieces)) % ALIGNMENT
+        if padding:
+            parts.append(bytes(padding))
     return parts
 
 

@@ -24,9 +24,10 @@ from ..experts.protocol import CallOptions, CallSummary
 from ..experts.tensors import torch_dtype
 from .combine import Combined, combine
 from .dispatch import Dispatch
-from .fanout import Fanout, Run
+from .fanout import Fanout
 from .gating import GateRequest, Routed
 from .missing import lost_pairs
+from .work import Work
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ class ForwardRequest:
     """Rows `x` [T, ...] for one layer, the caller's options, and the time that is left, in seconds.
 
     `features` [T, ...] is what the gate looks at instead of `x`; `indices` [T, K] and `weights` [T, K] are a routing
-    that the caller already has.
+    that the caller already has. `client` says whose rows they are: clients take turns.
     """
 
     x: Tensor
@@ -43,6 +44,7 @@ class ForwardRequest:
     features: Tensor | None = None
     indices: Tensor | None = None
     weights: Tensor | None = None
+    client: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +61,7 @@ class ForwardReply:
 class Answer:
     """One request whose rows are under way in a batch."""
 
-    def __init__(self, run: Run, fanout: Fanout, request: ForwardRequest, asked: GateRequest, routed: Routed) -> None:
-        self.run = run
+    def __init__(self, fanout: Fanout, request: ForwardRequest, asked: GateRequest, routed: Routed) -> None:
         self.fanout = fanout
         self.request = request
         self.asked = asked
@@ -73,28 +74,27 @@ class Answer:
 
     async def complete(self) -> ForwardReply:
         """Wait for the experts that the rows need, and combine what they answer."""
-        run = self.run
-        handle: Dispatch = await run(self.routed.handle)
-        experts = await run(handle.experts)
-        shared = tuple(position for position in self.batch.answers if position >= len(self.layer.experts))
+        handle = self.routed.handle()
+        experts = handle.experts()
+        shared = tuple(position for position in self.batch.assignment.work if position >= len(self.layer.experts))
         failed = await self.batch.wait(experts + shared)
         self._refuse(failed, shared)
-        outputs_N, answered_N = await run(self.batch.outputs, experts, set(failed))
-        nobody = outputs_N is None
-        if nobody:
-            outputs_N = self._no_outputs(handle)
-        fallback = await self._fallback(handle, outputs_N, answered_N)
-        if nobody and fallback is not None:
-            outputs_N = fallback.new_zeros((handle.num_pairs, *fallback.shape[1:]))
-        shared_T = await run(self.batch.shared_rows, shared, self.routed.start, self.routed.stop)
-        combined: Combined = await run(self._combine, handle, outputs_N, answered_N, fallback, shared_T)
-        lost_TK = await run(lost_pairs, handle, outputs_N, answered_N) if combined.degraded else None
-        return self._reply(handle, experts, combined, lost_TK, fallback is not None)
+        with torch.inference_mode():
+            outputs_N, answered_N = self.batch.outputs(experts, set(failed))
+        answers_N = self._no_outputs(handle) if outputs_N is None else outputs_N
+        fallback = await self._fallback(handle, answers_N, answered_N)
+        if outputs_N is None and fallback is not None:
+            answers_N = fallback.new_zeros((handle.num_pairs, *fallback.shape[1:]))
+        with torch.inference_mode():
+            shared_T = self.batch.shared_rows(shared, self.routed.start, self.routed.stop)
+            combined = self._combine(handle, answers_N, answered_N, fallback, shared_T)
+            lost_TK = lost_pairs(handle, answers_N, answered_N) if combined.degraded else None
+            return self._reply(handle, experts, combined, lost_TK, fallback is not None)
 
-    def _refuse(self, failed: dict[int, BaseException], shared: tuple[int, ...]) -> None:
+    def _refuse(self, failed: dict[int, ExpertMeshError], shared: tuple[int, ...]) -> None:
         """Pass on what no policy may cover: a version that is gone, the caller's mistakes, an expert's own error."""
         for error in failed.values():
-            if isinstance(error, (VersionGone, SpecMismatch, InvalidRequest)) or not isinstance(error, ExpertMeshError):
+            if isinstance(error, (VersionGone, SpecMismatch, InvalidRequest)):
                 raise error
         if any(position in failed for position in shared) or (failed and self.policy.kind == "error"):
             errors = list(failed.values())
@@ -109,13 +109,22 @@ class Answer:
     async def _fallback(self, handle: Dispatch, outputs_N: Tensor, answered_N: Tensor | None) -> Tensor | None:
         if self.policy.kind != "fallback":
             return None
-        lost_TK = await self.run(lost_pairs, handle, outputs_N, answered_N)
+        lost_TK = lost_pairs(handle, outputs_N, answered_N)
         if lost_TK is None:
             return None
         rows = lost_TK.any(dim=1).nonzero().flatten()
         expert = f"{self.layer.name}/{self.policy.expert}"
         version = self.batch.epoch.versions[expert]
-        answer: Tensor = await self.fanout.submit(expert, version, self.request.x, rows)
+        work = Work(
+            ((expert, version, int(rows.shape[0])),),
+            self.request.x,
+            rows,
+            deadline=self.asked.deadline,
+            client=self.request.client,
+        )
+        (answer,) = (await self.fanout.ask(work)).outputs
+        if not isinstance(answer, Tensor):
+            raise answer or Unavailable(f"{expert} gave no rows")
         filled = answer.new_zeros((handle.num_rows, *answer.shape[1:]))
         filled[rows] = answer
         return filled
@@ -135,6 +144,7 @@ class Answer:
                 handle,
                 outputs_N,
                 answered_N=answered_N,
+                presummed=self.batch.assignment.presummed,
                 method=self.layer.combine,
                 on_missing=self.policy,
                 max_lost_mass=self.max_lost_mass,

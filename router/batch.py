@@ -1,30 +1,43 @@
-"""A batch on its way: one job per expert, one buffer for the answers, and requests that each wait for their part.
+"""A batch on its way: work for replicas, one buffer for the answers, and requests that each wait for their part.
 
-Shapes: N pairs of a row and an expert, sorted by expert, then by row.
+Shapes: T rows, N pairs of a row and an expert, sorted by expert, then by row.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..experts.errors import SpecMismatch
+from ..experts.errors import ExpertMeshError, SpecMismatch
 from .dispatch import Dispatch
 from .epochs import Epoch
 from .gates import Routing
 from .layer import Layer
+from .work import Assignment
+
+
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """What came of one piece of work: its experts' rows, each [pairs, ...], or why there are none.
+
+    Where they were added up, `total` [R, ...] is their sum, `outputs` None, and `lost` int64 are the pairs of the work
+    that are not in it because their answer was not finite.
+    """
+
+    outputs: tuple[Tensor | ExpertMeshError | None, ...]
+    total: Tensor | None = None
+    lost: Tensor | None = None
 
 
 @dataclass(eq=False)
 class Batch:
     """Rows `x` [T, ...] of one layer on one epoch, and the answers of its experts as they come in.
 
-    `answers` holds a future for every expert that the batch needs, by its position among all experts of the layer:
-    those that the gate chooses from come first, then the shared ones, which answer every row. The batch is held by
-    those who wait for it; when the last one lets go, what was not sent yet is not sent any more.
+    The batch is held by those who wait for it; when the last one lets go, work that is left is given up by `cancel`.
     """
 
     epoch: Epoch
@@ -32,7 +45,11 @@ class Batch:
     x: Tensor
     routing: Routing
     handle: Dispatch
-    answers: dict[int, asyncio.Future[Tensor]]
+    assignment: Assignment
+    cancel: Callable[[], None] = lambda: None
+    _answers: dict[int, Answered | ExpertMeshError] = field(default_factory=dict)
+    _waiting: list[tuple[set[int], asyncio.Future[None]]] = field(default_factory=list)
+    _complete: list[Callable[[], None]] = field(default_factory=list)
     _holders: int = 1
     _stored: set[int] = field(default_factory=set)
     _outputs_N: Tensor | None = None
@@ -42,18 +59,42 @@ class Batch:
         self._holders += 1
 
     def release(self) -> None:
-        """Let go; the last one cancels the work that is left."""
+        """Let go; the last one gives up the work that is left."""
         self._holders -= 1
-        if self._holders == 0:
-            for answer in self.answers.values():
-                answer.cancel()
+        if self._holders == 0 and not self.complete:
+            self.cancel()
+            self._end()
 
-    async def wait(self, experts: tuple[int, ...]) -> dict[int, BaseException]:
+    @property
+    def complete(self) -> bool:
+        """Whether all work is answered."""
+        return len(self._answers) == len(self.assignment.work)
+
+    def when_complete(self, call: Callable[[], None]) -> None:
+        """Call something once all work is answered or given up; at once where it is."""
+        if self.complete:
+            call()
+        else:
+            self._complete.append(call)
+
+    def answer(self, key: int, answer: Answered | ExpertMeshError) -> None:
+        """Take what came of one piece of work, by its key in the assignment."""
+        self._answers[key] = answer
+        for left, future in self._waiting:
+            left.discard(key)
+            if not left and not future.done():
+                future.set_result(None)
+        if self.complete:
+            self._end()
+
+    async def wait(self, experts: tuple[int, ...]) -> dict[int, ExpertMeshError]:
         """Wait until these experts have answered or failed; returns why, for those that failed."""
-        futures = {expert: self.answers[expert] for expert in experts}
-        if futures:
-            await asyncio.wait(futures.values())
-        return {e: error for e, future in futures.items() if (error := future.exception()) is not None}
+        left = {self.assignment.owner[expert] for expert in experts} - self._answers.keys()
+        if left:
+            future = asyncio.get_running_loop().create_future()
+            self._waiting.append((left, future))
+            await future
+        return {e: error for e in experts if (error := self._error(e)) is not None}
 
     def outputs(self, experts: tuple[int, ...], failed: set[int]) -> tuple[Tensor | None, Tensor | None]:
         """The buffer of answers [N, ...] with those of `experts` in place, and bool [N], True where one answered.
@@ -61,21 +102,30 @@ class Batch:
         The second is None when none of `experts` failed; the first is None when none has answered. Raises SpecMismatch
         when experts answer with rows of different shapes.
         """
-        for expert in experts:
-            if expert not in failed and expert not in self._stored:
-                self._store(expert, self.answers[expert].result())
-                self._stored.add(expert)
-        if not failed:
+        keys = {self.assignment.owner[expert] for expert in experts}
+        answered = {key: found for key in sorted(keys) if isinstance(found := self._answers[key], Answered)}
+        for key, found in answered.items():
+            if key not in self._stored:
+                self._store(key, found)
+                self._stored.add(key)
+        lost = {key: found.lost for key, found in answered.items() if found.lost is not None}
+        if not failed and not lost:
             return self._outputs_N, None
         answered_N = torch.zeros(self.handle.num_pairs, dtype=torch.bool)
         for expert in experts:
             if expert not in failed:
                 answered_N[self.handle.pairs(expert)] = True
+        for key, positions in lost.items():
+            answered_N[self._pairs(key)[positions]] = False
         return self._outputs_N, answered_N
 
     def shared_rows(self, shared: tuple[int, ...], start: int, stop: int) -> Tensor | None:
         """The sum [stop - start, ...] of what shared experts answered to some rows; None without shared experts."""
-        parts = [self.answers[expert].result()[start:stop] for expert in shared]
+        parts = []
+        for key in shared:
+            found = self._answers[key]
+            if isinstance(found, Answered) and isinstance(rows := found.outputs[0], Tensor):
+                parts.append(rows[start:stop])
         if not parts:
             return None
         total = parts[0].double() if parts[0].dtype == torch.float64 else parts[0].float()
@@ -83,8 +133,34 @@ class Batch:
             total = total + part
         return total
 
-    def _store(self, expert: int, rows: Tensor) -> None:
-        pairs = self.handle.pairs(expert)
+    def _end(self) -> None:
+        calls, self._complete = self._complete, []
+        for call in calls:
+            call()
+
+    def _error(self, expert: int) -> ExpertMeshError | None:
+        key = self.assignment.owner[expert]
+        found = self._answers[key]
+        output = found.outputs[self._members(key).index(expert)] if isinstance(found, Answered) else found
+        return output if isinstance(output, ExpertMeshError) else None
+
+    def _members(self, key: int) -> tuple[int, ...]:
+        return self.assignment.members[key]
+
+    def _pairs(self, key: int) -> Tensor:
+        """The pairs of a piece of work, in its own order."""
+        offsets = self.handle.offsets
+        return torch.cat([torch.arange(offsets[expert], offsets[expert + 1]) for expert in self._members(key)])
+
+    def _store(self, key: int, found: Answered) -> None:
+        if found.total is not None:
+            self._put(self.assignment.places[key], found.total, key)
+            return
+        for expert, rows in zip(self._members(key), found.outputs, strict=True):
+            if isinstance(rows, Tensor):
+                self._put(self.handle.pairs(expert), rows, expert)
+
+    def _put(self, places: Tensor | slice, rows: Tensor, expert: int) -> None:
         held = self._outputs_N
         if held is None:
             whole = rows.shape[0] == self.handle.num_pairs
@@ -99,4 +175,4 @@ class Batch:
             )
         if held.dtype != rows.dtype:
             held = self._outputs_N = held.to(torch.promote_types(held.dtype, rows.dtype))
-        held[pairs] = rows.to(held.dtype)
+        held[places] = rows.to(held.dtype)

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from ..experts.errors import InvalidRequest, SpecMismatch, Unavailable
 from .dispatch import Dispatch
-from .missing import OnMissing, lost_mass, lost_pairs, refuse, renormalized
+from .missing import OnMissing, lost_mass, lost_pairs, refuse, renormalization
+from .presummed import Presummed
 from .summation import ordered_sum
 from .vote import labels_of, majority
 
@@ -45,6 +46,7 @@ def combine(
     outputs_N: Tensor,
     *,
     answered_N: Tensor | None = None,
+    presummed: Presummed | None = None,
     method: str = "weighted_sum",
     on_missing: str | OnMissing = "error",
     max_lost_mass: float = 0.5,
@@ -57,7 +59,8 @@ def combine(
     """Join the answers of the experts into rows.
 
     `outputs_N` [N, ...] holds the answers in the order of the handle's pairs; what it holds where `answered_N` (bool
-    [N]; None = all) is False never reaches a result. Methods, over the pairs (w, f) of a row:
+    [N]; None = all) is False never reaches a result. `presummed` says where it holds sums of several answers already,
+    which leave out what was lost. Methods, over the pairs (w, f) of a row:
 
     * `weighted_sum`: Σ w·f. `residual`: x + Σ w·f, with the rows `x_T`. `mean`: Σ f / number of pairs.
     * `vote`: the class with most votes, one vote an expert, of equal counts the lower class. Integer answers [N, ...]
@@ -87,7 +90,8 @@ def combine(
     if answered_N is None and method != "vote":
         # NaN and infinity survive every sum: a finite result proves that all answers were finite.
         term_TK = _term_weights(handle, weights_TK, method)
-        output = finish(ordered_sum(handle, outputs_N, term_TK, out_dtype=finish.out_dtype if finish.plain else None))
+        terms, term_TK = (handle, term_TK) if presummed is None else presummed.terms(handle, term_TK)
+        output = finish(ordered_sum(terms, outputs_N, term_TK, out_dtype=finish.out_dtype if finish.plain else None))
         if _finite(output):
             return Combined(
                 output, weights_TK.new_zeros(handle.num_rows, dtype=torch.float32), handle.dropped_T, dropped
@@ -105,7 +109,7 @@ def combine(
         output = _vote(handle, outputs_N, lost_TK, policy, instead_T)
     else:
         term_TK = _term_weights(handle, weights_TK, method)
-        output = finish(_degraded_sum(handle, outputs_N, term_TK, lost_TK, instead_T))
+        output = finish(_degraded_sum(handle, outputs_N, term_TK, lost_TK, instead_T, presummed))
     if output.is_floating_point() and not _finite(output):
         raise Unavailable(
             "the combined rows are not finite though every expert's answer is: a shared, residual or fallback row is "
@@ -115,12 +119,21 @@ def combine(
 
 
 def _degraded_sum(
-    handle: Dispatch, outputs_N: Tensor, weights_TK: Tensor, lost_TK: Tensor, instead_T: Tensor | None
+    handle: Dispatch,
+    outputs_N: Tensor,
+    weights_TK: Tensor,
+    lost_TK: Tensor,
+    instead_T: Tensor | None,
+    presummed: Presummed | None,
 ) -> Tensor:
-    survivors = handle.without(lost_TK)
+    survivors, terms_TK = handle.without(lost_TK), weights_TK
+    if presummed is not None:
+        first_TK, absorbed_TK = presummed.at(handle)
+        survivors = handle.without((lost_TK & ~first_TK) | absorbed_TK)
+        terms_TK = weights_TK.masked_fill(first_TK, 1)
     if instead_T is None:
-        return ordered_sum(survivors, outputs_N, renormalized(weights_TK, lost_TK))
-    total = ordered_sum(survivors, outputs_N, weights_TK)
+        return ordered_sum(survivors, outputs_N, terms_TK * renormalization(weights_TK, lost_TK))
+    total = ordered_sum(survivors, outputs_N, terms_TK)
     lost_weight_T = (weights_TK * lost_TK).sum(dim=1).to(total.dtype)
     if instead_T.shape != total.shape:
         raise SpecMismatch(f"rows of shape {tuple(instead_T.shape)} cannot stand in for answers {tuple(total.shape)}")

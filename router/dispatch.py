@@ -61,6 +61,11 @@ class Dispatch:
         experts = torch.searchsorted(torch.tensor(self.offsets[1:], device=slots.device), slots, right=True)
         return tuple(torch.bincount(experts).nonzero().flatten().tolist())
 
+    def mass(self) -> list[float]:
+        """The sum of |gate weight| of each expert: E numbers."""
+        ends = torch.nn.functional.pad(self.weights_N.detach().abs().cumsum(0), (1, 0))[torch.tensor(self.offsets)]
+        return ends.diff().tolist()
+
     def expert_of(self, slot: int) -> int:
         """The expert of the pair at position `slot`."""
         return bisect_right(self.offsets, slot) - 1

@@ -1,4 +1,4 @@
-"""Fan-out: rows to the replicas that hold them, few messages, and another try elsewhere when a replica is lost.
+"""Fan-out: work to the replicas that can do it, few messages, and another try elsewhere when a replica is lost.
 
 Every replica has a lane: at most `WINDOW` messages are under way to it, and what comes in the meantime waits and goes
 together in the next one. So a slow expert holds up only those who need it, and waiting work can still be dropped.
@@ -8,180 +8,217 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
-import uuid
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from ..experts.errors import BY_NAME, DataLoss, ExpertMeshError, Unavailable, VersionGone
-from ..experts.protocol import ExpertCall, ExpertReply, Part, PartFailure
-from .replicas import View
+from ..experts.protocol import ExpertReply, PartFailure
+from .batch import Answered
+from .fair import FairQueue
+from .messages import Place, alike, build_call
+from .replicas import Replica, View
 from .telemetry import Telemetry
 from .transport import Transport
+from .work import Work
 
 WINDOW = 2
 MAX_ROWS_PER_MESSAGE = 16_384
+MAX_PARTS_PER_MESSAGE = 512
 MAX_ATTEMPTS = 3
-log = logging.getLogger(__name__)
 
-Run = Callable[..., Awaitable[Any]]
-"""Runs a function of torch off the event loop: `await run(function, *arguments)`."""
+
+Result = Answered | ExpertMeshError
 
 
 @dataclass(eq=False)
 class Job:
-    """Rows `x[rows]` for one expert at one version; `answer` gets [len(rows), ...] or the reason why not."""
+    """One piece of work; `done` gets its answer, or the reason why not, once."""
 
-    expert: str
-    version: str
-    x: Tensor
-    rows: Tensor
-    answer: asyncio.Future[Tensor]
+    work: Work
+    done: Callable[[Result], None]
+    over: bool = False
     attempts: int = 0
     tried: set[str] = field(default_factory=set)
     at: str | None = None
+    message: _Message | None = None
 
-    @property
-    def size(self) -> int:
-        return int(self.rows.shape[0])
+
+@dataclass(eq=False)
+class _Message:
+    """Jobs under way together."""
+
+    replica: Replica
+    jobs: list[Job]
+    places: list[Place] = field(default_factory=list)
+    started: float = 0.0
+    cancel: Callable[[], object] = lambda: None
 
 
 @dataclass(eq=False)
 class _Lane:
-    incarnation: str
-    waiting: deque[Job] = field(default_factory=deque)
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    replica: Replica
+    waiting: FairQueue[Job] = field(default_factory=FairQueue)
+    under_way: set[_Message] = field(default_factory=set)
 
     def take(self) -> list[Job]:
-        """The jobs of the next message: in order of arrival, up to the row limit, without those nobody waits for."""
+        """The jobs of the next message: clients in turns, up to the row limit, without those nobody waits for."""
         taken: list[Job] = []
-        rows = 0
-        while self.waiting and (not taken or rows + self.waiting[0].size <= MAX_ROWS_PER_MESSAGE):
-            job = self.waiting.popleft()
-            if not job.answer.done() and (not taken or _alike(job, taken[0])):
-                taken.append(job)
-                rows += job.size
-            elif not job.answer.done():
-                self.waiting.appendleft(job)
+        rows = parts = 0
+        while (job := self.waiting.peek()) is not None:
+            rows, parts = rows + job.work.size, parts + len(job.work.experts)
+            if job.over:
+                rows, parts = rows - job.work.size, parts - len(job.work.experts)
+            elif taken and not (
+                rows <= MAX_ROWS_PER_MESSAGE and parts <= MAX_PARTS_PER_MESSAGE and alike(job.work, taken[0].work)
+            ):
                 break
+            else:
+                taken.append(job)
+            self.waiting.pop()
         return taken
 
 
 class Fanout:
-    """Sends jobs to replicas through a transport, as the view says."""
+    """Sends work to replicas through a transport, as the view says."""
 
-    def __init__(self, transport: Transport, view: View, telemetry: Telemetry, run: Run) -> None:
+    def __init__(self, transport: Transport, view: View, telemetry: Telemetry) -> None:
         self._transport = transport
         self._view = view
         self._telemetry = telemetry
-        self._run = run
         self._lanes: dict[str, _Lane] = {}
-        self._attempts = itertools.count()
-        self._name = uuid.uuid4().hex[:8]
+        self._attempts = itertools.count(1)
 
-    def submit(self, expert: str, version: str, x: Tensor, rows: Tensor) -> asyncio.Future[Tensor]:
-        """Send rows of `x` [T, ...] to a replica of an expert.
+    def submit(self, work: Work, done: Callable[[Result], None]) -> Job:
+        """Have a replica do some work; `done` gets what came of it.
 
-        The future gives [len(rows), ...], or raises Unavailable, VersionGone, ExpertFailed or SpecMismatch. Cancelling
-        it takes the rows out of the queue if they still wait.
+        That is Unavailable, VersionGone or SpecMismatch where nobody could do it; an expert's own failure is in the
+        answer.
         """
-        job = Job(expert, version, x, rows, asyncio.get_running_loop().create_future())
-        job.answer.add_done_callback(lambda _: self._leave(job))
+        job = Job(work, done)
         self._place(job)
-        return job.answer
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Give a job up: its rows are taken out of the queue if they still wait, and `done` hears nothing."""
+        if job.over:
+            return
+        job.over = True
+        self._leave(job)
+        if job.message is not None and all(other.over for other in job.message.jobs):
+            job.message.cancel()
+            self._ended(job.message)
+
+    async def ask(self, work: Work) -> Answered:
+        """Submit and wait. Raises what `done` would get."""
+        answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        job = self.submit(work, lambda result: None if answer.done() else answer.set_result(result))
+        try:
+            result = await answer
+        finally:
+            self.cancel(job)
+        if isinstance(result, ExpertMeshError):
+            raise result
+        return result
 
     def refresh(self) -> None:
         """Look at the view again: what was sent to an incarnation that is no more, or is dead, is sent elsewhere."""
         now = {replica.id: replica.incarnation for replica in self._view.replicas() if replica.state != "restarting"}
         for name, lane in list(self._lanes.items()):
-            if now.get(name) != lane.incarnation:
+            if now.get(name) != lane.replica.incarnation:
                 del self._lanes[name]
-                for task in lane.tasks:
-                    task.cancel()
-                self._replaced(name, lane.waiting)
+                for message in lane.under_way:
+                    message.cancel()
+                under_way = [job for message in lane.under_way for job in message.jobs]
+                self._replaced(name, [*under_way, *lane.waiting.drain()])
 
     def waiting(self) -> dict[str, int]:
         """Rows that wait for their turn, by replica."""
         # Copies first: the metrics page asks from a thread of its own.
-        return {name: sum(job.size for job in list(lane.waiting)) for name, lane in list(self._lanes.items())}
+        return {name: sum(job.work.size for job in lane.waiting.items()) for name, lane in list(self._lanes.items())}
 
     def _place(self, job: Job) -> None:
         try:
-            name = self._view.choose(job.expert, job.version, exclude=job.tried)
+            replica = self._view.choose(job.work.wanted, exclude=job.tried)
         except ExpertMeshError as error:
-            job.answer.set_exception(error)
+            self._tell(job, error)
             return
+        name = replica.id
         job.tried.add(name)
         job.attempts += 1
         lane = self._lanes.get(name)
         if lane is None:
-            incarnation = next(replica.incarnation for replica in self._view.replicas() if replica.id == name)
-            lane = self._lanes[name] = _Lane(incarnation)
-        lane.waiting.append(job)
+            lane = self._lanes[name] = _Lane(replica)
+        lane.waiting.put(job.work.client, job)
         job.at = name
-        self._view.sent(name, job.size)
-        if len(lane.tasks) < WINDOW:
+        self._view.sent(name, job.work.size)
+        if len(lane.under_way) < WINDOW:
             # Not at once: what is submitted in this turn of the loop goes together.
             asyncio.get_running_loop().call_soon(self._pump, name, lane)
 
     def _pump(self, name: str, lane: _Lane) -> None:
-        while len(lane.tasks) < WINDOW and self._lanes.get(name) is lane:
+        while len(lane.under_way) < WINDOW and self._lanes.get(name) is lane:
             jobs = lane.take()
             if not jobs:
                 return
-            task = asyncio.get_running_loop().create_task(self._exchange(name, jobs))
-            lane.tasks.add(task)
-            task.add_done_callback(lambda done: self._returned(name, lane, done))
+            self._send(lane, jobs)
 
-    def _returned(self, name: str, lane: _Lane, task: asyncio.Task[None]) -> None:
-        lane.tasks.discard(task)
-        self._pump(name, lane)
+    def _send(self, lane: _Lane, jobs: list[Job]) -> None:
+        message = _Message(lane.replica, jobs, started=asyncio.get_running_loop().time())
+        for job in jobs:
+            job.message = message
+        works = [job.work for job in jobs]
+        call, message.places = build_call(next(self._attempts), works, now=message.started)
+        self._telemetry.messages[lane.replica.id] += 1
+        self._telemetry.copied += call.rows.nbytes
+        lane.under_way.add(message)
+        message.cancel = self._transport.send(lane.replica, call, partial(self._returned, lane, message))
 
-    async def _exchange(self, name: str, jobs: list[Job]) -> None:
-        clock = asyncio.get_running_loop().time
-        attempt = f"{self._name}-{next(self._attempts)}"
-        try:
-            call = await self._run(build_call, attempt, jobs)
-            started = clock()
-            self._telemetry.messages[name] += 1
-            reply = await self._transport.send(name, call)
-        except asyncio.CancelledError:
-            self._replaced(name, jobs)
-        except Unavailable as error:
-            self._view.failed(name)
-            self._all_again(jobs, error)
-        except ExpertMeshError as error:
-            _fail(jobs, error)
-        except Exception as error:  # the border to the transport: whatever it raises, nobody may wait for ever
-            log.exception("message failed", extra={"replica": name, "attempt": attempt})
-            _fail(jobs, ExpertMeshError(f"the rows could not be sent ({type(error).__name__}); see the router's log"))
+    def _returned(self, lane: _Lane, message: _Message, reply: ExpertReply | ExpertMeshError) -> None:
+        if message not in lane.under_way or self._lanes.get(lane.replica.id) is not lane:
+            return  # it was given up
+        self._ended(message)
+        if isinstance(reply, Unavailable):
+            self._view.failed(lane.replica.id)
+            for job in message.jobs:
+                self._again(job, reply)
+        elif isinstance(reply, ExpertMeshError):
+            for job in message.jobs:
+                self._tell(job, reply)
         else:
-            self._deliver(jobs, reply, clock() - started)
+            seconds = asyncio.get_running_loop().time() - message.started
+            for job, place in zip(message.jobs, message.places, strict=True):
+                self._deliver(job, _answer(reply, place), seconds)
 
-    def _deliver(self, jobs: list[Job], reply: ExpertReply, seconds: float) -> None:
-        if len(reply.outputs) != len(jobs):
-            _fail(jobs, DataLoss(f"a replica answered {len(reply.outputs)} of {len(jobs)} parts of a message"))
-            return
-        for job, output in zip(jobs, reply.outputs, strict=True):
-            if isinstance(output, PartFailure):
-                self._refused(job, output)
-            else:
-                self._telemetry.computed(job.expert, job.size, seconds)
-                if not job.answer.done():
-                    job.answer.set_result(output)
+    def _ended(self, message: _Message) -> None:
+        """A message is over: its lane has room for another."""
+        name = message.replica.id
+        lane = self._lanes.get(name)
+        if lane is not None and message in lane.under_way:
+            lane.under_way.discard(message)
+            self._pump(name, lane)
 
-    def _refused(self, job: Job, failure: PartFailure) -> None:
-        error = BY_NAME.get(failure.error, ExpertMeshError)(failure.message)
-        if isinstance(error, VersionGone):
-            self._again(job, error)
-            return
-        self._telemetry.errors[job.expert] += 1
-        _fail([job], error)
+    def _deliver(self, job: Job, answer: Result, seconds: float) -> None:
+        if isinstance(answer, VersionGone):
+            self._again(job, answer)
+        elif isinstance(answer, ExpertMeshError):
+            self._telemetry.errors[job.work.experts[0][0]] += 1
+            self._tell(job, answer)
+        else:
+            for (expert, _, rows), output in zip(job.work.experts, answer.outputs, strict=True):
+                if isinstance(output, ExpertMeshError):
+                    self._telemetry.errors[expert] += 1
+                else:
+                    self._telemetry.computed(expert, rows, seconds)
+            self._tell(job, answer)
+
+    def _tell(self, job: Job, result: Result) -> None:
+        if not job.over:
+            job.over = True
+            self._leave(job)
+            job.done(result)
 
     def _replaced(self, name: str, jobs: Iterable[Job]) -> None:
         """Send again what was with an incarnation that is no more; its successor may well take it."""
@@ -189,59 +226,42 @@ class Fanout:
             job.tried.discard(name)
             self._again(job, Unavailable("the replica was replaced"))
 
-    def _all_again(self, jobs: Iterable[Job], error: ExpertMeshError) -> None:
-        for job in jobs:
-            self._again(job, error)
-
     def _again(self, job: Job, error: ExpertMeshError) -> None:
         """Inference is idempotent, so rows whose answer was lost are simply sent to another replica."""
-        if job.answer.done():
+        if job.over:
             return
-        self._telemetry.errors[job.expert] += 1
+        self._telemetry.errors[job.work.experts[0][0]] += 1
         self._leave(job)
         if job.attempts >= MAX_ATTEMPTS:
-            _fail([job], Unavailable(f"{job.expert} did not answer: {error.message}"))
+            self._tell(job, Unavailable(f"{job.work.experts[0][0]} did not answer: {error.message}"))
             return
         self._telemetry.retries += 1
         self._place(job)
 
     def _leave(self, job: Job) -> None:
         if job.at is not None:
-            self._view.sent(job.at, -job.size)
+            self._view.sent(job.at, -job.work.size)
             job.at = None
 
 
-def build_call(attempt: str, jobs: list[Job]) -> ExpertCall:
-    """One message for several jobs: rows that more than one job of a batch needs are sent once."""
-    parts: list[Part] = []
-    rows: list[Tensor] = []
-    index: list[Tensor] = []
-    pairs = offset = 0
-    for _, group in itertools.groupby(jobs, key=lambda job: id(job.x)):
-        members = list(group)
-        wanted, where = _shared_rows(members)
-        rows.append(members[0].x.index_select(0, wanted))
-        index.append(where + offset)
-        offset += int(wanted.shape[0])
-        for job in members:
-            parts.append(Part(job.expert, job.version, pairs, pairs + job.size))
-            pairs += job.size
-    joined = rows[0] if len(rows) == 1 else torch.cat(rows)
-    return ExpertCall(attempt, tuple(parts), joined, index[0] if len(index) == 1 else torch.cat(index))
+def _answer(reply: ExpertReply, place: Place) -> Answered | ExpertMeshError:
+    """What a reply says of one of the jobs of its message."""
+    if len(reply.outputs) != place.all_parts or len(reply.sums) != place.all_sums:
+        return DataLoss(f"a replica answered {len(reply.outputs)} of {place.all_parts} parts of a message")
+    outputs = tuple(_output(output) for output in reply.outputs[place.parts])
+    gone = next((output for output in outputs if isinstance(output, VersionGone)), None)
+    if gone is not None:  # all of it goes to one replica, or none
+        return gone
+    if place.sum is None:
+        return Answered(outputs)
+    total = _output(reply.sums[place.sum])
+    if isinstance(total, ExpertMeshError):
+        failed = all(isinstance(output, ExpertMeshError) for output in outputs)
+        return Answered(outputs) if failed else total
+    return Answered(outputs, total, place.lost(reply.lost))
 
 
-def _shared_rows(jobs: list[Job]) -> tuple[Tensor, Tensor]:
-    if len(jobs) == 1:
-        return jobs[0].rows, torch.arange(jobs[0].size)
-    wanted, where = torch.unique(torch.cat([job.rows for job in jobs]), return_inverse=True)
-    return wanted, where
-
-
-def _alike(job: Job, other: Job) -> bool:
-    return job.x.dtype == other.x.dtype and job.x.shape[1:] == other.x.shape[1:]
-
-
-def _fail(jobs: Iterable[Job], error: ExpertMeshError) -> None:
-    for job in jobs:
-        if not job.answer.done():
-            job.answer.set_exception(error)
+def _output(output: Tensor | PartFailure | None) -> Tensor | ExpertMeshError | None:
+    if isinstance(output, PartFailure):
+        return BY_NAME.get(output.error, ExpertMeshError)(output.message)
+    return output

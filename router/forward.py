@@ -8,10 +8,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import replace
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from ..experts.errors import (
@@ -26,7 +25,7 @@ from .answer import Answer, ForwardReply, ForwardRequest
 from .batch import Batch
 from .dispatch import Dispatch
 from .epochs import Epoch, Epochs
-from .fanout import Fanout
+from .fanout import Fanout, Job
 from .gates import Routing
 from .gating import Gating
 from .layer import Layer
@@ -36,6 +35,7 @@ from .pins import Pins
 from .replicas import Replica, View
 from .telemetry import Telemetry
 from .transport import Transport
+from .work import assign
 
 EPOCH_ATTEMPTS = 2
 
@@ -50,9 +50,9 @@ class Router:
         self.view = View()
         self.telemetry = Telemetry()
         self.admission = Admission(max_rows_in_flight)
-        self._torch = ThreadPoolExecutor(1, thread_name_prefix="router-torch")
-        self.fanout = Fanout(transport, self.view, self.telemetry, self._run)
-        self._gating = Gating(self._run, self._start_batch)
+        self.transport = transport
+        self.fanout = Fanout(transport, self.view, self.telemetry)
+        self._gating = Gating(self._start_batch)
 
     def adopt(self, epoch: Epoch) -> bool:
         """Make an epoch the current one; requests under way keep theirs."""
@@ -64,11 +64,12 @@ class Router:
     def update_view(self, replicas: Sequence[Replica]) -> None:
         """Take a full report of the replicas."""
         self.view.update(replicas)
+        self.transport.refresh(self.view.replicas(), self._lost)
         self.fanout.refresh()
 
-    def close(self) -> None:
-        """Stop the thread of torch."""
-        self._torch.shutdown(wait=False, cancel_futures=True)
+    def _lost(self, replica: Replica) -> None:
+        if any(known.incarnation == replica.incarnation for known in self.view.replicas()):
+            self.view.failed(replica.id)
 
     async def forward(self, request: ForwardRequest) -> ForwardReply:
         """Answer one request.
@@ -82,7 +83,7 @@ class Router:
         try:
             name = self.layer(request.options.layer).name
             with self.admission.admit(name, int(request.x.shape[0]) if request.x.ndim else 1):
-                reply = await asyncio.wait_for(self._on_some_epoch(request), request.timeout)
+                reply = await asyncio.wait_for(self._on_some_epoch(request, started + request.timeout), request.timeout)
             code = "OK"
             return reply
         except (asyncio.TimeoutError, TimeoutError):
@@ -101,13 +102,13 @@ class Router:
         """A layer of the current epoch by its name. Raises NotFound."""
         return _layer(self.epochs.current, name)
 
-    async def _on_some_epoch(self, request: ForwardRequest) -> ForwardReply:
+    async def _on_some_epoch(self, request: ForwardRequest, deadline: float) -> ForwardReply:
         options = request.options
         fixed = options.epoch is not None or options.pin is not None
         for attempt in range(1, EPOCH_ATTEMPTS + 1):
             epoch = await self.pinning.pin(options, request.timeout)
             try:
-                return await self._on_epoch(request, epoch)
+                return await self._on_epoch(request, epoch, deadline)
             except VersionGone as error:  # unloaded in the meantime
                 if attempt == EPOCH_ATTEMPTS:
                     raise refuse_restart(options, error) if fixed else error from None
@@ -117,41 +118,33 @@ class Router:
                 self.epochs.unpin(epoch)
         raise Unavailable("unreachable")
 
-    async def _on_epoch(self, request: ForwardRequest, epoch: Epoch) -> ForwardReply:
+    async def _on_epoch(self, request: ForwardRequest, epoch: Epoch, deadline: float) -> ForwardReply:
         layer = _layer(epoch, request.options.layer)
         asked = gate_request(layer, request.x, request.options, request.features, request.indices, request.weights)
+        asked = replace(asked, deadline=deadline, client=request.client)
         routed = await self._gating.route(epoch, layer, asked)
         try:
-            return await Answer(self._run, self.fanout, request, asked, routed).complete()
+            return await Answer(self.fanout, request, asked, routed).complete()
         finally:
             routed.batch.release()
 
-    def _start_batch(self, epoch: Epoch, layer: Layer, x: Tensor, routing: Routing, handle: Dispatch) -> Batch:
+    def _start_batch(
+        self, epoch: Epoch, layer: Layer, x: Tensor, routing: Routing, handle: Dispatch, deadline: float, client: str
+    ) -> Batch:
         self.telemetry.batches[layer.name] += 1
-        answers = {}
-        for expert, expert_id in enumerate(layer.expert_ids):
-            pairs = handle.pairs(expert)
-            if pairs.stop > pairs.start:
-                version = epoch.versions[expert_id]
-                answers[expert] = self.fanout.submit(expert_id, version, x, handle.rows_N[pairs])
-                mass = float(handle.weights_N[pairs].abs().sum())
-                self.telemetry.gate_mass[expert_id] = self.telemetry.gate_mass.get(expert_id, 0.0) + mass
-        if x.shape[0]:
-            every = torch.arange(x.shape[0])
-            for position, shared_id in enumerate(layer.shared_ids, start=len(layer.experts)):
-                answers[position] = self.fanout.submit(shared_id, epoch.versions[shared_id], x, every)
-        return Batch(epoch, layer, x, routing, handle, answers)
+        assignment = assign(layer, epoch.versions, x, handle, deadline=deadline, client=client)
+        batch = Batch(epoch, layer, x, routing, handle, assignment)
+        jobs = [self.fanout.submit(work, partial(batch.answer, key)) for key, work in assignment.work.items()]
+        batch.cancel = partial(self._give_up, jobs)
+        self.telemetry.chosen(layer.expert_ids, handle.mass())
+        return batch
 
-    async def _run(self, function: Any, *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._torch, _inference, function, arguments)
+    def _give_up(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            self.fanout.cancel(job)
 
 
 def _layer(epoch: Epoch, name: str) -> Layer:
     if name not in epoch.layers:
         raise NotFound(f"there is no layer {name[:64]!r}; known are {', '.join(sorted(epoch.layers)[:20])}")
     return epoch.layers[name]  # type: ignore[no-any-return]
-
-
-def _inference(function: Any, arguments: tuple[Any, ...]) -> Any:
-    with torch.inference_mode():
-        return function(*arguments)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,13 +20,17 @@ from .batch import Batch
 from .capacity import Capacity
 from .dispatch import Dispatch, dispatch
 from .epochs import Epoch
-from .fanout import Run
+from .fair import FairQueue
 from .gates import Gate, Routing
 from .gates.routing import join
 from .layer import Layer
+from .pace import Pace
 
-MAX_BATCH_ROWS = 16_384
+MAX_BATCH_ROWS = 4_096
 log = logging.getLogger(__name__)
+
+StartBatch = Callable[[Epoch, Layer, Tensor, Routing, Dispatch, float, str], Batch]
+"""Sends a batch: epoch, layer, rows [T, ...], routing, dispatch, deadline and client."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +38,7 @@ class GateRequest:
     """What the gate is asked for one request: rows `x` [T, ...] and what it may choose.
 
     `features` [T, ...] is what the gate looks at. `allowed` bool [E] or None; `k` or None; `given` is a routing that
-    the caller already has, which skips the gate.
+    the caller already has, which skips the gate. `deadline` is on the clock of the event loop.
     """
 
     x: Tensor
@@ -42,6 +46,8 @@ class GateRequest:
     allowed: Tensor | None = None
     k: int | None = None
     given: Routing | None = None
+    deadline: float = math.inf
+    client: str = ""
 
     @property
     def size(self) -> int:
@@ -67,14 +73,40 @@ class _Waiting:
     answer: asyncio.Future[Routed]
 
 
+@dataclass(eq=False)
+class _Line:
+    """Requests for one gate on one epoch, with rows of one kind."""
+
+    epoch: Epoch
+    layer: Layer
+    queue: FairQueue[_Waiting] = field(default_factory=FairQueue)
+    rows: int = 0
+
+    def take(self) -> list[_Waiting]:
+        """The requests of the next batch, clients in turns, up to the row limit, without those nobody waits for."""
+        taken: list[_Waiting] = []
+        rows = 0
+        while (waiting := self.queue.peek()) is not None:
+            gone = waiting.answer.done()
+            if taken and not gone and rows + waiting.request.size > MAX_BATCH_ROWS:
+                break
+            self.queue.pop()
+            self.rows -= waiting.request.size
+            if not gone:
+                taken.append(waiting)
+                rows += waiting.request.size
+        return taken
+
+
 class Gating:
     """Collects requests by (layer, epoch, kind of rows) and runs the gate once over all that wait."""
 
-    def __init__(self, run: Run, start_batch: Callable[[Epoch, Layer, Tensor, Routing, Dispatch], Batch]) -> None:
-        self._run = run
+    def __init__(self, start_batch: StartBatch) -> None:
         self._start_batch = start_batch
-        self._queues: dict[tuple[Any, ...], deque[_Waiting]] = {}
+        self._lines: dict[tuple[Any, ...], _Line] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._paces: dict[str, Pace] = {}
+        self._room: dict[str, asyncio.Event] = {}
 
     async def route(self, epoch: Epoch, layer: Layer, request: GateRequest) -> Routed:
         """Choose experts for the rows of a request, together with others that wait for the same gate.
@@ -84,13 +116,16 @@ class Gating:
         x, features = request.x, request.features
         key = (layer.name, epoch.number, x.dtype, x.shape[1:], features.dtype, features.shape[1:])
         answer: asyncio.Future[Routed] = asyncio.get_running_loop().create_future()
-        queue = self._queues.get(key)
-        if queue is None:
-            queue = self._queues[key] = deque()
-            task = asyncio.get_running_loop().create_task(self._drain(key, queue, epoch, layer))
+        line = self._lines.get(key)
+        if line is None:
+            line = self._lines[key] = _Line(epoch, layer)
+            task = asyncio.get_running_loop().create_task(self._drain(key, line))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        queue.append(_Waiting(request, answer))
+        line.queue.put(request.client, _Waiting(request, answer))
+        line.rows += request.size
+        if line.rows >= MAX_BATCH_ROWS and layer.name in self._room:
+            self._room[layer.name].set()
         try:
             return await answer
         except asyncio.CancelledError:
@@ -98,28 +133,44 @@ class Gating:
                 answer.result().batch.release()  # it came, but whoever asked for it has just gone
             raise
 
-    async def _drain(self, key: tuple[Any, ...], queue: deque[_Waiting], epoch: Epoch, layer: Layer) -> None:
-        while queue:
-            await self._serve(epoch, layer, _take(queue))
-        del self._queues[key]
+    async def _drain(self, key: tuple[Any, ...], line: _Line) -> None:
+        while len(line.queue):
+            await self._gather(line)
+            taken = line.take()
+            if taken:
+                self._serve(line.epoch, line.layer, taken)
+        del self._lines[key]
 
-    async def _serve(self, epoch: Epoch, layer: Layer, taken: list[_Waiting]) -> None:
+    async def _gather(self, line: _Line) -> None:
+        """Let requests gather while there is no room for another batch of the layer."""
+        name = line.layer.name
+        seconds = self._paces.setdefault(name, Pace()).wait()
+        if seconds <= 0.0 or line.rows >= MAX_BATCH_ROWS:
+            return
+        room = self._room.setdefault(name, asyncio.Event())
+        room.clear()
+        timer = asyncio.get_running_loop().call_later(seconds, room.set)
+        await room.wait()
+        timer.cancel()
+
+    def _serve(self, epoch: Epoch, layer: Layer, taken: list[_Waiting]) -> None:
         try:
-            await self._batch(epoch, layer, taken)
+            self._batch(epoch, layer, taken)
         except Exception as error:  # noqa: BLE001 (a custom gate is foreign code and may raise anything)
             if len(taken) > 1:  # one bad request must not spoil those that waited with it
                 for single in taken:
-                    await self._serve(epoch, layer, [single])
+                    self._serve(epoch, layer, [single])
             elif not taken[0].answer.done():
                 taken[0].answer.set_exception(_gate_error(layer, error))
 
-    async def _batch(self, epoch: Epoch, layer: Layer, taken: list[_Waiting]) -> None:
-        if not taken:
-            return
-        x, routing, handle = await self._run(
-            route_together, layer.gate, [waiting.request for waiting in taken], layer.capacity
-        )
-        batch = self._start_batch(epoch, layer, x, routing, handle)
+    def _batch(self, epoch: Epoch, layer: Layer, taken: list[_Waiting]) -> None:
+        requests = [waiting.request for waiting in taken]
+        x, routing, handle = route_together(layer.gate, requests, layer.capacity)
+        clients = {request.client for request in requests}
+        deadline = max(request.deadline for request in requests)
+        client = clients.pop() if len(clients) == 1 else ""
+        batch = self._start_batch(epoch, layer, x, routing, handle, deadline, client)
+        self._watch(batch)
         start = 0
         for waiting in taken:
             stop = start + waiting.request.size
@@ -129,7 +180,21 @@ class Gating:
             start = stop
         batch.release()
 
+    def _watch(self, batch: Batch) -> None:
+        """Keep the layer's pace: know when the batch has all its answers."""
+        loop, name = asyncio.get_running_loop(), batch.layer.name
+        pace, begun = self._paces.setdefault(name, Pace()), loop.time()
 
+        def ended() -> None:
+            pace.ended(loop.time() - begun)
+            if name in self._room:
+                self._room[name].set()
+
+        pace.begun()
+        batch.when_complete(ended)
+
+
+@torch.inference_mode()
 def route_together(
     gate: Gate, requests: Sequence[GateRequest], capacity: Capacity | None = None
 ) -> tuple[Tensor, Routing, Dispatch]:
@@ -170,17 +235,6 @@ def _mask(requests: Sequence[GateRequest], num_experts: int) -> Tensor | None:
 
 def _joined(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
-def _take(queue: deque[_Waiting]) -> list[_Waiting]:
-    taken: list[_Waiting] = []
-    rows = 0
-    while queue and (not taken or rows + queue[0].request.size <= MAX_BATCH_ROWS):
-        waiting = queue.popleft()
-        if not waiting.answer.done():
-            taken.append(waiting)
-            rows += waiting.request.size
-    return taken
 
 
 def _gate_error(layer: Layer, error: Exception) -> ExpertMeshError:

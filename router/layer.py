@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NoReturn
 
 from ..experts.errors import ConfigError, InvalidRequest
@@ -110,12 +111,20 @@ class Layer:
         """All experts by their id `layer/expert`."""
         return {f"{self.name}/{name}": expert for name, expert in self.everyone.items()}
 
-    @property
+    @cached_property
+    def packs(self) -> tuple[tuple[int, ...], ...]:
+        """The positions of the experts that the gate chooses from, by the replica that they share."""
+        packs: dict[str, list[int]] = {}
+        for position, (name, expert) in enumerate(self.experts.items()):
+            packs.setdefault(f"pack {expert.pack}" if expert.pack else f"expert {name}", []).append(position)
+        return tuple(tuple(positions) for positions in packs.values())
+
+    @cached_property
     def shared_ids(self) -> tuple[str, ...]:
         """The ids of the shared experts."""
         return tuple(f"{self.name}/{expert}" for expert in self.shared)
 
-    @property
+    @cached_property
     def expert_ids(self) -> tuple[str, ...]:
         """The ids of the experts that the gate chooses from, in its order."""
         return tuple(f"{self.name}/{expert}" for expert in self.experts)

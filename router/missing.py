@@ -82,13 +82,12 @@ def refuse(handle: Dispatch, lost_TK: Tensor, lost_mass_T: Tensor, policy: OnMis
         raise Unavailable(f"{what}; a row has lost all its experts, nothing is left to renormalize: retry")
 
 
-def renormalized(weights_TK: Tensor, lost_TK: Tensor) -> Tensor:
-    """Weights with lost pairs at 0 and the others times Σ|w| chosen / Σ|w| answered.
+def renormalization(weights_TK: Tensor, lost_TK: Tensor) -> Tensor:
+    """Σ|w| chosen / Σ|w| answered of each row: [T, 1], 1 where a row has no weight.
 
     Raises Unavailable where only pairs of weight zero answered.
     """
-    kept_TK = weights_TK.masked_fill(lost_TK, 0)
-    chosen_T, answered_T = weights_TK.abs().sum(dim=1), kept_TK.abs().sum(dim=1)
+    chosen_T, answered_T = weights_TK.abs().sum(dim=1), weights_TK.masked_fill(lost_TK, 0).abs().sum(dim=1)
     if ((answered_T == 0) & (chosen_T > 0)).any():
         raise Unavailable("every answered expert of a row has weight zero, nothing is left to renormalize: retry")
-    return kept_TK * torch.where(answered_T > 0, chosen_T / answered_T, 1)[:, None]
+    return torch.where(answered_T > 0, chosen_T / answered_T, 1)[:, None]

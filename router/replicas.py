@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ..experts.errors import Unavailable, VersionGone
@@ -17,7 +17,8 @@ SUSPECT_REPORTS = 2
 class Replica:
     """What is known of one replica: the experts it is for, the (expert, version) pairs it holds, where it runs.
 
-    `state` is "ready", or why it is not chosen: "starting", "restarting" or "unresponsive".
+    `state` is "ready", or why it is not chosen: "starting", "restarting" or "unresponsive". `address` is where its
+    channel listens, empty where it has none.
     """
 
     id: str
@@ -29,6 +30,7 @@ class Replica:
     pid: int = 0
     device: str = "cpu"
     problem: str = ""
+    address: str = ""
 
 
 @dataclass
@@ -64,19 +66,23 @@ class View:
         if entry is not None:
             entry.suspect = SUSPECT_REPORTS
 
-    def choose(self, expert: str, version: str, *, exclude: Collection[str] = ()) -> str:
-        """Choose a replica that holds exactly this version: the less busy of two drawn at random.
+    def choose(self, wanted: Sequence[tuple[str, str]], *, exclude: Collection[str] = ()) -> Replica:
+        """Choose a replica that holds all of some (expert, version) pairs: the less busy of two drawn at random.
 
-        Raises Unavailable when those that hold it are down or excluded, VersionGone when none holds it.
+        Raises Unavailable when those that hold them are down or excluded, VersionGone when none holds one of them.
         """
-        holders = self._by_version.get((expert, version), ())
-        if not holders:
-            raise self._gone(expert, version)
+        holders = self._by_version.get(wanted[0], ())
+        for held in wanted[1:]:
+            others = self._by_version.get(held, ())
+            holders = tuple(name for name in holders if name in others) if others is not holders else holders
+        for expert, version in wanted:
+            if (expert, version) not in self._by_version:
+                raise self._gone(expert, version)
         usable = [name for name in holders if self._entries[name].suspect == 0 and name not in exclude]
         if not usable:
-            raise Unavailable(f"every replica of {expert} is down or restarting; retry in a moment")
+            raise Unavailable(f"every replica of {wanted[0][0]} is down or restarting; retry in a moment")
         drawn = self._rng.sample(usable, min(2, len(usable)))  # in random order, so that equals take turns
-        return min(drawn, key=lambda name: self._rows.get(name, 0))
+        return self._entries[min(drawn, key=lambda name: self._rows.get(name, 0))].replica
 
     def holds(self, replica_id: str, expert: str, version: str) -> bool:
         """Whether a replica that may be chosen now holds this version."""

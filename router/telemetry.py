@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -28,7 +29,8 @@ class Telemetry:
     """Everything that is counted, since the start of this router.
 
     By expert id: rows, errors, gate_mass, seconds (from sending to the answer). By replica id: messages. By (layer,
-    code): requests. By layer: latency of whole requests, rows and batches that went through its gate.
+    code): requests. By layer: latency of whole requests, rows and batches that went through its gate. `copied`: bytes
+    of rows that were copied on their way, beside what the kernel copies.
     """
 
     rows: Counter[str] = field(default_factory=Counter)
@@ -36,6 +38,7 @@ class Telemetry:
     gate_mass: dict[str, float] = field(default_factory=dict)
     messages: Counter[str] = field(default_factory=Counter)
     retries: int = 0
+    copied: int = 0
     requests: Counter[tuple[str, str]] = field(default_factory=Counter)
     batches: Counter[str] = field(default_factory=Counter)
     request_latency: dict[str, Histogram] = field(default_factory=dict)
@@ -45,6 +48,12 @@ class Telemetry:
         """Count one request that ended, well ("OK") or not."""
         self.requests[layer, code] += 1
         self.request_latency.setdefault(layer, Histogram()).observe(seconds)
+
+    def chosen(self, experts: Sequence[str], mass: Sequence[float]) -> None:
+        """Count the |gate weight| that each expert was chosen with."""
+        for expert, weight in zip(experts, mass, strict=True):
+            if weight:
+                self.gate_mass[expert] = self.gate_mass.get(expert, 0.0) + weight
 
     def computed(self, expert: str, rows: int, seconds: float) -> None:
         """Count rows that an expert answered."""

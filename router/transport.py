@@ -3,26 +3,54 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import logging
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
-from ..experts.errors import Unavailable
+from ..experts.errors import ExpertMeshError, Unavailable
 from ..experts.host import ExpertHost
 from ..experts.protocol import ExpertCall, ExpertReply
+from .replicas import Replica
+
+log = logging.getLogger(__name__)
+
+Done = Callable[[ExpertReply | ExpertMeshError], None]
+Cancel = Callable[[], object]
+Lost = Callable[[Replica], None]
 
 
 class Transport(Protocol):
-    """Carries one message to one replica and brings its reply."""
+    """Carries one message to one replica and brings its reply.
 
-    async def send(self, replica_id: str, call: ExpertCall) -> ExpertReply:
-        """Send and wait. Raises Unavailable when the replica is not there or dies before it answers."""
+    `carried` counts the rows that went each way, by the way's name.
+    """
+
+    carried: Counter[str]
+
+    def send(self, replica: Replica, call: ExpertCall, done: Done) -> Cancel:
+        """Send a call; `done` gets its reply once, later, on the event loop.
+
+        It gets Unavailable when this incarnation is not there or dies before it answers. Cancelled, a message has no
+        reply, and what of it was not computed yet may be left out.
+        """
+
+    def refresh(self, replicas: Iterable[Replica], lost: Lost) -> None:
+        """Take a full report of the replicas, to connect to those that are new and to no others.
+
+        `lost` is called for a replica whose loss is noticed while no message is under way to it.
+        """
+
+    def close(self) -> None:
+        """Let go of every replica; idempotent."""
 
 
 class LocalTransport:
     """Replicas as hosts in this process, each with one thread, so that slow experts do not wait for each other."""
 
     def __init__(self, hosts: Mapping[str, ExpertHost] | None = None) -> None:
+        self.carried: Counter[str] = Counter()
         self._hosts: dict[str, ExpertHost] = {}
         self._threads: dict[str, ThreadPoolExecutor] = {}
         for replica_id, host in (hosts or {}).items():
@@ -40,18 +68,45 @@ class LocalTransport:
         if thread is not None:
             thread.shutdown(wait=False)
 
-    async def send(self, replica_id: str, call: ExpertCall) -> ExpertReply:
+    def send(self, replica: Replica, call: ExpertCall, done: Done) -> Cancel:
         """Compute in the thread of the host."""
-        host, thread = self._hosts.get(replica_id), self._threads.get(replica_id)
-        if host is None or thread is None:
-            raise Unavailable("the replica is gone; retry")
+        loop = asyncio.get_running_loop()
+        host, thread = self._hosts.get(replica.id), self._threads.get(replica.id)
         try:
-            reply = asyncio.get_running_loop().run_in_executor(thread, host.compute, call)
-        except RuntimeError:  # another thread has just shut it down
-            raise Unavailable("the replica is gone; retry") from None
-        return await reply
+            if host is None or thread is None:
+                raise RuntimeError
+            answer = loop.run_in_executor(thread, host.compute, call)
+        except RuntimeError:  # it was removed, perhaps by another thread just now
+            return loop.call_soon(done, Unavailable("the replica is gone; retry")).cancel
+        self.carried["local"] += int(call.rows.shape[0])
+        answer.add_done_callback(lambda answered: _tell(answered, done))
+        return answer.cancel
+
+    def refresh(self, replicas: Iterable[Replica], lost: Lost) -> None:
+        """Nothing to connect: hosts are added and removed by whoever made them."""
 
     def close(self) -> None:
         """Stop every thread; idempotent."""
         for replica_id in list(self._hosts):
             self.remove(replica_id)
+
+
+def in_task(exchange: Coroutine[Any, Any, ExpertReply], done: Done) -> Cancel:
+    """`send` for a transport that awaits its replies: runs the exchange as a task."""
+    task = asyncio.get_running_loop().create_task(exchange)
+    task.add_done_callback(lambda answered: _tell(answered, done))
+    return task.cancel
+
+
+def _tell(answered: asyncio.Future[ExpertReply], done: Done) -> None:
+    """The border to hosts and foreign libraries: whatever they raise, nobody may wait for ever."""
+    if answered.cancelled():
+        return
+    error = answered.exception()
+    if error is None:
+        done(answered.result())
+    elif isinstance(error, ExpertMeshError):
+        done(error)
+    else:
+        log.error("message failed", exc_info=error)
+        done(ExpertMeshError(f"the rows could not be sent ({type(error).__name__}); see the router's log"))

@@ -46,7 +46,6 @@ class Mesh:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        self.router.close()
         self.local.close()
 
     def replica(self, name: str, **changes: Any) -> Replica:

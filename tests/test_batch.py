@@ -10,16 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from expertmesh.experts.errors import SpecMismatch, Unavailable
 from expertmesh.experts.spec import Expert
 from expertmesh.router import gates
-from expertmesh.router.batch import Batch
+from expertmesh.router.batch import Answered, Batch
 from expertmesh.router.dispatch import dispatch
 from expertmesh.router.epochs import Epoch
 from expertmesh.router.gates import Routing
 from expertmesh.router.layer import Layer
+from expertmesh.router.work import assign
 
 E = 3
 LAYER = Layer("l", gates.Fixed([1.0] * E), {f"e{number}": Expert("torch:sin") for number in range(E)})
@@ -29,19 +29,18 @@ def batch_of(indices: list[list[int]]) -> Batch:
     indices_TK = torch.tensor(indices)
     routing = Routing(indices_TK, torch.ones(indices_TK.shape))
     handle = dispatch(routing, E)
-    loop = asyncio.get_running_loop()
-    needed = [e for e in range(E) if handle.offsets[e] < handle.offsets[e + 1]]
     x = torch.arange(float(len(indices)))[:, None]
-    return Batch(Epoch(1), LAYER, x, routing, handle, {expert: loop.create_future() for expert in needed})
+    assignment = assign(LAYER, dict.fromkeys(LAYER.expert_ids, "v1"), x, handle)
+    return Batch(Epoch(1), LAYER, x, routing, handle, assignment)
 
 
 def check(main: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(main, 60))
 
 
-def answer(batch: Batch, expert: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def answer(batch: Batch, expert: int, dtype: torch.dtype = torch.float32) -> Answered:
     rows = batch.handle.rows_N[batch.handle.pairs(expert)]
-    return (batch.x[rows] * 10 + expert).to(dtype)
+    return Answered(((batch.x[rows] * 10 + expert).to(dtype),))
 
 
 choices = st.lists(st.permutations(range(E)).map(lambda order: order[:2]), min_size=1, max_size=6)
@@ -57,10 +56,10 @@ def test_each_request_reads_its_own_answers(
     async def main() -> None:
         batch = batch_of(indices)
         for expert in order:
-            if expert in batch.answers and expert in failing:
-                batch.answers[expert].set_exception(Unavailable("down"))
-            elif expert in batch.answers:
-                batch.answers[expert].set_result(answer(batch, expert))
+            if expert in batch.assignment.work and expert in failing:
+                batch.answer(expert, Unavailable("down"))
+            elif expert in batch.assignment.work:
+                batch.answer(expert, answer(batch, expert))
         for start, stop in ((0, cut), (cut, len(indices))):
             handle = batch.handle.slice(start, stop)
             experts = handle.experts()
@@ -82,9 +81,9 @@ def test_each_request_reads_its_own_answers(
 def test_answers_of_different_dtypes_are_promoted_and_of_different_shapes_refused() -> None:
     async def main() -> None:
         batch = batch_of([[0, 1], [1, 2]])
-        batch.answers[0].set_result(answer(batch, 0, torch.float16))
-        batch.answers[1].set_result(answer(batch, 1, torch.float64))
-        batch.answers[2].set_result(torch.zeros(1, 2))
+        batch.answer(0, answer(batch, 0, torch.float16))
+        batch.answer(1, answer(batch, 1, torch.float64))
+        batch.answer(2, Answered((torch.zeros(1, 2),)))
         outputs_N, _ = batch.outputs((0, 1), set())
         assert outputs_N is not None
         assert outputs_N.dtype == torch.float64
@@ -100,6 +99,8 @@ def test_nothing_is_there_when_nobody_answered_or_nothing_was_asked() -> None:
         batch = batch_of([[0, 1]])
         assert await batch.wait(()) == {}
         assert batch.outputs((), set()) == (None, None)
+        batch.answer(0, Unavailable("down"))
+        batch.answer(1, Unavailable("down"))
         outputs_N, answered_N = batch.outputs((0, 1), {0, 1})
         assert outputs_N is None
         assert answered_N is not None
@@ -111,13 +112,13 @@ def test_nothing_is_there_when_nobody_answered_or_nothing_was_asked() -> None:
 def test_who_waits_for_some_experts_does_not_wait_for_the_others() -> None:
     async def main() -> None:
         batch = batch_of([[0, -1], [1, 2]])
-        batch.answers[0].set_result(answer(batch, 0))
+        batch.answer(0, answer(batch, 0))
         assert await batch.wait((0,)) == {}
         waiting = asyncio.ensure_future(batch.wait((1, 2)))
-        batch.answers[1].set_result(answer(batch, 1))
+        batch.answer(1, answer(batch, 1))
         await asyncio.sleep(0)
         assert not waiting.done()
-        batch.answers[2].set_exception(Unavailable("down"))
+        batch.answer(2, Unavailable("down"))
         assert set(await waiting) == {2}
 
     check(main())
@@ -125,18 +126,21 @@ def test_who_waits_for_some_experts_does_not_wait_for_the_others() -> None:
 
 @given(holders=st.integers(0, 5), answered=st.booleans())
 @settings(deadline=None, max_examples=20)
-def test_the_last_one_to_let_go_cancels_what_is_left(holders: int, answered: bool) -> None:
+def test_the_last_one_to_let_go_gives_up_what_is_left(holders: int, answered: bool) -> None:
     async def main() -> None:
+        told: list[str] = []
         batch = batch_of([[0, 1]])
+        batch.cancel = lambda: told.append("given up")
+        batch.when_complete(lambda: told.append("complete"))
+        batch.answer(0, answer(batch, 0))
         if answered:
-            batch.answers[0].set_result(answer(batch, 0))
+            batch.answer(1, answer(batch, 1))
         for _ in range(holders):
             batch.hold()
         for _ in range(holders):
             batch.release()
-            assert not batch.answers[1].cancelled()
+            assert told == (["complete"] if answered else [])
         batch.release()
-        assert batch.answers[1].cancelled()
-        assert batch.answers[0].cancelled() != answered
+        assert told == (["complete"] if answered else ["given up", "complete"])
 
     check(main())

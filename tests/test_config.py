@@ -57,7 +57,7 @@ def layer(gate: str = "{type: fixed, weights: [1]}", expert: str = '{factory: "t
 
 def test_a_small_file_takes_its_defaults(tmp_path: Path) -> None:
     config = load(tmp_path, WAVES)
-    assert (config.name, config.host, config.port, config.transport) == ("default", "127.0.0.1", 50051, "ray")
+    assert (config.name, config.host, config.port, config.transport) == ("default", "127.0.0.1", 50051, "channel")
     (waves,) = config.layers
     assert isinstance(waves.gate, gates.Fixed)
     assert waves.experts == {"sin": Expert("torch:sin"), "cos": Expert("torch:cos")}

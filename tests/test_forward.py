@@ -33,6 +33,8 @@ from expertmesh.router.epochs import Epoch
 from expertmesh.router.forward import Router
 from expertmesh.router.layer import Layer
 from expertmesh.router.local import LocalLayer
+from expertmesh.router.replicas import Replica
+from expertmesh.router.transport import Cancel, Done, LocalTransport
 
 SHAPE = (1, 4, 4)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
@@ -145,16 +147,20 @@ def test_a_deadline_leaves_no_pin_no_rows_and_nothing_under_way() -> None:
     release.set()
 
 
-class Never:
-    """A transport that never answers; it counts what it was sent."""
+class Never(LocalTransport):
+    """A transport that never answers; it counts what it was sent, and what of it was given up."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.sent: list[ExpertCall] = []
+        self.given_up = 0
 
-    async def send(self, replica_id: str, call: ExpertCall) -> ExpertReply:
+    def send(self, replica: Replica, call: ExpertCall, done: Done) -> Cancel:
         self.sent.append(call)
-        await asyncio.get_running_loop().create_future()
-        raise AssertionError
+        return self._cancel
+
+    def _cancel(self) -> None:
+        self.given_up += 1
 
 
 @given(timeouts=st.lists(st.sampled_from([0.0, 0.001, 0.02]), min_size=1, max_size=8), top_k=st.integers(1, 2))
@@ -223,7 +229,6 @@ def test_before_the_first_epoch_a_request_is_unavailable_and_its_layer_is_not_co
         with pytest.raises(Unavailable, match="has not been told its layers"):
             await router.forward(ForwardRequest(X, CallOptions(layer="made up"), 1.0))
         assert router.telemetry.requests == {("", "UNAVAILABLE"): 1}
-        router.close()
 
     check(main())
 
@@ -243,20 +248,21 @@ def test_rows_above_the_bound_are_refused_early() -> None:
     check(main())
 
 
-class Replacing:
+class Replacing(LocalTransport):
     """A transport under which the only replica gets another version while the first message is on its way."""
 
     def __init__(self, everywhere: bool = True) -> None:
+        super().__init__()
         self.mesh: Mesh | None = None
         self.calls: list[ExpertCall] = []
         self.everywhere = everywhere
 
-    async def send(self, replica_id: str, call: ExpertCall) -> ExpertReply:
+    def send(self, replica: Replica, call: ExpertCall, done: Done) -> Cancel:
         mesh, before = self.mesh, not self.calls
         assert mesh is not None
         self.calls.append(call)
         if before:
-            host = mesh.hosts[replica_id]
+            host = mesh.hosts[replica.id]
             old = mesh.versions["l/e"]
             new = host.load("l/e", Expert("samples:Affine", args=(2, 5.0)), 2).version
             host.unload("l/e", old)
@@ -264,8 +270,9 @@ class Replacing:
             if self.everywhere:
                 versions = {**mesh.versions, "l/e": new, "l/gate": "v2-000000000000"}
                 mesh.router.adopt(Epoch(2, versions, {"l": mesh.layer}))
-            return ExpertReply(host.incarnation, (PartFailure("VersionGone", f"{old} is not loaded here"),))
-        return await mesh.local.send(replica_id, call)
+            reply = ExpertReply(host.incarnation, (PartFailure("VersionGone", f"{old} is not loaded here"),))
+            return asyncio.get_running_loop().call_soon(done, reply).cancel
+        return mesh.local.send(replica, call, done)
 
 
 def test_a_version_that_is_gone_begins_again_from_the_gate_on_the_current_epoch() -> None:

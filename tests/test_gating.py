@@ -18,13 +18,14 @@ from expertmesh.experts.errors import ExpertFailed, InvalidRequest, SpecMismatch
 from expertmesh.experts.spec import Expert
 from expertmesh.router import gates
 from expertmesh.router import gating as module
-from expertmesh.router.batch import Batch
+from expertmesh.router.batch import Answered, Batch
 from expertmesh.router.capacity import Capacity
 from expertmesh.router.dispatch import Dispatch
 from expertmesh.router.epochs import Epoch
 from expertmesh.router.gates import Gate, Routing
 from expertmesh.router.gating import GateRequest, Gating, Routed, route_together
 from expertmesh.router.layer import Layer
+from expertmesh.router.work import assign
 
 E, D = 4, 3
 EPOCH = Epoch(1)
@@ -40,22 +41,27 @@ class Bench:
 
     gating: Gating = field(init=False)
     batches: list[Batch] = field(default_factory=list)
-    runs: int = 0
+    given_up: list[Batch] = field(default_factory=list)
+    asked: list[tuple[float, str]] = field(default_factory=list)
+    answers: bool = False
     before: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
-        self.gating = Gating(self._run, self._start)
+        self.gating = Gating(self._start)
 
-    async def _run(self, function: Any, *arguments: Any) -> Any:
-        self.runs += 1
-        await asyncio.sleep(0)
-        return function(*arguments)
-
-    def _start(self, epoch: Epoch, layer: Layer, x: Tensor, routing: Routing, handle: Dispatch) -> Batch:
-        answers = {0: asyncio.get_running_loop().create_future()}
-        self.batches.append(Batch(epoch, layer, x, routing, handle, answers))
+    def _start(
+        self, epoch: Epoch, layer: Layer, x: Tensor, routing: Routing, handle: Dispatch, deadline: float, client: str
+    ) -> Batch:
+        assignment = assign(layer, dict.fromkeys(layer.expert_ids, "v1"), x, handle)
+        batch = Batch(epoch, layer, x, routing, handle, assignment)
+        batch.cancel = lambda: self.given_up.append(batch)
+        self.batches.append(batch)
+        self.asked.append((deadline, client))
+        if self.answers:
+            for key, work in assignment.work.items():
+                batch.answer(key, Answered((x[work.rows_R],)))
         self.before()
-        return self.batches[-1]
+        return batch
 
 
 def check(main: Coroutine[Any, Any, None]) -> None:
@@ -111,7 +117,7 @@ def test_each_request_is_routed_as_if_it_were_alone(data: Any, gate_number: int,
         bench = Bench()
         layer = layer_of(gate, capacity=capacity)
         routed = await asyncio.gather(*(bench.gating.route(EPOCH, layer, request) for request in requests))
-        assert (len(bench.batches), bench.runs) == (1, 1)
+        assert len(bench.batches) == 1
         start = 0
         for request, found in zip(requests, routed, strict=True):
             assert (found.start, found.stop) == (start, start + request.size)
@@ -159,7 +165,7 @@ def test_a_batch_has_a_limit_but_a_large_request_goes_alone(monkeypatch: pytest.
     monkeypatch.setattr(module, "MAX_BATCH_ROWS", 5)
 
     async def main() -> None:
-        bench = Bench()
+        bench = Bench(answers=True)
         layer = layer_of(gates.TopK(D, E, k=2))
         sizes = [2, 3, 1, 9, 0, 4, 1, 1]
         routed = await asyncio.gather(*(bench.gating.route(EPOCH, layer, plain(size)) for size in sizes))
@@ -255,16 +261,15 @@ def test_a_batch_is_wanted_while_somebody_holds_it() -> None:
         bench = Bench()
         layer = layer_of(gates.TopK(D, E, k=2))
         routed = await asyncio.gather(*(bench.gating.route(EPOCH, layer, plain()) for _ in range(2)))
-        (answer,) = bench.batches[0].answers.values()
         routed[0].batch.release()
-        assert not answer.cancelled()
+        assert not bench.given_up
         routed[1].batch.release()
-        assert answer.cancelled()
+        assert bench.given_up == bench.batches
 
     check(main())
 
 
-@pytest.mark.parametrize("moment", ["waiting", "during the run", "as the answer comes"])
+@pytest.mark.parametrize("moment", ["waiting", "as the answer comes"])
 def test_who_goes_away_holds_nothing(moment: str) -> None:
     async def main() -> None:
         bench = Bench()
@@ -272,10 +277,6 @@ def test_who_goes_away_holds_nothing(moment: str) -> None:
         task = asyncio.ensure_future(bench.gating.route(EPOCH, layer, plain()))
         if moment == "as the answer comes":
             bench.before = lambda: asyncio.get_running_loop().call_soon(task.cancel)  # type: ignore[assignment]
-        elif moment == "during the run":
-            while not bench.runs:
-                await asyncio.sleep(0)
-            task.cancel()
         else:
             await asyncio.sleep(0)
             task.cancel()
@@ -283,7 +284,7 @@ def test_who_goes_away_holds_nothing(moment: str) -> None:
             await task
         for _ in range(10):
             await asyncio.sleep(0)
-        assert all(answer.cancelled() for batch in bench.batches for answer in batch.answers.values())
+        assert bench.given_up == bench.batches
         assert len(bench.batches) == (0 if moment == "waiting" else 1)
         await bench.gating.route(EPOCH, layer, plain())  # and the gating goes on
 

@@ -34,7 +34,7 @@ def call(*parts: tuple[str, str, list[int]], rows: Tensor = ROWS) -> ExpertCall:
         made.append(Part(expert, version, start, start + len(chosen)))
         index += chosen
         start += len(chosen)
-    return ExpertCall("attempt", tuple(made), rows, torch.tensor(index, dtype=torch.int64))
+    return ExpertCall(1, tuple(made), rows, torch.tensor(index, dtype=torch.int64))
 
 
 def tensor_of(output: Any) -> Tensor:
