@@ -40,10 +40,12 @@ class Search:
     """Where a search stands. `rate` is what to try next, None when it has ended.
 
     `best` is the highest rate that was borne, None while there is none; `worst` the lowest that was not, and `limit`
-    says why not. The search ends when the two lie within a tenth of each other, or after 24 steps.
+    says why not. The search ends when the two lie within a tenth of each other, or after 24 steps; it tries no rate
+    below `least`.
     """
 
     rate: float | None
+    least: float = LEAST_RATE
     slo_ms: float | None = None
     best: float | None = None
     worst: float | None = None
@@ -64,7 +66,7 @@ class Search:
     def _next(self) -> float | None:
         if self.best is None:
             lower = (self.worst or 0.0) / DESCENT
-            return lower if lower >= LEAST_RATE else None
+            return lower if lower >= self.least else None
         if self.worst is None:
             return self.best * GROWTH
         return math.sqrt(self.best * self.worst) if self.worst > self.best * (1.0 + PRECISION) else None

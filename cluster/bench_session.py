@@ -18,6 +18,8 @@ Watch = Callable[[Load], None]
 OF_LOAD = ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "UNAVAILABLE", NOT_SENT)
 """Failures that a lower rate may mend."""
 _LATER_WARMUP = 1.0
+_FEWEST = 10
+"""Requests in a step of a search, below which it would say nothing."""
 
 
 @dataclass(kw_only=True)
@@ -30,9 +32,10 @@ class Found:
 
     @property
     def report(self) -> Report:
-        """The report of the highest rate that was borne, or else of the last one."""
+        """The report of the highest rate that was borne, or else of the last one that had answers."""
         best = None if self.search is None else self.search.best
-        return next((report for rate, report in self.steps if rate == best), self.steps[-1][1])
+        answered = [report for _, report in self.steps if report.all.ok]
+        return next((report for rate, report in self.steps if rate == best), (answered or [self.steps[-1][1]])[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,8 @@ class Bench:
         watch: Watch,
         tell: Callable[[float, Report, str | None], None],
     ) -> None:
-        found.search = Search(rate=self.settings.rate, slo_ms=self.slo_ms)
+        least = _FEWEST / self.settings.seconds
+        found.search = Search(rate=self.settings.rate, slo_ms=self.slo_ms, least=least)
         settings = self.settings
         while (rate := found.search.rate) is not None and not stop.is_set():
             report = await self._load(clients, replace(settings, rate=rate), stop, watch)

@@ -120,8 +120,8 @@ def targets(
 ) -> tuple[Target, ...]:
     """The layers to send to: those that are wanted, by default those of the file, or else all of the cluster.
 
-    `width` and `dtype` win over what is declared. Raises NotFound for a layer that does not serve, with the nearest
-    that does, and InvalidRequest where nobody declares the shape of the rows.
+    `width` stands in where no shape is declared, and `dtype` wins over what is. Raises NotFound for a layer that does
+    not serve, with the nearest that does, and InvalidRequest where nobody declares the shape of the rows.
     """
     serving: Mapping[str, Any] = status.get("layers") or {}
     if not serving:
@@ -133,11 +133,11 @@ def targets(
             hint = suggestion(name, serving).replace("; it takes", "; it serves")
             raise NotFound(f"cluster {status.get('name')} serves no layer {name!r}{hint}")
         spec = _filled(_spec(serving[name].get("input")), declared.get(name, ANY))
-        shape = spec.shape if width is None else (width,)
-        if shape is None:
+        if spec.shape is None and width is None:
             raise InvalidRequest(
                 f"the rows of layer {name} have no declared shape: give --width, "
                 f"or declare `input: {{shape: [...]}}` for it in the configuration"
             )
+        shape = spec.shape if spec.shape is not None else (width or 1,)
         made.append(Target(layer=name, shape=shape, dtype=dtype or spec.dtype or DEFAULT_DTYPE))
     return tuple(made)
