@@ -86,7 +86,12 @@ def why_not(step: Step, slo_ms: float | None) -> str | None:
     return None
 
 
+def is_by_us(late_ms: float, p99_ms: float | None) -> bool:
+    """Whether so late a sending (p99) makes a good part of the latency, so that it tells little of the cluster."""
+    return late_ms > max(MUCH_LATE_MS, (p99_ms or 0.0) / 4.0)
+
+
 def _by_us(step: Step) -> str:
     """The end of a refusal that is the doing of the load generator rather than that of the cluster."""
-    ours = step.late_ms > max(MUCH_LATE_MS, (step.p99_ms or 0.0) / 2.0)
+    ours = is_by_us(step.late_ms, step.p99_ms)
     return f"; the load generator itself was the limit, sending {step.late_ms:.4g} ms late (p99)" if ours else ""

@@ -53,7 +53,7 @@ ABOVE_0 = click.FloatRange(0, min_open=True)
 @click.option("--dtype", type=click.Choice(list(ITEM_SIZES)), help="Their dtype; by default as declared, or float32.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of arrivals and rows.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw latency and rows/s into this file.")
-@click.option("--token-file", type=click.Path(path_type=Path), help="Token file, where EXPERTMESH_TOKEN is not set.")
+@click.option("--token-file", type=click.Path(path_type=Path), help="By default EXPERTMESH_TOKEN, or found.")
 @cluster_options
 @output_option
 def bench(

@@ -13,7 +13,7 @@ from rich.text import Text
 from .bench_load import Load
 from .bench_report import Report, Summary, percentiles
 from .bench_samples import NOT_SENT, OK
-from .bench_search import Search
+from .bench_search import Search, is_by_us
 from .cli_output import new_console, new_table
 
 _COLUMNS = ("layer", "sent", "ok", "failed", "offered/s", "achieved/s", "rows/s")
@@ -56,7 +56,7 @@ def progress_line(load: Load) -> str:
     if load.now < 0:
         return f"warming up at {settings.rate:.4g} requests/s: {-load.now:.0f} s left, {load.in_flight} in flight"
     recent = percentiles(sample.latency_ms for sample in samples[-_RECENT:] if sample.code == OK)
-    p99 = f", p99 of late {recent['p99']:.4g} ms" if recent else ""
+    p99 = f", recent p99 {recent['p99']:.4g} ms" if recent else ""
     return (
         f"{min(load.now, settings.seconds):.0f} of {settings.seconds:g} s at {settings.rate:.4g} requests/s: "
         f"{load.ok:,} ok, {len(samples) - load.ok:,} failed, {load.in_flight:,} in flight{p99}"
@@ -127,7 +127,8 @@ def notes(report: Report) -> Iterator[str]:
         yield "rows by expert are not known: the status was not to be had, or the router was restarted meanwhile"
     if report.late_ms:
         p50, p99 = report.late_ms["p50"], report.late_ms["p99"]
-        yield f"sent late by p50 {p50:.3g} ms, p99 {p99:.3g} ms, which is part of the latency"
+        ours = "; the load generator itself was a limit" if is_by_us(p99, found.latency_ms.get("p99")) else ""
+        yield f"sent late by p50 {p50:,.2f} ms, p99 {p99:,.2f} ms, which is part of the latency{ours}"
     if NOT_SENT in found.failed:
         yield f"NOT_SENT: {found.failed[NOT_SENT]:,} requests were due while the most that may be were in flight"
 

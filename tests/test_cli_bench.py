@@ -257,6 +257,15 @@ def test_help_teaches() -> None:
         assert example in result.stdout
 
 
+def test_it_needs_neither_ray_nor_torch() -> None:
+    code = (
+        "import sys; from expertmesh.cluster import cli_bench; print({'ray', 'torch', 'matplotlib'} & set(sys.modules))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "set()\n"
+
+
 def test_what_a_search_says() -> None:
     def line(early: bool = False, **known: Any) -> str:
         return found_line(Search(rate=None, **known), ended_early=early)
