@@ -68,7 +68,7 @@ class Load:
     def __init__(self, clients: Sequence[LoadClient], targets: Sequence[Target], settings: LoadSettings) -> None:
         self.settings = settings
         self.measured = Measured(seconds=settings.seconds)
-        self.ok = 0
+        self.ok = self.failed = 0
         self._clients = itertools.cycle(clients)
         self._observer = clients[0]
         self._targets = targets
@@ -144,9 +144,9 @@ class Load:
         return answer.code, 0
 
     def _note(self, sample: Sample) -> None:
-        if sample.due >= 0:
-            self.measured.samples.append(sample)
-            self.ok += sample.code == OK
+        self.measured.samples.append(sample)
+        self.ok += sample.due >= 0 and sample.code == OK
+        self.failed += sample.due >= 0 and sample.code != OK
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -16,8 +16,9 @@ PER_MILLE: Mapping[str, int] = {"p50": 500, "p90": 900, "p99": 990, "p99.9": 999
 class Summary:
     """The requests to one layer, or to all. Rates are a second; `latency_ms` is that of the answers that were OK.
 
-    `offered` counts what was due, `achieved` what was answered OK, and `goodput_rows` the rows of those answers, of
-    those within the SLO where there is one. `within_slo` is their share of what was due.
+    `offered` counts what was due while it was measured, and `achieved` the answers that came OK in that time, also
+    those to the warm-up: so a queue that grows shows, and a constant latency does not. `goodput_rows` are the rows of
+    those answers, of those within the SLO where there is one; `within_slo` is the share of the due that kept it.
     """
 
     due: int
@@ -63,37 +64,33 @@ def percentiles(values: Iterable[float]) -> dict[str, float]:
 
 
 def summarise(samples: Sequence[Sample], seconds: float, slo_ms: float | None = None) -> Summary:
-    """Count the samples of a load in which requests were due for `seconds`."""
-    ok = [sample for sample in samples if sample.code == OK]
-    good = [sample for sample in ok if slo_ms is None or sample.latency_ms <= slo_ms]
-    span = _span(ok, seconds)
+    """Count the samples of a load in which requests were measured for `seconds`."""
+    due = [sample for sample in samples if sample.due >= 0]
+    ok = [sample for sample in due if sample.code == OK]
+    came = [sample for sample in samples if sample.code == OK and 0 <= sample.done <= seconds]
+    each = 1.0 / seconds if seconds > 0 else 0.0
     return Summary(
-        due=len(samples),
-        sent=sum(sample.code != NOT_SENT for sample in samples),
+        due=len(due),
+        sent=sum(sample.code != NOT_SENT for sample in due),
         ok=len(ok),
-        failed=dict(sorted(Counter(sample.code for sample in samples if sample.code != OK).items())),
-        offered=len(samples) / seconds if seconds > 0 else 0.0,
-        achieved=len(ok) / span if span > 0 else 0.0,
-        goodput_rows=sum(sample.rows for sample in good) / span if span > 0 else 0.0,
+        failed=dict(sorted(Counter(sample.code for sample in due if sample.code != OK).items())),
+        offered=len(due) * each,
+        achieved=len(came) * each,
+        goodput_rows=sum(sample.rows for sample in came if _is_good(sample, slo_ms)) * each,
         latency_ms=percentiles(sample.latency_ms for sample in ok),
-        retries=sum(sample.retries for sample in samples),
-        within_slo=None if slo_ms is None or not samples else len(good) / len(samples),
+        retries=sum(sample.retries for sample in due),
+        within_slo=None if slo_ms is None or not due else sum(_is_good(s, slo_ms) for s in ok) / len(due),
     )
 
 
-def _span(ok: Sequence[Sample], seconds: float) -> float:
-    """The seconds in which the answers came: longer than the load where the cluster fell behind it.
-
-    A constant latency moves first and last answer alike, so it does not count as falling behind.
-    """
-    if not ok:
-        return seconds
-    return max(seconds, max(sample.done for sample in ok) - min(sample.done for sample in ok))
+def _is_good(sample: Sample, slo_ms: float | None) -> bool:
+    return slo_ms is None or sample.latency_ms <= slo_ms
 
 
 def make_report(measured: Measured, layers: Sequence[str], slo_ms: float | None = None) -> Report:
     """Judge a load on these layers."""
     samples, seconds = measured.samples, measured.seconds
+    due = [sample for sample in samples if sample.due >= 0]
     versions: dict[str, dict[str, int]] = {}
     for (id, version), answers in sorted(measured.versions.items()):
         versions.setdefault(id, {})[version] = answers
@@ -103,10 +100,10 @@ def make_report(measured: Measured, layers: Sequence[str], slo_ms: float | None 
         all=summarise(samples, seconds, slo_ms),
         layers={name: summarise([s for s in samples if s.layer == name], seconds, slo_ms) for name in layers},
         experts=expert_rates(measured.before, measured.after, layers),
-        epochs=dict(sorted(Counter(sample.epoch for sample in samples if sample.code == OK).items())),
+        epochs=dict(sorted(Counter(sample.epoch for sample in due if sample.code == OK).items())),
         versions=versions,
         errors=dict(sorted(measured.errors.items())),
-        late_ms=percentiles((sample.sent - sample.due) * 1000.0 for sample in samples if sample.code != NOT_SENT),
+        late_ms=percentiles((sample.sent - sample.due) * 1000.0 for sample in due if sample.code != NOT_SENT),
         timeline=timeline(samples),
     )
 
@@ -126,10 +123,11 @@ def timeline(samples: Sequence[Sample]) -> list[dict[str, Any]]:
     rows: Counter[int] = Counter()
     failed: Counter[int] = Counter()
     for sample in samples:
-        if sample.code == OK:
-            latencies.setdefault(int(sample.due), []).append(sample.latency_ms)
+        if sample.code == OK and sample.done >= 0:
             rows[int(sample.done)] += sample.rows
-        else:
+        if sample.code == OK and sample.due >= 0:
+            latencies.setdefault(int(sample.due), []).append(sample.latency_ms)
+        elif sample.due >= 0:
             failed[int(sample.due)] += 1
     made = []
     for second in range(max([*latencies, *rows, *failed], default=-1) + 1):

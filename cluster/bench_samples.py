@@ -43,7 +43,10 @@ class Counters:
 
 @dataclass(kw_only=True)
 class Measured:
-    """What a load gave. `seconds` is how long requests were due; `errors` has the first message of each code."""
+    """What a load gave. `seconds` is how long it was measured; `errors` has the first message of each code.
+
+    `samples` has the warm-up too, with times below 0; `versions` counts answers without it.
+    """
 
     seconds: float
     samples: list[Sample] = field(default_factory=list)

@@ -17,7 +17,6 @@ from .bench_target import Target
 Watch = Callable[[Load], None]
 OF_LOAD = ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "UNAVAILABLE", NOT_SENT)
 """Failures that a lower rate may mend."""
-_LATER_WARMUP = 1.0
 _FEWEST = 10
 """Requests in a step of a search, below which it would say nothing."""
 
@@ -76,16 +75,14 @@ class Bench:
     ) -> None:
         least = _FEWEST / self.settings.seconds
         found.search = Search(rate=self.settings.rate, slo_ms=self.slo_ms, least=least)
-        settings = self.settings
         while (rate := found.search.rate) is not None and not stop.is_set():
-            report = await self._load(clients, replace(settings, rate=rate), stop, watch)
+            report = await self._load(clients, replace(self.settings, rate=rate), stop, watch)
             found.steps.append((rate, report))
             if report.interrupted:
                 return
             step = step_of(report)
             tell(rate, report, why_not(step, self.slo_ms))
             found.search = found.search.after(step)
-            settings = replace(settings, warmup=min(settings.warmup, _LATER_WARMUP))
 
     async def _load(
         self, clients: Sequence[LoadClient], settings: LoadSettings, stop: asyncio.Event, watch: Watch

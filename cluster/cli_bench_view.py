@@ -59,7 +59,7 @@ def progress_line(load: Load) -> str:
     p99 = f", recent p99 {recent['p99']:.4g} ms" if recent else ""
     return (
         f"{min(load.now, settings.seconds):.0f} of {settings.seconds:g} s at {settings.rate:.4g} requests/s: "
-        f"{load.ok:,} ok, {len(samples) - load.ok:,} failed, {load.in_flight:,} in flight{p99}"
+        f"{load.ok:,} ok, {load.failed:,} failed, {load.in_flight:,} in flight{p99}"
     )
 
 
