@@ -47,7 +47,7 @@ class LoadView:
     def say(self, line: str) -> None:
         """Print a line that stays, above the one that moves."""
         if not self._quiet:
-            self._console.print(Text(line))
+            self._console.print(Text(line), soft_wrap=True)
 
 
 def progress_line(load: Load) -> str:
