@@ -19,6 +19,7 @@ _COMMANDS: Mapping[str, tuple[str, str]] = {
     "swap": ("Replace the weights of experts and gates under traffic.", "cluster"),
     "rollback": ("Bring earlier versions of experts and gates back.", "cluster"),
     "history": ("List the versions of an expert or gate that are kept.", "cluster"),
+    "bench": ("Put a load on a running cluster and report latency and throughput.", "cluster"),
     "down": ("Stop a cluster that runs on this machine.", "cluster"),
     "doctor": ("Check whether this machine can run a cluster.", "cluster"),
 }
@@ -73,6 +74,7 @@ def cli(debug: bool) -> None:
     See it work:            expertmesh demo
     Serve your own:         expertmesh serve mesh.yaml
     Look at it:             expertmesh status
+    Put a load on it:       expertmesh bench mesh.yaml
     Replace an expert:      expertmesh swap news/e3=e3_v2.safetensors
     Call it from Python:    Client().forward("news", rows)
     """

@@ -28,6 +28,11 @@ def cluster_options(command: Command) -> Command:
 
 def connect(name: str | None, endpoint: str | None, ca_cert: Path | None, timeout: float = 30.0) -> Client:
     """A client of the cluster that is meant. Raises UsageError where two are named."""
+    check_one(name, endpoint)
+    return Client(endpoint, name=name, timeout=timeout, ca_cert=ca_cert)
+
+
+def check_one(name: str | None, endpoint: str | None) -> None:
+    """Check that at most one cluster is named. Raises UsageError."""
     if name is not None and endpoint is not None:
         raise click.UsageError("give --name or --endpoint, not both")
-    return Client(endpoint, name=name, timeout=timeout, ca_cert=ca_cert)

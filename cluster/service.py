@@ -219,7 +219,10 @@ class RouterService:
                 "replicas": [_plain(replica) for replica in replicas if expert_id in replica.experts],
             }
         gate = {"id": layer.gate_id, "kind": layer.gate.name, "version": versions[layer.gate_id]}
-        return {"gate": gate, "combine": layer.combine, "on_missing": layer.on_missing, "experts": experts}
+        rows = {"shape": None if layer.input.shape is None else list(layer.input.shape), "dtype": layer.input.dtype}
+        return {
+            "gate": gate, "combine": layer.combine, "on_missing": layer.on_missing, "input": rows, "experts": experts
+        }  # fmt: skip
 
 
 def staged_gate(candidate: Candidate, old: Gate | None) -> tuple[Gate, float | None]:

@@ -21,7 +21,7 @@ from expertmesh.cluster.process import start_time
 from expertmesh.cluster.runfile import RunFile, home, run_path, token_path
 from expertmesh.experts.errors import DeadlineExceeded, NotFound, Unavailable
 
-COMMANDS = ("demo", "serve", "status", "swap", "rollback", "history", "down", "doctor")
+COMMANDS = ("demo", "serve", "status", "swap", "rollback", "history", "bench", "down", "doctor")
 STATUS: dict[str, Any] = {
     "name": "default",
     "epoch": 3,

@@ -23,6 +23,7 @@ FENCES = {  # who alone may import what
     "safetensors": ("experts/weights.py",),
     "transformers": ("cluster/hf.py",),
     "yaml": ("cluster/yaml_file.py",),
+    "matplotlib": ("cluster/bench_plot.py",),
     "click": ("cluster/cli*.py",),
     "rich": ("cluster/cli*.py", "cluster/demo*.py"),
 }
@@ -31,6 +32,9 @@ NO_TORCH = (  # what a process with the base install alone imports
     "cluster/machine.py", "cluster/doctor.py", "cluster/cli.py", "cluster/swap_call.py",
     "cluster/swap_protocol.py", "experts/errors.py", "experts/extras.py",
     "experts/protocol.py", "experts/spec.py", "experts/version.py", "experts/wire.py",
+    "cluster/bench_load.py", "cluster/bench_plot.py", "cluster/bench_report.py", "cluster/bench_samples.py",
+    "cluster/bench_schedule.py", "cluster/bench_search.py", "cluster/bench_session.py", "cluster/bench_target.py",
+    "cluster/cli_bench.py", "cluster/cli_bench_view.py",
 )  # fmt: skip
 NEVER_IMPORTED = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve")
 NEVER_CALLED = ("eval", "exec", "torch.load", "yaml.unsafe_load", "yaml.full_load", "os.system")
