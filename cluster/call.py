@@ -21,6 +21,7 @@ from . import health_protocol
 from .arrays import to_wire
 from .documents import decode_document
 from .grpc_options import MAX_MESSAGE_BYTES
+from .narrow import AS_IT_IS, check_narrow
 from .replies import Reply, read_reply
 from .retry import Flow, Retries, RetryBudget, RetryPolicy
 from .seen import Seen
@@ -54,6 +55,7 @@ class Calls:
     timeout: float = 30.0
     max_message_bytes: int = MAX_MESSAGE_BYTES
     max_request_bytes: int = MAX_REQUEST_BYTES
+    payload_dtype: str | None = None
     retries: Retries = field(default_factory=lambda: new_retries(RetryPolicy()), repr=False)
     new_id: Callable[[], str] = field(default=new_request_id, repr=False)
     seen: Seen = field(default_factory=Seen, repr=False)
@@ -66,6 +68,7 @@ class Calls:
             raise InvalidRequest("max_message_bytes must be an int above 0 and below 2 GiB")
         if type(self.max_request_bytes) is not int or self.max_request_bytes <= 0:
             raise InvalidRequest("max_request_bytes must be an int above 0")
+        check_narrow(self.payload_dtype)
 
     def forward(self, /, layer: str, x: Array, **options: Any) -> Flow[Array]:
         """Send rows `x` [T, ...] through a layer; return its output [T, ...], of the kind of `x`.
@@ -93,6 +96,7 @@ class Calls:
         epoch: int | None = None,
         pin: Lease | str | None = None,
         raw: bool = False,
+        payload_dtype: str | None = None,
         stream: bool | None = None,
         timeout: float | None = None,
         request_id: str | None = None,
@@ -109,6 +113,11 @@ class Calls:
         what becomes of rows whose expert gives no answer. `epoch` asks for the very versions of an epoch that is kept,
         as that of an earlier reply, and `pin` for those of a lease.
 
+        `payload_dtype` "float16" or "bfloat16" sends float32 rows (`x` and `gate_input`) in half the bytes, and makes
+        float32 of what is answered in half; by default the client's, and "float32" sends rows as they are. They are
+        rounded to nearest even, so each has a relative error of up to 2**-11 or 2**-8, the answer is rounded likewise,
+        and a gate may choose otherwise where two scores are close.
+
         `stream` True sends the request in chunks and lets the reply come so, as it must where it exceeds
         `max_message_bytes`; None does so where the request exceeds a quarter of that. Arrays that are sent so must not
         be changed before the call ends. `timeout` is in seconds; `request_id` names the call in logs, and is made up
@@ -118,8 +127,11 @@ class Calls:
         for an epoch that is not kept any more), Unauthenticated or PermissionDenied. A call that was answered
         Unavailable has been retried, within its timeout and the client's budget.
         """
+        narrow = _narrow(self.payload_dtype if payload_dtype is None else payload_dtype)
         rows, routing = {"x": x, "gate_input": gate_input}, {"top_k_index": top_k_index, "top_k_weights": top_k_weights}
-        described = {k: to_wire(value, name=k, raw=raw) for k, value in rows.items() if value is not None}
+        described = {
+            k: to_wire(value, name=k, raw=raw, narrow=narrow) for k, value in rows.items() if value is not None
+        }
         described |= {k: to_wire(value, name=k, raw=raw) for k, value in routing.items() if value is not None}
         if "x" not in described:
             raise InvalidRequest("x must be an array of rows, not None")
@@ -229,6 +241,12 @@ def _decoded(answer: Buffer, most: int, request_id: Any) -> Frame:
         return decode(answer, max_bytes=most)
     except InvalidRequest as error:
         raise DataLoss(f"the reply cannot be read: {error}", request_id=request_id) from None
+
+
+def _narrow(payload_dtype: object) -> str | None:
+    """The dtype that float32 rows are to be sent in, None for their own."""
+    check_narrow(payload_dtype)
+    return payload_dtype if isinstance(payload_dtype, str) and payload_dtype != AS_IT_IS else None
 
 
 def _check_timeout(timeout: float) -> float:

@@ -135,6 +135,8 @@ def test_a_bad_request_fails_here_and_says_what_is_wrong(options: dict[str, Any]
         {"max_message_bytes": 1.5},
         {"max_request_bytes": 0},
         {"max_request_bytes": 2.0},
+        {"payload_dtype": "int8"},
+        {"payload_dtype": 16},
     ],
 )
 def test_a_bad_setting_of_the_client_is_refused_without_showing_the_token(settings_of_client: dict[str, Any]) -> None:

@@ -13,11 +13,13 @@ import torch
 from front import TOKEN, Front, opened, until
 from mesh import check
 
+from expertmesh.cluster.call import Calls
 from expertmesh.cluster.client import AsyncClient, Client
 from expertmesh.cluster.gateway_stream import StreamLimits
-from expertmesh.cluster.retry import RetryPolicy
+from expertmesh.cluster.retry import Answer, Attempt, RetryPolicy, Step, drive
 from expertmesh.cluster.stream_protocol import ADMITTED, Streamed
-from expertmesh.experts.errors import DataLoss, DeadlineExceeded, Overloaded, TooLarge, Unavailable
+from expertmesh.experts import wire
+from expertmesh.experts.errors import DataLoss, DeadlineExceeded, InvalidRequest, Overloaded, TooLarge, Unavailable
 from expertmesh.experts.spec import Expert
 
 MIB = 2**20
@@ -215,6 +217,55 @@ def test_a_reply_that_is_none_is_data_loss(kind: type) -> None:
         await server.stop(None)
 
     check(main())
+
+
+# half the bytes
+
+
+@pytest.mark.parametrize("payload", ["float16", "bfloat16"])
+def test_rows_cross_in_half_the_bytes_and_come_back_as_they_were(kind: type, payload: str) -> None:
+    async def main() -> None:
+        async with opened() as front:
+            client = client_of(kind, front, payload_dtype=payload)
+            x = np.random.default_rng(1).standard_normal((64, 8)).astype(np.float32)
+            rounded = torch.from_numpy(x).to(getattr(torch, payload)).float().abs().numpy()
+            for stream in (False, True):
+                y = await client("forward", "l", x, stream=stream)
+                assert (y.dtype, y.flags.writeable) == (np.float32, True)
+                np.testing.assert_array_equal(y, rounded)
+                z = await client("forward", "l", torch.from_numpy(x), stream=stream)
+                assert z.dtype == torch.float32
+                np.testing.assert_array_equal(z.numpy(), rounded)
+            np.testing.assert_array_equal(await client("forward", "l", x, payload_dtype="float32"), np.abs(x))
+            with pytest.raises(InvalidRequest, match="x is int64"):
+                await client("forward", "l", np.ones((2, 2), np.int64))
+            assert (await client("forward", "l", -np.ones((2, 2), np.int64), payload_dtype="float32")).min() == 1
+            with pytest.raises(InvalidRequest, match="payload_dtype must be one of"):
+                await client("forward", "l", x, payload_dtype="int8")
+            await client("close")
+            plain = client_of(kind, front)
+            np.testing.assert_array_equal(await plain("forward", "l", x, payload_dtype=payload), rounded)
+            await plain("close")
+
+    check(main())
+
+
+def test_what_is_sent_is_the_half() -> None:
+    sent: list[wire.Frame] = []
+
+    def perform(step: Step) -> Answer:
+        assert isinstance(step, Attempt)
+        assert isinstance(step.payload, bytes)
+        sent.append(wire.decode(step.payload))
+        meta = {"request_id": "r", "epoch": 1, "versions": {}}
+        return wire.encode("reply", meta, {"output": sent[-1].tensors["x"]})
+
+    calls = Calls(token="t", payload_dtype="bfloat16")
+    weights, index = np.ones((64, 1), np.float32), np.zeros((64, 1), np.int64)
+    drive(calls.call("l", X, gate_input=X, top_k_index=index, top_k_weights=weights), perform)
+    dtypes = {name: tensor.dtype for name, tensor in sent[0].tensors.items()}
+    assert dtypes == {"x": "bfloat16", "gate_input": "bfloat16", "top_k_index": "int64", "top_k_weights": "float32"}
+    assert sent[0].tensors["x"].nbytes == X.nbytes // 2
 
 
 # copies
