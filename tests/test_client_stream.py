@@ -168,6 +168,31 @@ def test_a_server_that_goes_away_in_the_middle_is_unavailable(kind: type) -> Non
     check(main())
 
 
+def test_a_server_that_goes_away_while_it_receives_is_unavailable(kind: type) -> None:
+    async def main() -> None:
+        async with opened() as front:
+            client = client_of(kind, front)
+            door, arrived = front.gateway.streams, 0
+            read = door._read
+
+            async def slow(context: Any) -> bytes | None:
+                nonlocal arrived
+                arrived += 1
+                await asyncio.sleep(100 if arrived == 4 else 0)
+                return await read(context)
+
+            door._read = slow  # type: ignore[method-assign]
+            call = asyncio.ensure_future(client("forward", "l", np.ones((64, MIB // 4), np.float32)))
+            await until(lambda: arrived == 4)
+            await front.gateway.stop()
+            with pytest.raises(Unavailable):
+                await call
+            assert len(door) == 0
+            await client("close")
+
+    check(main())
+
+
 def test_a_cancelled_task_ends_its_stream() -> None:
     async def main() -> None:
         async with opened() as front, front.client() as client:
