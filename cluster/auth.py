@@ -45,6 +45,7 @@ _LABELS = tuple(role.label for role in Role)
 METHODS: Mapping[str, Role] = MappingProxyType(
     {
         "Call": Role.READER,
+        "CallStream": Role.READER,
         "Status": Role.READER,
         "Check": Role.READER,
         "Watch": Role.READER,

@@ -21,13 +21,18 @@ from . import health_protocol
 from .arrays import to_wire
 from .documents import decode_document
 from .grpc_options import MAX_MESSAGE_BYTES
+from .narrow import AS_IT_IS, check_narrow
 from .replies import Reply, read_reply
 from .retry import Flow, Retries, RetryBudget, RetryPolicy
 from .seen import Seen
 from .status_protocol import REQUEST_ID_KEY, is_request_id
+from .stream_protocol import MAX_REQUEST_BYTES, Buffer, Streamed
 from .swap_protocol import Lease
 
 SERVICE = "expertmesh.v1.Mesh"
+STREAM_SHARE = 4
+"""A request of more than this part of the message limit goes in chunks: its reply may be this much larger than it."""
+
 Array = TypeVar("Array")
 _TOKEN = re.compile(r"[!-~]{1,4096}")
 
@@ -49,6 +54,8 @@ class Calls:
     token: str = field(repr=False)
     timeout: float = 30.0
     max_message_bytes: int = MAX_MESSAGE_BYTES
+    max_request_bytes: int = MAX_REQUEST_BYTES
+    payload_dtype: str | None = None
     retries: Retries = field(default_factory=lambda: new_retries(RetryPolicy()), repr=False)
     new_id: Callable[[], str] = field(default=new_request_id, repr=False)
     seen: Seen = field(default_factory=Seen, repr=False)
@@ -59,6 +66,9 @@ class Calls:
         _check_timeout(self.timeout)
         if type(self.max_message_bytes) is not int or not 0 < self.max_message_bytes < 2**31:
             raise InvalidRequest("max_message_bytes must be an int above 0 and below 2 GiB")
+        if type(self.max_request_bytes) is not int or self.max_request_bytes <= 0:
+            raise InvalidRequest("max_request_bytes must be an int above 0")
+        check_narrow(self.payload_dtype)
 
     def forward(self, /, layer: str, x: Array, **options: Any) -> Flow[Array]:
         """Send rows `x` [T, ...] through a layer; return its output [T, ...], of the kind of `x`.
@@ -86,6 +96,8 @@ class Calls:
         epoch: int | None = None,
         pin: Lease | str | None = None,
         raw: bool = False,
+        payload_dtype: str | None = None,
+        stream: bool | None = None,
         timeout: float | None = None,
         request_id: str | None = None,
     ) -> Flow[Reply]:
@@ -99,15 +111,28 @@ class Calls:
         [T, K] bring the routing, and the gate is skipped. `top_k`, and `allow` and `deny` (ids of experts), narrow the
         gate's choice. `on_missing` ("error", "renormalize", "residual", "fallback:<expert>") and `max_lost_mass` say
         what becomes of rows whose expert gives no answer. `epoch` asks for the very versions of an epoch that is kept,
-        as that of an earlier reply, and `pin` for those of a lease. `timeout` is in seconds; `request_id` names the
-        call in logs, and is made up where it is None.
+        as that of an earlier reply, and `pin` for those of a lease.
+
+        `payload_dtype` "float16" or "bfloat16" sends float32 rows (`x` and `gate_input`) in half the bytes, and makes
+        float32 of what is answered in half; by default the client's, and "float32" sends rows as they are. They are
+        rounded to nearest even, so each has a relative error of up to 2**-11 or 2**-8, the answer is rounded likewise,
+        and a gate may choose otherwise where two scores are close.
+
+        `stream` True sends the request in chunks and lets the reply come so, as it must where it exceeds
+        `max_message_bytes`; None does so where the request exceeds a quarter of that. Arrays that are sent so must not
+        be changed before the call ends. `timeout` is in seconds; `request_id` names the call in logs, and is made up
+        where it is None.
 
         Raises InvalidRequest, NotFound, TooLarge, Overloaded, Unavailable, DeadlineExceeded, FailedPrecondition (also
         for an epoch that is not kept any more), Unauthenticated or PermissionDenied. A call that was answered
         Unavailable has been retried, within its timeout and the client's budget.
         """
-        sent = {"x": x, "gate_input": gate_input, "top_k_index": top_k_index, "top_k_weights": top_k_weights}
-        described = {name: to_wire(value, name=name, raw=raw) for name, value in sent.items() if value is not None}
+        narrow = _narrow(self.payload_dtype if payload_dtype is None else payload_dtype)
+        rows, routing = {"x": x, "gate_input": gate_input}, {"top_k_index": top_k_index, "top_k_weights": top_k_weights}
+        described = {
+            k: to_wire(value, name=k, raw=raw, narrow=narrow) for k, value in rows.items() if value is not None
+        }
+        described |= {k: to_wire(value, name=k, raw=raw) for k, value in routing.items() if value is not None}
         if "x" not in described:
             raise InvalidRequest("x must be an array of rows, not None")
         tensor_x, kind = described["x"]
@@ -127,7 +152,7 @@ class Calls:
             **self.seen.options(),
         )
         tensors = {name: tensor for name, (tensor, _) in described.items()}
-        frame = yield from self._ask("Call", _set_fields(options), tensors, timeout, options.request_id)
+        frame = yield from self._call(_set_fields(options), tensors, stream, timeout, options.request_id)
         reply = read_reply(frame, rows=tensor_x.shape[0], kind=kind)
         self.seen.note(reply.cluster, reply.epoch)
         return reply
@@ -151,7 +176,7 @@ class Calls:
         once = replace(self.retries, policy=RetryPolicy(attempts=1))
         answer = yield from self._send(once, health_protocol.CHECK, request, timeout, self.new_id())
         try:
-            return health_protocol.decode_response(answer).name
+            return health_protocol.decode_response(bytes(answer)).name
         except InvalidRequest as error:
             raise DataLoss(f"the health reply cannot be read: {error}") from None
 
@@ -159,6 +184,34 @@ class Calls:
         self, method: str, meta: dict[str, Any], tensors: dict[str, WireTensor], timeout: float | None, request_id: Any
     ) -> Flow[Frame]:
         parts = encode_parts(method.lower(), meta, tensors)
+        return (yield from self._ask_once(method, parts, timeout, request_id))
+
+    def _call(
+        self,
+        meta: dict[str, Any],
+        tensors: dict[str, WireTensor],
+        stream: bool | None,
+        timeout: float | None,
+        request_id: Any,
+    ) -> Flow[Frame]:
+        """Call with one message where the request is small, so that the reply has room in one too; else in chunks."""
+        parts = encode_parts("call", meta, tensors)
+        size = sum(len(part) for part in parts)
+        if stream is False or (stream is None and size <= self.max_message_bytes // STREAM_SHARE):
+            return (yield from self._ask_once("Call", parts, timeout, request_id))
+        if size > self.max_request_bytes:
+            raise TooLarge(
+                f"the request has {size} bytes, max_request_bytes of this client is {self.max_request_bytes}: "
+                "send fewer rows at a time, or raise it here and at the server"
+            )
+        streamed = Streamed.of(parts, max_message_bytes=self.max_message_bytes, most=self.max_request_bytes)
+        answer = yield from self._send(self.retries, f"/{SERVICE}/CallStream", streamed, timeout, request_id)
+        return _decoded(answer, self.max_request_bytes, request_id)
+
+    def _ask_once(
+        self, method: str, parts: list[bytes | memoryview], timeout: float | None, request_id: Any
+    ) -> Flow[Frame]:
+        """Ask with one message, joined from its parts: the only copy of them that is made here."""
         size = sum(len(part) for part in parts)
         if size > self.max_message_bytes:
             raise TooLarge(
@@ -166,14 +219,11 @@ class Calls:
                 "send fewer rows at a time, or raise it here and at the server"
             )
         answer = yield from self._send(self.retries, f"/{SERVICE}/{method}", b"".join(parts), timeout, request_id)
-        try:
-            return decode(answer, max_bytes=self.max_message_bytes)
-        except InvalidRequest as error:
-            raise DataLoss(f"the reply cannot be read: {error}", request_id=request_id) from None
+        return _decoded(answer, self.max_message_bytes, request_id)
 
     def _send(
-        self, retries: Retries, method: str, payload: bytes, timeout: float | None, request_id: Any
-    ) -> Flow[bytes]:
+        self, retries: Retries, method: str, payload: bytes | Streamed, timeout: float | None, request_id: Any
+    ) -> Flow[Buffer]:
         if not is_request_id(request_id):
             raise InvalidRequest("request_id must be 1 to 128 letters, digits, or any of . _ : / -")
         seconds = self.timeout if timeout is None else _check_timeout(timeout)
@@ -184,6 +234,19 @@ class Calls:
             if error.request_id is None:
                 error.request_id = request_id
             raise
+
+
+def _decoded(answer: Buffer, most: int, request_id: Any) -> Frame:
+    try:
+        return decode(answer, max_bytes=most)
+    except InvalidRequest as error:
+        raise DataLoss(f"the reply cannot be read: {error}", request_id=request_id) from None
+
+
+def _narrow(payload_dtype: object) -> str | None:
+    """The dtype that float32 rows are to be sent in, None for their own."""
+    check_narrow(payload_dtype)
+    return payload_dtype if isinstance(payload_dtype, str) and payload_dtype != AS_IT_IS else None
 
 
 def _check_timeout(timeout: float) -> float:

@@ -6,35 +6,33 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
 import grpc.aio
-from torch import Tensor
 
 from ..experts.errors import ExpertMeshError, InvalidRequest, Unavailable
-from ..experts.protocol import CallOptions, from_mapping
-from ..experts.tensors import from_wire, to_wire
-from ..experts.wire import Frame, WireTensor, decode, encode
+from ..experts.wire import Frame, decode
 from ..router.answer import ForwardReply, ForwardRequest
 from ..router.epochs import Epochs
 from . import health_protocol
 from .auth import Role, TokenTable
 from .call import SERVICE, new_request_id
 from .documents import encode_document
+from .gateway_reply import one_message, reply_parts
+from .gateway_request import forward_request
+from .gateway_stream import StreamDoor, StreamLimits
 from .gateway_swap import FrameHandler
 from .grpc_options import server_options
 from .health_protocol import ServingStatus
 from .status_protocol import REQUEST_ID_KEY, is_request_id, to_status
 
 log = logging.getLogger(__name__)
-CALL_TENSORS = ("x", "gate_input", "top_k_index", "top_k_weights")
-
 NOT_WHILE_DRAINING = ("Upload", "Swap", "Pin")
 
-Answerer = Callable[[bytes, "grpc.aio.ServicerContext"], Awaitable[bytes]]
-Handler = Callable[[bytes, "grpc.aio.ServicerContext", Role], Awaitable[bytes]]
+Answerer = Callable[[Any, "grpc.aio.ServicerContext"], Awaitable[Any]]
+Handler = Callable[[Any, "grpc.aio.ServicerContext", Role], Awaitable[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +42,7 @@ class GatewaySettings:
     host: str = "127.0.0.1"
     port: int = 0
     max_message_bytes: int = 64 * 1024 * 1024
+    streams: StreamLimits = field(default_factory=StreamLimits)
     default_timeout: float = 30.0
     tls: tuple[bytes, bytes] | None = None
 
@@ -60,7 +59,7 @@ class Forwarder(Protocol):
 
 
 class Gateway:
-    """Serves a router over gRPC: Call, Status, Drain, the health protocol, and what `more` handles, by method."""
+    """Serves a router over gRPC: calls, Status, Drain, the health protocol, and what `more` handles, by method."""
 
     def __init__(
         self,
@@ -75,6 +74,7 @@ class Gateway:
         self._settings = settings
         self._status = status
         self._more = dict(more or {})
+        self.streams = StreamDoor(settings.streams, settings.max_message_bytes)
         self._server: grpc.aio.Server | None = None
         self._draining = False
         self._changed = asyncio.Event()
@@ -130,6 +130,8 @@ class Gateway:
         }
         unary |= {f"/{SERVICE}/{name}": (name, self._framed(name, handler)) for name, handler in self._more.items()}
         table = {path: grpc.unary_unary_rpc_method_handler(self._guarded(*entry)) for path, entry in unary.items()}
+        stream = self._guarded("CallStream", self._call_stream)
+        table[f"/{SERVICE}/CallStream"] = grpc.stream_stream_rpc_method_handler(stream)
         table[f"/{health_protocol.SERVICE}/Watch"] = grpc.unary_stream_rpc_method_handler(self._watch)
 
         class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
@@ -141,7 +143,7 @@ class Gateway:
     def _guarded(self, method: str, handler: Handler) -> Answerer:
         """Authorise, run, and turn every error into a status with the request's id."""
 
-        async def guarded(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
             request_id = _request_id(context)
             try:
                 role = self._authorise(method, context)
@@ -174,10 +176,25 @@ class Gateway:
         return framed
 
     async def _call(self, request: bytes, context: grpc.aio.ServicerContext, role: Role) -> bytes:
+        self._check_accepting()
+        reply = await self._forward(decode(request, max_bytes=self._settings.max_message_bytes), context)
+        return one_message(reply_parts(reply), self._settings.max_message_bytes)
+
+    async def _call_stream(self, requests: object, context: grpc.aio.ServicerContext, role: Role) -> None:
+        """Reads and writes through `context`, so that what it holds is given back when the call is cancelled."""
+        self._check_accepting()
+        await self.streams.serve(context, self._seconds(context), lambda frame: self._forward(frame, context))
+
+    def _check_accepting(self) -> None:
         if self._draining:
             raise Unavailable("this cluster is draining: it takes no new requests")
-        frame = decode(request, max_bytes=self._settings.max_message_bytes)
-        forward = self._forward_request(frame, context)
+
+    def _seconds(self, context: grpc.aio.ServicerContext) -> float:
+        left: float | None = context.time_remaining()
+        return self._settings.default_timeout if left is None else max(0.0, left)
+
+    async def _forward(self, frame: Frame, context: grpc.aio.ServicerContext) -> ForwardReply:
+        forward = forward_request(frame, _request_id(context), self._seconds(context), context.peer())
         request_id = forward.options.request_id
         started = time.perf_counter()
         try:
@@ -188,32 +205,7 @@ class Gateway:
         if log.isEnabledFor(logging.DEBUG):
             seconds = time.perf_counter() - started
             log.debug("call", extra={"request_id": request_id, "layer": forward.options.layer, "seconds": seconds})
-        return encode_reply(reply)
-
-    def _forward_request(self, frame: Frame, context: grpc.aio.ServicerContext) -> ForwardRequest:
-        if frame.kind != "call":
-            raise InvalidRequest(f"a call frame was expected, not {frame.kind[:64]!r}")
-        unknown = [name for name in frame.tensors if name not in CALL_TENSORS]
-        if unknown or "x" not in frame.tensors:
-            raise InvalidRequest(f"a call carries the tensor x, and of others only {', '.join(CALL_TENSORS[1:])}")
-        options = from_mapping(CallOptions, frame.meta)
-        if options.request_id is None:
-            options = replace(options, request_id=_request_id(context))
-        if not is_request_id(options.request_id):
-            raise InvalidRequest("request_id must be 1 to 128 letters, digits, or any of . _ : / -")
-        left = context.time_remaining()
-        if not frame.tensors["x"].shape:
-            raise InvalidRequest("x must have a first dimension, its rows")
-        tensors = {name: from_wire(tensor) for name, tensor in frame.tensors.items()}
-        return ForwardRequest(
-            x=tensors["x"],
-            options=options,
-            timeout=self._settings.default_timeout if left is None else max(0.0, left),
-            features=tensors.get("gate_input"),
-            indices=tensors.get("top_k_index"),
-            weights=tensors.get("top_k_weights"),
-            client=context.peer(),
-        )
+        return reply
 
     async def _get_status(self, request: bytes, context: grpc.aio.ServicerContext, role: Role) -> bytes:
         _expect(decode(request), "status")
@@ -253,18 +245,6 @@ class Gateway:
             return self.state
         known = self._router.epochs.number > 0 and service in self._router.epochs.current.layers
         return self.state if known else ServingStatus.SERVICE_UNKNOWN
-
-
-def encode_reply(reply: ForwardReply) -> bytes:
-    """The frame of an answer; `lost_mass` is left out where nothing was lost."""
-    tensors: dict[str, Tensor | None] = {
-        "output": reply.output,
-        "lost_mass": reply.lost_mass if reply.summary.degraded else None,
-        "indices": reply.indices,
-        "weights": reply.weights,
-    }
-    wired: dict[str, WireTensor] = {name: to_wire(tensor) for name, tensor in tensors.items() if tensor is not None}
-    return encode("reply", asdict(reply.summary), wired)
 
 
 def _expect(frame: Frame, kind: str) -> None:

@@ -23,6 +23,7 @@ from .claim import Claim, claim
 from .config import load_config
 from .controller_ports import StateSettings
 from .gateway import GatewaySettings
+from .gateway_stream import StreamLimits
 from .orders import Desired
 from .plan import PlannedReplica, plan_layer
 from .preflight import check_gpus, check_layer, check_port, free_port
@@ -212,6 +213,7 @@ class Cluster:
             host=config.host,
             port=config.port or free_port(config.host),  # chosen here: a router that Ray restarts listens there again
             max_message_bytes=config.max_message_bytes,
+            streams=StreamLimits(max_request_bytes=config.max_request_bytes, max_stream_bytes=config.max_stream_bytes),
             default_timeout=config.default_timeout,
             tls=tls,
         )

@@ -13,16 +13,17 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ..experts.errors import DeadlineExceeded, ExpertMeshError, Unavailable
+from .stream_protocol import Buffer, Streamed
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """Send `payload` to `method` once, within `timeout` seconds."""
+    """Send `payload`, one message or a stream of them, to `method` once, within `timeout` seconds."""
 
     method: str
-    payload: bytes = field(repr=False)
+    payload: bytes | Streamed = field(repr=False)
     timeout: float
     metadata: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
@@ -42,7 +43,7 @@ class Work:
 
 
 Step = Attempt | Pause | Work
-Answer = bytes | ExpertMeshError | None
+Answer = Buffer | ExpertMeshError | None
 Flow = Generator[Step, Answer, T]
 
 
@@ -120,8 +121,13 @@ class Retries:
     jitter: Callable[[], float]
 
     def attempts(
-        self, method: str, payload: bytes, *, timeout: float, metadata: tuple[tuple[str, str], ...] = ()
-    ) -> Flow[bytes]:
+        self,
+        method: str,
+        payload: bytes | Streamed,
+        *,
+        timeout: float,
+        metadata: tuple[tuple[str, str], ...] = (),
+    ) -> Flow[Buffer]:
         """Try until an answer comes, the error is no Unavailable, or attempts, budget or `timeout` run out.
 
         Raises the last error that was sent in, or DeadlineExceeded.
@@ -134,7 +140,7 @@ class Retries:
             if left <= 0:
                 raise DeadlineExceeded(f"no answer within {timeout:g} s")
             answer = yield Attempt(method, payload, left, metadata)
-            if isinstance(answer, bytes):
+            if isinstance(answer, (bytes, memoryview)):
                 return answer
             if answer is None:
                 raise ExpertMeshError("an attempt was answered with nothing")

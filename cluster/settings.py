@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..experts.spec import is_import_string
 from ..experts.wire import MAX_FRAME_BYTES
 from ..router.layer import Layer, check_name
 from .auth import Role, check_digest
+from .stream_protocol import MAX_REQUEST_BYTES
 
 TRANSPORTS = ("channel", "ray", "local")
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -45,6 +47,9 @@ class ClusterConfig:
     router's process). `address` joins a Ray cluster ("auto" or its address); by
     default one is started. `runtime_env` is Ray's, for all experts. Times are in seconds.
 
+    `max_message_bytes` bounds one gRPC message; what is larger crosses in chunks, up to `max_request_bytes` for a
+    request or a reply, and up to `max_stream_bytes` for all streams that are under way together.
+
     `state_dir` is where versions and epochs are kept, by default a folder of the cluster's name; `retain_epochs` is how
     many epochs before the current one can still be asked for, and rolled back to. `max_upload_bytes` bounds one upload
     of weights, `max_uploads_bytes` all that no version has taken yet. `allowed_factories` are the factories that an
@@ -65,6 +70,8 @@ class ClusterConfig:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     max_message_bytes: int = MAX_FRAME_BYTES
+    max_request_bytes: int = MAX_REQUEST_BYTES
+    max_stream_bytes: int = 2 * MAX_REQUEST_BYTES
     max_rows_in_flight: int = 65536
     default_timeout: float = 30.0
     start_timeout: float = 120.0
@@ -113,6 +120,11 @@ def mistakes(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     wrong = {name for name, _ in found}
     if not wrong & {"host", "tls_cert", "tls_key"}:
         found += _tls_mistakes(values["host"], values["tls_cert"], values["tls_key"])
+    for least, most in pairwise(("max_message_bytes", "max_request_bytes", "max_stream_bytes")):
+        if not wrong & {least, most} and values[least] > values[most]:
+            found.append(
+                (most, f"{most} is {values[most]}, less than {least}, {values[least]}: raise it, or lower that")
+            )
     return found
 
 
@@ -193,6 +205,8 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "tls_cert": (_optional(_is(Path)), "the path of a PEM file"),
     "tls_key": (_optional(_is(Path)), "the path of a PEM file"),
     "max_message_bytes": (_whole(4096, MAX_GRPC_BYTES), f"a whole number from 4096 to {MAX_GRPC_BYTES}"),
+    "max_request_bytes": (_whole(4096, 1 << 40), f"a whole number from 4096 to {1 << 40}"),
+    "max_stream_bytes": (_whole(4096, 1 << 50), "a whole number of at least 4096"),
     "max_rows_in_flight": (_whole(1, 1 << 40), "a whole number of at least 1"),
     "default_timeout": (_seconds, "a number of seconds above 0, at most 86400"),
     "start_timeout": (_seconds, "a number of seconds above 0, at most 86400"),

@@ -24,6 +24,13 @@ from ..experts.errors import (
     Unavailable,
 )
 
+_TOO_LARGE = (
+    "the message exceeds max_message_bytes of this client or of the server: call with stream=True, send fewer rows "
+    "at a time, or raise it at both ends"
+)
+
+_CUT_OFF = "Internal error from Core"  # what gRPC's asyncio layer makes of a stream that ends during a write
+
 ERROR_KEY = "expertmesh-error"
 REQUEST_ID_KEY = "x-request-id"
 RETRY_AFTER_KEY = "retry-after-ms"
@@ -96,8 +103,10 @@ def _cut(text: str) -> str:
 
 def _of_grpc(code: str, text: str) -> tuple[type[ExpertMeshError], str]:
     kind, meaning = BY_CODE.get(code, (ExpertMeshError, "the server failed"))
+    if code == "INTERNAL" and text == _CUT_OFF:
+        return Unavailable, "the stream was cut off"
     if kind is Overloaded and "larger than max" in text:
-        kind, meaning = TooLarge, "the message exceeds max_message_bytes of this client or of the server"
+        kind, meaning = TooLarge, _TOO_LARGE
     return kind, f"{meaning}: {text}" if text else meaning
 
 

@@ -85,7 +85,8 @@ class Frame:
 
 def bfloat16_to_float32(bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Widen bfloat16 bits (uint16) to float32, exactly."""
-    widened: np.ndarray[Any, Any] = bits.astype(np.uint32) << np.uint32(16)
+    widened = bits.astype(np.uint32)
+    widened <<= np.uint32(16)
     return widened.view(np.float32)
 
 

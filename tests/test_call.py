@@ -133,6 +133,10 @@ def test_a_bad_request_fails_here_and_says_what_is_wrong(options: dict[str, Any]
         {"timeout": 0.0},
         {"max_message_bytes": 0},
         {"max_message_bytes": 1.5},
+        {"max_request_bytes": 0},
+        {"max_request_bytes": 2.0},
+        {"payload_dtype": "int8"},
+        {"payload_dtype": 16},
     ],
 )
 def test_a_bad_setting_of_the_client_is_refused_without_showing_the_token(settings_of_client: dict[str, Any]) -> None:
@@ -142,9 +146,11 @@ def test_a_bad_setting_of_the_client_is_refused_without_showing_the_token(settin
 
 
 def test_a_request_above_the_limit_names_the_setting() -> None:
-    calls = Calls(token="t", max_message_bytes=1024)
+    calls = Calls(token="t", max_message_bytes=1024, max_request_bytes=4096)
     with pytest.raises(TooLarge, match="max_message_bytes"):
-        World().run(calls.call("news", np.zeros(1024, np.uint8)), echo)
+        World().run(calls.call("news", np.zeros(1024, np.uint8), stream=False), echo)
+    with pytest.raises(TooLarge, match="max_request_bytes"):
+        World().run(calls.call("news", np.zeros(4096, np.uint8)), echo)
 
 
 def test_the_token_is_in_no_repr() -> None:

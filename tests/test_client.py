@@ -271,10 +271,10 @@ def test_a_reply_above_the_limit_names_the_setting(server: EchoServer, connect: 
 
     server.behaviour = answer_much
     client = connect(max_message_bytes=10_000)
-    with pytest.raises(TooLarge, match="max_message_bytes"):
+    with pytest.raises(TooLarge, match="max_message_bytes of this client or of the server: call with stream=True"):
         client.call("news", X)
     with pytest.raises(TooLarge, match="max_message_bytes"):
-        client.call("news", np.zeros(20_000, np.uint8))
+        client.call("news", np.zeros(20_000, np.uint8), stream=False)
 
 
 def test_no_server_is_unavailable_and_quick(connect: Callable[..., Caller]) -> None:

@@ -76,6 +76,8 @@ metrics_port: null
 transport: local
 address: auto
 max_message_bytes: 1000000
+max_request_bytes: 2000000
+max_stream_bytes: 3000000
 max_rows_in_flight: 10
 default_timeout: 1e1
 start_timeout: 5
@@ -105,6 +107,11 @@ layers:
 """
     config = load(tmp_path, text)
     assert (config.name, config.port, config.metrics_port, config.default_timeout) == ("mine", 0, None, 10.0)
+    assert (config.max_message_bytes, config.max_request_bytes, config.max_stream_bytes) == (
+        10**6,
+        2 * 10**6,
+        3 * 10**6,
+    )
     expiries = {token.role: token.expires for token in config.tokens}
     assert expiries == {Role.OPERATOR: 1893456000.0, Role.READER: None}
     (news,) = config.layers
@@ -246,7 +253,9 @@ def test_the_factories_that_may_be_swapped_in_are_those_of_the_start_unless_they
     [
         ("name", "a/b"), ("host", ""), ("host", 5), ("port", -1), ("port", "x"), ("port", None),
         ("metrics_port", True), ("transport", "udp"), ("address", 5), ("runtime_env", 5), ("max_message_bytes", 1),
-        ("max_message_bytes", 1 << 31), ("max_rows_in_flight", 0), ("default_timeout", 0),
+        ("max_message_bytes", 1 << 31), ("max_request_bytes", 100), ("max_request_bytes", 2.0**30),
+        ("max_request_bytes", 1 << 20), ("max_stream_bytes", -1), ("max_stream_bytes", 1 << 29),
+        ("max_rows_in_flight", 0), ("default_timeout", 0),
         ("default_timeout", float("inf")), ("start_timeout", "1s"), ("log_level", "loud"), ("retain_epochs", -1),
         ("max_upload_bytes", 0), ("max_upload_bytes", 1 << 40), ("max_uploads_bytes", "8"),
         ("allowed_factories", "torch:sin"), ("allowed_factories", ["torch"]), ("allowed_factories", [5]),

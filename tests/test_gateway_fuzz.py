@@ -26,6 +26,7 @@ from expertmesh.cluster.documents import encode_document
 from expertmesh.cluster.grpc_options import client_options
 from expertmesh.cluster.launch import Cluster
 from expertmesh.cluster.runfile import token_path
+from expertmesh.cluster.stream_protocol import Streamed
 from expertmesh.experts import wire
 from expertmesh.experts.errors import BY_NAME, InvalidRequest, PermissionDenied, Unauthenticated
 from expertmesh.experts.spec import Expert
@@ -240,6 +241,7 @@ UPLOAD = {"upload_id": "0" * 32, "offset": 0, "total": 0, "sha256": EMPTY, "last
 NOTHING = wire.WireTensor("uint8", (0,), b"")
 PAYLOADS = {
     "Call": VALID_CALL,
+    "CallStream": VALID_CALL,
     "Status": wire.encode("status", {}),
     "Drain": wire.encode("drain", {}),
     "Upload": wire.encode("upload", UPLOAD, {"data": NOTHING}),
@@ -263,6 +265,9 @@ def code_of(cluster: Cluster, method: str, authorization: str | None) -> str:
         try:
             if method == "Watch":
                 next(channel.unary_stream(path(method))(payload, timeout=20, metadata=metadata))
+            elif method == "CallStream":
+                sent = Streamed([payload]).messages()
+                assert list(channel.stream_stream(path(method))(sent, timeout=20, metadata=metadata))
             else:
                 channel.unary_unary(path(method))(payload, timeout=20, metadata=metadata)
         except grpc.RpcError as error:

@@ -6,7 +6,7 @@ import grpc
 import pytest
 
 from expertmesh.cluster.status_protocol import BY_CODE, MAX_TEXT_BYTES, from_status, to_status
-from expertmesh.experts.errors import BY_NAME, Aborted, ExpertMeshError, NotFound, Overloaded, TooLarge
+from expertmesh.experts.errors import BY_NAME, Aborted, ExpertMeshError, NotFound, Overloaded, TooLarge, Unavailable
 
 
 def test_the_table_covers_every_status_of_grpc() -> None:
@@ -62,6 +62,11 @@ def test_grpcs_own_size_limit_is_too_large_with_the_settings_name() -> None:
     error = from_status("RESOURCE_EXHAUSTED", "CLIENT: Received message larger than max (9 vs. 4)", ())
     assert type(error) is TooLarge
     assert "max_message_bytes" in str(error)
+
+
+def test_a_stream_that_grpc_lost_during_a_write_is_unavailable() -> None:
+    assert type(from_status("INTERNAL", "Internal error from Core", ())) is Unavailable
+    assert type(from_status("INTERNAL", "something else", ())) is ExpertMeshError
 
 
 def test_texts_are_cut() -> None:

@@ -30,6 +30,7 @@ FENCES = {  # who alone may import what
 NO_TORCH = (  # what a process with the base install alone imports
     "cluster/client.py", "cluster/auth.py", "cluster/runfile.py", "cluster/process.py", "cluster/claim.py",
     "cluster/machine.py", "cluster/doctor.py", "cluster/cli.py", "cluster/swap_call.py",
+    "cluster/narrow.py", "cluster/stream_protocol.py", "cluster/stream_exchange.py",
     "cluster/swap_protocol.py", "experts/errors.py", "experts/extras.py",
     "experts/protocol.py", "experts/spec.py", "experts/version.py", "experts/wire.py",
     "cluster/bench_load.py", "cluster/bench_plot.py", "cluster/bench_report.py", "cluster/bench_samples.py",
