@@ -1,0 +1,38 @@
+"""Every arm by its name. A module is imported when its arm is asked for: some read the environment when imported."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .arm import Arm
+from .model import Shape
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where an arm is defined, and with what options."""
+
+    module: str
+    attribute: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+ARMS = {
+    "in_process": Entry("in_process", "InProcess"),
+    "ray_naive": Entry("ray_naive", "RayNaive"),
+    "ray_good": Entry("ray_good", "RayGood"),
+    "ray_good_2": Entry("ray_good", "RayGood", {"actors": 2}),
+}
+
+
+def start(name: str, shape: Shape, dtype: torch.dtype) -> Arm:
+    """A running arm. Raises ArmUnavailable, with the reason, where it cannot run."""
+    entry = ARMS[name]
+    module = importlib.import_module(f"{__package__}.{entry.module}")
+    arm: Arm = getattr(module, entry.attribute)(shape, dtype, **entry.options)
+    return arm
