@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 from typing import Any
 
@@ -22,6 +23,7 @@ from .model import DTYPES, SHAPES, TOLERANCE, difference, reference, rows
 def main() -> int:
     """Run one arm."""
     options = _options()
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     torch.set_num_threads(1)
     try:
         with start(options.arm, SHAPES[options.shape], DTYPES[options.dtype]) as arm:

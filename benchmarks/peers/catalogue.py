@@ -27,6 +27,10 @@ ARMS = {
     "ray_naive": Entry("ray_naive", "RayNaive"),
     "ray_good": Entry("ray_good", "RayGood"),
     "ray_good_2": Entry("ray_good", "RayGood", {"actors": 2}),
+    "gloo": Entry("gloo", "Gloo"),
+    "gloo_stalled": Entry("gloo", "Gloo", {"stall": 0.05}),
+    "grpc_echo": Entry("grpc_echo", "GrpcEcho"),
+    "grpc_echo_stream": Entry("grpc_echo", "GrpcEcho", {"streaming": True}),
 }
 
 
