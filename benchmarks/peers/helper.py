@@ -28,7 +28,7 @@ class Helper:
         environment: Mapping[str, str] | None = None,
         seconds: float = START_SECONDS,
     ) -> None:
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115: not a pipe, since nobody reads it meanwhile
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - not a pipe: nobody reads it meanwhile
         self._process = subprocess.Popen(
             (python, "-m", module, *arguments),
             stdin=subprocess.PIPE,
