@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from benchmarks.compare import turns
-from benchmarks.peers import catalogue, measure, model
-from benchmarks.peers.arm import Arm
+from benchmarks.peers import catalogue, hivemind, hivemind_venv, measure, model
+from benchmarks.peers.arm import Arm, ArmUnavailable
 from benchmarks.peers.private_ray import private_ray
 from benchmarks.peers.processes import Meter
 from benchmarks.peers.ray_good import packs
@@ -50,6 +50,30 @@ def test_an_arm_computes_the_layer(name: str, dtype: str) -> None:
     with catalogue.start(name, TINY, model.DTYPES[dtype]) as arm:
         assert asyncio.run(apart(arm, model.DTYPES[dtype])) <= model.TOLERANCE[model.DTYPES[dtype]]
         assert arm.version
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("name", ["ray_serve", "ray_serve_batched", "ray_serve_grpc"])
+def test_serve_computes_the_layer(name: str) -> None:
+    pytest.importorskip("fastapi", reason="needs ray[serve]")
+    with catalogue.start(name, TINY, torch.bfloat16) as arm:
+        assert asyncio.run(apart(arm, torch.bfloat16)) <= model.TOLERANCE[torch.bfloat16]
+
+
+def test_serve_through_a_handle_must_come_first_in_its_process() -> None:
+    with pytest.raises(ArmUnavailable):
+        catalogue.start("ray_serve_handle", TINY, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hivemind_venv.exists(), reason="hivemind's environment has not been made")
+def test_hivemind_answers() -> None:
+    lines = hivemind.measured(experts=2, width=16, rows=4, seconds=0.2)
+    assert [(line["what"], line["rows"]) for line in lines] == [
+        ("expert", 4), ("expert", 4), ("expert", 1), ("expert", 1), ("layer", 4)
+    ]  # fmt: skip
+    assert all(line["rows_per_second"] > 0 for line in lines)
 
 
 def test_the_difference_sees_one_wrong_expert() -> None:

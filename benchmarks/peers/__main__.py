@@ -1,6 +1,7 @@
 """One arm alone: `python -m benchmarks.peers --arm NAME --shape S --rows 32 --dtype bf16 [--json]`.
 
-Prints latency of one call after the other, and rows a second with several calls in flight.
+Prints latency of one call after the other, and rows a second with several calls in flight. `hivemind` is no arm: it
+takes rows and seconds alone, and its lines are what its own client saw.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from typing import Any
 
 import torch
 
+from . import hivemind
 from .arm import Arm, ArmUnavailable
 from .catalogue import ARMS, start
 from .measure import Block, block
 from .model import DTYPES, SHAPES, TOLERANCE, difference, reference, rows
+
+HIVEMIND = "hivemind"
 
 
 def main() -> int:
@@ -26,6 +30,8 @@ def main() -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     torch.set_num_threads(1)
     try:
+        if options.arm == HIVEMIND:
+            return _print_hivemind(options)
         with start(options.arm, SHAPES[options.shape], DTYPES[options.dtype]) as arm:
             found = asyncio.run(measured(arm, options))
     except ArmUnavailable as error:
@@ -36,6 +42,15 @@ def main() -> int:
     else:
         for name, value in found.items():
             print(f"{name:<28} {f'{value:.4g}' if isinstance(value, float) else value}")
+    return 0
+
+
+def _print_hivemind(options: Any) -> int:
+    for line in hivemind.measured(rows=options.rows, seconds=options.seconds):
+        words = " ".join(
+            f"{name} {f'{value:.4g}' if isinstance(value, float) else value}" for name, value in line.items()
+        )
+        print(json.dumps(line) if options.json else words)
     return 0
 
 
@@ -73,7 +88,7 @@ def _figures(title: str, seen: Block) -> dict[str, float]:
 
 def _options() -> Any:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
-    parser.add_argument("--arm", choices=ARMS, required=True)
+    parser.add_argument("--arm", choices=[*ARMS, HIVEMIND], required=True)
     parser.add_argument("--shape", choices=SHAPES, default="S")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
