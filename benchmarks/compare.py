@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 BLOCK_SECONDS = 0.05
@@ -33,11 +33,17 @@ def interleaved(
     repeats = {name: max(1, round(BLOCK_SECONDS / _timed(function, 2, clock))) for name, function in functions.items()}
     names = list(functions)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for block in range(blocks):
-        start = block % len(names)
-        for name in names[start:] + names[:start]:
+    for order in turns(names, blocks):
+        for name in order:
             times[name].append(_timed(functions[name], repeats[name], clock))
     return times
+
+
+def turns(names: Sequence[str], blocks: int) -> Iterator[list[str]]:
+    """The order of the names in each of `blocks` rounds: where it begins rotates."""
+    for block in range(blocks):
+        start = block % len(names)
+        yield [*names[start:], *names[:start]]
 
 
 def ratio(ours: list[float], theirs: list[float], *, draws: int = 2000) -> Ratio:

@@ -1,0 +1,73 @@
+"""The limit: our own layer in the process that asks, without any message.
+
+Experts are computed packed or one by one, on each number of threads, whichever is the fastest for that many rows.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertmesh.router.local import LocalLayer
+
+from .arm import Arm
+from .model import Shape, gate, packed, reference
+
+ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to compute the layer."""
+
+    name: str
+    layer: LocalLayer
+    threads: int
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            return self.layer(x_TD)  # type: ignore[no-any-return]
+        finally:
+            torch.set_num_threads(before)  # other arms of this process have one thread
+
+
+class InProcess(Arm):
+    """`LocalLayer`, in the best form for each number of rows: found by a short measurement at the first call."""
+
+    name = "in_process"
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, *, threads: Sequence[int] = (1, 2)) -> None:
+        layers = {"packed": LocalLayer(gate(shape), packed(shape, dtype)).eval(), "separate": reference(shape, dtype)}
+        self._forms = [Form(f"{name}, {n} threads", layer, n) for name, layer in layers.items() for n in threads]
+        self.chosen: dict[int, Form] = {}
+        self.version = f"torch {torch.__version__}"
+
+    async def call(self, x_TD: Tensor) -> Tensor:
+        with torch.inference_mode():
+            form = self.chosen.get(x_TD.shape[0])
+            if form is None:
+                form = self.chosen[x_TD.shape[0]] = fastest(self._forms, x_TD)
+            return form(x_TD)
+
+    def close(self) -> None:
+        self._forms.clear()
+        self.chosen.clear()
+
+
+def fastest(forms: Sequence[Form], x_TD: Tensor) -> Form:
+    """The form with the least median time for these rows, over rounds that interleave all forms."""
+    times: dict[str, list[float]] = {form.name: [] for form in forms}
+    for round_ in range(ROUNDS + 1):
+        for form in forms:
+            begin = time.perf_counter()
+            form(x_TD)
+            if round_:  # the first one warms up
+                times[form.name].append(time.perf_counter() - begin)
+    return min(forms, key=lambda form: statistics.median(times[form.name]))

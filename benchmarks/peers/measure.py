@@ -1,0 +1,115 @@
+"""Latency, throughput and CPU time of arms, one alone or several in turn, with blocks of a busy machine left out."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from benchmarks.compare import Ratio, ratio, turns
+from torch import Tensor
+
+from .arm import Arm
+from .processes import Meter
+
+MOST_FOREIGN = 0.05
+TRIES = 4
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block: rows a second, seconds of each call, CPU seconds of all our processes for 1,000 rows.
+
+    `foreign` is the share of the machine that other processes used; `tries` is how often the block was run until
+    that was little, or given up.
+    """
+
+    rows_per_second: float
+    latencies: tuple[float, ...]
+    cpu_seconds: float
+    foreign: float
+    tries: int = 1
+
+    @property
+    def p50(self) -> float:
+        """The median latency in seconds."""
+        return statistics.median(self.latencies)
+
+
+async def latency(arm: Arm, x_TD: Tensor, calls: int) -> list[float]:
+    """Seconds of each of `calls` calls, one after the other."""
+    seconds = []
+    for _ in range(calls):
+        begin = time.perf_counter()
+        await arm.call(x_TD)
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+async def throughput(arm: Arm, x_TD: Tensor, in_flight: int, seconds: float) -> float:
+    """Rows a second with `in_flight` calls under way at any time, over about `seconds`."""
+    return (await _drive(arm, x_TD, in_flight, seconds))[0]
+
+
+async def block(arm: Arm, x_TD: Tensor, in_flight: int, seconds: float) -> Block:
+    """A block under load, run again while others use much of the machine, a few times at most."""
+    for attempt in range(1, TRIES + 1):
+        meter = Meter()
+        rate, latencies = await _drive(arm, x_TD, in_flight, seconds)
+        cost = meter.cost()
+        rows = len(latencies) * x_TD.shape[0]
+        found = Block(rate, tuple(latencies), 1000 * cost.cpu_seconds / rows, cost.foreign, attempt)
+        if found.foreign <= MOST_FOREIGN:
+            break
+    return found
+
+
+async def interleaved(
+    arms: Mapping[str, Arm], measured: Callable[[Arm], Awaitable[Block]], blocks: int = 7
+) -> dict[str, list[Block]]:
+    """The blocks of each arm in rounds A B, B A, ..., after one round to warm up. All arms must be running."""
+    found: dict[str, list[Block]] = {name: [] for name in arms}
+    for arm in arms.values():
+        await measured(arm)
+    for names in turns(list(arms), blocks):
+        for name in names:
+            found[name].append(await measured(arms[name]))
+    return found
+
+
+def rate_ratio(ours: list[Block], theirs: list[Block]) -> Ratio:
+    """Our rows a second over theirs: above 1 we are faster."""
+    return ratio([one.rows_per_second for one in ours], [one.rows_per_second for one in theirs])
+
+
+def latency_ratio(ours: list[Block], theirs: list[Block]) -> Ratio:
+    """Our median latency over theirs: below 1 we are faster."""
+    return ratio([one.p50 for one in ours], [one.p50 for one in theirs])
+
+
+async def _drive(arm: Arm, x_TD: Tensor, in_flight: int, seconds: float) -> tuple[float, list[float]]:
+    """Rows a second, and the seconds of each call.
+
+    Counted is from the end of the first `in_flight` calls to the end of the last whole group of `in_flight`: the calls
+    of an arm often end together, and neither the ramp nor part of a group must distort the rate.
+    """
+    latencies: list[float] = []
+    ends: list[float] = []
+    deadline = time.perf_counter() + seconds
+
+    async def caller() -> None:
+        while time.perf_counter() < deadline or len(ends) < 2 * in_flight:
+            begin = time.perf_counter()
+            await arm.call(x_TD)
+            ends.append(time.perf_counter())
+            latencies.append(ends[-1] - begin)
+
+    await asyncio.gather(*(caller() for _ in range(in_flight)))
+    full = [end for end in ends if end <= deadline]
+    if len(full) < 2 * in_flight:
+        full = ends
+    whole = len(full) - len(full) % in_flight
+    rate = (whole - in_flight) * x_TD.shape[0] / (full[whole - 1] - full[in_flight - 1])
+    return rate, latencies

@@ -1,0 +1,51 @@
+"""A Ray of our own, in a folder of its own, of which nothing is left: what all Ray arms of a process stand on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from expertmesh.cluster.reaper import MARKER, end_marked_processes, start_reaper
+
+
+@contextmanager
+def private_ray() -> Iterator[Any]:
+    """The `ray` module with a private Ray running; one that runs in this process already is reused, and left alone.
+
+    At the end all of its processes are gone, and its folder too; a reaper sees to that if this process is killed.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray  # here, because importing it reads the environment
+
+    if ray.is_initialized():
+        yield ray
+        return
+    folder = tempfile.mkdtemp(prefix="expertmesh-peers-")
+    reaper = start_reaper(folder)
+    try:
+        _start(ray, folder)
+        yield ray
+    finally:
+        ray.shutdown()
+        end_marked_processes(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        reaper.communicate()
+
+
+def _start(ray: Any, folder: str) -> None:
+    os.environ[MARKER] = folder  # only Ray's processes may carry it: the reaper ends all that do
+    try:
+        ray.init(
+            address="local",  # without it, a Ray that runs on this machine would be joined
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=folder,
+        )
+    finally:
+        del os.environ[MARKER]
