@@ -6,7 +6,7 @@ A message is eight bytes of length, little endian, and one frame of `experts/wir
     router    prove    {nonce, proof}                     proof of the secret over both nonces and the incarnation
     replica   welcome  {proof, credits}                   the same by the replica, and how many calls it takes at once
     router    call     {attempt, timeout, parts, sums}    rows, index?, weights?
-    replica   reply    {attempt, outputs, sums, failures, kinds}   rows0, rows1, ... and lost?
+    replica   reply    {attempt, outputs, sums, failures, seconds} rows0, rows1, ... and lost?
     router    cancel   {attempt}                          nobody waits for it any more
 
 So a router sends no row to a process that does not know the secret, or that is another incarnation than it was told.
@@ -87,7 +87,7 @@ def decode_call(frame: Frame) -> ExpertCall:
     return ExpertCall(attempt_of(frame), parts, rows, index, weights, sums, math.inf if timeout is None else timeout)
 
 
-def encode_reply(attempt: int, reply: ExpertReply) -> list[Buffer]:
+def encode_reply(attempt: int, reply: ExpertReply, queued: float = 0.0) -> list[Buffer]:
     """The message of a reply; no tensor is copied. Outputs of one dtype and shape stand in one tensor."""
     kinds: dict[tuple[str, tuple[int, ...]], list[Tensor]] = {}
     failures: list[list[str]] = []
@@ -108,6 +108,7 @@ def encode_reply(attempt: int, reply: ExpertReply) -> list[Buffer]:
         "outputs": [told(output) for output in reply.outputs],
         "sums": [told(total) for total in reply.sums],
         "failures": failures,
+        "seconds": [queued, reply.computed],
     }
     wired = {f"rows{number}": _pieces(tensors) for number, tensors in enumerate(kinds.values())}
     if reply.lost is not None:
@@ -117,7 +118,7 @@ def encode_reply(attempt: int, reply: ExpertReply) -> list[Buffer]:
 
 def decode_reply(frame: Frame, incarnation: str) -> ExpertReply:
     """The reply of a frame. Its tensors share the frame's memory. Raises InvalidRequest."""
-    meta = _expect(frame, "reply", "attempt", "outputs", "sums", "failures")
+    meta = _expect(frame, "reply", "attempt", "outputs", "sums", "failures", "seconds")
     left = {name: from_wire(tensor) for name, tensor in frame.tensors.items()}
     failures = [PartFailure(str(error), str(text)) for error, text in _lists(meta["failures"], 2)]
 
@@ -138,7 +139,10 @@ def decode_reply(frame: Frame, incarnation: str) -> ExpertReply:
 
     outputs = tuple(read(*told) for told in _lists(meta["outputs"], 2))
     sums = tuple(read(*told) for told in _lists(meta["sums"], 2))
-    return ExpertReply(incarnation, outputs, sums, left.get("lost"))
+    ((queued, computed),) = _lists([meta["seconds"]], 2)
+    if not isinstance(queued, float) or not isinstance(computed, float):
+        raise InvalidRequest("a reply tells seconds")
+    return ExpertReply(incarnation, outputs, sums, left.get("lost"), queued, computed)
 
 
 def attempt_of(frame: Frame) -> int:

@@ -179,7 +179,7 @@ class ChannelServer:
             call = decode_call(frame)
             if len(peer.waiting) >= CREDITS:
                 raise InvalidRequest(f"it sent more than {CREDITS} calls at once")
-            peer.waiting.append((call, self._clock() + call.timeout))
+            peer.waiting.append((call, self._clock()))
         elif frame.kind == "cancel":
             attempt = attempt_of(frame)
             left = deque(waiting for waiting in peer.waiting if waiting[0].attempt != attempt)
@@ -208,14 +208,15 @@ class ChannelServer:
                 return peer, *peer.waiting[0]
         return None
 
-    def _serve(self, peer: _Peer, call: ExpertCall, deadline: float) -> None:
+    def _serve(self, peer: _Peer, call: ExpertCall, arrived: float) -> None:
         try:
-            if self._gate is not None and self._gate.take():
+            if self._gate is not None and self._host.computes(call) and self._gate.take():
                 self._turn(0.0)  # it may have been cancelled in the meantime
                 if not peer.waiting or peer.waiting[0][0] is not call:
                     return
             peer.waiting.popleft()
-            if self._clock() > deadline:
+            queued = self._clock() - arrived
+            if queued > call.timeout:
                 self.counted["expired"] += 1
                 reply = _failed(self._host, call, "DeadlineExceeded", "the deadline passed while the rows waited")
             else:
@@ -224,7 +225,7 @@ class ChannelServer:
         finally:
             if self._gate is not None:
                 self._gate.give_back()
-        self._send(peer, encode_reply(call.attempt, reply))
+        self._send(peer, encode_reply(call.attempt, reply, queued))
 
     def _computed(self, call: ExpertCall) -> ExpertReply:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import uuid
 from dataclasses import dataclass
 
@@ -109,18 +110,26 @@ class ExpertHost:
         with self._lock:
             return tuple(self._loaded.values())
 
+    def computes(self, call: ExpertCall) -> bool:
+        """Whether a message keeps a core busy: modules do, plain functions may as well wait for something else."""
+        return any(
+            function is not None and function.module is not None
+            for function in (self._slots.get((part.expert, part.version)) for part in call.parts)
+        )
+
     @torch.inference_mode()
     def compute(self, call: ExpertCall) -> ExpertReply:
         """Compute every part of a message; a part that fails does not harm the others."""
+        began = time.perf_counter()
         rows = call.rows.to(self.device)
         index = None if call.row_index is None else call.row_index.to(self.device)
         summed = {position for asked in call.sums for position in range(asked.first, asked.last)}
         outputs = [self._part(part, rows, index, keep=position in summed) for position, part in enumerate(call.parts)]
         if not call.sums:
-            return ExpertReply(self.incarnation, tuple(outputs))
+            return ExpertReply(self.incarnation, tuple(outputs), computed=time.perf_counter() - began)
         sums, lost = add_up(call, outputs, index)
         told = (None if at in summed and isinstance(out, Tensor) else out for at, out in enumerate(outputs))
-        return ExpertReply(self.incarnation, tuple(told), sums, lost)
+        return ExpertReply(self.incarnation, tuple(told), sums, lost, computed=time.perf_counter() - began)
 
     def _part(self, part: Part, rows: Tensor, index: Tensor | None, *, keep: bool) -> Tensor | PartFailure:
         """The answer of one part; on the device if `keep`, to be added up there."""

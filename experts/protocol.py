@@ -109,13 +109,16 @@ class ExpertReply:
 
     `outputs` has one entry per part: its rows [stop - start, ...], or why there are none; None for a part that went
     into a sum. `sums` has the rows [stop - start, ...] of each partial sum, or why there are none. `lost` holds the
-    pairs, int64, that no sum contains because their answer is not finite; None where there are none.
+    pairs, int64, that no sum contains because their answer is not finite; None where there are none. `queued` and
+    `computed` are the seconds that the call waited in the replica, and that its experts took.
     """
 
     incarnation: str
     outputs: tuple[Any | PartFailure | None, ...]
     sums: tuple[Any | PartFailure, ...] = ()
     lost: Any = None
+    queued: float = 0.0
+    computed: float = 0.0
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any]) -> T:

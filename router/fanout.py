@@ -89,6 +89,7 @@ class Fanout:
         self._view = view
         self._telemetry = telemetry
         self._lanes: dict[str, _Lane] = {}
+        self._filled: dict[str, _Lane] = {}
         self._attempts = itertools.count(1)
 
     def submit(self, work: Work, done: Callable[[Result], None]) -> Job:
@@ -156,7 +157,14 @@ class Fanout:
         self._view.sent(name, job.work.size)
         if len(lane.under_way) < WINDOW:
             # Not at once: what is submitted in this turn of the loop goes together.
-            asyncio.get_running_loop().call_soon(self._pump, name, lane)
+            if not self._filled:
+                asyncio.get_running_loop().call_soon(self._flush)
+            self._filled[name] = lane
+
+    def _flush(self) -> None:
+        filled, self._filled = self._filled, {}
+        for name, lane in filled.items():
+            self._pump(name, lane)
 
     def _pump(self, name: str, lane: _Lane) -> None:
         while len(lane.under_way) < WINDOW and self._lanes.get(name) is lane:
@@ -189,6 +197,7 @@ class Fanout:
                 self._tell(job, reply)
         else:
             seconds = asyncio.get_running_loop().time() - message.started
+            self._telemetry.replied(lane.replica.id, reply.queued, reply.computed)
             for job, place in zip(message.jobs, message.places, strict=True):
                 self._deliver(job, _answer(reply, place), seconds)
 

@@ -81,7 +81,9 @@ class View:
         usable = [name for name in holders if self._entries[name].suspect == 0 and name not in exclude]
         if not usable:
             raise Unavailable(f"every replica of {wanted[0][0]} is down or restarting; retry in a moment")
-        drawn = self._rng.sample(usable, min(2, len(usable)))  # in random order, so that equals take turns
+        if len(usable) == 1:
+            return self._entries[usable[0]].replica
+        drawn = self._rng.sample(usable, 2)  # in random order, so that equals take turns
         return self._entries[min(drawn, key=lambda name: self._rows.get(name, 0))].replica
 
     def holds(self, replica_id: str, expert: str, version: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,8 +20,7 @@ class Histogram:
 
     def observe(self, seconds: float) -> None:
         """Count one observation."""
-        index = next((i for i, bound in enumerate(LATENCY_BUCKETS) if seconds <= bound), len(LATENCY_BUCKETS))
-        self.counts[index] += 1
+        self.counts[bisect_left(LATENCY_BUCKETS, seconds)] += 1
         self.total += seconds
 
 
@@ -28,15 +28,18 @@ class Histogram:
 class Telemetry:
     """Everything that is counted, since the start of this router.
 
-    By expert id: rows, errors, gate_mass, seconds (from sending to the answer). By replica id: messages. By (layer,
-    code): requests. By layer: latency of whole requests, rows and batches that went through its gate. `copied`: bytes
-    of rows that were copied on their way, beside what the kernel copies.
+    By expert id: rows, errors, gate_mass, seconds (from sending to the answer). By replica id: messages, and
+    the seconds that they waited there and were computed. By (layer, code): requests. By layer: latency of whole
+    requests, and batches that went through its gate. `copied`: bytes of rows that were copied on their way, beside what
+    the kernel copies.
     """
 
     rows: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
     gate_mass: dict[str, float] = field(default_factory=dict)
     messages: Counter[str] = field(default_factory=Counter)
+    queued: dict[str, float] = field(default_factory=dict)
+    computing: dict[str, float] = field(default_factory=dict)
     retries: int = 0
     copied: int = 0
     requests: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -47,7 +50,7 @@ class Telemetry:
     def answered(self, layer: str, code: str, seconds: float) -> None:
         """Count one request that ended, well ("OK") or not."""
         self.requests[layer, code] += 1
-        self.request_latency.setdefault(layer, Histogram()).observe(seconds)
+        self._of(self.request_latency, layer).observe(seconds)
 
     def chosen(self, experts: Sequence[str], mass: Sequence[float]) -> None:
         """Count the |gate weight| that each expert was chosen with."""
@@ -55,7 +58,19 @@ class Telemetry:
             if weight:
                 self.gate_mass[expert] = self.gate_mass.get(expert, 0.0) + weight
 
+    def replied(self, replica: str, queued: float, computed: float) -> None:
+        """Count the seconds that a message waited in a replica and was computed."""
+        self.queued[replica] = self.queued.get(replica, 0.0) + queued
+        self.computing[replica] = self.computing.get(replica, 0.0) + computed
+
     def computed(self, expert: str, rows: int, seconds: float) -> None:
         """Count rows that an expert answered."""
         self.rows[expert] += rows
-        self.expert_latency.setdefault(expert, Histogram()).observe(seconds)
+        self._of(self.expert_latency, expert).observe(seconds)
+
+    @staticmethod
+    def _of(histograms: dict[str, Histogram], name: str) -> Histogram:
+        found = histograms.get(name)
+        if found is None:
+            found = histograms[name] = Histogram()
+        return found

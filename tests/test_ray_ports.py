@@ -34,7 +34,7 @@ def test_candidates_that_are_staged_together_get_their_own_weights(
             threading.Event().wait(0.002)
 
     def put(packed: dict[str, Any]) -> Reference:
-        puts.append(float(ray_ports.unpack(packed["weight"])[0]))
+        puts.append(float(from_bytes(*packed["weight"])[0]))
         return Reference(puts[-1])
 
     monkeypatch.setattr(ray_ports.ray, "put", put)

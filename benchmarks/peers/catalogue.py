@@ -24,6 +24,11 @@ class Entry:
 
 ARMS = {
     "in_process": Entry("in_process", "InProcess"),
+    "expertmesh": Entry("product", "ProductRouter"),
+    "expertmesh_2": Entry("product", "ProductRouter", {"actors": 2}),
+    "expertmesh_client": Entry("product", "ProductClient"),
+    "expertmesh_client_2": Entry("product", "ProductClient", {"actors": 2}),
+    "expertmesh_over_ray": Entry("product", "ProductClient", {"transport": "ray"}),
     "ray_naive": Entry("ray_naive", "RayNaive"),
     "ray_good": Entry("ray_good", "RayGood"),
     "ray_good_2": Entry("ray_good", "RayGood", {"actors": 2}),

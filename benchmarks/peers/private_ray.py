@@ -20,6 +20,7 @@ def private_ray() -> Iterator[Any]:
     At the end all of its processes are gone, and its folder too; a reaper sees to that if this process is killed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 otherwise: everything else would go before its actors
     import ray  # here, because importing it reads the environment
 
     if ray.is_initialized():

@@ -79,7 +79,7 @@ class Request:
             return
         version = self.epoch.versions[expert]
         try:
-            name = self.router.view.choose(expert, version, exclude=tried)
+            name = self.router.view.choose([(expert, version)], exclude=tried).id
         except ExpertMeshError as error:
             self._failed(error)
             return
