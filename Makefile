@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean bench-router sim chaos-swap chaos-kill soak-swap chaos-slow
+.PHONY: help demo test test-ray check format clean bench-router sim chaos-swap chaos-kill soak-swap chaos-slow bench-nodes leak
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -20,6 +20,9 @@ demo: $(STAMP) ## train experts on real text, serve them, replace one under traf
 
 test: $(STAMP) ## the whole suite, on real Ray and real gRPC too (minutes)
 	$(BIN)/python -m pytest
+
+test-ray: $(STAMP) ## the tests on real Ray once more, with rows through Ray's calls in place of the channel
+	$(BIN)/python -m pytest tests/test_ray_*.py --transport ray
 
 check: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check .
@@ -49,6 +52,12 @@ soak-swap: $(STAMP) ## 2,000 swaps in a row: memory, file descriptors and latenc
 
 chaos-slow: $(STAMP) ## a slow layer at twice what it bears must not slow down another one
 	$(BIN)/python -m benchmarks.chaos slow
+
+bench-nodes: $(STAMP) ## the channel over TCP between two Ray nodes on this machine, beside the one on a node
+	$(BIN)/python -m benchmarks.nodes
+
+leak: $(STAMP) ## starts, stops and kills in great number: nothing may be left (12 minutes at most)
+	$(BIN)/python -m benchmarks.leak
 
 clean: ## remove what these targets made
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis out

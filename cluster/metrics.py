@@ -35,7 +35,9 @@ class RouterCollector:
         yield _counter("replica_messages", "Messages sent to a replica.", "replica", counted.messages)
         yield _counter("replica_queue_seconds", "Time that messages waited in a replica.", "replica", counted.queued)
         yield _counter("replica_compute_seconds", "Time that a replica computed.", "replica", counted.computing)
-        yield _counter("rows_carried", "Rows sent to replicas, by the way they went.", "way", self._router.transport.carried)
+        yield _counter(
+            "rows_carried", "Rows sent to replicas, by the way they went.", "way", self._router.transport.carried
+        )
         yield _counter("layer_batches", "Batches that went through a layer's gate.", "layer", counted.batches)
         yield CounterMetricFamily("expertmesh_retries", "Rows sent again to another replica.", value=counted.retries)
         requests = CounterMetricFamily("expertmesh_requests", "Requests by how they ended.", labels=["layer", "code"])

@@ -11,7 +11,21 @@ from pathlib import Path
 import psutil
 import pytest
 
+from expertmesh.cluster.settings import ClusterConfig
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--transport", default="channel", help="how rows travel in clusters on Ray: channel or ray")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def transport(request: pytest.FixtureRequest) -> str:
+    """How rows travel in clusters that do not say so; the whole suite can be run over either way."""
+    chosen: str = request.config.getoption("--transport")
+    ClusterConfig.__init__.__kwdefaults__["transport"] = chosen
+    return chosen
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from expertmesh.cluster.plan import plan_layer
 from expertmesh.experts.host import ExpertHost
 from expertmesh.experts.protocol import CallOptions
 from expertmesh.router.answer import ForwardReply, ForwardRequest
@@ -34,11 +35,11 @@ class Mesh:
         self.local = LocalTransport()
         self.router = Router(transport or self.local, **options)
         self.versions = {layer.gate_id: GATE_VERSION}
-        for expert_id, expert in layer.everyone_by_id.items():
-            for copy in range(expert.replicas):
-                host = self.hosts[f"{expert_id}#{copy}"] = ExpertHost()
+        for planned in plan_layer(layer):
+            host = self.hosts[planned.id] = ExpertHost()
+            for expert_id, expert in planned.experts.items():
                 self.versions[expert_id] = host.load(expert_id, expert, 1).version
-                self.local.add(f"{expert_id}#{copy}", host)
+            self.local.add(planned.id, host)
 
     async def __aenter__(self) -> Mesh:
         self.report()
@@ -51,7 +52,7 @@ class Mesh:
     def replica(self, name: str, **changes: Any) -> Replica:
         host = self.hosts[name]
         known: Mapping[str, Any] = {
-            "experts": (name.partition("#")[0],),
+            "experts": tuple({loaded.expert for loaded in host.loaded()}),
             "incarnation": host.incarnation,
             "holds": frozenset((loaded.expert, loaded.version) for loaded in host.loaded()),
             "state": READY,

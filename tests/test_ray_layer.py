@@ -101,6 +101,15 @@ def test_weighted_functions_of_the_first_article(client: Client) -> None:
     assert reply.epoch == 1
 
 
+def test_the_counter_tells_which_way_the_rows_went(client: Client, transport: str) -> None:
+    before = client.status()["router"]["rows_carried"]
+    client.forward("s1", np.ones(5, dtype=np.float32))
+    after = client.status()["router"]["rows_carried"]
+    way = "unix" if transport == "channel" else transport
+    assert after.keys() == {way}
+    assert after[way] == before.get(way, 0) + 15
+
+
 def test_worked_example_of_the_second_article(client: Client) -> None:
     output = client.forward("s8", np.zeros((1, 4), dtype=np.float32))
     np.testing.assert_allclose(output, [[0.86, 0.14]], atol=1e-6)

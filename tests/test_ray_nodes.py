@@ -29,7 +29,7 @@ def two_nodes(nothing_left: None) -> Iterator[Any]:
     nodes.shutdown()
 
 
-def test_code_from_a_folder_runs_on_the_second_node(two_nodes: Any, tmp_path: Path) -> None:
+def test_code_from_a_folder_runs_on_the_second_node(two_nodes: Any, tmp_path: Path, transport: str) -> None:
     (tmp_path / "my_experts.py").write_text(
         textwrap.dedent("""
             def tripled(rows):
@@ -52,7 +52,9 @@ def test_code_from_a_folder_runs_on_the_second_node(two_nodes: Any, tmp_path: Pa
         with Client(cluster.endpoint) as client:
             x = np.arange(6, dtype=np.float32).reshape(2, 3)
             np.testing.assert_allclose(client.forward("far", x), 2 * x)
-            experts = client.status()["layers"]["far"]["experts"]
+            status = client.status()
+        carried, experts = status["router"]["rows_carried"], status["layers"]["far"]["experts"]
+        assert carried == ({"unix": 2, "tcp": 2} if transport == "channel" else {"ray": 4})
         (there,) = experts["far/there"]["replicas"]
         assert there["node"].endswith(two_nodes.second.node_id[:8])
     gpu = Layer("gpu", gates.Fixed([1.0]), {"e": Expert("numpy:negative", num_gpus=1)})

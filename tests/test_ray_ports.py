@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from expertmesh.cluster.ray_environment import load_backend
+from expertmesh.experts.tensors import from_bytes
 from expertmesh.experts.weights import save_tensors
 
 pytestmark = pytest.mark.ray
