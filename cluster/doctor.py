@@ -131,9 +131,10 @@ def _ray(machine: Machine) -> Check:
     others = [entry for entry in machine.ray if not any(f"logs {folder}/" in entry for folder in folders)]
     if not others:
         return Check("other ray", "ok", "none but that of the clusters above")
-    return Check(
-        "other ray", "warn", "; ".join(others), 'address="auto" would join it; without `address` a new Ray is started'
-    )
+    mend = 'address="auto" would join it; without `address` a new Ray is started'
+    if any("workers at nice 15" in entry for entry in others):
+        mend += "; whatever else runs there goes before its workers: start it with RAY_worker_niceness=0"
+    return Check("other ray", "warn", "; ".join(others), mend)
 
 
 def release(version: str) -> tuple[int, ...]:

@@ -110,7 +110,9 @@ def ray_processes(root: Path = Path("/"), environ: Mapping[str, str] | None = No
         words = _read(path).split("\0")
         if words[0].endswith("gcs_server"):
             logs = next((word.partition("=")[2] for word in words if word.startswith("--log_dir=")), "unknown")
-            found.append(f"pid {path.parent.name}, logs {logs}")
+            settings = _read(path.parent / "environ").split("\0")
+            nice = next((text.partition("=")[2] for text in settings if text.startswith("RAY_worker_niceness=")), "15")
+            found.append(f"pid {path.parent.name}, logs {logs}, workers at nice {nice}")
     return tuple(found)
 
 

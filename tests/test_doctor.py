@@ -126,7 +126,10 @@ def test_a_ray_that_runs_is_seen(tmp_path: Path) -> None:
     assert ray_processes(tmp_path, {}) == ()
     write(tmp_path, "proc/42/cmdline", "/x/gcs_server\0--log_dir=/y/logs\0")
     write(tmp_path, "proc/43/cmdline", "python\0gcs_server\0")
-    assert ray_processes(tmp_path, {"RAY_ADDRESS": "auto"}) == ("RAY_ADDRESS=auto", "pid 42, logs /y/logs")
+    assert ray_processes(tmp_path, {"RAY_ADDRESS": "auto"}) == (
+        "RAY_ADDRESS=auto",
+        "pid 42, logs /y/logs, workers at nice 15",
+    )
 
 
 def test_a_port_in_use_is_seen() -> None:
