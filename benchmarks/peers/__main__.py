@@ -41,7 +41,7 @@ def main() -> int:
         print(json.dumps(found))
     else:
         for name, value in found.items():
-            print(f"{name:<28} {f'{value:.4g}' if isinstance(value, float) else value}")
+            print(f"{name:<28} {_text(value)}")
     return 0
 
 
@@ -84,6 +84,10 @@ def _figures(title: str, seen: Block) -> dict[str, float]:
         f"{title}: CPU s/1,000 rows": seen.cpu_seconds,
         f"{title}: foreign load": seen.foreign,
     }
+
+
+def _text(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _options() -> Any:

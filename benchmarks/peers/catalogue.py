@@ -32,7 +32,7 @@ ARMS = {
     "ray_naive": Entry("ray_naive", "RayNaive"),
     "ray_good": Entry("ray_good", "RayGood"),
     "ray_good_2": Entry("ray_good", "RayGood", {"actors": 2}),
-    "ray_serve": Entry("ray_serve", "RayServeIngress"),
+    "ray_serve": Entry("ray_serve", "RayServeIngress", {"protocol": "grpc"}),
     "ray_serve_optimised": Entry("ray_serve", "RayServeIngress", {"optimised": True}),
     "ray_serve_batched": Entry("ray_serve", "RayServeIngress", {"optimised": True, "batched": True}),
     "ray_serve_grpc": Entry("ray_serve", "RayServeIngress", {"optimised": True, "protocol": "grpc"}),

@@ -37,17 +37,19 @@ class Helper:
             text=True,
             env=environment,
         )
-        patience = threading.Timer(seconds, self._process.kill)
-        patience.start()
-        self.said = self.read()
-        patience.cancel()
+        self.said = self.read(seconds)
         if not self.said:
             self.close()
             raise ArmUnavailable(f"{module} did not start: {self._last_words or 'it said nothing'}")
 
-    def read(self) -> str:
-        """The next line that it says, or nothing when it has ended."""
-        return self._process.stdout.readline().strip() if self._process.stdout else ""
+    def read(self, seconds: float = START_SECONDS) -> str:
+        """The next line that it says, or nothing when it has ended; it is ended if it says nothing for so long."""
+        patience = threading.Timer(seconds, self._process.kill)
+        patience.start()
+        try:
+            return self._process.stdout.readline().strip() if self._process.stdout else ""
+        finally:
+            patience.cancel()
 
     def close(self) -> None:
         """End it, in good order if it can."""

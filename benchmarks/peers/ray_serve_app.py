@@ -72,7 +72,7 @@ class RouterDeployment:
         answer = await self.layer(np.frombuffer(await request.body(), np.uint8))
         return Response(answer.tobytes(), media_type="application/octet-stream")
 
-    @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=0.0)  # type: ignore[untyped-decorator]
+    @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=0.0)
     async def _merged(self, requests: list[Tensor]) -> list[Tensor]:
         y_TD = await self._compute(torch.cat(requests) if len(requests) > 1 else requests[0])
         return list(torch.split(y_TD, [x_TD.shape[0] for x_TD in requests]))
@@ -92,9 +92,10 @@ class RouterDeployment:
 def application(shape: Shape, dtype: torch.dtype, batched: bool) -> Any:
     """The application, to be run by `serve.run`."""
     options = {"ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": MANY}
-    one = serve.deployment(ExpertDeployment)
+    one: Any = serve.deployment(ExpertDeployment)
     experts = [one.options(name=f"expert-{i}", **options).bind(shape, i, dtype) for i in range(shape.experts)]
-    return serve.deployment(RouterDeployment).options(name="router", **options).bind(shape, dtype, batched, *experts)
+    router: Any = serve.deployment(RouterDeployment)
+    return router.options(name="router", **options).bind(shape, dtype, batched, *experts)
 
 
 def add_to_server(servicer: Any, server: Any) -> None:

@@ -51,7 +51,8 @@ def addresses() -> dict[str, str]:
     """{protocol: address} where the ingress listens: the proxy, or under direct ingress the router itself."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        groups = _get_global_client().get_serve_details()["target_groups"]
+        client: Any = _get_global_client()
+        groups = client.get_serve_details()["target_groups"]
         found = {group["protocol"]: group["targets"] for group in groups if group["targets"]}
         if {"HTTP", "gRPC"} <= found.keys():
             return {name.lower(): f"{HOST}:{targets[0]['port']}" for name, targets in found.items()}
