@@ -7,6 +7,7 @@ arms have a Ray of theirs in the process that measures.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -37,9 +38,11 @@ def layer(shape: str, dtype: str, actors: int) -> Layer:
 
 def main(shape: str, dtype: str, actors: str, transport: str = "channel") -> None:
     """Serve until standard input ends."""
+    said = os.dup(1)
+    os.dup2(2, 1)  # Ray warns on standard output of many workers that start
     options = {"name": f"bench-{shape}-{dtype}-{transport}", "port": 0, "transport": transport}
     with Cluster.start([layer(shape, dtype, int(actors))], **options) as cluster:
-        print(json.dumps(described(cluster)), flush=True)
+        os.write(said, f"{json.dumps(described(cluster))}\n".encode())
         sys.stdin.read()
 
 
