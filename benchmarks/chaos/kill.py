@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from dataclasses import dataclass, field
+from statistics import median
 
 from .checker import Checker
 from .figures import (
@@ -27,6 +28,9 @@ from .load import Load, capacity
 from .mesh import Mesh, chaos_mesh
 
 LOAD_SHARE = 0.6
+LOSS_SECONDS = 0.4
+"""In which the loss of a replica shows; after that its successor starts, and takes the cores to import torch."""
+
 CRASHING = {"ControllerActor": "benchmarks.chaos.crash:CrashingControllerActor"}
 
 
@@ -38,6 +42,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steady", type=float, default=15.0, help="seconds before the first kill")
     parser.add_argument("--every", type=float, default=5.0, help="seconds from one kill of a replica to the next")
     parser.add_argument("--kills", type=int, default=25, help="of the controller while it commits")
+    parser.add_argument("--share", type=float, default=LOAD_SHARE, help="of the capacity, under which replicas die")
     parser.add_argument("--count", type=int, default=4, help="rows of a request")
     parser.add_argument("--only", nargs="*", choices=("replicas", "steps", "commits", "restart"))
 
@@ -49,7 +54,7 @@ def main(options: argparse.Namespace) -> int:
     with chaos_mesh("chaos-kill", experts=options.experts, replicas=options.replicas, actors=CRASHING) as mesh:
         full = capacity(mesh.cluster.endpoint, mesh.shape.layer, count=options.count, seconds=4.0)
         say("capacity, rows/s (32 callers)", full)
-        rate = LOAD_SHARE * full / options.count
+        rate = options.share * full / options.count
         if "replicas" in wanted:
             problems += replicas(mesh, rate, options)
         if "steps" in wanted:
@@ -73,7 +78,12 @@ class Killer:
     draw: random.Random = field(default_factory=lambda: random.Random(0))
     away: dict[str, float] = field(default_factory=dict)
     back: list[float] = field(default_factory=list)
-    kills: int = 0
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def kills(self) -> int:
+        """How many were killed."""
+        return len(self.times)
 
     def run(self, seconds: float, every: float) -> None:
         """Kill for so many seconds, then wait until all are back."""
@@ -87,7 +97,7 @@ class Killer:
                 id = self.draw.choice(whole)
                 os.kill(self.draw.choice(ready[id]), signal.SIGKILL)
                 self.away[id] = time.monotonic()
-                self.kills += 1
+                self.times.append(self.away[id])
                 due += every
             time.sleep(0.1)
 
@@ -116,7 +126,10 @@ def replicas(mesh: Mesh, rate: float, options: argparse.Namespace) -> list[str]:
     say_judged(found, checker, load)
     say("replicas killed", killer.kills, f"one in {options.every:g} s")
     say("seconds until it is ready again, p50 / most", _seconds(killer.back), "<= 10")
-    say("longest gap between answers, ms", 1000 * longest_gap(load.seen, begin, end))
+    after = [1000 * longest_gap(load.seen, time, time + LOSS_SECONDS) for time in killer.times]
+    say("longest gap just after a kill, ms, of all / median", f"{max(after):.0f} / {median(after):.0f}", "<= 100")
+    gaps = [longest_gap(load.seen, start, stop) for start, stop in ((begin - options.steady, begin), (begin, end))]
+    say("longest gap between answers, ms, steady / with kills", f"{1000 * gaps[0]:.0f} / {1000 * gaps[1]:.0f}", "<= 100")
     steady, during = between(load.seen, begin - options.steady, begin), between(load.seen, begin, end)
     say("latency p99 ms, steady / with kills", f"{p99_ms(steady):.1f} / {p99_ms(during):.1f}")
     say("p99 ratio", p99_ms(during) / p99_ms(steady), "<= 3")
