@@ -12,7 +12,9 @@ from typing import Any
 
 import psutil
 
-LIBRARIES = ("expertmesh", "torch", "ray", "grpcio", "numpy", "msgpack")
+from expertmesh.experts.version import version
+
+LIBRARIES = ("torch", "ray", "grpcio", "numpy", "msgpack")
 
 
 def now() -> datetime:
@@ -29,7 +31,7 @@ def facts(clock: Callable[[], datetime] = now) -> dict[str, Any]:
         "memory GiB": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in LIBRARIES},
+        "versions": {"expertmesh": version()} | {name: _version(name) for name in LIBRARIES},
         "load before": [round(value, 2) for value in os.getloadavg()],
         "threads of torch here": 1,
     }
@@ -49,4 +51,4 @@ def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed as a package"
+        return "not installed"

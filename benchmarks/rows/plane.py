@@ -1,4 +1,4 @@
-"""C1 to C4: the data plane, with its router in this process, against the same layer without messages and on plain Ray."""
+"""C1 to C4: the data plane, its router in this process, against the layer without messages and on plain Ray."""
 
 from __future__ import annotations
 

@@ -44,22 +44,26 @@ def measure(rows: Sequence[Row], effort: Effort, say: Callable[[str], None], *, 
     """Measure declared rows; arms run for as long as neighbouring parties need them."""
     wanted = {row.name: comparisons_of(row, quick=quick, tiny=tiny) for row in rows}
     planned = parties(one for found in wanted.values() for one in found)
-    staged = {one.condition for row in rows if row.stages for one in wanted[row.name]}
+    staged = {_alone(one.condition) for row in rows if row.stages for one in wanted[row.name]}
     result, seen = Result(), dict[Party, Measured]()
     with Session(effort, say) as session:
         for party in planned:
-            wants_stages = party.condition in staged and party.condition not in result.stages
+            alone = _alone(party.condition)
+            wants_stages = alone in staged and alone not in result.stages
             found = seen[party] = session.run(party, stages=wants_stages)
             if found.stages is not None:
-                result.stages[found.party.condition] = found.stages
+                result.stages[alone] = found.stages
             result.measured.append(found)
         result.versions = dict(session.versions)
     for row in rows:
         for one in wanted[row.name]:
             found = seen[party_of(one, planned)]
-            named = [replace(line, what=line.what) for line in lines(row.name, one, found.blocks, found.skipped)]
-            result.lines += named
+            result.lines += lines(row.name, one, found.blocks, found.skipped)
     return result
+
+
+def _alone(condition: Condition) -> Condition:
+    return replace(condition, in_flight=1)
 
 
 def _figures(block: Any) -> dict[str, float]:

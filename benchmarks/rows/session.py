@@ -114,8 +114,8 @@ class Session:
             self._running[key] = arm = catalogue.start(name, SHAPES[shape], DTYPES[dtype])
             self.versions[name] = arm.version
         except (ArmUnavailable, ImportError) as error:
-            self._refused[key] = str(error)
-            self.say(f"skipped {name}: {error}")
+            self._refused[key] = str(error).strip().splitlines()[-1][:200]
+            self.say(f"skipped {name}: {self._refused[key]}")
 
     def _check(self, arms: dict[str, Arm], skipped: dict[str, str], where: Condition) -> None:
         """Compare the answer of each arm with the reference; one that differs is not timed."""

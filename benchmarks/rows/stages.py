@@ -1,8 +1,8 @@
 """Where the time of one call through the product's router goes, one call at a time.
 
-Seven stages follow one another on the way of the last reply of a batch, so that with what is not explained they are
-the whole: gate; dispatch (group rows, build and write messages, up to the last reply's own); channel (there and back,
-without the two that follow); queue and compute, which the replica says itself; combine; reply.
+Stages follow one another on the way of the last reply of a batch, so that with what is not explained they are the
+whole: admit (up to the gate); gate; dispatch (group rows, build and write messages, up to the last reply's own);
+channel (there and back, without the two that follow); queue and compute, which the replica says itself; combine; reply.
 """
 
 from __future__ import annotations
@@ -22,8 +22,14 @@ from expertmesh.cluster import channel
 from expertmesh.experts.protocol import ExpertReply
 from expertmesh.router import answer, fanout, forward, gating
 
-NAMES = ("gate", "dispatch", "channel", "queue", "compute", "combine", "reply")
-PARTS = ((forward, "assign"), (fanout, "build_call"), (channel, "encode_call"), (channel, "decode"), (channel, "decode_reply"))
+NAMES = ("admit", "gate", "dispatch", "channel", "queue", "compute", "combine", "reply")
+PARTS = (
+    (forward, "assign"),
+    (fanout, "build_call"),
+    (channel, "encode_call"),
+    (channel, "decode"),
+    (channel, "decode_reply"),
+)
 """Functions that are timed beside the stages, as parts of dispatch and of the way back."""
 
 MOST_UNEXPLAINED = 0.10
@@ -51,6 +57,7 @@ class Stages:
 class Trace:
     """Moments of the call that is under way, in seconds."""
 
+    begin: float = 0.0
     gated: tuple[float, float] = (0.0, 0.0)
     sent: float = 0.0
     returned: float = 0.0
@@ -63,6 +70,7 @@ class Trace:
         """Seconds of each stage of a call that has ended."""
         channel_seconds = self.returned - self.sent - self.queued - self.computed
         seconds = (
+            self.gated[0] - self.begin,
             self.gated[1] - self.gated[0],
             self.sent - self.gated[1],
             channel_seconds,
@@ -83,10 +91,10 @@ async def taken_apart(arm: Arm, x_TD: Tensor, seconds: float) -> Stages:
     with _traced() as restart:
         while clock() - begin < seconds or len(seen) < FEWEST_CALLS:
             trace = restart()
-            start = clock()
+            trace.begin = clock()
             await arm.call(x_TD)
             end = clock()
-            seen.append((end - start, trace.stages(end), trace.parts))
+            seen.append((end - trace.begin, trace.stages(end), trace.parts))
     return mean(seen)
 
 

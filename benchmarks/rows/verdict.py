@@ -32,7 +32,9 @@ class Line:
     note: str = ""
 
 
-def lines(row: str, comparison: Comparison, blocks: Mapping[str, Sequence[Block]], skipped: Mapping[str, str]) -> list[Line]:
+def lines(
+    row: str, comparison: Comparison, blocks: Mapping[str, Sequence[Block]], skipped: Mapping[str, str]
+) -> list[Line]:
     """The lines of a comparison. `skipped` says why an arm has no blocks."""
     theirs = [name for name in comparison.theirs if name in blocks]
     ours = [name for name in comparison.ours if name in blocks]
@@ -80,7 +82,13 @@ def _against(comparison: Comparison, ours: str, theirs: str, blocks: Mapping[str
 
 
 def _line(
-    row: str, comparison: Comparison, name: str, found: Ratio, blocks: Mapping[str, Sequence[Block]], best: bool, note: str
+    row: str,
+    comparison: Comparison,
+    name: str,
+    found: Ratio,
+    blocks: Mapping[str, Sequence[Block]],
+    best: bool,
+    note: str,
 ) -> Line:
     target = comparison.target
     shown = [other for other in comparison.arms if other in blocks and other not in comparison.ours]
