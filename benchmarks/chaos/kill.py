@@ -73,6 +73,7 @@ class Killer:
     draw: random.Random = field(default_factory=lambda: random.Random(0))
     away: dict[str, float] = field(default_factory=dict)
     back: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
     kills: int = 0
 
     def run(self, seconds: float, every: float) -> None:
@@ -87,6 +88,7 @@ class Killer:
                 id = self.draw.choice(whole)
                 os.kill(self.draw.choice(ready[id]), signal.SIGKILL)
                 self.away[id] = time.monotonic()
+                self.times.append(self.away[id])
                 self.kills += 1
                 due += every
             time.sleep(0.1)
