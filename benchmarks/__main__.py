@@ -6,6 +6,7 @@ Rows are compared in blocks that take turns, after every arm has given the right
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -14,7 +15,8 @@ from typing import Any
 
 import torch
 
-from .rows import catalogue, facts, report, run
+from .rows import catalogue, facts, hivemind, live, plots, report, run
+from .rows.verdict import Line
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,13 +38,28 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         more = {"arms": result.versions, "blocks": result.blocks(), "timelines": result.timelines}
         report.write_json(options.json, report.document(result.lines, result.stages, machine, **more))
-    return 0
+    if options.plots:
+        for path in plots.draw(options.plots, result.blocks(), result.timelines):
+            say(f"drawn: {path}")
+    return 1 if any(line.verdict.startswith(report.BROKEN) for line in result.lines) else 0
 
 
 def _run(options: Any, say: Any) -> run.Result:
     effort = run.TINY if options.tiny else run.QUICK if options.quick else run.FULL
     declared = [catalogue.DECLARED[name] for name in options.rows if name in catalogue.DECLARED]
     result = run.measure(declared, effort, say, quick=options.quick, tiny=options.tiny)
+    for name in options.rows:
+        if name in catalogue.DECLARED:
+            continue
+        if options.tiny:
+            result.lines.append(Line(name, "the whole row", "expertmesh", math.nan, verdict="skipped: not with --tiny"))
+        elif name in live.ROWS:
+            say(f"{name}: on a cluster of its own")
+            lines, timeline = live.measured(name, quick=options.quick)
+            result.lines += lines
+            result.timelines |= {name: timeline} if timeline else {}
+        else:
+            result.lines += hivemind.measured(name, effort, say)
     result.lines.sort(key=lambda line: catalogue.NAMES.index(line.row))
     return result
 

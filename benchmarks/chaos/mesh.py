@@ -114,7 +114,8 @@ def chaos_mesh(
 ) -> Iterator[Mesh]:
     """A cluster on Ray with a layer of chaos experts, and `more` layers; nothing of it is left at the end.
 
-    Each expert carries `ballast` bytes of weights that it does not use. `actors` are classes that take the place of the product's: {"ControllerActor": "module:attribute"}. One a process.
+    Each expert carries `ballast` bytes of weights that it does not use. `actors` are classes that take the place of the
+    product's: {"ControllerActor": "module:attribute"}. One a process.
     """
     shape = Shape(experts)
     with tempfile.TemporaryDirectory(prefix="expertmesh-chaos-") as folder:

@@ -18,8 +18,7 @@ from typing import Any
 from benchmarks.compare import Ratio
 
 from . import live_kill, live_skew, live_swap
-from .case import Target
-from .verdict import NOT_REACHED, REACHED, Line
+from .verdict import Line
 
 ROWS: dict[str, Callable[[bool], tuple[list[Line], dict[str, Any]]]] = {
     "C8": live_kill.run,

@@ -16,6 +16,9 @@ from .case import Condition
 from .stages import MOST_UNEXPLAINED, NAMES, Stages
 from .verdict import Line
 
+BROKEN = "failed"
+"""How the verdict of a row begins that could not be run to its end."""
+
 
 def table(lines: Iterable[Line]) -> Table:
     """A line for each arm of ours."""

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from benchmarks.peers import catalogue
 from benchmarks.peers.arm import Arm, ArmUnavailable
 from benchmarks.peers.measure import Block, block, interleaved
-from benchmarks.peers.model import DTYPES, SHAPES, TOLERANCE, difference, reference, rows
+from benchmarks.peers.model import DTYPES, SHAPES, TOLERANCE, difference, expert, reference, rows
 from benchmarks.peers.private_ray import private_ray
+from torch import Tensor
 
 from .case import Condition
 from .plan import Party, spare
@@ -121,10 +123,9 @@ class Session:
         """Compare the answer of each arm with the reference; one that differs is not timed."""
         shape, dtype = SHAPES[where.shape], DTYPES[where.dtype]
         x_TD = rows(shape, where.rows, dtype)
-        wanted_TD = reference(shape, dtype)(x_TD)
         for name, arm in list(arms.items()):
             answer_TD = self._loop.run_until_complete(_answer(arm, x_TD))
-            apart = difference(answer_TD, x_TD if getattr(arm, "echoes", False) else wanted_TD)
+            apart = difference(answer_TD, wanted(arm, where))
             if not apart <= TOLERANCE[dtype]:
                 skipped[name] = f"its answer differs from the reference by {apart:.1e}"
                 self.say(f"skipped {name}: {skipped[name]}")
@@ -136,6 +137,18 @@ class Session:
     def _end_ray(self) -> None:
         self._ray.close()
         self._ray, self._has_ray = ExitStack(), False
+
+
+def wanted(arm: Arm, where: Condition) -> Tensor:
+    """What an arm has to answer: the layer, or what it says of itself: its rows (`echoes`) or one expert (`expert`)."""
+    shape, dtype = SHAPES[where.shape], DTYPES[where.dtype]
+    x_TD = rows(shape, where.rows, dtype)
+    if getattr(arm, "echoes", False):
+        return x_TD
+    index = getattr(arm, "expert", None)
+    with torch.inference_mode():
+        answer_TD: Tensor = reference(shape, dtype)(x_TD) if index is None else expert(shape, index, dtype)(x_TD)
+    return answer_TD
 
 
 async def _answer(arm: Arm, x_TD: Any) -> Any:
