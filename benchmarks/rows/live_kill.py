@@ -15,13 +15,13 @@ from .case import at_most
 from .stated import figure, timeline
 from .verdict import Line
 
-EXPERTS, REPLICAS, COUNT = 4, 2, 4
+REPLICAS, COUNT = 2, 4
 
 
 def run(quick: bool) -> tuple[list[Line], dict[str, Any]]:
     """Lines and timeline."""
-    steady, seconds, every = (3.0, 8.0, 8.0) if quick else (8.0, 30.0, 7.0)
-    with chaos_mesh("bench-kill", experts=EXPERTS, replicas=REPLICAS) as mesh:
+    experts, steady, seconds, every = (2, 3.0, 6.0, 6.0) if quick else (4, 8.0, 28.0, 7.0)
+    with chaos_mesh("bench-kill", experts=experts, replicas=REPLICAS) as mesh:
         endpoint, layer = mesh.cluster.endpoint, mesh.shape.layer
         rate = LOAD_SHARE * capacity(endpoint, layer, count=COUNT, seconds=2.0) / COUNT
         load = Load(endpoint, layer, rate=rate, count=COUNT).start()

@@ -1,4 +1,4 @@
-"""C10: most rows want one expert. With a second replica of it, a quarter more in all, against balanced and against none.
+"""C10: most rows want one expert. A second replica of it, a quarter more in all, against balanced rows and none.
 
 Experts compute, on one thread each, so that one of them cannot use the whole machine. Rows say by themselves which
 expert they want: the gate looks at their first columns.

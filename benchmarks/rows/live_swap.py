@@ -18,15 +18,15 @@ from .case import at_most
 from .stated import against, figure, quantile_ratio, timeline
 from .verdict import Line
 
-EXPERTS, COUNT = 4, 4
+COUNT = 4
 BYTES = 2 * 1024 * 4096 * 2
 """What an expert of L has in bf16: 16.8 MB."""
 
 
 def run(quick: bool) -> tuple[list[Line], dict[str, Any]]:
     """Lines and timeline."""
-    quiet, seconds = (3.0, 6) if quick else (8.0, 25)
-    with chaos_mesh("bench-swap", experts=EXPERTS, replicas=1, ballast=BYTES, actors=ROUTER | CONTROLLER) as mesh:
+    experts, quiet, seconds = (2, 2.0, 6) if quick else (4, 8.0, 25)
+    with chaos_mesh("bench-swap", experts=experts, replicas=1, ballast=BYTES, actors=ROUTER | CONTROLLER) as mesh:
         draw = random.Random(0)
         swaps = [make_swap(mesh.files, "one", draw) for _ in range(seconds)]
         endpoint, layer = mesh.cluster.endpoint, mesh.shape.layer

@@ -51,7 +51,27 @@ def parties(comparisons: Iterable[Comparison]) -> list[Party]:
                 break
         else:
             found.append(Party(one.condition, one.arms))
-    return sorted(found, key=lambda party: (party.condition.shape, party.condition.dtype, sorted(party.arms)))
+    return _in_order(found)
+
+
+def _in_order(left: Sequence[Party]) -> list[Party]:
+    """Layer by layer, and next always the party that needs the fewest processes beside those that run."""
+    found: list[Party] = []
+    waiting = sorted(left, key=_layer)
+    while waiting:
+        layer = _layer(waiting[0])
+        running = {arm for party in found if _layer(party) == layer for arm in party.arms}
+        nearest = min(
+            (party for party in waiting if _layer(party) == layer),
+            key=lambda party: sum(processes(arm, party.condition.shape) for arm in {*party.arms} - running),
+        )
+        waiting.remove(nearest)
+        found.append(nearest)
+    return found
+
+
+def _layer(party: Party) -> tuple[str, str]:
+    return party.condition.shape, party.condition.dtype
 
 
 def party_of(comparison: Comparison, found: Sequence[Party]) -> Party:

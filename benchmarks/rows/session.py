@@ -133,6 +133,7 @@ class Session:
 
     def _end(self, key: tuple[str, str, str]) -> None:
         self._running.pop(key).close()
+        self._loop.run_until_complete(asyncio.sleep(0))  # what it cancelled ends
 
     def _end_ray(self) -> None:
         self._ray.close()
