@@ -40,13 +40,16 @@ def processes(arm: str, shape: str) -> int:
 
 
 def parties(comparisons: Iterable[Comparison]) -> list[Party]:
-    """As few parties as hold all comparisons, in an order in which neighbours share arms."""
+    """The parties that hold all comparisons, in an order in which neighbours share arms.
+
+    Comparisons under one condition that share an arm are measured together, so that its blocks serve both.
+    """
     found: list[Party] = []
     for one in comparisons:
         for place, party in enumerate(found):
             joined = Party(one.condition, tuple(dict.fromkeys((*party.arms, *one.arms))))
             fits = joined.processes <= MOST_PROCESSES or joined.processes == party.processes
-            if party.condition == one.condition and fits:
+            if party.condition == one.condition and fits and set(party.arms) & set(one.arms):
                 found[place] = joined
                 break
         else:
