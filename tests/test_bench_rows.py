@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def test_every_comparison_has_a_party_and_few_processes_run(quick: bool) -> None
     assert all(set(one.arms) <= set(party_of(one, planned).arms) for one in compared)
     assert all(party.processes <= MOST_PROCESSES for party in planned)
     layers = [(party.condition.shape, party.condition.dtype) for party in planned]
-    assert sum(one != other for one, other in zip(layers, layers[1:], strict=False)) == len(set(layers)) - 1
+    assert sum(one != other for one, other in itertools.pairwise(layers)) == len(set(layers)) - 1
 
 
 def test_arms_that_are_not_needed_go_only_to_make_room() -> None:
@@ -128,6 +128,7 @@ def test_an_arm_that_cannot_run_is_said_to_be_skipped() -> None:
     one = Comparison(SMALL, ("expertmesh",), ("ray_naive",), target=at_least(4))
     (line,) = lines("C4", one, {"expertmesh": blocks(1), "in_process": blocks(1)}, {"ray_naive": "no Ray here"})
     assert line.verdict == "skipped: ray_naive: no Ray here"
+    assert line.value == 1.0
 
 
 @pytest.mark.parametrize(
@@ -151,8 +152,8 @@ def test_stages_and_what_they_leave_out_are_the_whole() -> None:
 
 
 @pytest.fixture
-def theirs() -> Iterator[list[dict[str, Any]]]:
-    yield [
+def theirs() -> list[dict[str, Any]]:
+    return [
         {"what": "expert", "rows": 512, "in_flight": 4, "p50": 0.4, "rows_per_second": 5000.0},
         {"what": "expert", "rows": 1, "in_flight": 1, "p50": 0.006, "rows_per_second": 160.0},
         {"what": "layer", "rows": 512, "in_flight": 1, "p50": 6.0, "rows_per_second": 90.0},

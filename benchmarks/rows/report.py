@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .case import Condition
@@ -28,10 +29,10 @@ def table(lines: Iterable[Line]) -> Table:
     for line in lines:
         found.add_row(
             line.row,
-            line.what + (f" ({line.note})" if line.note else ""),
+            escape(line.what + (f" ({line.note})" if line.note else "")),
             f"{line.ours} {number(line.value)}",
             ", ".join(f"{name} {number(value)}" for name, value in line.baselines.items()),
-            str(line.ratio) if line.ratio else "",
+            escape(str(line.ratio)) if line.ratio else "",
             line.target,
             _coloured(line.verdict),
             ", ".join(f"{name} {number(value)}" for name, value in line.cpu.items()),
@@ -92,7 +93,7 @@ def number(value: float) -> str:
 
 def _coloured(verdict: str) -> str:
     colour = "green" if verdict.startswith("reached") else "red" if verdict.startswith("not") else "yellow"
-    return f"[{colour}]{verdict}[/{colour}]" if verdict else ""
+    return f"[{colour}]{escape(verdict)}[/{colour}]" if verdict else ""
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from benchmarks.compare import Ratio, ratio
 from benchmarks.peers.measure import Block
 
-from .case import ADDED, LIMIT, RATE, Comparison, Target
+from .case import ADDED, LIMIT, P50, RATE, Comparison, Target
 
 REACHED, NOT_REACHED, CLOSE = "reached", "not reached", "the interval holds the bound"
 LITTLE = 1e-9
@@ -41,7 +41,7 @@ def lines(
     missing = {name: why for name, why in skipped.items() if name in comparison.arms}
     if not theirs or not ours or (comparison.measure == ADDED and LIMIT not in blocks):
         why = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
-        return [_skipped(row, comparison, why)]
+        return [_skipped(row, comparison, name, blocks, why) for name in ours or comparison.ours[:1]]
     found = {name: _against(comparison, name, _best(comparison, theirs, blocks), blocks) for name in ours}
     higher = comparison.measure == RATE
     best = (max if higher else min)(found, key=lambda name: found[name].median)
@@ -92,11 +92,9 @@ def _line(
 ) -> Line:
     target = comparison.target
     shown = [other for other in comparison.arms if other in blocks and other not in comparison.ours]
-    unit = "rows/s" if comparison.measure == RATE else "p50 ms"
-    what = f"{comparison.condition}: {comparison.measure if comparison.measure == ADDED else unit}"
     return Line(
         row,
-        what if comparison.measure != ADDED else f"{comparison.condition}: added latency (p50 ms shown)",
+        _what(comparison),
         name,
         _value(comparison, blocks[name]),
         {other: _value(comparison, blocks[other]) for other in shown},
@@ -109,7 +107,12 @@ def _line(
     )
 
 
-def _skipped(row: str, comparison: Comparison, why: str) -> Line:
+def _skipped(row: str, comparison: Comparison, name: str, blocks: Mapping[str, Sequence[Block]], why: str) -> Line:
+    value = _value(comparison, blocks[name]) if name in blocks else float("nan")
     target = str(comparison.target) if comparison.target else ""
-    return Line(row, str(comparison.condition), " ".join(comparison.ours), float("nan"), target=target,
-                verdict=f"skipped: {why}")  # fmt: skip
+    return Line(row, _what(comparison), name, value, target=target, verdict=f"skipped: {why}")
+
+
+def _what(comparison: Comparison) -> str:
+    units = {RATE: "rows/s", P50: "p50 ms", ADDED: "added latency (p50 ms shown)"}
+    return f"{comparison.condition}: {units[comparison.measure]}"
