@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ray check format clean bench-router sim chaos-swap chaos-kill soak-swap chaos-slow bench-nodes leak
+.PHONY: help demo test test-ray check format clean bench bench-quick bench-plane bench-router bench-nodes
+.PHONY: sim chaos-swap chaos-kill chaos-slow soak-swap leak
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -13,6 +15,11 @@ help: ## this list
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cluster,demo,dev]'
+	@touch $@
+
+# What the peers of the benchmark need beside it: Ray Serve, psutil, matplotlib.
+$(BENCH_STAMP): $(STAMP) pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	@touch $@
 
 demo: $(STAMP) ## train experts on real text, serve them, replace one under traffic
@@ -32,6 +39,21 @@ check: $(STAMP) ## ruff and mypy --strict
 format: $(STAMP) ## put the code in the form that check wants
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+BENCH = OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
+RESULTS := out/bench
+
+bench: $(BENCH_STAMP) ## every comparison with limits and peers, C1 to C11 (up to 30 minutes)
+	@mkdir -p $(RESULTS)
+	$(BENCH) --json $(RESULTS)/bench.json --plots $(RESULTS)
+
+bench-quick: $(BENCH_STAMP) ## the same with fewer, shorter blocks (5 minutes)
+	@mkdir -p $(RESULTS)
+	$(BENCH) --quick --json $(RESULTS)/bench-quick.json
+
+bench-plane: $(BENCH_STAMP) ## C1 to C4, the data plane, and where the time of a call goes (5 minutes)
+	@mkdir -p $(RESULTS)
+	$(BENCH) C1 C2 C3 C4 --seconds 0.4 --json $(RESULTS)/bench-plane.json --plots $(RESULTS)
 
 bench-router: $(STAMP) ## gate, dispatch and combine against their floor and against transformers
 	$(BIN)/python -m benchmarks.router

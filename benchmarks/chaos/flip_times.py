@@ -1,4 +1,4 @@
-"""When the router flipped to each epoch, and which requests were under way just then."""
+"""When an epoch was committed and when the router flipped to it, and which requests were under way just then."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from expertmesh.cluster.runfile import home
 from .load import Seen
 
 ROUTER = {"RouterActor": "benchmarks.chaos.flips:NotingRouterActor"}
+CONTROLLER = {"ControllerActor": "benchmarks.chaos.commits:NotingControllerActor"}
 
 
 def flip_file() -> Path:
@@ -17,13 +18,30 @@ def flip_file() -> Path:
     return home() / "flips"
 
 
+def commit_file() -> Path:
+    """Where the controller writes epochs and times."""
+    return home() / "commits"
+
+
 def flip_times(epochs: Collection[int]) -> list[float]:
     """When each of these epochs was adopted first, in monotonic seconds."""
+    times = moments(flip_file())
+    return sorted(times[number] for number in epochs)
+
+
+def flip_delays(epochs: Collection[int]) -> list[float]:
+    """Seconds from the commit of each of these epochs to its flip."""
+    committed, flipped = moments(commit_file()), moments(flip_file())
+    return [flipped[number] - committed[number] for number in epochs]
+
+
+def moments(file: Path) -> dict[int, float]:
+    """{epoch: the first time that was written for it}, in monotonic seconds."""
     times: dict[int, float] = {}
-    for line in flip_file().read_text().splitlines():
+    for line in file.read_text().splitlines():
         number, _, moment = line.partition(" ")
         times.setdefault(int(number), float(moment))
-    return sorted(times[number] for number in epochs)
+    return times
 
 
 def overlapped(seen: Iterable[Seen], flips: Iterable[float]) -> int:

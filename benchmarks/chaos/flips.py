@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 
 from expertmesh.cluster.actors import LogSettings, RouterActor
+from expertmesh.cluster.channel_settings import ChannelSettings
 from expertmesh.cluster.service import ServiceSettings
 from expertmesh.router.epochs import Epoch
 from expertmesh.router.forward import Router
@@ -29,6 +30,6 @@ class NotingRouter(Router):
 class NotingRouterActor(RouterActor):
     """The actor of such a router."""
 
-    def __init__(self, settings: ServiceSettings, logs: LogSettings) -> None:
-        super().__init__(settings, logs)
+    def __init__(self, settings: ServiceSettings, logs: LogSettings, channel: ChannelSettings | None) -> None:
+        super().__init__(settings, logs, channel)
         self._service.router.__class__ = NotingRouter

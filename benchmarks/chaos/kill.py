@@ -79,11 +79,15 @@ class Killer:
     away: dict[str, float] = field(default_factory=dict)
     back: list[float] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
+<<<<<<< HEAD
 
     @property
     def kills(self) -> int:
         """How many were killed."""
         return len(self.times)
+=======
+    kills: int = 0
+>>>>>>> 0328530eaff8cf9a7b047ca69555204a8843ddab
 
     def run(self, seconds: float, every: float) -> None:
         """Kill for so many seconds, then wait until all are back."""
@@ -98,6 +102,10 @@ class Killer:
                 os.kill(self.draw.choice(ready[id]), signal.SIGKILL)
                 self.away[id] = time.monotonic()
                 self.times.append(self.away[id])
+<<<<<<< HEAD
+=======
+                self.kills += 1
+>>>>>>> 0328530eaff8cf9a7b047ca69555204a8843ddab
                 due += every
             time.sleep(0.1)
 

@@ -121,10 +121,19 @@ class Load:
             self.seen.append(Seen(number, due, sent, time.monotonic(), reply))
 
 
-def capacity(endpoint: str, layer: str, *, callers: int = 32, count: int = 4, seconds: float = 5.0) -> float:
-    """The most rows a second that a layer bears, after a second to warm up."""
-    load = Load(endpoint, layer, callers=callers, count=count).start()
-    time.sleep(1.0)
+def capacity(
+    endpoint: str,
+    layer: str,
+    *,
+    callers: int = 32,
+    count: int = 4,
+    seconds: float = 5.0,
+    warm: float = 1.0,
+    inputs: Sequence[Any] | None = None,
+) -> float:
+    """The most rows a second that a layer bears, after `warm` seconds to warm up."""
+    load = Load(endpoint, layer, callers=callers, count=count, inputs=inputs).start()
+    time.sleep(warm)
     begin = time.monotonic()
     time.sleep(seconds)
     end = time.monotonic()

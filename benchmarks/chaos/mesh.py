@@ -22,6 +22,7 @@ from expertmesh.experts.weights import load_tensors, save_tensors
 
 from .checker import Ledger
 from .exact import WIDTH, Maker, Shape
+from .heavy import ballast as make_ballast
 
 START_SECONDS = 600.0
 CALL_SECONDS = 10.0
@@ -33,6 +34,7 @@ class Files:
 
     shape: Shape
     folder: Path
+    ballast: int = 0
     maker: Maker = field(init=False)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
@@ -43,7 +45,10 @@ class Files:
         """A file with new tensors for an id, and the tensors."""
         tensors = self.maker.tensors(id)
         path = self.folder / f"{id.replace('/', '-')}-{next(self._numbers)}.safetensors"
-        save_tensors(path, {name: torch.from_numpy(value) for name, value in tensors.items()})
+        saved = {name: torch.from_numpy(value) for name, value in tensors.items()}
+        if self.ballast and id != self.shape.gate_id:
+            saved["ballast"] = make_ballast(self.ballast, next(self._numbers))
+        save_tensors(path, saved)
         return path, tensors
 
 
@@ -103,12 +108,14 @@ def chaos_mesh(
     experts: int,
     replicas: int,
     pause: float = 0.0,
+    ballast: int = 0,
     more: tuple[Layer, ...] = (),
     actors: Mapping[str, str] | None = None,
 ) -> Iterator[Mesh]:
     """A cluster on Ray with a layer of chaos experts, and `more` layers; nothing of it is left at the end.
 
-    `actors` are classes that take the place of the product's: {"ControllerActor": "module:attribute"}. One a process.
+    Each expert carries `ballast` bytes of weights that it does not use. `actors` are classes that take the place of the
+    product's: {"ControllerActor": "module:attribute"}. One a process.
     """
     shape = Shape(experts)
     with tempfile.TemporaryDirectory(prefix="expertmesh-chaos-") as folder:
@@ -116,9 +123,9 @@ def chaos_mesh(
         backend = load_backend(None)
         for actor, where in (actors or {}).items():
             setattr(backend, actor, locate(where))
-        files = Files(shape, Path(folder))
+        files = Files(shape, Path(folder), ballast)
         made = {id: files.make(id) for id in shape.ids}
-        layers = (_layer(shape, {id: path for id, (path, _) in made.items()}, replicas, pause), *more)
+        layers = (_layer(shape, {id: path for id, (path, _) in made.items()}, replicas, pause, ballast), *more)
         settings = {
             "name": name,
             "port": 0,
@@ -140,13 +147,15 @@ def chaos_mesh(
             mesh.cluster.stop()
 
 
-def _layer(shape: Shape, weights: Mapping[str, Path], replicas: int, pause: float) -> Layer:
+def _layer(shape: Shape, weights: Mapping[str, Path], replicas: int, pause: float, ballast: int) -> Layer:
     gate = gates.TopK(WIDTH, shape.experts, k=2)
     gate.load_state_dict(load_tensors(weights[shape.gate_id])[0])
+    factory = "benchmarks.chaos.heavy:HeavyExpert" if ballast else "expertmesh.experts.chaos:ChaosExpert"
+    heavy = {"ballast": ballast} if ballast else {}
     experts = {
         id.partition("/")[2]: Expert(
-            "expertmesh.experts.chaos:ChaosExpert",
-            kwargs={"width": WIDTH, "experts": shape.experts, "place": place, "pause": pause},
+            factory,
+            kwargs={"width": WIDTH, "experts": shape.experts, "place": place, "pause": pause, **heavy},
             weights=weights[id],
             num_cpus=0,
             replicas=replicas,

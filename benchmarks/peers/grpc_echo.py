@@ -46,6 +46,8 @@ class GrpcEcho(Arm):
         return torch.frombuffer(answer, dtype=x_TD.dtype).view(x_TD.shape)
 
     def close(self) -> None:
+        if isinstance(self._echo, Stream):
+            self._echo.close()
         self._helper.close()
 
     def _connect(self) -> Callable[[bytes], Any]:
@@ -73,6 +75,11 @@ class Stream:
         if self._reader is None:
             self._reader = asyncio.create_task(self._read())
         return await answer
+
+    def close(self) -> None:
+        """Wait for no more answers."""
+        if self._reader is not None and not self._reader.get_loop().is_closed():
+            self._reader.cancel()
 
     async def _read(self) -> None:
         while (answer := await self._stream.read()) is not grpc.aio.EOF:

@@ -31,11 +31,13 @@ SECONDS = 120.0
 class _Served:
     """A running cluster, and what it says of itself."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, actors: int | None, transport: str) -> None:
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, actors: int | None, transport: str, stall: float = 0.0
+    ) -> None:
         self.shape = next(name for name, known in SHAPES.items() if known == shape)
         self.dtype = next(name for name, known in DTYPES.items() if known == dtype)
         self.actors = actors or shape.experts
-        arguments = (self.shape, self.dtype, str(self.actors), transport)
+        arguments = (self.shape, self.dtype, str(self.actors), transport, str(stall))
         self._helper = Helper(f"{__package__}.product_host", *arguments)
         self.said: dict[str, Any] = json.loads(self._helper.said)
         self.version = f"expertmesh {version()}, torch {torch.__version__}, {self.actors} actors"
@@ -45,12 +47,15 @@ class _Served:
 
 
 class ProductRouter(Arm):
-    """A router here over the channels of a cluster's actors; by default each expert has one of its own."""
+    """A router here over the channels of a cluster's actors; by default each expert has one of its own.
+
+    `stall` is the seconds that one expert of the last actor sleeps before it computes a message.
+    """
 
     name = "expertmesh"
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, *, actors: int | None = None) -> None:
-        self._served = served = _Served(shape, dtype, actors, "channel")
+    def __init__(self, shape: Shape, dtype: torch.dtype, *, actors: int | None = None, stall: float = 0.0) -> None:
+        self._served = served = _Served(shape, dtype, actors, "channel", stall)
         self.version = served.version
         self.replicas = [
             Replica(
@@ -65,7 +70,7 @@ class ProductRouter(Arm):
             for said in served.said["replicas"]
         ]
         self.router = Router(ChannelTransport(bytes.fromhex(served.said["secret"])), max_rows_in_flight=1 << 20)
-        self._layer = layer(served.shape, served.dtype, served.actors)
+        self._layer = layer(served.shape, served.dtype, served.actors, stall)
 
     async def call(self, x_TD: Tensor) -> Tensor:
         if not self.router.epochs.number:

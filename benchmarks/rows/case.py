@@ -1,0 +1,89 @@
+"""What a row declares: conditions, the arms that run under them, and how two arms become one ratio."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+RATE, P50, ADDED = "rows/s", "p50", "added latency"
+"""Rows a second; the median latency; the median latency less that of the in-process layer in the same block."""
+
+LIMIT = "in_process"
+PLACEMENTS = ("expertmesh", "expertmesh_2")
+"""The product with an actor for each expert, and with its experts packed on two."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A layer, rows of a call, and how many calls are under way at once."""
+
+    shape: str
+    dtype: str
+    rows: int
+    in_flight: int
+
+    def __str__(self) -> str:
+        flight = "one at a time" if self.in_flight == 1 else f"{self.in_flight} in flight"
+        return f"{self.shape} {self.dtype}, {self.rows} {'row' if self.rows == 1 else 'rows'}, {flight}"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound of a ratio; `sense` is ">=" or "<="."""
+
+    sense: str
+    bound: float
+
+    def met(self, ratio: float) -> bool:
+        """Whether a ratio is on the right side of the bound."""
+        return ratio >= self.bound if self.sense == ">=" else ratio <= self.bound
+
+    def __str__(self) -> str:
+        return f"{self.sense} {self.bound:g}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Arms of ours against arms of others under one condition; the best of each side decides.
+
+    Without a target it is printed and decides nothing. `limit` says whether the in-process layer is shown beside.
+    """
+
+    condition: Condition
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    measure: str = RATE
+    target: Target | None = None
+    limit: bool = True
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """All arms that must run at once."""
+        names = (*((LIMIT,) if self.limit else ()), *self.ours, *self.theirs)
+        return tuple(dict.fromkeys(names))
+
+    def tiny(self) -> Comparison:
+        """The same on the smallest layer, for a test: no verdict follows."""
+        small = replace(self.condition, shape="T", rows=min(self.condition.rows, 8))
+        return replace(self, condition=small, target=None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the benchmark that is declared: its comparisons, all of them or the quick ones."""
+
+    name: str
+    title: str
+    comparisons: Callable[[bool], list[Comparison]]
+    stages: bool = False
+    """Whether the way of a call through the product is taken apart under its conditions."""
+
+
+def at_least(bound: float) -> Target:
+    """The ratio must not be below `bound`."""
+    return Target(">=", bound)
+
+
+def at_most(bound: float) -> Target:
+    """The ratio must not be above `bound`."""
+    return Target("<=", bound)

@@ -1,0 +1,59 @@
+"""C8 to C10 on the product's own cluster, each in a process of its own: `python -m benchmarks.rows.live ROW QUICK`.
+
+The process prints its lines and its timeline as JSON on the last line; everything else goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from benchmarks.compare import Ratio
+
+from . import live_kill, live_skew, live_swap
+from .verdict import Line
+
+ROWS: dict[str, Callable[[bool], tuple[list[Line], dict[str, Any]]]] = {
+    "C8": live_kill.run,
+    "C9": live_swap.run,
+    "C10": live_skew.run,
+}
+MOST_SECONDS = 240.0
+
+
+def main() -> None:
+    """Run one row here."""
+    answer = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the experiments print
+    lines, timeline = ROWS[sys.argv[1]](sys.argv[2] == "quick")
+    with os.fdopen(answer, "w", encoding="utf-8") as told:
+        print(json.dumps({"lines": [asdict(line) for line in lines], "timeline": timeline}), file=told)
+
+
+def measured(row: str, *, quick: bool) -> tuple[list[Line], dict[str, Any]]:
+    """Run one row in a process of its own; a line says why, where that fails."""
+    command = [sys.executable, "-m", __name__, row, "quick" if quick else "full"]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    patience = threading.Timer(MOST_SECONDS, process.terminate)  # it ends its cluster in good order
+    patience.start()
+    said, _ = process.communicate()
+    patience.cancel()
+    if process.returncode or not said.strip():
+        return [Line(row, "the whole row", "expertmesh", math.nan, verdict=f"failed: status {process.returncode}")], {}
+    told = json.loads(said.splitlines()[-1])
+    return [_line(line) for line in told["lines"]], told["timeline"]
+
+
+def _line(told: dict[str, Any]) -> Line:
+    return Line(**{**told, "ratio": Ratio(**told["ratio"]) if told["ratio"] else None})
+
+
+if __name__ == "__main__":
+    main()

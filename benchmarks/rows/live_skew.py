@@ -1,0 +1,85 @@
+"""C10: most rows want one expert. A second replica of it, a quarter more in all, against balanced rows and none.
+
+Experts compute, on one thread each, so that one of them cannot use the whole machine. Rows say by themselves which
+expert they want: the gate looks at their first columns.
+
+Shapes: T rows, D features, E experts.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+from typing import Any
+
+import numpy as np
+import torch
+from benchmarks.chaos.load import capacity
+from benchmarks.compare import ratio, turns
+
+from expertmesh import Cluster, Expert, Layer, TensorSpec, gates
+
+from .case import at_least
+from .stated import against
+from .verdict import Line
+
+EXPERTS, SHAPE, DTYPE, WIDTH = 4, "L", "fp32", 1024
+HOT_SHARE = 0.7
+COUNT, CALLERS, BATCHES = 256, 8, 8
+"""Rows enough at each expert that its time follows their number, and not the reading of its weights."""
+
+MADE = "benchmarks.peers.product_host:make"
+
+
+def run(quick: bool) -> tuple[list[Line], dict[str, Any]]:
+    """Lines; there is no timeline."""
+    blocks, seconds, warm = (3, 1.5, 0.5) if quick else (7, 1.5, 0.5)
+    even = [1 / EXPERTS] * EXPERTS
+    skewed = [HOT_SHARE, *([(1 - HOT_SHARE) / (EXPERTS - 1)] * (EXPERTS - 1))]
+    cases = {"balanced": ("plain", inputs(even)), "none": ("plain", inputs(skewed)), "extra": ("more", inputs(skewed))}
+    rates: dict[str, list[float]] = {name: [] for name in cases}
+    with tempfile.TemporaryDirectory(prefix="expertmesh-bench-") as folder:
+        os.environ["EXPERTMESH_HOME"] = folder
+        layers = [layer("plain", 1), layer("more", 2)]
+        with Cluster.start(layers, name="bench-skew", port=0, metrics_port=None, log_level="warning") as cluster:
+            for order in turns(list(cases), blocks):
+                for name in order:
+                    asked, rows = cases[name]
+                    options = {"callers": CALLERS, "count": COUNT, "seconds": seconds, "warm": warm}
+                    rates[name].append(capacity(cluster.endpoint, asked, inputs=rows, **options))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    lines = []
+    for base, bound in (("balanced", 0.90), ("none", 1.25)):
+        what = f"rows/s, {100 * HOT_SHARE:.0f} % of rows to 1 of {EXPERTS} experts, 25 % more replicas, against {base}"
+        found = ratio(rates["extra"], rates[base])
+        lines.append(against("C10", what, (medians["extra"], medians[base]), base, found, at_least(bound)))
+    return lines, {}
+
+
+def layer(name: str, replicas: int) -> Layer:
+    """Experts of L that answer the rows that name them; the first has so many replicas."""
+    gate = gates.TopK(WIDTH, EXPERTS, k=1)
+    weight_ED = torch.zeros(EXPERTS, WIDTH)
+    weight_ED[:, :EXPERTS] = torch.eye(EXPERTS)
+    gate.load_state_dict({"weight": weight_ED})
+    rows = TensorSpec((WIDTH,), "float32")
+    experts = {
+        f"e{index}": Expert(
+            MADE, args=(SHAPE, index, DTYPE), replicas=replicas if index == 0 else 1, input=rows, output=rows
+        )
+        for index in range(EXPERTS)
+    }
+    return Layer(name, gate, experts, input=rows)
+
+
+def inputs(shares: list[float]) -> list[Any]:
+    """Batches of rows [T, D] that want the experts in these shares, and are the same each time."""
+    random = np.random.default_rng(0)
+    batches = []
+    for _ in range(BATCHES):
+        x_TD = random.standard_normal((COUNT, WIDTH)).astype(np.float32)
+        x_TD[:, :EXPERTS] = 0
+        x_TD[np.arange(COUNT), random.choice(EXPERTS, COUNT, p=shares)] = 1
+        batches.append(x_TD)
+    return batches

@@ -1,0 +1,76 @@
+"""Measures rows that are declared as comparisons, and gathers their lines, stages and blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from .case import Comparison, Condition, Row
+from .plan import Party, parties, party_of
+from .session import Effort, Measured, Session
+from .stages import Stages
+from .verdict import Line, lines
+
+FULL, QUICK, TINY = Effort(7, 1.0), Effort(5, 0.25), Effort(1, 0.1)
+
+
+@dataclass
+class Result:
+    """What a run has found."""
+
+    lines: list[Line] = field(default_factory=list)
+    stages: dict[Condition, Stages] = field(default_factory=dict)
+    measured: list[Measured] = field(default_factory=list)
+    timelines: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def blocks(self) -> list[dict[str, Any]]:
+        """Every block by condition and arm, for plots and for machines."""
+        return [
+            asdict(found.party.condition) | {"arm": arm, "blocks": [_figures(block) for block in blocks]}
+            for found in self.measured
+            for arm, blocks in found.blocks.items()
+        ]
+
+
+def comparisons_of(row: Row, *, quick: bool, tiny: bool) -> list[Comparison]:
+    """The comparisons of a row, the same one once."""
+    found = [one.tiny() if tiny else one for one in row.comparisons(quick or tiny)]
+    return list(dict.fromkeys(found))
+
+
+def measure(rows: Sequence[Row], effort: Effort, say: Callable[[str], None], *, quick: bool, tiny: bool) -> Result:
+    """Measure declared rows; arms run for as long as neighbouring parties need them."""
+    wanted = {row.name: comparisons_of(row, quick=quick, tiny=tiny) for row in rows}
+    planned = parties(one for found in wanted.values() for one in found)
+    staged = {_alone(one.condition) for row in rows if row.stages for one in wanted[row.name]}
+    result, seen = Result(), dict[Party, Measured]()
+    with Session(effort, say) as session:
+        for party in planned:
+            alone = _alone(party.condition)
+            wants_stages = alone in staged and alone not in result.stages
+            found = seen[party] = session.run(party, stages=wants_stages)
+            if found.stages is not None:
+                result.stages[alone] = found.stages
+            result.measured.append(found)
+        result.versions = dict(session.versions)
+    for row in rows:
+        for one in wanted[row.name]:
+            found = seen[party_of(one, planned)]
+            result.lines += lines(row.name, one, found.blocks, found.skipped)
+    return result
+
+
+def _alone(condition: Condition) -> Condition:
+    return replace(condition, in_flight=1)
+
+
+def _figures(block: Any) -> dict[str, float]:
+    return {
+        "rows_per_second": block.rows_per_second,
+        "p50": block.p50,
+        "cpu_seconds": block.cpu_seconds,
+        "foreign": block.foreign,
+        "tries": block.tries,
+    }

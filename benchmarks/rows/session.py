@@ -1,0 +1,156 @@
+"""Runs parties: starts arms once for as long as they are needed, compares their answers, then times them in turns."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from benchmarks.peers import catalogue
+from benchmarks.peers.arm import Arm, ArmUnavailable
+from benchmarks.peers.measure import Block, block, interleaved
+from benchmarks.peers.model import DTYPES, SHAPES, TOLERANCE, difference, expert, reference, rows
+from benchmarks.peers.private_ray import private_ray
+from torch import Tensor
+
+from .case import Condition
+from .plan import Party, spare
+from .stages import Stages, taken_apart
+
+ON_RAY = ("ray_naive", "ray_good", "ray_good_2")
+"""Arms whose Ray belongs to this process."""
+
+STAGED = "expertmesh"
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How many blocks, of how many seconds."""
+
+    blocks: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came of a party: blocks by arm, why others have none, and the stages of a call where they were asked for."""
+
+    party: Party
+    blocks: Mapping[str, list[Block]]
+    skipped: Mapping[str, str]
+    stages: Stages | None = None
+
+
+@dataclass
+class Session:
+    """Arms that run, on one event loop; a context manager that ends them all."""
+
+    effort: Effort
+    say: Callable[[str], None]
+    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
+    _running: dict[tuple[str, str, str], Arm] = field(default_factory=dict)
+    _refused: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    _ray: ExitStack = field(default_factory=ExitStack)
+    _has_ray: bool = False
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+    def run(self, party: Party, *, stages: bool = False) -> Measured:
+        """Measure a party."""
+        arms, skipped = self._arms(party)
+        self._check(arms, skipped, party.condition)
+        self.say(f"{party.condition}: {', '.join(arms)}")
+        return self._loop.run_until_complete(self._measured(party, arms, skipped, stages))
+
+    def close(self) -> None:
+        """End all arms."""
+        for key in list(self._running):
+            self._end(key)
+        self._end_ray()
+
+    async def _measured(self, party: Party, arms: dict[str, Arm], skipped: dict[str, str], stages: bool) -> Measured:
+        where = party.condition
+        x_TD = rows(SHAPES[where.shape], where.rows, DTYPES[where.dtype])
+        run = partial(block, x_TD=x_TD, in_flight=where.in_flight, seconds=self.effort.seconds)
+        blocks = await interleaved(arms, run, self.effort.blocks) if arms else {}
+        apart = None
+        if stages and STAGED in arms:
+            apart = await taken_apart(arms[STAGED], x_TD, self.effort.seconds)
+        return Measured(party, blocks, skipped, apart)
+
+    def _arms(self, party: Party) -> tuple[dict[str, Arm], dict[str, str]]:
+        """The arms of a party, running, and why the others are not."""
+        shape, dtype = party.condition.shape, party.condition.dtype
+        others = [key for key in self._running if key[1:] != (shape, dtype)]
+        spared = spare([key[0] for key in self._running if key[1:] == (shape, dtype)], party.arms, shape)
+        for key in (*others, *((name, shape, dtype) for name in spared)):
+            self._end(key)
+        if not any(key[0] in ON_RAY for key in self._running) and not any(name in ON_RAY for name in party.arms):
+            self._end_ray()
+        for name in party.arms:
+            self._start((name, shape, dtype))
+        keys = {name: (name, shape, dtype) for name in party.arms}
+        running = {name: self._running[key] for name, key in keys.items() if key in self._running}
+        return running, {name: self._refused[key] for name, key in keys.items() if key in self._refused}
+
+    def _start(self, key: tuple[str, str, str]) -> None:
+        name, shape, dtype = key
+        if key in self._running or key in self._refused:
+            return
+        self.say(f"starting {name} ({shape} {dtype})")
+        try:
+            if name in ON_RAY and not self._has_ray:
+                self._ray.enter_context(private_ray())
+                self._has_ray = True
+            self._running[key] = arm = catalogue.start(name, SHAPES[shape], DTYPES[dtype])
+            self.versions[name] = arm.version
+        except (ArmUnavailable, ImportError) as error:
+            self._refused[key] = str(error).strip().splitlines()[-1][:200]
+            self.say(f"skipped {name}: {self._refused[key]}")
+
+    def _check(self, arms: dict[str, Arm], skipped: dict[str, str], where: Condition) -> None:
+        """Compare the answer of each arm with the reference; one that differs is not timed."""
+        shape, dtype = SHAPES[where.shape], DTYPES[where.dtype]
+        x_TD = rows(shape, where.rows, dtype)
+        for name, arm in list(arms.items()):
+            answer_TD = self._loop.run_until_complete(_answer(arm, x_TD))
+            apart = difference(answer_TD, wanted(arm, where))
+            if not apart <= TOLERANCE[dtype]:
+                skipped[name] = f"its answer differs from the reference by {apart:.1e}"
+                self.say(f"skipped {name}: {skipped[name]}")
+                del arms[name]
+
+    def _end(self, key: tuple[str, str, str]) -> None:
+        self._running.pop(key).close()
+        self._loop.run_until_complete(asyncio.sleep(0))  # what it cancelled ends
+
+    def _end_ray(self) -> None:
+        self._ray.close()
+        self._ray, self._has_ray = ExitStack(), False
+
+
+def wanted(arm: Arm, where: Condition) -> Tensor:
+    """What an arm has to answer: the layer, or what it says of itself: its rows (`echoes`) or one expert (`expert`)."""
+    shape, dtype = SHAPES[where.shape], DTYPES[where.dtype]
+    x_TD = rows(shape, where.rows, dtype)
+    if getattr(arm, "echoes", False):
+        return x_TD
+    index = getattr(arm, "expert", None)
+    with torch.inference_mode():
+        answer_TD: Tensor = reference(shape, dtype)(x_TD) if index is None else expert(shape, index, dtype)(x_TD)
+    return answer_TD
+
+
+async def _answer(arm: Arm, x_TD: Any) -> Any:
+    return await arm.call(x_TD)

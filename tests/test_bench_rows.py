@@ -1,0 +1,245 @@
+"""The rows of the benchmark: how arms are planned, how verdicts follow from blocks, what is written, and a tiny run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import benchmarks.__main__ as command
+import pytest
+from benchmarks.compare import Ratio
+from benchmarks.peers import catalogue as peers
+from benchmarks.peers.arm import ArmUnavailable
+from benchmarks.peers.measure import Block
+from benchmarks.rows import catalogue, facts, hivemind, live, live_skew, plots, report, run, stages, stated
+from benchmarks.rows.case import ADDED, P50, Comparison, Condition, Row, at_least, at_most
+from benchmarks.rows.plan import MOST_PROCESSES, Party, parties, party_of, processes, spare
+from benchmarks.rows.verdict import Line, decided, lines
+
+SMALL = Condition("S", "bf16", 32, 4)
+
+
+def blocks(rate: float, p50: float = 0.001, count: int = 7) -> list[Block]:
+    return [Block(rate, (p50,), 0.5, 0.01) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def tiny(nothing_left: None) -> run.Result:
+    """The machinery of a whole run on the smallest layer, with the product's real actors."""
+    comparison = Comparison(SMALL, ("expertmesh",), ("in_process",), target=at_least(0.9))
+    row = Row("C1", "rows", lambda quick: [comparison], stages=True)
+    return run.measure([row], run.TINY, lambda text: None, quick=True, tiny=True)
+
+
+@pytest.mark.ray
+def test_a_tiny_run_measures_every_arm_and_decides_nothing(tiny: run.Result) -> None:
+    (line,) = tiny.lines
+    assert (line.row, line.ours, line.verdict) == ("C1", "expertmesh", "")
+    assert line.value > 0
+    assert line.baselines["in_process"] > 0
+    assert line.ratio is not None
+    assert set(line.cpu) == {"expertmesh", "in_process"}
+    assert set(tiny.versions) == {"expertmesh", "in_process"}
+
+
+@pytest.mark.ray
+def test_the_stages_of_a_call_add_up(tiny: run.Result) -> None:
+    (one,) = tiny.stages.values()
+    assert all(one.stages[name] > 0 for name in stages.NAMES)
+    assert abs(one.unexplained) < 0.25  # on the smallest layer, on any machine; 0.1 is wanted of real ones
+    assert sum(one.parts.values()) < one.whole
+
+
+@pytest.mark.ray
+def test_a_result_is_shown_and_written(tiny: run.Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    machine = facts.facts(lambda: datetime(2030, 1, 1, tzinfo=timezone.utc))
+    report.show(tiny.lines, tiny.stages, machine)
+    shown = capsys.readouterr().out
+    assert "2030-01-01" in shown
+    assert "not explained" in shown
+    report.write_json(tmp_path / "x.json", report.document(tiny.lines, tiny.stages, machine, blocks=tiny.blocks()))
+    told = json.loads((tmp_path / "x.json").read_text())
+    assert told["lines"][0]["row"] == "C1"
+    assert told["machine"]["cores"] > 0
+    assert {one["arm"] for one in told["blocks"]} == {"expertmesh", "in_process"}
+
+
+def test_every_row_has_a_module_and_arms_that_exist() -> None:
+    assert {*catalogue.DECLARED, *live.ROWS, "C7"} == set(catalogue.NAMES)
+    for row in catalogue.DECLARED.values():
+        for quick in (False, True):
+            compared = run.comparisons_of(row, quick=quick, tiny=False)
+            assert {arm for one in compared for arm in one.arms} <= peers.ARMS.keys()
+            assert any(one.target for one in compared)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_comparison_has_a_party_and_few_processes_run(quick: bool) -> None:
+    rows = catalogue.DECLARED.values()
+    compared = [one for row in rows for one in run.comparisons_of(row, quick=quick, tiny=False)]
+    planned = parties(compared)
+    assert all(set(one.arms) <= set(party_of(one, planned).arms) for one in compared)
+    assert all(party.processes <= MOST_PROCESSES for party in planned)
+    layers = [(party.condition.shape, party.condition.dtype) for party in planned]
+    assert sum(one != other for one, other in itertools.pairwise(layers)) == len(set(layers)) - 1
+
+
+def test_arms_that_are_not_needed_go_only_to_make_room() -> None:
+    assert spare(["expertmesh", "ray_naive"], ["expertmesh", "gloo"], "S") == []
+    assert spare(["expertmesh", "ray_naive"], ["expertmesh", "ray_good"], "S") == ["ray_naive"]
+    assert processes("ray_naive", "L") == 8
+    assert Party(SMALL, ("in_process", "expertmesh", "gloo")).processes == 18
+
+
+def test_the_better_placement_decides() -> None:
+    one = Comparison(SMALL, ("expertmesh", "expertmesh_2"), ("in_process",), target=at_least(0.9))
+    seen = {"expertmesh": blocks(80.0), "expertmesh_2": blocks(95.0), "in_process": blocks(100.0)}
+    worse, better = lines("C1", one, seen, {})
+    assert (worse.verdict, better.verdict) == ("see the other", "reached")
+    assert better.ratio is not None
+    assert better.ratio.median == pytest.approx(0.95)
+
+
+def test_added_latency_is_what_is_above_the_limit() -> None:
+    one = Comparison(SMALL, ("expertmesh",), ("ray_good", "ray_good_2"), ADDED, at_most(0.2))
+    seen = {
+        "in_process": blocks(1, 0.001), "expertmesh": blocks(1, 0.002),
+        "ray_good": blocks(1, 0.021), "ray_good_2": blocks(1, 0.006),
+    }  # fmt: skip
+    (line,) = lines("C3", one, seen, {})
+    assert line.ratio is not None
+    assert line.ratio.median == pytest.approx(0.2)  # 1 ms against the 5 ms of the better of the two
+    assert line.value == pytest.approx(2.0)
+
+
+def test_the_best_of_the_others_is_the_one_to_beat() -> None:
+    one = Comparison(
+        SMALL, ("expertmesh_client",), ("ray_serve", "ray_serve_batched"), P50, at_most(1 / 3), limit=False
+    )
+    seen = {"expertmesh_client": blocks(1, 0.001), "ray_serve": blocks(1, 0.009), "ray_serve_batched": blocks(1, 0.002)}
+    (line,) = lines("C5", one, seen, {})
+    assert line.verdict == "not reached"
+
+
+def test_an_arm_that_cannot_run_is_said_to_be_skipped() -> None:
+    one = Comparison(SMALL, ("expertmesh",), ("ray_naive",), target=at_least(4))
+    (line,) = lines("C4", one, {"expertmesh": blocks(1), "in_process": blocks(1)}, {"ray_naive": "no Ray here"})
+    assert line.verdict == "skipped: ray_naive: no Ray here"
+    assert line.value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"),
+    [
+        (Ratio(0.95, 0.94, 0.96), "reached"),
+        (Ratio(0.95, 0.85, 0.96), "reached (the interval holds the bound)"),
+        (Ratio(0.89, 0.85, 0.92), "not reached (the interval holds the bound)"),
+        (Ratio(0.80, 0.75, 0.82), "not reached"),
+    ],
+)
+def test_a_verdict_says_whether_it_is_sure(ratio: Ratio, verdict: str) -> None:
+    assert decided(ratio, at_least(0.9)) == verdict
+
+
+def test_stages_and_what_they_leave_out_are_the_whole() -> None:
+    trace = stages.Trace(1.0, (1.1, 1.3), 1.4, 2.4, 0.2, 0.3, (2.5, 2.7))
+    found = trace.stages(3.0)
+    assert found["channel"] == pytest.approx(0.5)
+    assert stages.mean([(2.0, found, {})] * 10).unexplained == pytest.approx(0.1 / 2.0)
+
+
+@pytest.fixture
+def theirs() -> list[dict[str, Any]]:
+    return [
+        {"what": "expert", "rows": 512, "in_flight": 4, "p50": 0.4, "rows_per_second": 5000.0},
+        {"what": "expert", "rows": 1, "in_flight": 1, "p50": 0.006, "rows_per_second": 160.0},
+        {"what": "layer", "rows": 512, "in_flight": 1, "p50": 6.0, "rows_per_second": 90.0},
+    ]
+
+
+def test_hivemind_is_compared_with_the_same_thing(theirs: list[dict[str, Any]]) -> None:
+    large, single, layer = hivemind.PARTS
+    assert hivemind.line("C7", large, {"ffn": blocks(11_000.0)}, theirs).verdict == "reached"
+    alone = hivemind.line("C7", single, {"ffn": blocks(1.0, 0.003)}, theirs)
+    assert alone.ratio is not None
+    assert alone.ratio.median == pytest.approx(2.0)
+    assert hivemind.line("C7", layer, {}, theirs).verdict.startswith("skipped")
+
+
+def test_without_hivemind_its_row_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Idle:
+        def __enter__(self) -> Idle:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def run(self, party: Party) -> None: ...
+
+    def refuse(**options: Any) -> None:
+        raise ArmUnavailable("it cannot be installed")
+
+    monkeypatch.setattr(hivemind, "Session", lambda effort, say: Idle())
+    monkeypatch.setattr("benchmarks.peers.hivemind.measured", refuse)
+    found = hivemind.measured("C7", run.TINY, lambda text: None)
+    assert {line.verdict for line in found} == {"skipped: it cannot be installed"}
+
+
+def test_a_figure_is_held_against_its_bound() -> None:
+    assert stated.figure("C8", "gap", 120.0, at_most(100)).verdict == "not reached"
+    assert stated.figure("C8", "gap", 80.0, at_most(100)).verdict == "reached"
+    assert stated.figure("C8", "told", 80.0).verdict == ""
+
+
+def test_skewed_rows_want_the_hot_expert() -> None:
+    batches = live_skew.inputs([0.7, 0.1, 0.1, 0.1])
+    wanted = sum(int((x[:, : live_skew.EXPERTS].argmax(axis=1) == 0).sum()) for x in batches)
+    assert 0.6 < wanted / (len(batches) * live_skew.COUNT) < 0.8
+
+
+def test_series_of_plots() -> None:
+    measured = [
+        {"shape": "L", "dtype": "bf16", "rows": rows, "in_flight": 4, "arm": arm, "blocks": [{"rows_per_second": rate}]}
+        for rows, arm, rate in [(512, "expertmesh", 9.0), (512, "expertmesh_2", 8.0), (32, "expertmesh", 3.0)]
+    ]
+    assert plots.series(measured, "rows_per_second", 1.0)["L bf16, 4 in flight"]["expertmesh"] == [
+        (32, 3.0),
+        (512, 9.0),
+    ]
+    assert plots.over_actors(measured) == {"L bf16, 512 rows": [(2, 8.0), (8, 9.0)]}
+
+
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    told = {"seconds": [0.0, 1.0], "milliseconds": [2.0, None], "marks": [0.5], "marked": "kill"}
+    (path,) = plots.draw(tmp_path / "new", [], {"C8": told})
+    assert path.stat().st_size > 1000
+
+
+def test_a_row_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["C99"])
+    assert "there is no row C99" in capsys.readouterr().err
+
+
+def test_a_row_on_its_own_cluster_comes_back_as_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = Line("C9", "p99", "expertmesh", 1.0, {"steady": 2.0}, Ratio(0.5, 0.4, 0.6), "<= 1.5", "reached")
+    monkeypatch.setitem(live.ROWS, "C9", lambda quick: ([line], {}))
+    monkeypatch.setattr(live.subprocess, "Popen", lambda *given, **options: Said(line))
+    assert live.measured("C9", quick=True) == ([line], {})
+
+
+class Said:
+    """A process that has printed a line and ended well."""
+
+    returncode = 0
+
+    def __init__(self, line: Line) -> None:
+        self._text = json.dumps({"lines": [live.asdict(line)], "timeline": {}})
+
+    def communicate(self) -> tuple[str, str]:
+        return self._text, ""
+
+    def terminate(self) -> None: ...
