@@ -79,15 +79,11 @@ class Killer:
     away: dict[str, float] = field(default_factory=dict)
     back: list[float] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
-<<<<<<< HEAD
 
     @property
     def kills(self) -> int:
         """How many were killed."""
         return len(self.times)
-=======
-    kills: int = 0
->>>>>>> 0328530eaff8cf9a7b047ca69555204a8843ddab
 
     def run(self, seconds: float, every: float) -> None:
         """Kill for so many seconds, then wait until all are back."""
@@ -102,10 +98,6 @@ class Killer:
                 os.kill(self.draw.choice(ready[id]), signal.SIGKILL)
                 self.away[id] = time.monotonic()
                 self.times.append(self.away[id])
-<<<<<<< HEAD
-=======
-                self.kills += 1
->>>>>>> 0328530eaff8cf9a7b047ca69555204a8843ddab
                 due += every
             time.sleep(0.1)
 
@@ -137,7 +129,9 @@ def replicas(mesh: Mesh, rate: float, options: argparse.Namespace) -> list[str]:
     after = [1000 * longest_gap(load.seen, time, time + LOSS_SECONDS) for time in killer.times]
     say("longest gap just after a kill, ms, of all / median", f"{max(after):.0f} / {median(after):.0f}", "<= 100")
     gaps = [longest_gap(load.seen, start, stop) for start, stop in ((begin - options.steady, begin), (begin, end))]
-    say("longest gap between answers, ms, steady / with kills", f"{1000 * gaps[0]:.0f} / {1000 * gaps[1]:.0f}", "<= 100")
+    say(
+        "longest gap between answers, ms, steady / with kills", f"{1000 * gaps[0]:.0f} / {1000 * gaps[1]:.0f}", "<= 100"
+    )
     steady, during = between(load.seen, begin - options.steady, begin), between(load.seen, begin, end)
     say("latency p99 ms, steady / with kills", f"{p99_ms(steady):.1f} / {p99_ms(during):.1f}")
     say("p99 ratio", p99_ms(during) / p99_ms(steady), "<= 3")

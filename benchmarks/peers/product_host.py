@@ -59,17 +59,11 @@ def layer(shape: str, dtype: str, actors: int, stall: float = 0.0) -> Layer:
 
 def main(shape: str, dtype: str, actors: str, transport: str = "channel", stall: str = "0") -> None:
     """Serve until standard input ends."""
-<<<<<<< HEAD
     said = os.dup(1)
     os.dup2(2, 1)  # Ray warns on standard output of many workers that start
-    options = {"name": f"bench-{shape}-{dtype}-{transport}", "port": 0, "transport": transport}
-    with Cluster.start([layer(shape, dtype, int(actors))], **options) as cluster:
-        os.write(said, f"{json.dumps(described(cluster))}\n".encode())
-=======
     options = {"name": f"bench-{os.getpid()}", "port": 0, "metrics_port": None, "transport": transport}
     with Cluster.start([layer(shape, dtype, int(actors), float(stall))], **options) as cluster:
-        print(json.dumps(described(cluster)), flush=True)
->>>>>>> 0328530eaff8cf9a7b047ca69555204a8843ddab
+        os.write(said, f"{json.dumps(described(cluster))}\n".encode())
         sys.stdin.read()
 
 
