@@ -196,7 +196,7 @@ def test_a_figure_is_held_against_its_bound() -> None:
 def test_skewed_rows_want_the_hot_expert() -> None:
     batches = live_skew.inputs([0.7, 0.1, 0.1, 0.1])
     wanted = sum(int((x[:, : live_skew.EXPERTS].argmax(axis=1) == 0).sum()) for x in batches)
-    assert 0.6 < wanted / (len(batches) * live_skew.COUNT) < 0.8
+    assert 0.65 < wanted / (len(batches) * live_skew.COUNT) < 0.8
 
 
 def test_series_of_plots() -> None:

@@ -23,13 +23,14 @@ from expertmesh import Cluster, Expert, Layer, TensorSpec, gates
 from .case import at_least
 from .stated import against
 from .verdict import Line
+from .wide import SHAPE, WIDTH
 
-EXPERTS, SHAPE, DTYPE, WIDTH = 4, "L", "fp32", 1024
-HOT_SHARE = 0.7
+EXPERTS = SHAPE.experts
+HOT_SHARE = 0.75
 COUNT, CALLERS, BATCHES = 256, 8, 8
 """Rows enough at each expert that its time follows their number, and not the reading of its weights."""
 
-MADE = "benchmarks.peers.product_host:make"
+MADE = "benchmarks.rows.wide:make"
 
 
 def run(quick: bool) -> tuple[list[Line], dict[str, Any]]:
@@ -46,7 +47,7 @@ def run(quick: bool) -> tuple[list[Line], dict[str, Any]]:
             for order in turns(list(cases), blocks):
                 for name in order:
                     asked, rows = cases[name]
-                    options = {"callers": CALLERS, "count": COUNT, "seconds": seconds, "warm": warm}
+                    options: dict[str, Any] = {"callers": CALLERS, "count": COUNT, "seconds": seconds, "warm": warm}
                     rates[name].append(capacity(cluster.endpoint, asked, inputs=rows, **options))
     medians = {name: statistics.median(values) for name, values in rates.items()}
     lines = []
@@ -58,16 +59,14 @@ def run(quick: bool) -> tuple[list[Line], dict[str, Any]]:
 
 
 def layer(name: str, replicas: int) -> Layer:
-    """Experts of L that answer the rows that name them; the first has so many replicas."""
+    """Experts that answer the rows that name them; the first has so many replicas."""
     gate = gates.TopK(WIDTH, EXPERTS, k=1)
     weight_ED = torch.zeros(EXPERTS, WIDTH)
     weight_ED[:, :EXPERTS] = torch.eye(EXPERTS)
     gate.load_state_dict({"weight": weight_ED})
     rows = TensorSpec((WIDTH,), "float32")
     experts = {
-        f"e{index}": Expert(
-            MADE, args=(SHAPE, index, DTYPE), replicas=replicas if index == 0 else 1, input=rows, output=rows
-        )
+        f"e{index}": Expert(MADE, args=(index,), replicas=replicas if index == 0 else 1, input=rows, output=rows)
         for index in range(EXPERTS)
     }
     return Layer(name, gate, experts, input=rows)

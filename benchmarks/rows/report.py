@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers.measure import MOST_FOREIGN
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -34,7 +35,7 @@ def table(lines: Iterable[Line]) -> Table:
             ", ".join(f"{name} {number(value)}" for name, value in line.baselines.items()),
             escape(str(line.ratio)) if line.ratio else "",
             line.target,
-            _coloured(line.verdict),
+            _coloured(line.verdict) + (f" foreign load {line.foreign:.0%}" if line.foreign > MOST_FOREIGN else ""),
             ", ".join(f"{name} {number(value)}" for name, value in line.cpu.items()),
         )
     return found
