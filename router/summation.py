@@ -42,7 +42,7 @@ def _block_sum(handle: Dispatch, outputs_N: Tensor, weights_TK: Tensor) -> Tenso
         held_TK = slots >= 0
         slots, weights_TK = slots[held_TK], weights_TK[held_TK]
         starts = F.pad(held_TK.sum(dim=1).cumsum(0), (1, 0))[:-1]
-    if slots.numel() == 0:
+    if slots.numel() == 0 or rows_N.shape[1] == 0:
         return torch.zeros(shape, dtype=dtype, device=outputs_N.device)
     if rows_N.dtype != dtype and slots.numel() < rows_N.shape[0]:  # a slice of a batch: convert its own rows alone
         rows_N = rows_N.index_select(0, slots.flatten())
