@@ -17,7 +17,7 @@ from functools import partial
 
 from ..experts.errors import ExpertMeshError, InvalidRequest, Unauthenticated, Unavailable
 from ..experts.protocol import ExpertCall
-from ..experts.wire import Frame, decode
+from ..experts.wire import Buffer, Frame, decode
 from ..router.replicas import Replica
 from ..router.transport import Cancel, Done, Lost
 from .channel_protocol import (
@@ -94,7 +94,7 @@ class Channel:
         self._loop = asyncio.get_running_loop()
         self._open = False
         self._opened: asyncio.Future[None] = self._loop.create_future()
-        self._early: list[ExpertCall] = []
+        self._early: dict[int, list[Buffer]] = {}
         self._pending: dict[int, Done] = {}
 
     async def connect(self) -> None:
@@ -113,11 +113,12 @@ class Channel:
 
     def send(self, call: ExpertCall, done: Done) -> Cancel:
         """Send a call, as soon as the connection is open; `done` gets its reply and nothing else that comes."""
+        parts = encode_call(call)
         self._pending[call.attempt] = done
         if self._open:
-            self._write(encode_call(call))
+            self._write(parts)
         else:
-            self._early.append(call)
+            self._early[call.attempt] = parts
         return partial(self._cancel, call.attempt)
 
     def _cancel(self, attempt: int) -> None:
@@ -126,7 +127,7 @@ class Channel:
         if self._open:
             self._write(message("cancel", attempt=attempt))
         else:
-            self._early = [call for call in self._early if call.attempt != attempt]
+            self._early.pop(attempt, None)
 
     def close(self, why: ExpertMeshError) -> None:
         """Close the connection; whoever waits on it is told why at once. Idempotent."""
@@ -195,11 +196,12 @@ class Channel:
 
     def _take(self, frame: Frame) -> None:
         if frame.kind == "reply" and self._open:
+            reply = decode_reply(frame, self.replica.incarnation)
             done = self._pending.pop(attempt_of(frame), None)
             if done is None:
                 self.late += 1  # its caller has gone; the rows land nowhere
             else:
-                done(decode_reply(frame, self.replica.incarnation))
+                done(reply)
         elif frame.kind == "hello" and not self._nonces[0]:
             self._prove(frame)
         elif frame.kind == "welcome" and self._nonces[0] and not self._open:
@@ -209,9 +211,9 @@ class Channel:
                 raise Unauthenticated("what listens there does not know the secret of this cluster")
             self._open = True
             self._opened.set_result(None)
-            early, self._early = self._early, []
-            for call in early:
-                self._write(encode_call(call))
+            early, self._early = self._early, {}
+            for parts in early.values():
+                self._write(parts)
         else:
             raise InvalidRequest(f"a message of kind {frame.kind[:64]!r} has no meaning here")
 

@@ -26,7 +26,7 @@ from .work import Work
 
 WINDOW = 2
 MAX_ROWS_PER_MESSAGE = 16_384
-MAX_PARTS_PER_MESSAGE = 512
+MAX_PARTS_PER_MESSAGE = 256
 MAX_ATTEMPTS = 3
 
 
@@ -178,11 +178,17 @@ class Fanout:
         for job in jobs:
             job.message = message
         works = [job.work for job in jobs]
-        call, message.places = build_call(next(self._attempts), works, now=message.started)
+        lane.under_way.add(message)
+        try:
+            call, message.places = build_call(next(self._attempts), works, now=message.started)
+            message.cancel = self._transport.send(lane.replica, call, partial(self._returned, lane, message))
+        except ExpertMeshError as error:  # what cannot be written as a message
+            lane.under_way.discard(message)
+            for job in jobs:
+                self._tell(job, error)
+            return
         self._telemetry.messages[lane.replica.id] += 1
         self._telemetry.copied += call.rows.nbytes
-        lane.under_way.add(message)
-        message.cancel = self._transport.send(lane.replica, call, partial(self._returned, lane, message))
 
     def _returned(self, lane: _Lane, message: _Message, reply: ExpertReply | ExpertMeshError) -> None:
         if message not in lane.under_way or self._lanes.get(lane.replica.id) is not lane:

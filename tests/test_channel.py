@@ -21,6 +21,7 @@ from torch import Tensor
 from expertmesh.cluster import channel_server as module
 from expertmesh.cluster.channel import ChannelTransport
 from expertmesh.cluster.channel_protocol import LENGTH, ROUTER, encode_call, message, proof
+from expertmesh.cluster.channel_protocol import REPLICA as REPLICA_ROLE
 from expertmesh.cluster.channel_server import CREDITS, ChannelServer, socket_path
 from expertmesh.experts.errors import ExpertMeshError, Unavailable
 from expertmesh.experts.host import ExpertHost
@@ -362,6 +363,32 @@ def test_a_failure_of_the_expert_is_told_and_the_connection_stays(tmp_path: Path
                 await router.ask(made.call(attempt))
         router.transport.close()
         made.server.close()
+
+    check(main())
+
+
+def test_a_reply_that_cannot_be_read_ends_the_call_and_the_connection(tmp_path: Path) -> None:
+    async def main() -> None:
+        path = tmp_path / "odd"
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            async def read() -> Any:
+                return decode(await reader.readexactly(LENGTH.unpack(await reader.readexactly(LENGTH.size))[0]))
+
+            writer.write(b"".join(message("hello", replica="r", incarnation="i", nonce="n")))
+            nonces = ("n", (await read()).meta["nonce"])
+            writer.write(b"".join(message("welcome", proof=proof(SECRET, REPLICA_ROLE, "i", nonces), credits="4")))
+            await read()
+            odd = {"outputs": [[0, "many"]], "sums": [], "failures": [], "seconds": [0.0, 0.0]}
+            writer.write(b"".join(message("reply", attempt=1, **odd)))
+            await reader.read()
+            writer.close()
+
+        async with await asyncio.start_unix_server(answer, str(path)):
+            router = Router(Replica("r", ("l/e",), "i", state=READY, address=f"unix:{path}"))
+            with pytest.raises(Unavailable, match="the connection to the replica was closed"):
+                await router.ask(ExpertCall(1, (Part("l/e", "v1", 0, 3),), ROWS))
+            assert router.lost == ["i"]
 
     check(main())
 

@@ -21,6 +21,7 @@ from expertmesh.experts.errors import (
     ExpertFailed,
     ExpertMeshError,
     SpecMismatch,
+    TooLarge,
     Unavailable,
     VersionGone,
 )
@@ -380,6 +381,27 @@ def test_a_reply_with_another_number_of_parts_is_refused(outputs: int) -> None:
         for job in jobs:
             with pytest.raises(DataLoss, match=f"answered {outputs} of 2 parts"):
                 await asyncio.wait_for(job, 20)
+
+    check(main())
+
+
+def test_what_cannot_be_written_as_a_message_is_told_and_the_lane_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        mesh = mesh_of("r")
+
+        def refuse(replica: Replica, call: ExpertCall, done: Done) -> Cancel:
+            raise TooLarge("the message's header has too many bytes")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(mesh.wire, "send", refuse)
+            job = mesh.submit()
+            with pytest.raises(TooLarge):
+                await asyncio.wait_for(job, 20)
+        again = mesh.submit()
+        await settle()
+        mesh.wire.sent[0].answer()
+        assert torch.equal(await again, X[[0]] * 2)
+        assert mesh.view.rows_in_flight() == {"r": 0}
 
     check(main())
 
