@@ -23,12 +23,13 @@ from expertmesh.cluster.ray_environment import load_backend
 
 @contextmanager
 def two_nodes() -> Iterator[str]:
-    """The address of a Ray of two nodes, the second with the resource "second"."""
+    """The address of a Ray of two nodes, with the resources "first" and "second"."""
     load_backend(None)
     import ray  # after its environment was set
     from ray.cluster_utils import Cluster as RayCluster
 
-    nodes: Any = RayCluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    head = {"num_cpus": 2, "include_dashboard": False, "resources": {"first": 1}}
+    nodes: Any = RayCluster(initialize_head=True, head_node_args=head)
     nodes.add_node(num_cpus=1, resources={"second": 1})
     try:
         yield nodes.address
@@ -41,7 +42,7 @@ def main() -> None:
     """Print rows a second of both ways, and the ratio."""
     options = _options()
     layers = [
-        Layer("here", gates.Fixed([1.0]), {"e": Expert("torch:clone")}),
+        Layer("here", gates.Fixed([1.0]), {"e": Expert("torch:clone", resources={"first": 1})}),
         Layer("there", gates.Fixed([1.0]), {"e": Expert("torch:clone", resources={"second": 1})}),
     ]
     x = np.random.default_rng(0).standard_normal((options.rows, options.width), dtype=np.float32)

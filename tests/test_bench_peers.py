@@ -21,6 +21,8 @@ from benchmarks.peers.processes import Meter
 from benchmarks.peers.ray_good import packs
 from torch import Tensor
 
+from expertmesh.cluster.ray_environment import load_backend
+
 TINY = model.SHAPES["T"]
 LAYERS = ["in_process", "gloo", "ray_naive", "ray_good", "ray_good_2"]
 BATCHES = (1, 2, 33)
@@ -29,6 +31,7 @@ BATCHES = (1, 2, 33)
 @pytest.fixture(scope="module", autouse=True)
 def one_ray(nothing_left: None) -> Iterator[None]:
     """One Ray for all arms on Ray; at the end neither a process nor shared memory of any arm is left."""
+    load_backend(None)  # Ray is imported once in a test run, and clusters that come later want its authentication
     with private_ray():
         yield
 

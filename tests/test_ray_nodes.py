@@ -54,7 +54,11 @@ def test_code_from_a_folder_runs_on_the_second_node(two_nodes: Any, tmp_path: Pa
             np.testing.assert_allclose(client.forward("far", x), 2 * x)
             status = client.status()
         carried, experts = status["router"]["rows_carried"], status["layers"]["far"]["experts"]
-        assert carried == ({"unix": 2, "tcp": 2} if transport == "channel" else {"ray": 4})
+        if transport == "channel":  # the other expert may stand on either node
+            assert carried["tcp"] >= 2
+            assert sum(carried.values()) == 4
+        else:
+            assert carried == {"ray": 4}
         (there,) = experts["far/there"]["replicas"]
         assert there["node"].endswith(two_nodes.second.node_id[:8])
     gpu = Layer("gpu", gates.Fixed([1.0]), {"e": Expert("numpy:negative", num_gpus=1)})
