@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import socket
 from collections.abc import Iterable
 from dataclasses import replace
@@ -12,6 +13,8 @@ from ..experts.factory import locate
 from ..experts.probe import check_declaration
 from ..experts.spec import FLOATING, Expert, TensorSpec
 from ..router.layer import Layer
+
+PORT_TRIES = 50
 
 
 def check_port(host: str, port: int, what: str) -> None:
@@ -31,10 +34,22 @@ def check_port(host: str, port: int, what: str) -> None:
 
 
 def free_port(host: str) -> int:
-    """A port that nobody listens on at the moment."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind((host.strip("[]"), 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on at the moment, and that the system gives to nobody by itself if there is one.
+
+    It is used only once many processes have started: a port that any connection may be given could be gone by then.
+    Ray's workers take 10002 to 19999, systems begin to give away at 32768.
+    """
+    draw = random.SystemRandom()
+    for port in [*(draw.randrange(20_000, 32_768) for _ in range(PORT_TRIES)), 0]:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+            try:
+                probe.bind((host.strip("[]"), port))
+            except OSError:
+                if port == 0:
+                    raise
+                continue
+            return int(probe.getsockname()[1])
+    raise AssertionError("port 0 is free or raises")
 
 
 def check_gpus(layers: Iterable[Layer], available: float) -> None:
