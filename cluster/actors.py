@@ -74,7 +74,10 @@ class ExpertActor:
         yield_to_serving()
         if weights is not None:
             proposal = replace(proposal, weights={name: from_bytes(*packed) for name, packed in weights.items()})
-        return self._host.stage(proposal, replaces, mode)
+        try:
+            return self._host.stage(proposal, replaces, mode)
+        finally:
+            trim_memory()
 
     @ray.method(concurrency_group="control")
     def unload(self, expert_id: str, version: str) -> None:
@@ -189,6 +192,13 @@ def give_memory_back() -> None:
     if mallopt is not None:
         mallopt(-3, 128 * 1024)
         mallopt(-8, 2)
+
+
+def trim_memory() -> None:
+    """Have the C library return what it has kept of freed blocks, as of weights that were refused."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def yield_to_serving() -> None:
