@@ -41,6 +41,9 @@ class LogSettings:
     path: str | None
 
 
+TRIM_SECONDS = 2.0
+
+
 class ExpertActor:
     """Runs one replica: one expert, or the experts of a pack, on the device that Ray assigned. It starts empty."""
 
@@ -107,6 +110,7 @@ class RouterActor:
         configure_logs("router", logs.level, logs.path)
         torch.set_num_threads(1)
         self._transport = RayTransport() if channel is None else ChannelTransport(channel.secret)
+        self._trimmed = 0.0
         self._control = RayControlPort()
         self._service = RouterService(settings, self._transport, self._control)
         self._ports: tuple[int, int | None] | None = None
@@ -127,6 +131,10 @@ class RouterActor:
     async def sync(self, update: RouterUpdate) -> RouterReport:
         """Take what the controller knows; a router that Ray restarted begins to listen here."""
         await self.start()
+        now = asyncio.get_running_loop().time()
+        if now - self._trimmed > TRIM_SECONDS:  # uploads and large requests leave freed blocks
+            self._trimmed = now
+            trim_memory()
         return await self._service.sync(update)
 
     async def stage(self, candidate: Candidate) -> Receipt:
@@ -164,7 +172,10 @@ class ControllerActor:
 
     async def swap(self, request: SwapRequest) -> SwapResult:
         """Carry out a swap."""
-        return await self._controller.swap(request)
+        try:
+            return await self._controller.swap(request)
+        finally:
+            trim_memory()
 
     async def progress(self, swap_id: str) -> dict[str, Any]:
         """How far a swap is."""
