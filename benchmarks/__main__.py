@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +36,34 @@ def main(arguments: list[str] | None = None) -> int:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - begin:6.1f} s] {text}", file=sys.stderr, flush=True)
 
-    result = _run(options, say)
-    machine["seconds"] = round(time.monotonic() - begin, 1)
-    machine["load after"] = [round(value, 2) for value in os.getloadavg()]
+    result = run.Result()
+
+    def kept() -> None:
+        machine["seconds"] = round(time.monotonic() - begin, 1)
+        machine["load after"] = [round(value, 2) for value in os.getloadavg()]
+        if options.json:
+            more = {"arms": result.versions, "blocks": result.blocks(), "timelines": result.timelines}
+            report.write_json(options.json, report.document(result.lines, result.stages, machine, **more))
+
+    try:
+        _run(options, say, result, kept)
+    except KeyboardInterrupt:
+        say("interrupted: what was measured until now")
+        machine["interrupted"] = True
+    kept()
     report.show(result.lines, result.stages, machine)
-    if options.json:
-        more = {"arms": result.versions, "blocks": result.blocks(), "timelines": result.timelines}
-        report.write_json(options.json, report.document(result.lines, result.stages, machine, **more))
     if options.plots:
         for path in plots.draw(options.plots, result.blocks(), result.timelines):
             say(f"drawn: {path}")
     return 1 if any(line.verdict.startswith(report.BROKEN) for line in result.lines) else 0
 
 
-def _run(options: Any, say: Any) -> run.Result:
+def _run(options: Any, say: Any, result: run.Result, kept: Callable[[], None]) -> None:
+    """Measure every row into `result`; `kept` is called whenever there is more of it."""
     usual = run.TINY if options.tiny else run.QUICK if options.quick else run.FULL
     effort = Effort(options.blocks or usual.blocks, options.seconds or usual.seconds)
     declared = [catalogue.DECLARED[name] for name in options.rows if name in catalogue.DECLARED]
-    result = run.measure(declared, effort, say, quick=options.quick, tiny=options.tiny)
+    run.measure(declared, effort, say, quick=options.quick, tiny=options.tiny, result=result, told=kept)
     for name in options.rows:
         if name in catalogue.DECLARED:
             continue
@@ -66,8 +77,8 @@ def _run(options: Any, say: Any) -> run.Result:
             result.timelines |= {name: timeline} if timeline else {}
         else:
             result.lines += hivemind.measured(name, effort, say)
-    result.lines.sort(key=lambda line: catalogue.NAMES.index(line.row))
-    return result
+        result.lines.sort(key=lambda line: catalogue.NAMES.index(line.row))
+        kept()
 
 
 def _options(arguments: list[str] | None) -> Any:

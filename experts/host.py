@@ -121,24 +121,24 @@ class ExpertHost:
     def compute(self, call: ExpertCall) -> ExpertReply:
         """Compute every part of a message; a part that fails does not harm the others."""
         began = time.perf_counter()
-        rows = call.rows.to(self.device)
-        index = None if call.row_index is None else call.row_index.to(self.device)
+        rows_N = call.rows.to(self.device)
+        if call.row_index is not None:  # once for all parts: what each of them gets is then a slice
+            rows_N = rows_N.index_select(0, call.row_index.to(self.device))
         summed = {position for asked in call.sums for position in range(asked.first, asked.last)}
-        outputs = [self._part(part, rows, index, keep=position in summed) for position, part in enumerate(call.parts)]
+        outputs = [self._part(part, rows_N, keep=position in summed) for position, part in enumerate(call.parts)]
         if not call.sums:
             return ExpertReply(self.incarnation, tuple(outputs), computed=time.perf_counter() - began)
-        sums, lost = add_up(call, outputs, index)
+        sums, lost = add_up(call, outputs)
         told = (None if at in summed and isinstance(out, Tensor) else out for at, out in enumerate(outputs))
         return ExpertReply(self.incarnation, tuple(told), sums, lost, computed=time.perf_counter() - began)
 
-    def _part(self, part: Part, rows: Tensor, index: Tensor | None, *, keep: bool) -> Tensor | PartFailure:
-        """The answer of one part; on the device if `keep`, to be added up there."""
+    def _part(self, part: Part, rows_N: Tensor, *, keep: bool) -> Tensor | PartFailure:
+        """The answer of one part to its slice of the rows; on the device if `keep`, to be added up there."""
         function = self._resident(part.expert, part.version)
         if function is None:
             return PartFailure("VersionGone", f"{part.expert} {part.version} is not loaded in this replica")
-        pairs = slice(part.start, part.stop)
         try:
-            answer = function(rows[pairs] if index is None else rows.index_select(0, index[pairs]))
+            answer = function(rows_N[part.start : part.stop])
             return answer if keep else answer.cpu()
         except ExpertMeshError as error:
             return PartFailure("ExpertFailed", f"{part.expert}: {error.message}")

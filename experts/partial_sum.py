@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .bags import sum_of_bags
 from .protocol import ExpertCall, PartFailure, PartialSum
 
 
 def add_up(
-    call: ExpertCall, outputs: Sequence[Tensor | PartFailure], index: Tensor | None
+    call: ExpertCall, outputs: Sequence[Tensor | PartFailure]
 ) -> tuple[tuple[Tensor | PartFailure, ...], Tensor | None]:
     """Every partial sum that a message asks for, on the CPU, and the pairs [L] int64 that no sum contains.
 
@@ -24,14 +26,14 @@ def add_up(
     sums: list[Tensor | PartFailure] = []
     lost: list[Tensor] = []
     for asked in call.sums:
-        total, missing = _sum(call, asked, outputs, index)
+        total, missing = _sum(call, asked, outputs)
         sums.append(total)
         lost += missing
     return tuple(sums), torch.cat(lost).cpu() if lost else None
 
 
 def _sum(
-    call: ExpertCall, asked: PartialSum, outputs: Sequence[Tensor | PartFailure], index: Tensor | None
+    call: ExpertCall, asked: PartialSum, outputs: Sequence[Tensor | PartFailure]
 ) -> tuple[Tensor | PartFailure, list[Tensor]]:
     answered = [(at, out) for at in range(asked.first, asked.last) if isinstance(out := outputs[at], Tensor)]
     if not answered:
@@ -40,7 +42,7 @@ def _sum(
     if len({tuple(out.shape[1:]) for _, out in answered}) > 1:
         names = ", ".join(call.parts[at].expert for at, _ in answered)
         return PartFailure("SpecMismatch", f"the experts {names} answer with rows of different shapes"), []
-    total = _total(call, asked, answered, index)
+    total = _total(call, asked, answered)
     if bool(total.sum().isfinite()) or bool(total.isfinite().all()):  # NaN and infinity survive every sum
         return total.cpu(), []
     lost, kept = [], []
@@ -48,17 +50,18 @@ def _sum(
         bad_P = ~out.isfinite().flatten(1).all(dim=1)
         lost.append(bad_P.nonzero().flatten() + call.parts[at].start)
         kept.append((at, out.masked_fill(bad_P.view(-1, *[1] * (out.dim() - 1)), 0)))
-    return _total(call, asked, kept, index).cpu(), lost
+    return _total(call, asked, kept).cpu(), lost
 
 
-def _total(call: ExpertCall, asked: PartialSum, answered: Sequence[tuple[int, Tensor]], index: Tensor | None) -> Tensor:
-    first = answered[0][1]
-    wide = torch.float64 if any(out.dtype == torch.float64 for _, out in answered) else torch.float32
-    rows = call.rows.shape[0]
-    total_R = torch.zeros((asked.stop - asked.start, *first.shape[1:]), dtype=wide, device=first.device)
-    for at, out_P in answered:
-        pairs = slice(call.parts[at].start, call.parts[at].stop)
-        weights_P = call.weights[pairs].to(first.device, wide).view(-1, *[1] * (out_P.dim() - 1))
-        rows_P = torch.arange(rows, device=first.device)[pairs] if index is None else index[pairs]
-        total_R.index_add_(0, rows_P - asked.start, out_P.to(wide) * weights_P)
-    return total_R
+def _total(call: ExpertCall, asked: PartialSum, answered: Sequence[tuple[int, Tensor]]) -> Tensor:
+    parts = [call.parts[at] for at, _ in answered]
+    answers_P = answered[0][1] if len(answered) == 1 else torch.cat([out for _, out in answered])
+    pairs_P = np.concatenate([np.arange(part.start, part.stop) for part in parts])
+    rows_P = (pairs_P if call.row_index is None else call.row_index.numpy()[pairs_P]) - asked.start
+    order_P = np.argsort(rows_P, kind="stable")  # by row, and for each row by expert
+    starts_R = np.searchsorted(rows_P[order_P], np.arange(asked.stop - asked.start))
+    weights_P = call.weights[torch.from_numpy(pairs_P[order_P])]
+    order, starts, weights = (
+        tensor.to(answers_P.device) for tensor in (torch.from_numpy(order_P), torch.from_numpy(starts_R), weights_P)
+    )
+    return sum_of_bags(answers_P, order, starts, weights)

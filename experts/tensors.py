@@ -36,11 +36,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def byte_view(tensor: Tensor) -> memoryview:
     """The bytes of a tensor: [nbytes]. Copies only from a device or a strided tensor."""
-    flat = tensor.detach().cpu().contiguous()
-    if flat.numel() == 0:
+    if tensor.numel() == 0:
         return memoryview(b"")
-    held: memoryview = flat.reshape(-1).view(torch.uint8).numpy().data
-    return held.cast("B")
+    held: memoryview = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    return held
 
 
 def from_bytes(data: Any, dtype: str, shape: tuple[int, ...]) -> Tensor:

@@ -35,6 +35,7 @@ MAX_TEXT_BYTES = 4096
 MAX_DEPTH = 4
 MAX_ELEMENT_BYTES = 1 << 40
 _PREFIX = struct.Struct("<4sHHI")
+_SCALARS = frozenset({str, int, float, bool, type(None)})
 Buffer = bytes | memoryview
 
 ITEM_SIZES: dict[str, int] = {
@@ -206,14 +207,15 @@ def _map_without_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
 
 
 def _check_values(value: object, left: int) -> None:
-    if not isinstance(value, (dict, list)):
-        if value is not None and type(value) not in (str, int, float, bool):
+    if type(value) not in (dict, list):
+        if type(value) not in _SCALARS:
             raise InvalidRequest(f"the header holds a {type(value).__name__}: only text, numbers, maps and lists may")
         return
     if left == 0:
         raise InvalidRequest(f"the header is nested deeper than {MAX_DEPTH}")
-    for child in value.values() if isinstance(value, dict) else value:
-        _check_values(child, left - 1)
+    for child in value.values() if isinstance(value, dict) else value:  # type: ignore[attr-defined]
+        if type(child) not in _SCALARS:  # most are: a call for each would cost more than all the rest of decoding
+            _check_values(child, left - 1)
 
 
 def _check_tensors(described: list[Any]) -> Iterable[tuple[str, str, tuple[int, ...]]]:

@@ -27,6 +27,7 @@ from .dispatch import Dispatch
 from .fanout import Fanout
 from .gating import GateRequest, Routed
 from .missing import lost_pairs
+from .presummed import Presummed
 from .work import Work
 
 
@@ -144,7 +145,7 @@ class Answer:
                 handle,
                 outputs_N,
                 answered_N=answered_N,
-                presummed=self.batch.assignment.presummed,
+                presummed=self._presummed(),
                 method=self.layer.combine,
                 on_missing=self.policy,
                 max_lost_mass=self.max_lost_mass,
@@ -158,6 +159,10 @@ class Answer:
             if x.is_floating_point() and not bool(x.isfinite().all()):
                 raise InvalidRequest("x holds NaN or infinity, and so does the answer of an expert") from None
             raise
+
+    def _presummed(self) -> Presummed | None:
+        whole = self.batch.assignment.presummed
+        return None if whole is None else whole.slice(self.routed.start, self.routed.stop)
 
     def _reply(
         self,

@@ -83,20 +83,17 @@ def combine(
     """
     policy = OnMissing.parse(on_missing)
     _check(handle, outputs_N, method, on_dropped)
-    weights_TK = _gate_weights(handle)
     finish = _Finish(handle, method, on_dropped, x_T, shared_T, out_dtype or _default_dtype(outputs_N))
     dropped = handle.dropped_T is not None and bool(handle.dropped_T.any())
 
     if answered_N is None and method != "vote":
         # NaN and infinity survive every sum: a finite result proves that all answers were finite.
-        term_TK = _term_weights(handle, weights_TK, method)
-        terms, term_TK = (handle, term_TK) if presummed is None else presummed.terms(handle, term_TK)
-        output = finish(ordered_sum(terms, outputs_N, term_TK, out_dtype=finish.out_dtype if finish.plain else None))
+        output = finish(_whole_sum(handle, outputs_N, method, presummed, finish.out_dtype if finish.plain else None))
         if _finite(output):
-            return Combined(
-                output, weights_TK.new_zeros(handle.num_rows, dtype=torch.float32), handle.dropped_T, dropped
-            )
+            nothing_T = torch.zeros(handle.num_rows, dtype=torch.float32, device=output.device)
+            return Combined(output, nothing_T, handle.dropped_T, dropped)
 
+    weights_TK = _gate_weights(handle)
     lost_TK = lost_pairs(handle, outputs_N, answered_N)
     if lost_TK is None:
         lost_TK = torch.zeros_like(handle.slots_TK, dtype=torch.bool)
@@ -116,6 +113,15 @@ def combine(
             f"not, or the sum overflows {output.dtype} (then ask for a wider out_dtype)"
         )
     return Combined(output, mass_T, handle.dropped_T, degraded or dropped)
+
+
+def _whole_sum(
+    handle: Dispatch, outputs_N: Tensor, method: str, presummed: Presummed | None, out_dtype: torch.dtype | None
+) -> Tensor:
+    if presummed is None:
+        return ordered_sum(handle, outputs_N, _term_weights(handle, _gate_weights(handle), method), out_dtype=out_dtype)
+    weights_TK = _term_weights(handle, _gate_weights(handle), method) if presummed.single else None
+    return presummed.sum(outputs_N, weights_TK)
 
 
 def _degraded_sum(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,14 +58,18 @@ class Dispatch:
 
     def experts(self) -> tuple[int, ...]:
         """The distinct experts that the rows of this handle (whole batch or slice) need, ascending."""
+        if self.full and self.slots_TK.numel() == self.num_pairs:  # all of the batch
+            return tuple(e for e, end in enumerate(self.offsets[1:]) if self.offsets[e] < end)
         slots = self.slots_TK[self.slots_TK >= 0]
         experts = torch.searchsorted(torch.tensor(self.offsets[1:], device=slots.device), slots, right=True)
         return tuple(torch.bincount(experts).nonzero().flatten().tolist())
 
     def mass(self) -> list[float]:
         """The sum of |gate weight| of each expert: E numbers."""
-        ends = torch.nn.functional.pad(self.weights_N.detach().abs().cumsum(0), (1, 0))[torch.tensor(self.offsets)]
-        return ends.diff().tolist()
+        ends = np.zeros(self.num_pairs + 1)
+        np.cumsum(np.abs(self.weights_N.detach().cpu().numpy()), out=ends[1:])
+        masses: list[float] = np.diff(ends[list(self.offsets)]).tolist()
+        return masses
 
     def expert_of(self, slot: int) -> int:
         """The expert of the pair at position `slot`."""

@@ -6,6 +6,7 @@ Shapes: T rows of the request, E experts, K choices a row, N pairs of the batch 
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,6 +37,11 @@ from .replicas import Replica, View
 from .telemetry import Telemetry
 from .transport import Transport
 from .work import assign
+
+if sys.version_info >= (3, 11):
+    from asyncio import timeout
+else:
+    from async_timeout import timeout
 
 EPOCH_ATTEMPTS = 2
 
@@ -83,7 +89,8 @@ class Router:
         try:
             name = self.layer(request.options.layer).name
             with self.admission.admit(name, int(request.x.shape[0]) if request.x.ndim else 1):
-                reply = await asyncio.wait_for(self._on_some_epoch(request, started + request.timeout), request.timeout)
+                async with timeout(request.timeout):  # a wait_for would be a task of its own: four turns of the loop
+                    reply = await self._on_some_epoch(request, started + request.timeout)
             code = "OK"
             return reply
         except (asyncio.TimeoutError, TimeoutError):

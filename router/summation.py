@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..experts.bags import sum_of_bags
 from .dispatch import Dispatch
 
 BLOCK_ROWS = 256
@@ -34,18 +35,13 @@ def ordered_sum(
 
 
 def _block_sum(handle: Dispatch, outputs_N: Tensor, weights_TK: Tensor) -> Tensor:
-    rows_N = outputs_N.flatten(1) if outputs_N.dim() > 1 else outputs_N[:, None]
-    dtype = torch.float64 if outputs_N.dtype == torch.float64 else torch.float32
-    shape = (handle.num_rows, *outputs_N.shape[1:])
     slots, starts = handle.slots_TK, None
     if not handle.full:
         held_TK = slots >= 0
         slots, weights_TK = slots[held_TK], weights_TK[held_TK]
         starts = F.pad(held_TK.sum(dim=1).cumsum(0), (1, 0))[:-1]
-    if slots.numel() == 0 or rows_N.shape[1] == 0:
-        return torch.zeros(shape, dtype=dtype, device=outputs_N.device)
-    if rows_N.dtype != dtype and slots.numel() < rows_N.shape[0]:  # a slice of a batch: convert its own rows alone
-        rows_N = rows_N.index_select(0, slots.flatten())
+    wide = outputs_N.dtype in (torch.float32, torch.float64)
+    if not wide and slots.numel() < outputs_N.shape[0]:  # a slice of a batch: convert its own rows alone
+        outputs_N = outputs_N.index_select(0, slots.flatten())
         slots = torch.arange(slots.numel(), device=slots.device).view_as(slots)
-    sums = F.embedding_bag(slots, rows_N.to(dtype), starts, mode="sum", per_sample_weights=weights_TK.to(dtype))
-    return sums.view(shape)
+    return sum_of_bags(outputs_N, slots, starts, weights_TK)

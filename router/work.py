@@ -3,21 +3,23 @@
 Experts of a pack share a replica, so their rows go there in one message. Where it makes the answer smaller, the replica
 adds up the weighted answers of its experts for each row (for `weighted_sum`, `residual` and `mean`).
 
+Index arithmetic is numpy's, as in `presummed.py`.
 Shapes: T rows of the batch, N pairs of the batch sorted by expert, P pairs of one piece of work, R distinct rows in it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .dispatch import Dispatch
 from .layer import Layer
-from .presummed import Presummed
+from .presummed import Array, Presummed
 
 SUMMED = ("weighted_sum", "residual", "mean")
 SUM_BYTES = 4
@@ -79,11 +81,11 @@ def assign(
 
     Shared experts come last, each with all rows and by itself.
     """
-    ids, offsets = layer.expert_ids, handle.offsets
+    ids, offsets, rows_N = layer.expert_ids, handle.offsets, handle.rows_N.numpy()
     work: dict[int, Work] = {}
     members: dict[int, tuple[int, ...]] = {}
     places: dict[int, Tensor] = {}
-    absorbed: list[Tensor] = []
+    absorbed: list[Array | slice] = []
     for pack in layer.packs:
         present = [e for e in pack if offsets[e] < offsets[e + 1]]
         if not present:
@@ -94,22 +96,24 @@ def assign(
         if len(present) == 1:
             work[first] = Work(experts, x, handle.rows_N[handle.pairs(first)], deadline=deadline, client=client)
             continue
-        pairs_P = torch.cat([torch.arange(offsets[e], offsets[e + 1]) for e in present])
-        rows_R, index_P = torch.unique(handle.rows_N[pairs_P], return_inverse=True)
+        pairs = _pairs(offsets, present)
+        rows_R, index_P = _distinct(rows_N[pairs], x.shape[0])
         weights_P = None
-        if _pays(layer, x, rows_R.shape[0], pairs_P.shape[0]):
-            weights_P = _weights(layer, handle, pairs_P)
-            places[first] = _first_pairs(pairs_P, index_P, rows_R.shape[0])
-            absorbed.append(pairs_P)
-        work[first] = Work(experts, x, rows_R, index_P, weights_P, deadline, client)
-    if x.shape[0]:
+        if _pays(layer, x, len(rows_R), len(index_P)):
+            weights_P = _weights(layer, handle, pairs)
+            places[first] = torch.from_numpy(_first_pairs(pairs, index_P, len(rows_R)))
+            absorbed.append(pairs)
+        rows, index = torch.from_numpy(rows_R), torch.from_numpy(index_P)
+        work[first] = Work(experts, x, rows, index, weights_P, deadline, client)
+    if x.shape[0] and layer.shared_ids:
         every = torch.arange(x.shape[0])
         for position, shared in enumerate(layer.shared_ids, start=len(layer.experts)):
             whole = ((shared, versions[shared], x.shape[0]),)
             work[position] = Work(whole, x, every, deadline=deadline, client=client)
             members[position] = (position,)
     owner = {expert: first for first, together in members.items() for expert in together}
-    return Assignment(work, members, owner, places, _presummed(handle, absorbed, places))
+    presummed = Presummed.of(handle, absorbed, [place.numpy() for place in places.values()]) if places else None
+    return Assignment(work, members, owner, places, presummed)
 
 
 def _pays(layer: Layer, x: Tensor, rows: int, pairs: int) -> bool:
@@ -118,25 +122,35 @@ def _pays(layer: Layer, x: Tensor, rows: int, pairs: int) -> bool:
     return layer.combine in SUMMED and rows < pairs and rows * SUM_BYTES <= pairs * narrow
 
 
-def _weights(layer: Layer, handle: Dispatch, pairs_P: Tensor) -> Tensor:
+def _pairs(offsets: Sequence[int], experts: Sequence[int]) -> Array | slice:
+    """The pairs of some experts, ascending: a slice where nobody else's lie between them."""
+    first, last = offsets[experts[0]], offsets[experts[-1] + 1]
+    if sum(offsets[e + 1] - offsets[e] for e in experts) == last - first:
+        return slice(first, last)
+    return np.concatenate([np.arange(offsets[e], offsets[e + 1]) for e in experts])
+
+
+def _distinct(rows_P: Array, num_rows: int) -> tuple[Array, Array]:
+    """The distinct rows, ascending [R], and where in them the row of each pair stands [P]."""
+    held_T = np.zeros(num_rows, dtype=bool)
+    held_T[rows_P] = True
+    rows_R = held_T.nonzero()[0]
+    places_T = np.empty(num_rows, dtype=np.int64)
+    places_T[rows_R] = np.arange(len(rows_R))
+    return rows_R, places_T[rows_P]
+
+
+def _weights(layer: Layer, handle: Dispatch, pairs: Array | slice) -> Tensor:
+    at = pairs if isinstance(pairs, slice) else torch.from_numpy(pairs)
     if layer.combine != "mean":
-        return handle.weights_N[pairs_P]
+        return handle.weights_N[at]
     held_T = torch.bincount(handle.rows_N, minlength=handle.num_rows)
-    return held_T[handle.rows_N[pairs_P]].float().reciprocal()
+    return held_T[handle.rows_N[at]].float().reciprocal()
 
 
-def _first_pairs(pairs_P: Tensor, index_P: Tensor, rows: int) -> Tensor:
+def _first_pairs(pairs: Array | slice, index_P: Array, rows: int) -> Array:
     """The first of the pairs of each distinct row, in the order of the experts: [R]."""
-    order_P = torch.arange(pairs_P.shape[0])
-    first_R = torch.full((rows,), pairs_P.shape[0], dtype=torch.int64).scatter_reduce_(0, index_P, order_P, "amin")
-    return pairs_P[first_R]
-
-
-def _presummed(handle: Dispatch, absorbed: list[Tensor], places: Mapping[int, Tensor]) -> Presummed | None:
-    if not places:
-        return None
-    first_N = torch.zeros(handle.num_pairs, dtype=torch.bool)
-    absorbed_N = torch.zeros(handle.num_pairs, dtype=torch.bool)
-    first_N[torch.cat(list(places.values()))] = True
-    absorbed_N[torch.cat(absorbed)] = True
-    return Presummed(first_N, absorbed_N & ~first_N)
+    order_P = np.arange(pairs.start, pairs.stop) if isinstance(pairs, slice) else pairs
+    first_R = np.empty(rows, dtype=np.int64)
+    first_R[index_P[::-1]] = order_P[::-1]  # of equal indices the last one stays
+    return first_R

@@ -18,7 +18,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True)
     for name, module in EXPERIMENTS.items():
-        module.arguments(commands.add_parser(name, description=module.__doc__))
+        one = commands.add_parser(name, description=module.__doc__)
+        one.add_argument("--transport", choices=("channel", "ray"), default="channel", help="how rows travel")
+        module.arguments(one)
     options = parser.parse_args()
     return EXPERIMENTS[options.what].main(options)
 

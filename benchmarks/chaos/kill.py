@@ -51,7 +51,9 @@ def main(options: argparse.Namespace) -> int:
     """Run it; 0 when all is as it must be."""
     wanted = options.only or ("replicas", "steps", "commits", "restart")
     problems: list[str] = []
-    with chaos_mesh("chaos-kill", experts=options.experts, replicas=options.replicas, actors=CRASHING) as mesh:
+    with chaos_mesh(
+        "chaos-kill", experts=options.experts, replicas=options.replicas, actors=CRASHING, transport=options.transport
+    ) as mesh:
         full = capacity(mesh.cluster.endpoint, mesh.shape.layer, count=options.count, seconds=4.0)
         say("capacity, rows/s (32 callers)", full)
         rate = options.share * full / options.count
@@ -63,6 +65,7 @@ def main(options: argparse.Namespace) -> int:
             problems += acknowledged_swaps(mesh, options.kills)
         if "restart" in wanted:
             problems += cold_restart(mesh, options.count)
+        say("rows to replicas", mesh.carried())
         say_load()
     for problem in problems:
         print(f"FAILED: {problem}")

@@ -87,6 +87,11 @@ class Mesh:
             for id, known in experts.items()
         }
 
+    def carried(self) -> str:
+        """How many rows went which way, by the router's own count."""
+        ways = self.client.status()["router"]["rows_carried"]
+        return ", ".join(f"{rows} by {way}" for way, rows in ways.items())
+
     def _state(self) -> dict[str, Any]:
         found: list[dict[str, Any]] = []
 
@@ -111,6 +116,7 @@ def chaos_mesh(
     ballast: int = 0,
     more: tuple[Layer, ...] = (),
     actors: Mapping[str, str] | None = None,
+    transport: str = "channel",
 ) -> Iterator[Mesh]:
     """A cluster on Ray with a layer of chaos experts, and `more` layers; nothing of it is left at the end.
 
@@ -133,6 +139,7 @@ def chaos_mesh(
             "start_timeout": START_SECONDS,
             "state_dir": Path(folder) / "state" / name,
             "log_level": "warning",
+            "transport": transport,
         }
         started = time.monotonic()
         mesh = Mesh(shape, files, layers, settings, Cluster.start(layers, **settings), None, Ledger())  # type: ignore[arg-type]

@@ -10,9 +10,8 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
-from expertmesh.cluster.actors import ControllerActor, ExpertActor, LogSettings
+from expertmesh.cluster.actors import ControllerActor, ExpertActor
 from expertmesh.cluster.control import StageCandidate
-from expertmesh.cluster.controller_ports import StateSettings
 from expertmesh.cluster.executor import ROUTER, Executor
 from expertmesh.cluster.orders import proposal_of
 from expertmesh.experts.errors import ExpertMeshError
@@ -47,25 +46,25 @@ class FlipsEarly(Executor):
 class AnswersWithNewest(ExpertHost):
     """Computes with the newest version that it has where it does not hold the one that was asked for."""
 
-    def _part(self, part: Part, *rows: Any) -> Any:
+    def _part(self, part: Part, *rows: Any, **options: Any) -> Any:
         held = [version for id, version in self._slots if id == part.expert]
         if held and part.version not in held:
             newest = max(held, key=lambda version: int(version[1:].partition("-")[0]))
             part = replace(part, version=newest)
-        return super()._part(part, *rows)
+        return super()._part(part, *rows, **options)
 
 
 class EarlyController(ControllerActor):
     """A controller that flips before its replicas have staged."""
 
-    def __init__(self, settings: StateSettings, logs: LogSettings) -> None:
-        super().__init__(settings, logs)
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self._controller.executor.__class__ = FlipsEarly
 
 
 class NewestExpert(ExpertActor):
     """A replica that answers with another version than it was asked for."""
 
-    def __init__(self, replica_id: str, experts: tuple[str, ...], device: str, logs: LogSettings) -> None:
-        super().__init__(replica_id, experts, device, logs)
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self._host.__class__ = AnswersWithNewest

@@ -38,7 +38,9 @@ def main(options: argparse.Namespace) -> int:
         "expertmesh.experts.chaos:SlowExpert", kwargs={"seconds": options.slow}, num_cpus=0, input=rows, output=rows
     )
     layer = Layer("slow", gates.Fixed([1.0]), {"e0": slow}, input=rows)
-    with chaos_mesh("slow-layer", experts=options.experts, replicas=1, more=(layer,)) as mesh:
+    with chaos_mesh(
+        "slow-layer", experts=options.experts, replicas=1, more=(layer,), transport=options.transport
+    ) as mesh:
         problems = run(mesh, options)
     for problem in problems:
         print(f"FAILED: {problem}")

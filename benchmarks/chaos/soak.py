@@ -58,7 +58,9 @@ class Samples:
 
 def main(options: argparse.Namespace) -> int:
     """Run it; 0 when nothing drifts."""
-    with chaos_mesh("soak-swap", experts=options.experts, replicas=options.replicas) as mesh:
+    with chaos_mesh(
+        "soak-swap", experts=options.experts, replicas=options.replicas, transport=options.transport
+    ) as mesh:
         problems = run(mesh, options)
     for problem in problems:
         print(f"FAILED: {problem}")

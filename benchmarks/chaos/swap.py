@@ -47,7 +47,12 @@ def main(options: argparse.Namespace) -> int:
     """Run it; 0 when all is as it must be."""
     actors = ROUTER | MUTANTS.get(options.mutant, {})
     with chaos_mesh(
-        "chaos-swap", experts=options.experts, replicas=options.replicas, pause=options.pause, actors=actors
+        "chaos-swap",
+        experts=options.experts,
+        replicas=options.replicas,
+        pause=options.pause,
+        actors=actors,
+        transport=options.transport,
     ) as mesh:
         problems = run(mesh, options)
     if options.mutant:
@@ -88,6 +93,7 @@ def report(mesh: Mesh, load: Load, swapper: Swapper, times: list[float], options
     overlaps = overlapped(load.seen, flip_times(swapper.epochs))
     sets, with_gate = swapper.count("set", "gate"), swapper.count("gate")
     say_judged(found, checker, load)
+    say("rows to replicas", mesh.carried())
     say("replies that overlapped a flip", overlaps, f">= {options.overlaps}")
     say("committed swaps", len(swapper.committed), f"{options.swaps} in {times[2] - times[1]:.1f} s")
     say("  of them sets, with the gate", f"{sets}, {with_gate}")

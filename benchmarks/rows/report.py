@@ -67,8 +67,10 @@ def show(lines: Sequence[Line], stages: Mapping[Condition, Stages], facts: Mappi
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a result for machines; what is not a number is null."""
-    path.write_text(json.dumps(_plain(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    """Write a result for machines, in one step; what is not a number is null."""
+    whole = path.with_name(path.name + ".part")
+    whole.write_text(json.dumps(_plain(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    whole.replace(path)
 
 
 def document(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -40,12 +40,24 @@ def comparisons_of(row: Row, *, quick: bool, tiny: bool) -> list[Comparison]:
     return list(dict.fromkeys(found))
 
 
-def measure(rows: Sequence[Row], effort: Effort, say: Callable[[str], None], *, quick: bool, tiny: bool) -> Result:
-    """Measure declared rows; arms run for as long as neighbouring parties need them."""
+def measure(
+    rows: Sequence[Row],
+    effort: Effort,
+    say: Callable[[str], None],
+    *,
+    quick: bool,
+    tiny: bool,
+    result: Result,
+    told: Callable[[], None] = lambda: None,
+) -> None:
+    """Measure declared rows into `result`; `told` after each party, so that a run that is cut off loses little.
+
+    Arms run for as long as neighbouring parties need them.
+    """
     wanted = {row.name: comparisons_of(row, quick=quick, tiny=tiny) for row in rows}
     planned = parties(one for found in wanted.values() for one in found)
     staged = {_alone(one.condition) for row in rows if row.stages for one in wanted[row.name]}
-    result, seen = Result(), dict[Party, Measured]()
+    seen = dict[Party, Measured]()
     with Session(effort, say) as session:
         for party in planned:
             alone = _alone(party.condition)
@@ -54,12 +66,19 @@ def measure(rows: Sequence[Row], effort: Effort, say: Callable[[str], None], *, 
             if found.stages is not None:
                 result.stages[alone] = found.stages
             result.measured.append(found)
-        result.versions = dict(session.versions)
-    for row in rows:
-        for one in wanted[row.name]:
-            found = seen[party_of(one, planned)]
-            result.lines += lines(row.name, one, found.blocks, found.skipped)
-    return result
+            result.versions = dict(session.versions)
+            result.lines = list(_lines(wanted, planned, seen))
+            told()
+
+
+def _lines(
+    wanted: Mapping[str, Sequence[Comparison]], planned: Sequence[Party], seen: Mapping[Party, Measured]
+) -> Iterator[Line]:
+    for row, comparisons in wanted.items():
+        for one in comparisons:
+            found = seen.get(party_of(one, planned))
+            if found is not None:
+                yield from lines(row, one, found.blocks, found.skipped)
 
 
 def _alone(condition: Condition) -> Condition:
