@@ -5,6 +5,7 @@ Shapes: N pairs of the message, R rows of one sum, P pairs of one part.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,7 +44,7 @@ def _sum(
         names = ", ".join(call.parts[at].expert for at, _ in answered)
         return PartFailure("SpecMismatch", f"the experts {names} answer with rows of different shapes"), []
     total = _total(call, asked, answered)
-    if bool(total.sum().isfinite()) or bool(total.isfinite().all()):  # NaN and infinity survive every sum
+    if math.isfinite(total.sum().item()) or bool(total.isfinite().all()):  # NaN and infinity survive every sum
         return total.cpu(), []
     lost, kept = [], []
     for at, out in answered:
@@ -56,12 +57,14 @@ def _sum(
 def _total(call: ExpertCall, asked: PartialSum, answered: Sequence[tuple[int, Tensor]]) -> Tensor:
     parts = [call.parts[at] for at, _ in answered]
     answers_P = answered[0][1] if len(answered) == 1 else torch.cat([out for _, out in answered])
-    pairs_P = np.concatenate([np.arange(part.start, part.stop) for part in parts])
+    pairs_P = np.arange(parts[0].start, parts[-1].stop)
+    if len(pairs_P) > answers_P.shape[0]:  # one between them failed
+        pairs_P = np.concatenate([np.arange(part.start, part.stop) for part in parts])
     rows_P = (pairs_P if call.row_index is None else call.row_index.numpy()[pairs_P]) - asked.start
     order_P = np.argsort(rows_P, kind="stable")  # by row, and for each row by expert
     starts_R = np.searchsorted(rows_P[order_P], np.arange(asked.stop - asked.start))
+    order, starts = torch.from_numpy(order_P), torch.from_numpy(starts_R)
     weights_P = call.weights[torch.from_numpy(pairs_P[order_P])]
-    order, starts, weights = (
-        tensor.to(answers_P.device) for tensor in (torch.from_numpy(order_P), torch.from_numpy(starts_R), weights_P)
-    )
-    return sum_of_bags(answers_P, order, starts, weights)
+    if answers_P.device.type != "cpu":
+        order, starts, weights_P = (tensor.to(answers_P.device) for tensor in (order, starts, weights_P))
+    return sum_of_bags(answers_P, order, starts, weights_P)
