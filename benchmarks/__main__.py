@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .peers import catalogue as arms
 from .rows import catalogue, facts, hivemind, live, plots, report, run
 from .rows.session import Effort
 from .rows.verdict import Line
@@ -63,7 +64,8 @@ def _run(options: Any, say: Any, result: run.Result, kept: Callable[[], None]) -
     usual = run.TINY if options.tiny else run.QUICK if options.quick else run.FULL
     effort = Effort(options.blocks or usual.blocks, options.seconds or usual.seconds)
     declared = [catalogue.DECLARED[name] for name in options.rows if name in catalogue.DECLARED]
-    run.measure(declared, effort, say, quick=options.quick, tiny=options.tiny, result=result, told=kept)
+    sizes = {"quick": options.quick, "tiny": options.tiny}
+    run.measure(declared, effort, say, **sizes, result=result, without=options.without, told=kept)
     for name in options.rows:
         if name in catalogue.DECLARED:
             continue
@@ -88,12 +90,16 @@ def _options(arguments: list[str] | None) -> Any:
     parser.add_argument("--blocks", type=int, help="how often each arm has its turn (default 7, quick 5)")
     parser.add_argument("--seconds", type=float, help="of a block (default 1, quick 0.25)")
     parser.add_argument("--tiny", action="store_true", help="one short block on the smallest layer: no figures follow")
+    parser.add_argument("--without", metavar="ARM", action="append", default=[], help="leave an arm out; more than once")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result for machines")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the result (needs matplotlib)")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.rows if name not in catalogue.NAMES]
     if unknown:
         parser.error(f"there is no row {', '.join(unknown)}; known are {', '.join(catalogue.NAMES)}")
+    strange = [name for name in options.without if name not in arms.ARMS]
+    if strange:
+        parser.error(f"there is no arm {', '.join(strange)}; known are {', '.join(sorted(arms.ARMS))}")
     options.rows = [name for name in catalogue.NAMES if name in options.rows or not options.rows]
     return options
 

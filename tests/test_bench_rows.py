@@ -18,6 +18,8 @@ from benchmarks.rows import catalogue, facts, hivemind, live, live_skew, plots, 
 from benchmarks.rows.case import ADDED, P50, Comparison, Condition, Row, at_least, at_most
 from benchmarks.rows.plan import MOST_PROCESSES, Party, parties, party_of, processes, spare
 from benchmarks.rows.verdict import Line, decided, lines
+from hypothesis import given
+from hypothesis import strategies as st
 
 SMALL = Condition("S", "bf16", 32, 4)
 
@@ -245,3 +247,14 @@ class Said:
         return self._text, ""
 
     def terminate(self) -> None: ...
+
+
+@given(left_out=st.sets(st.sampled_from(["expertmesh", "expertmesh_2", "ray_good", "ray_good_2"])))
+def test_a_comparison_without_arms_keeps_the_others_or_falls_away(left_out: set[str]) -> None:
+    whole = Comparison(SMALL, ("expertmesh", "expertmesh_2"), ("ray_good", "ray_good_2"), target=at_least(1))
+    left = whole.without(left_out)
+    if left is None:
+        assert set(whole.ours) <= left_out or set(whole.theirs) <= left_out
+    else:
+        assert set(left.arms) == set(whole.arms) - left_out
+        assert left.target == whole.target

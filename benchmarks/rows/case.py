@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 RATE, P50, ADDED = "rows/s", "p50", "added latency"
@@ -61,6 +61,12 @@ class Comparison:
         """All arms that must run at once."""
         names = (*((LIMIT,) if self.limit else ()), *self.ours, *self.theirs)
         return tuple(dict.fromkeys(names))
+
+    def without(self, left_out: Collection[str]) -> Comparison | None:
+        """The same without some arms; None where a side has no arm left."""
+        ours = tuple(name for name in self.ours if name not in left_out)
+        theirs = tuple(name for name in self.theirs if name not in left_out)
+        return replace(self, ours=ours, theirs=theirs) if ours and theirs else None
 
     def tiny(self) -> Comparison:
         """The same on the smallest layer, for a test: no verdict follows."""

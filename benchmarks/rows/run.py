@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -34,10 +34,11 @@ class Result:
         ]
 
 
-def comparisons_of(row: Row, *, quick: bool, tiny: bool) -> list[Comparison]:
-    """The comparisons of a row, the same one once."""
-    found = [one.tiny() if tiny else one for one in row.comparisons(quick or tiny)]
-    return list(dict.fromkeys(found))
+def comparisons_of(row: Row, *, quick: bool, tiny: bool, without: Collection[str] = ()) -> list[Comparison]:
+    """The comparisons of a row, the same one once, `without` some arms."""
+    found = (one.tiny() if tiny else one for one in row.comparisons(quick or tiny))
+    left = (one.without(without) for one in found)
+    return list(dict.fromkeys(one for one in left if one is not None))
 
 
 def measure(
@@ -48,13 +49,14 @@ def measure(
     quick: bool,
     tiny: bool,
     result: Result,
+    without: Collection[str] = (),
     told: Callable[[], None] = lambda: None,
 ) -> None:
     """Measure declared rows into `result`; `told` after each party, so that a run that is cut off loses little.
 
     Arms run for as long as neighbouring parties need them.
     """
-    wanted = {row.name: comparisons_of(row, quick=quick, tiny=tiny) for row in rows}
+    wanted = {row.name: comparisons_of(row, quick=quick, tiny=tiny, without=without) for row in rows}
     planned = parties(one for found in wanted.values() for one in found)
     staged = {_alone(one.condition) for row in rows if row.stages for one in wanted[row.name]}
     seen = dict[Party, Measured]()

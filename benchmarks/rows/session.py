@@ -115,7 +115,7 @@ class Session:
                 self._has_ray = True
             self._running[key] = arm = catalogue.start(name, SHAPES[shape], DTYPES[dtype])
             self.versions[name] = arm.version
-        except (ArmUnavailable, ImportError) as error:
+        except (ArmUnavailable, ImportError, RuntimeError) as error:  # the last is Ray's, that it does not start
             self._refused[key] = str(error).strip().splitlines()[-1][:200]
             self.say(f"skipped {name}: {self._refused[key]}")
 
