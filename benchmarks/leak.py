@@ -200,7 +200,7 @@ def main() -> int:
     draw = random.Random(options.seed)
     os.environ["EXPERTMESH_HOME"] = tempfile.mkdtemp(prefix="leak-home-")
     full_starts(1)  # what is made once and kept: threads of gRPC, imports
-    bare = kept_by_ray(5)
+    bare = kept_by_ray(options.starts)  # as many: it is 0 or 1 a start, as it happens
     print(f"Ray alone keeps {bare:g} descriptors of every start and stop")
     with nothing_left(f"{options.starts} full starts and stops", problems, 3 + 1.5 * bare * options.starts):
         full_starts(options.starts)

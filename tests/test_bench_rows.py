@@ -258,3 +258,14 @@ def test_a_comparison_without_arms_keeps_the_others_or_falls_away(left_out: set[
     else:
         assert set(left.arms) == set(whole.arms) - left_out
         assert left.target == whole.target
+
+
+def test_what_the_processor_says_of_itself(tmp_path: Path) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\nmodel name\t: A: B\nflags\t\t: fpu avx2 avx512_bf16 amx_bf16\n\nprocessor\t: 1\n")
+    assert facts.cpu_model(info) == "A: B"
+    assert facts.bf16_instructions(info) == "amx_bf16, avx512_bf16"
+    info.write_text("flags\t\t: fpu avx2 avx512_bf16x\n")
+    assert facts.bf16_instructions(info) == "none"
+    assert facts.bf16_instructions(tmp_path / "absent") == "none"
+    assert facts.cpu_model(tmp_path / "absent")

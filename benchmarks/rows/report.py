@@ -59,7 +59,8 @@ def show(lines: Sequence[Line], stages: Mapping[Condition, Stages], facts: Mappi
     """Print a result."""
     console = Console(width=200) if not Console().is_terminal else Console()
     versions = ", ".join(f"{name} {value}" for name, value in facts["versions"].items())
-    console.print(f"{facts['when']}  {facts['cpu']}, {facts['cores']} cores, {facts['memory GiB']} GiB; {versions}")
+    cpu = f"{facts['cpu']}, {facts['cores']} cores, bf16 instructions: {facts['bf16 instructions']}"
+    console.print(f"{facts['when']}  {cpu}, {facts['memory GiB']} GiB; {versions}")
     console.print(f"load before: {facts['load before']}")
     console.print(table(lines))
     if stages:
