@@ -172,6 +172,7 @@ class Control:
         if known is None or known.incarnation != incarnation:
             return []
         known.holds |= {(id, version)}
+        known.asked.discard((id, version))
         self._changed(member)
         return [Sync()]
 
@@ -278,6 +279,7 @@ class Control:
             surplus = unneeded(member.holds, needed, staging) if may_unload else []
             if surplus:
                 member.holds -= set(surplus)
+                member.asked -= set(surplus)  # or what is needed once more would not be asked for again
                 self._changed(name)
             orders += [Load(name, member.incarnation, *pair) for pair in missing]
             orders += [Unload(name, member.incarnation, *pair) for pair in surplus]

@@ -100,6 +100,9 @@ class Executor:
             self.problem = error.message
             log.warning("%s could not load %s %s: %s", order.member, order.id, order.version, error)
             self.control.load_failed(order.member, order.incarnation, order.id, order.version)
+        except Exception:  # a disk that fails, a bug: it is tried again, and seen in the log
+            self.control.load_failed(order.member, order.incarnation, order.id, order.version)
+            raise
         else:
             self._holds(order.member, order.incarnation, order.id, order.version)
             await self.perform(self.control.loaded(order.member, order.incarnation, order.id, order.version))

@@ -172,6 +172,21 @@ def test_a_recalled_epoch_is_loaded_beside_the_current_one_until_it_is_released(
     assert Unload("m", "m.1", "l/a", "v1") in control.release(1)
 
 
+@pytest.mark.parametrize("reported", [False, True])
+def test_what_was_loaded_and_unloaded_is_loaded_again(reported: bool) -> None:
+    """Also where no report of the member came in between: that it was asked for once must not count for ever."""
+    control = Control()
+    control.restore({1: ONE, 2: TWO})
+    control.router_reported("r", 2, 2)
+    control.member_reported("m", "m.1", A, held("v2"))
+    for _ in range(3):
+        assert Load("m", "m.1", "l/a", "v1") in control.recall(1)
+        control.loaded("m", "m.1", "l/a", "v1")
+        if reported:
+            control.member_reported("m", "m.1", A, held("v1", "v2"))
+        assert Unload("m", "m.1", "l/a", "v1") in control.release(1)
+
+
 def test_an_order_for_an_incarnation_that_is_gone_is_not_taken_for_its_successor() -> None:
     control = started("m")
     control.swap_asked("s", A)
