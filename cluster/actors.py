@@ -7,9 +7,7 @@ so that a long computation does not delay them.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +26,7 @@ from .controller import open_controller
 from .controller_ports import ControllerState, StateSettings
 from .logs import configure_logs
 from .orders import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
+from .upkeep import give_memory_back, settle, trim_memory, yield_to_serving
 from .ray_ports import Packed, RayControlPort, RayReplicaPort, RayRouterPort
 from .ray_transport import RayTransport, packed_reply, unpacked_call
 from .service import RouterService, ServiceSettings
@@ -63,6 +62,7 @@ class ExpertActor:
         here = ray.get_runtime_context().get_node_id()
         address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._channel = None if channel is None else open_channel(self._host, replica_id, channel, here, address)
+        settle()
 
     @ray.method(concurrency_group="compute")
     def compute(self, call: ExpertCall) -> Any:
@@ -119,6 +119,7 @@ class RouterActor:
         """Listen, once; returns the ports of the gateway and of the metrics page."""
         if self._ports is None:
             self._ports = await self._service.start()
+            settle()
         return self._ports
 
     async def declare(self, controller: Any, desired: Desired) -> None:
@@ -159,6 +160,7 @@ class ControllerActor:
         self._router = RayRouterPort()
         self._controller = open_controller(settings, self._router, RayReplicaPort())
         self._turns: asyncio.Task[None] | None = None
+        settle()
 
     async def declare(self, controller: Any, router: Any, desired: Desired, timeout: float) -> dict[str, str]:
         """Take what the owner declares, and bring everything there; returns the versions that then serve.
@@ -192,29 +194,6 @@ class ControllerActor:
     async def state(self) -> ControllerState:
         """What is known here."""
         return self._controller.state()
-
-
-def give_memory_back() -> None:
-    """Have the C library return large blocks when they are freed, and not keep them for each thread that used some.
-
-    The controller reads weights in threads; nothing there is in a hurry. M_MMAP_THRESHOLD is -3, M_ARENA_MAX -8.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 128 * 1024)
-        mallopt(-8, 2)
-
-
-def trim_memory() -> None:
-    """Have the C library return what it has kept of freed blocks, as of weights that were refused."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def yield_to_serving() -> None:
-    """Give this thread the lowest priority, so that staging does not slow down what serves."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _node() -> str:

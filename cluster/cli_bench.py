@@ -24,6 +24,7 @@ from .cli_bench_view import LoadView, found_line, print_report, step_line
 from .cli_connect import check_one, cluster_options
 from .cli_output import output_option, print_json
 from .client import Client
+from .upkeep import settle
 
 STATUS_SECONDS = 10.0
 PICTURES = (".png", ".svg", ".pdf")
@@ -104,6 +105,7 @@ def bench(
         def tell(rate: float, report: Report, refusal: str | None) -> None:
             view.say(step_line(rate, report, refusal))
 
+        settle()  # the pauses of this process are not the cluster's
         found = asyncio.run(job.run(search=saturate, watch=view.show, tell=tell))
     title = f"cluster {status.get('name')}, {', '.join(aim.layer for aim in aims)}: {settings.rows} rows a request"
     show(found, document(found, status, job), output, title)
