@@ -26,10 +26,10 @@ from .controller import open_controller
 from .controller_ports import ControllerState, StateSettings
 from .logs import configure_logs
 from .orders import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
-from .upkeep import give_memory_back, settle, trim_memory, yield_to_serving
 from .ray_ports import Packed, RayControlPort, RayReplicaPort, RayRouterPort
 from .ray_transport import RayTransport, packed_reply, unpacked_call
 from .service import RouterService, ServiceSettings
+from .upkeep import give_memory_back, settle, trim_memory, yield_to_serving
 
 
 @dataclass(frozen=True)

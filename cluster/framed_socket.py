@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 
@@ -24,7 +25,7 @@ class FramedSocket:
     def __init__(self, connection: socket.socket, limit: int = MAX_MESSAGE_BYTES) -> None:
         self.limit = limit
         self._socket = connection
-        self._out: deque[memoryview] = deque()
+        self._out: deque[Buffer] = deque()
         self._prefix = memoryview(bytearray(LENGTH.size))
         self._body: memoryview | None = None
         self._filled = 0
@@ -39,18 +40,18 @@ class FramedSocket:
         return sum(map(len, self._out))
 
     def send(self, parts: list[Buffer]) -> bool:
-        """Write a message as far as the kernel takes it; True when it has taken everything.
+        """Write a message, in buffers of bytes, as far as the kernel takes it; True when it has taken everything.
 
         Raises OSError. The buffers must not change until `unsent` is 0.
         """
-        self._out.extend(memoryview(part).cast("B") for part in parts if len(part))
+        self._out.extend(part for part in parts if len(part))
         return self.flush()
 
     def flush(self) -> bool:
         """Go on writing; True when everything is written. Raises OSError."""
         while self._out:
             try:
-                count = self._socket.sendmsg([self._out[i] for i in range(min(MAX_BUFFERS, len(self._out)))])
+                count = self._socket.sendmsg(list(islice(self._out, MAX_BUFFERS)))
             except (BlockingIOError, InterruptedError):
                 return False
             self._written(count)
@@ -103,7 +104,7 @@ class FramedSocket:
         while count:
             first = self._out[0]
             if count < len(first):
-                self._out[0] = first[count:]
+                self._out[0] = memoryview(first)[count:]
                 return
             count -= len(first)
             self._out.popleft()

@@ -6,11 +6,13 @@ import logging
 import threading
 import time
 import uuid
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .device_rows import to_device, to_host_all
 from .errors import ExpertMeshError, NotFound
 from .factory import RowFunction, build
 from .identity import expert_digest, version_name
@@ -42,6 +44,7 @@ class ExpertHost:
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
+        self._on_gpu = device.startswith("cuda")
         self.incarnation = uuid.uuid4().hex
         self._slots: dict[tuple[str, str], RowFunction] = {}
         self._loaded: dict[tuple[str, str], Loaded] = {}
@@ -119,13 +122,19 @@ class ExpertHost:
 
     @torch.inference_mode()
     def compute(self, call: ExpertCall) -> ExpertReply:
-        """Compute every part of a message; a part that fails does not harm the others."""
+        """Compute every part of a message; a part that fails does not harm the others.
+
+        Raises what only shows when the answers come from a GPU: then the message has failed.
+        """
         began = time.perf_counter()
-        rows_N = call.rows.to(self.device)
+        rows_N = to_device(call.rows, self.device)
         if call.row_index is not None:  # once for all parts: what each of them gets is then a slice
-            rows_N = rows_N.index_select(0, call.row_index.to(self.device))
+            rows_N = rows_N.index_select(0, to_device(call.row_index, self.device))
         summed = {position for asked in call.sums for position in range(asked.first, asked.last)}
-        outputs = [self._part(part, rows_N, keep=position in summed) for position, part in enumerate(call.parts)]
+        keep = range(len(call.parts)) if self._on_gpu else summed
+        outputs = [self._part(part, rows_N, keep=position in keep) for position, part in enumerate(call.parts)]
+        if self._on_gpu:
+            outputs = self._placed(outputs, summed)
         if not call.sums:
             return ExpertReply(self.incarnation, tuple(outputs), computed=time.perf_counter() - began)
         sums, lost = add_up(call, outputs)
@@ -133,7 +142,7 @@ class ExpertHost:
         return ExpertReply(self.incarnation, tuple(told), sums, lost, computed=time.perf_counter() - began)
 
     def _part(self, part: Part, rows_N: Tensor, *, keep: bool) -> Tensor | PartFailure:
-        """The answer of one part to its slice of the rows; on the device if `keep`, to be added up there."""
+        """The answer of one part to its slice of the rows; where the expert left it if `keep`."""
         function = self._resident(part.expert, part.version)
         if function is None:
             return PartFailure("VersionGone", f"{part.expert} {part.version} is not loaded in this replica")
@@ -147,3 +156,11 @@ class ExpertHost:
             return PartFailure(
                 "ExpertFailed", f"{part.expert} raised {type(error).__name__}; see the log of its replica"
             )
+
+    def _placed(self, outputs: Sequence[Tensor | PartFailure], summed: Collection[int]) -> list[Tensor | PartFailure]:
+        """Answers where they are needed next: those of the parts in `summed` on the GPU, the others in host memory."""
+        answers = {at: out for at, out in enumerate(outputs) if isinstance(out, Tensor)}
+        apart = [at for at in answers if at not in summed]
+        placed = {at: to_device(out, self.device) for at, out in answers.items() if at in summed}
+        placed.update(zip(apart, to_host_all([answers[at] for at in apart]), strict=True))
+        return [placed.get(at, out) for at, out in enumerate(outputs)]

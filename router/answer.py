@@ -22,7 +22,7 @@ from ..experts.errors import (
 )
 from ..experts.protocol import CallOptions, CallSummary
 from ..experts.tensors import torch_dtype
-from .combine import Combined, combine
+from .combine import Combined, combine, combine_total
 from .dispatch import Dispatch
 from .fanout import Fanout
 from .gating import GateRequest, Routed
@@ -81,6 +81,9 @@ class Answer:
         failed = await self.batch.wait(experts + shared)
         self._refuse(failed, shared)
         with torch.inference_mode():
+            whole = None if failed else self._added_up(handle, experts, shared)
+            if whole is not None:
+                return self._reply(handle, experts, whole, None, fell_back=False)
             outputs_N, answered_N = self.batch.outputs(experts, set(failed))
         answers_N = self._no_outputs(handle) if outputs_N is None else outputs_N
         fallback = await self._fallback(handle, answers_N, answered_N)
@@ -90,7 +93,7 @@ class Answer:
             shared_T = self.batch.shared_rows(shared, self.routed.start, self.routed.stop)
             combined = self._combine(handle, answers_N, answered_N, fallback, shared_T)
             lost_TK = lost_pairs(handle, answers_N, answered_N) if combined.degraded else None
-            return self._reply(handle, experts, combined, lost_TK, fallback is not None)
+            return self._reply(handle, experts, combined, lost_TK, fell_back=fallback is not None)
 
     def _refuse(self, failed: dict[int, ExpertMeshError], shared: tuple[int, ...]) -> None:
         """Pass on what no policy may cover: a version that is gone, the caller's mistakes, an expert's own error."""
@@ -129,6 +132,23 @@ class Answer:
         filled = answer.new_zeros((handle.num_rows, *answer.shape[1:]))
         filled[rows] = answer
         return filled
+
+    def _added_up(self, handle: Dispatch, experts: tuple[int, ...], shared: tuple[int, ...]) -> Combined | None:
+        """The rows where replicas have added up and nothing is lost: the usual case of packs. None elsewhere."""
+        start, stop = self.routed.start, self.routed.stop
+        total_T = self.batch.total(experts, start, stop)
+        if total_T is None:
+            return None
+        x = self.request.x
+        return combine_total(
+            handle,
+            total_T,
+            method=self.layer.combine,
+            on_dropped=self.layer.on_dropped,
+            x_T=x,
+            shared_T=self.batch.shared_rows(shared, start, stop),
+            out_dtype=x.dtype if x.is_floating_point() else None,
+        )
 
     def _combine(
         self,
@@ -170,6 +190,7 @@ class Answer:
         experts: tuple[int, ...],
         combined: Combined,
         lost_TK: Tensor | None,
+        *,
         fell_back: bool,
     ) -> ForwardReply:
         ids, versions = self.layer.expert_ids, self.batch.epoch.versions
@@ -187,7 +208,7 @@ class Answer:
             versions={name: versions[name] for name in took_part},
             degraded=combined.degraded,
             missing=missing,
-            max_lost_mass=float(combined.lost_mass_T.max()) if handle.num_rows else 0.0,
+            max_lost_mass=float(combined.lost_mass_T.max()) if combined.degraded and handle.num_rows else 0.0,
             dropped=0 if combined.dropped_T is None else int(combined.dropped_T.sum()),
             cluster=self.batch.epoch.cluster,
         )

@@ -17,7 +17,7 @@ from .dispatch import Dispatch
 from .epochs import Epoch
 from .gates import Routing
 from .layer import Layer
-from .work import Assignment
+from .work import Assignment, term_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +118,50 @@ class Batch:
         for key, positions in lost.items():
             answered_N[self._pairs(key)[positions]] = False
         return self._outputs_N, answered_N
+
+    def total(self, experts: tuple[int, ...], start: int, stop: int) -> Tensor | None:
+        """The sum over `experts` for the rows start:stop [T, ...], where replicas made sums of all that they answered.
+
+        Adds up in ascending order of the first expert of each piece of work. None where it takes more than adding:
+        where an answer was lost or failed, or stands for itself among others of its replica.
+        """
+        if not self.assignment.sums:
+            return None
+        total: Tensor | None = None
+        ours = False
+        for key in sorted({self.assignment.owner[expert] for expert in experts}):
+            part = self._term(key)
+            if part is None:
+                return None
+            work = self.assignment.work[key]
+            rows, first, last = work.rows_R, 0, work.size
+            if stop - start < self.handle.num_rows:
+                first, last = rows.numpy().searchsorted((start, stop)).tolist()
+                rows, part = rows[first:last] - start, part[first:last]
+            if total is not None and (part.shape[1:] != total.shape[1:] or part.dtype != total.dtype):
+                return None
+            if last - first == stop - start:  # every row; what came in a message is never written to
+                total, ours = part if total is None else total.add_(part) if ours else total + part, total is not None
+                continue
+            if total is None or not ours:
+                empty = part.new_zeros((stop - start, *part.shape[1:]))
+                total, ours = empty if total is None else empty.add_(total), True
+            total.index_add_(0, rows, part)
+        return total
+
+    def _term(self, key: int) -> Tensor | None:
+        """What one piece of work adds to the rows that it has, [R, ...]."""
+        found = self._answers[key]
+        if not isinstance(found, Answered) or found.lost is not None:
+            return None
+        if found.total is not None:
+            return found.total
+        (rows, *others) = found.outputs
+        if others or not isinstance(rows, Tensor) or rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return None
+        (expert,) = self._members(key)
+        weights_R = term_weights(self.layer, self.handle, self.handle.pairs(expert)).to(torch.float32)
+        return rows.float() * weights_R.view(-1, *[1] * (rows.dim() - 1))
 
     def shared_rows(self, shared: tuple[int, ...], start: int, stop: int) -> Tensor | None:
         """The sum [stop - start, ...] of what shared experts answered to some rows; None without shared experts."""

@@ -84,14 +84,13 @@ def combine(
     policy = OnMissing.parse(on_missing)
     _check(handle, outputs_N, method, on_dropped)
     finish = _Finish(handle, method, on_dropped, x_T, shared_T, out_dtype or _default_dtype(outputs_N))
-    dropped = handle.dropped_T is not None and bool(handle.dropped_T.any())
 
     if answered_N is None and method != "vote":
-        # NaN and infinity survive every sum: a finite result proves that all answers were finite.
-        output = finish(_whole_sum(handle, outputs_N, method, presummed, finish.out_dtype if finish.plain else None))
-        if _finite(output):
-            nothing_T = torch.zeros(handle.num_rows, dtype=torch.float32, device=output.device)
-            return Combined(output, nothing_T, handle.dropped_T, dropped)
+        whole = finish.whole(
+            _whole_sum(handle, outputs_N, method, presummed, finish.out_dtype if finish.plain else None)
+        )
+        if whole is not None:
+            return whole
 
     weights_TK = _gate_weights(handle)
     lost_TK = lost_pairs(handle, outputs_N, answered_N)
@@ -112,7 +111,25 @@ def combine(
             "the combined rows are not finite though every expert's answer is: a shared, residual or fallback row is "
             f"not, or the sum overflows {output.dtype} (then ask for a wider out_dtype)"
         )
-    return Combined(output, mass_T, handle.dropped_T, degraded or dropped)
+    return Combined(output, mass_T, handle.dropped_T, degraded or finish.dropped)
+
+
+def combine_total(
+    handle: Dispatch,
+    total_T: Tensor,
+    *,
+    method: str = "weighted_sum",
+    on_dropped: str = "zero",
+    x_T: Tensor | None = None,
+    shared_T: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Combined | None:
+    """Like `combine` of answers that are added up already: `total_T` [T, ...] is Σ w·f (Σ f / number for `mean`).
+
+    None where the rows are not finite: `combine` then finds out which answers were not. Raises InvalidRequest and
+    SpecMismatch as `combine` does.
+    """
+    return _Finish(handle, method, on_dropped, x_T, shared_T, out_dtype or total_T.dtype).whole(total_T)
 
 
 def _whole_sum(
@@ -182,6 +199,20 @@ class _Finish:
         """Whether only the dtype is left to be done."""
         passes = self.on_dropped == "residual" and not self.handle.full
         return self.shared_T is None and self.method != "residual" and not passes
+
+    @property
+    def dropped(self) -> bool:
+        """Whether capacity took a choice away."""
+        return self.handle.dropped_T is not None and bool(self.handle.dropped_T.any())
+
+    def whole(self, total: Tensor) -> Combined | None:
+        """The rows where nothing is lost; None where they are not finite."""
+        # NaN and infinity survive every sum: a finite result proves that all answers were finite.
+        output = self(total)
+        if not _finite(output):
+            return None
+        nothing_T = torch.zeros(self.handle.num_rows, dtype=torch.float32, device=output.device)
+        return Combined(output, nothing_T, self.handle.dropped_T, self.dropped)
 
     def __call__(self, total: Tensor) -> Tensor:
         if self.method == "residual":

@@ -64,12 +64,14 @@ class Dispatch:
         experts = torch.searchsorted(torch.tensor(self.offsets[1:], device=slots.device), slots, right=True)
         return tuple(torch.bincount(experts).nonzero().flatten().tolist())
 
-    def mass(self) -> list[float]:
-        """The sum of |gate weight| of each expert: E numbers."""
-        ends = np.zeros(self.num_pairs + 1)
-        np.cumsum(np.abs(self.weights_N.detach().cpu().numpy()), out=ends[1:])
-        masses: list[float] = np.diff(ends[list(self.offsets)]).tolist()
-        return masses
+    def mass(self) -> dict[int, float]:
+        """The sum of |gate weight| of each expert that has pairs."""
+        chosen = [e for e, end in enumerate(self.offsets[1:]) if self.offsets[e] < end]
+        if not chosen:
+            return {}
+        weights_N = np.abs(self.weights_N.detach().cpu().numpy())
+        masses = np.add.reduceat(weights_N, [self.offsets[e] for e in chosen]).tolist()
+        return dict(zip(chosen, masses, strict=True))
 
     def expert_of(self, slot: int) -> int:
         """The expert of the pair at position `slot`."""

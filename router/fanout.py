@@ -156,12 +156,12 @@ class Fanout:
         job.at = name
         self._view.sent(name, job.work.size)
         if len(lane.under_way) < WINDOW:
-            # Not at once: what is submitted in this turn of the loop goes together.
             if not self._filled:
-                asyncio.get_running_loop().call_soon(self._flush)
+                asyncio.get_running_loop().call_soon(self.flush)
             self._filled[name] = lane
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Send what was submitted and has room. Without this it goes at the end of this turn of the loop."""
         filled, self._filled = self._filled, {}
         for name, lane in filled.items():
             self._pump(name, lane)
@@ -188,7 +188,7 @@ class Fanout:
                 self._tell(job, error)
             return
         self._telemetry.messages[lane.replica.id] += 1
-        self._telemetry.copied += call.rows.nbytes
+        self._telemetry.copied += 0 if call.rows is works[0].x else call.rows.nbytes
 
     def _returned(self, lane: _Lane, message: _Message, reply: ExpertReply | ExpertMeshError) -> None:
         if message not in lane.under_way or self._lanes.get(lane.replica.id) is not lane:

@@ -143,6 +143,7 @@ class Router:
         batch = Batch(epoch, layer, x, routing, handle, assignment)
         jobs = [self.fanout.submit(work, partial(batch.answer, key)) for key, work in assignment.work.items()]
         batch.cancel = partial(self._give_up, jobs)
+        self.fanout.flush()
         self.telemetry.chosen(layer.expert_ids, handle.mass())
         return batch
 

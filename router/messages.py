@@ -54,7 +54,7 @@ def build_call(attempt: int, works: Sequence[Work], *, now: float) -> tuple[Expe
     call = ExpertCall(
         attempt,
         tuple(parts),
-        _joined([work.x.index_select(0, work.rows_R) for work in works]),
+        _joined([_rows(work) for work in works]),
         None if plain else _index(works),
         _weights(works) if summed else None,
         tuple(sums),
@@ -66,6 +66,13 @@ def build_call(attempt: int, works: Sequence[Work], *, now: float) -> tuple[Expe
 def alike(one: Work, other: Work) -> bool:
     """Whether the rows of two pieces of work can stand in one tensor."""
     return one.x.dtype == other.x.dtype and one.x.shape[1:] == other.x.shape[1:]
+
+
+def _rows(work: Work) -> Tensor:
+    """The rows of a piece of work. Not a copy where a pack takes all rows: its replica copies them for each expert."""
+    if work.index_P is not None and work.size == work.x.shape[0]:
+        return work.x
+    return work.x.index_select(0, work.rows_R)
 
 
 def _index(works: Sequence[Work]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -52,11 +52,11 @@ class Telemetry:
         self.requests[layer, code] += 1
         self._of(self.request_latency, layer).observe(seconds)
 
-    def chosen(self, experts: Sequence[str], mass: Sequence[float]) -> None:
-        """Count the |gate weight| that each expert was chosen with."""
-        for expert, weight in zip(experts, mass, strict=True):
-            if weight:
-                self.gate_mass[expert] = self.gate_mass.get(expert, 0.0) + weight
+    def chosen(self, experts: Sequence[str], mass: Mapping[int, float]) -> None:
+        """Count the |gate weight| with which some of the experts were chosen, by their position."""
+        for position, weight in mass.items():
+            expert = experts[position]
+            self.gate_mass[expert] = self.gate_mass.get(expert, 0.0) + weight
 
     def replied(self, replica: str, queued: float, computed: float) -> None:
         """Count the seconds that a message waited in a replica and was computed."""

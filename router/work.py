@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ SUM_BYTES = 4
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """Rows `x[rows_R]` for experts that share a replica.
+    """Rows `x[rows_R]` for experts that share a replica; those for a pack ascend and are distinct.
 
     `experts` are (id, version, number of pairs). `index_P` int64 are the positions of the pairs in `rows_R`, grouped by
     expert; None for a single expert, whose pairs are the rows. With `weights_P` float the answers are added up, one row
@@ -57,15 +58,36 @@ class Work:
 class Assignment:
     """All the work of a batch, by the position of its first expert in the layer, and who does which part of it.
 
-    `members` are the experts of a piece of work, `owner` gives its position for every expert that has rows. Where
-    replicas add up, `places` gives the pairs [R] that the sums stand for, `presummed` what became of the others.
+    `members` are the experts of a piece of work, `owner` gives its position for every expert that has rows.
     """
 
+    handle: Dispatch
     work: Mapping[int, Work]
     members: Mapping[int, tuple[int, ...]]
     owner: Mapping[int, int]
-    places: Mapping[int, Tensor]
-    presummed: Presummed | None = None
+
+    @cached_property
+    def sums(self) -> bool:
+        """Whether some replica adds up."""
+        return any(work.weights_P is not None for work in self.work.values())
+
+    @cached_property
+    def places(self) -> Mapping[int, Tensor]:
+        """Where replicas add up: the pairs [R] that the sums stand for, the first of each row, by piece of work."""
+        found = {}
+        for key, work in self.work.items():
+            if work.weights_P is not None and work.index_P is not None:
+                pairs = _pairs(self.handle.offsets, self.members[key])
+                found[key] = torch.from_numpy(_first_pairs(pairs, work.index_P.numpy(), work.size))
+        return found
+
+    @cached_property
+    def presummed(self) -> Presummed | None:
+        """What became of the pairs that were added up; None where none were."""
+        if not self.places:
+            return None
+        absorbed = [_pairs(self.handle.offsets, self.members[key]) for key in self.places]
+        return Presummed.of(self.handle, absorbed, [place.numpy() for place in self.places.values()])
 
 
 def assign(
@@ -84,8 +106,6 @@ def assign(
     ids, offsets, rows_N = layer.expert_ids, handle.offsets, handle.rows_N.numpy()
     work: dict[int, Work] = {}
     members: dict[int, tuple[int, ...]] = {}
-    places: dict[int, Tensor] = {}
-    absorbed: list[Array | slice] = []
     for pack in layer.packs:
         present = [e for e in pack if offsets[e] < offsets[e + 1]]
         if not present:
@@ -100,9 +120,7 @@ def assign(
         rows_R, index_P = _distinct(rows_N[pairs], x.shape[0])
         weights_P = None
         if _pays(layer, x, len(rows_R), len(index_P)):
-            weights_P = _weights(layer, handle, pairs)
-            places[first] = torch.from_numpy(_first_pairs(pairs, index_P, len(rows_R)))
-            absorbed.append(pairs)
+            weights_P = term_weights(layer, handle, pairs)
         rows, index = torch.from_numpy(rows_R), torch.from_numpy(index_P)
         work[first] = Work(experts, x, rows, index, weights_P, deadline, client)
     if x.shape[0] and layer.shared_ids:
@@ -112,8 +130,7 @@ def assign(
             work[position] = Work(whole, x, every, deadline=deadline, client=client)
             members[position] = (position,)
     owner = {expert: first for first, together in members.items() for expert in together}
-    presummed = Presummed.of(handle, absorbed, [place.numpy() for place in places.values()]) if places else None
-    return Assignment(work, members, owner, places, presummed)
+    return Assignment(handle, work, members, owner)
 
 
 def _pays(layer: Layer, x: Tensor, rows: int, pairs: int) -> bool:
@@ -140,7 +157,8 @@ def _distinct(rows_P: Array, num_rows: int) -> tuple[Array, Array]:
     return rows_R, places_T[rows_P]
 
 
-def _weights(layer: Layer, handle: Dispatch, pairs: Array | slice) -> Tensor:
+def term_weights(layer: Layer, handle: Dispatch, pairs: Array | slice) -> Tensor:
+    """What the answers to some pairs are multiplied with in the sum of their row: [P], float."""
     at = pairs if isinstance(pairs, slice) else torch.from_numpy(pairs)
     if layer.combine != "mean":
         return handle.weights_N[at]

@@ -25,6 +25,7 @@ class Entry:
 ARMS = {
     "in_process": Entry("in_process", "InProcess"),
     "expertmesh": Entry("product", "ProductRouter"),
+    "expertmesh_1": Entry("product", "ProductRouter", {"actors": 1}),
     "expertmesh_2": Entry("product", "ProductRouter", {"actors": 2}),
     "expertmesh_4": Entry("product", "ProductRouter", {"actors": 4}),
     "expertmesh_2_stalled": Entry("product", "ProductRouter", {"actors": 2, "stall": 0.05}),
@@ -36,6 +37,7 @@ ARMS = {
     "ffn": Entry("product_single", "OneExpert"),
     "ray_naive": Entry("ray_naive", "RayNaive"),
     "ray_good": Entry("ray_good", "RayGood"),
+    "ray_good_1": Entry("ray_good", "RayGood", {"actors": 1}),
     "ray_good_2": Entry("ray_good", "RayGood", {"actors": 2}),
     "ray_serve": Entry("ray_serve", "RayServeIngress", {"protocol": "grpc"}),
     "ray_serve_optimised": Entry("ray_serve", "RayServeIngress", {"optimised": True}),

@@ -34,8 +34,9 @@ def processes(arm: str, shape: str) -> int:
     """How many processes with experts an arm has, about."""
     if arm in NONE:
         return 0
-    if arm == "expertmesh_4":
-        return 4
+    number = arm.rpartition("_")[2]
+    if number.isdecimal():
+        return int(number)
     return SHAPES[shape].experts if arm in PER_EXPERT else 2
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .case import ADDED, LIMIT, PLACEMENTS, Comparison, Condition, Row, at_least, at_most
 
-GOOD_RAY = ("ray_good", "ray_good_2")
+GOOD_RAY = ("ray_good", "ray_good_2", "ray_good_1")
+"""With an actor for each expert, on two and on one: as the product's placements here."""
 
 
 def _against_the_limit(rows: int, bound: float, quick: bool) -> list[Comparison]:
@@ -19,11 +20,11 @@ def _against_the_limit(rows: int, bound: float, quick: bool) -> list[Comparison]
 
 def _added_latency(quick: bool) -> list[Comparison]:
     found = []
-    good = GOOD_RAY[1:] if quick else GOOD_RAY
+    ours, good = (*PLACEMENTS, "expertmesh_1"), GOOD_RAY[1:] if quick else GOOD_RAY
     for theirs, bound in ((("ray_naive",), 0.10), (good, 0.20)):
         for rows in (1, 64) if quick else (1, 8, 64):
             condition = Condition("S", "bf16", rows, 1)
-            found.append(Comparison(condition, PLACEMENTS, theirs, ADDED, at_most(bound)))
+            found.append(Comparison(condition, ours, theirs, ADDED, at_most(bound)))
     return found
 
 

@@ -21,7 +21,7 @@ from .case import Condition
 from .plan import Party, spare
 from .stages import Stages, taken_apart
 
-ON_RAY = ("ray_naive", "ray_good", "ray_good_2")
+ON_RAY = ("ray_naive", "ray_good", "ray_good_2", "ray_good_1")
 """Arms whose Ray belongs to this process."""
 
 STAGED = "expertmesh"

@@ -137,7 +137,8 @@ def _traced() -> Iterator[Callable[[], Trace]]:
 
     with ExitStack() as stack:
         _wrap(stack, gating, "route_together", gated)
-        _wrap(stack, answer.Answer, "_combine", combined)
+        for name in ("_added_up", "_combine"):  # the second where the first does not do
+            _wrap(stack, answer.Answer, name, combined)
         _wrap(stack, fanout.Fanout, "_returned", returned)
         for module, name in PARTS:
             _wrap(stack, module, name, part(name))
