@@ -29,7 +29,7 @@ from .orders import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest,
 from .ray_ports import Packed, RayControlPort, RayReplicaPort, RayRouterPort
 from .ray_transport import RayTransport, packed_reply, unpacked_call
 from .service import RouterService, ServiceSettings
-from .upkeep import give_memory_back, settle, trim_memory, yield_to_serving
+from .upkeep import give_memory_back, let_go, settle, trim_memory, yield_to_serving
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class ControllerActor:
         try:
             return await self._controller.swap(request)
         finally:
-            trim_memory()
+            let_go()
 
     async def progress(self, swap_id: str) -> dict[str, Any]:
         """How far a swap is."""

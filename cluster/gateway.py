@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import grpc
 import grpc.aio
 
 from ..experts.errors import ExpertMeshError, InvalidRequest, Unavailable
 from ..experts.wire import Frame, decode
-from ..router.answer import ForwardReply, ForwardRequest
-from ..router.epochs import Epochs
+from ..router.forward import Router
 from . import health_protocol
 from .auth import Role, TokenTable
 from .call import SERVICE, new_request_id
@@ -27,10 +26,12 @@ from .gateway_swap import FrameHandler
 from .grpc_options import server_options
 from .health_protocol import ServingStatus
 from .status_protocol import REQUEST_ID_KEY, is_request_id, to_status
+from .stream_protocol import Buffer
 
 log = logging.getLogger(__name__)
 NOT_WHILE_DRAINING = ("Upload", "Swap", "Pin")
 
+T = TypeVar("T")
 Answerer = Callable[[Any, "grpc.aio.ServicerContext"], Awaitable[Any]]
 Handler = Callable[[Any, "grpc.aio.ServicerContext", Role], Awaitable[Any]]
 
@@ -47,29 +48,34 @@ class GatewaySettings:
     tls: tuple[bytes, bytes] | None = None
 
 
-class Forwarder(Protocol):
-    """Answers requests: a router, or one that runs in another thread."""
+class Run(Protocol):
+    """Runs a coroutine where the router is, and waits for it."""
 
-    @property
-    def epochs(self) -> Epochs:
-        """The epochs that it knows."""
+    def __call__(self, work: Coroutine[Any, Any, T]) -> Awaitable[T]: ...
 
-    async def forward(self, request: ForwardRequest) -> ForwardReply:
-        """Answer one request."""
+
+async def _here(work: Coroutine[Any, Any, T]) -> T:
+    return await work
 
 
 class Gateway:
-    """Serves a router over gRPC: calls, Status, Drain, the health protocol, and what `more` handles, by method."""
+    """Serves a router over gRPC: calls, Status, Drain, the health protocol, and what `more` handles, by method.
+
+    `run` runs what is the router's on its event loop: all that needs torch. Each call of torch lets other threads go
+    first, so that two threads which both use it wait for each other all the time.
+    """
 
     def __init__(
         self,
-        router: Forwarder,
+        router: Router,
         tokens: TokenTable,
         settings: GatewaySettings,
         status: Callable[[], Awaitable[dict[str, Any]]],
         more: Mapping[str, FrameHandler] | None = None,
+        run: Run = _here,
     ) -> None:
         self._router = router
+        self._run = run
         self._tokens = tokens
         self._settings = settings
         self._status = status
@@ -177,13 +183,13 @@ class Gateway:
 
     async def _call(self, request: bytes, context: grpc.aio.ServicerContext, role: Role) -> bytes:
         self._check_accepting()
-        reply = await self._forward(decode(request, max_bytes=self._settings.max_message_bytes), context)
-        return one_message(reply_parts(reply), self._settings.max_message_bytes)
+        parts = await self._answer(decode(request, max_bytes=self._settings.max_message_bytes), context)
+        return one_message(parts, self._settings.max_message_bytes)
 
     async def _call_stream(self, requests: object, context: grpc.aio.ServicerContext, role: Role) -> None:
         """Reads and writes through `context`, so that what it holds is given back when the call is cancelled."""
         self._check_accepting()
-        await self.streams.serve(context, self._seconds(context), lambda frame: self._forward(frame, context))
+        await self.streams.serve(context, self._seconds(context), lambda frame: self._answer(frame, context))
 
     def _check_accepting(self) -> None:
         if self._draining:
@@ -193,9 +199,12 @@ class Gateway:
         left: float | None = context.time_remaining()
         return self._settings.default_timeout if left is None else max(0.0, left)
 
-    async def _forward(self, frame: Frame, context: grpc.aio.ServicerContext) -> ForwardReply:
-        forward = forward_request(frame, _request_id(context), self._seconds(context), context.peer())
-        request_id = forward.options.request_id
+    async def _answer(self, frame: Frame, context: grpc.aio.ServicerContext) -> list[Buffer]:
+        return await self._run(self._forward(frame, _request_id(context), self._seconds(context), context.peer()))
+
+    async def _forward(self, frame: Frame, request_id: str, timeout: float, client: str) -> list[Buffer]:
+        forward = forward_request(frame, request_id, timeout, client)
+        request_id = forward.options.request_id or request_id
         started = time.perf_counter()
         try:
             reply = await self._router.forward(forward)
@@ -205,7 +214,7 @@ class Gateway:
         if log.isEnabledFor(logging.DEBUG):
             seconds = time.perf_counter() - started
             log.debug("call", extra={"request_id": request_id, "layer": forward.options.layer, "seconds": seconds})
-        return reply
+        return reply_parts(reply)
 
     async def _get_status(self, request: bytes, context: grpc.aio.ServicerContext, role: Role) -> bytes:
         _expect(decode(request), "status")

@@ -12,10 +12,8 @@ from typing import Any, Protocol
 
 from ..experts.errors import DeadlineExceeded, ExpertMeshError, Overloaded, TooLarge
 from ..experts.wire import Frame, decode
-from ..router.answer import ForwardReply
-from .gateway_reply import reply_parts
 from .grpc_options import MAX_MESSAGE_BYTES
-from .stream_protocol import ADMITTED, CHUNK_BYTES, MAX_REQUEST_BYTES, Assembly, Opening, Streamed, read_opening
+from .stream_protocol import ADMITTED, CHUNK_BYTES, MAX_REQUEST_BYTES, Assembly, Buffer, Opening, Streamed, read_opening
 
 RETRY_AFTER = 1.0
 """Seconds after which a client that was refused for want of memory may try again."""
@@ -68,7 +66,7 @@ class StreamDoor:
         return len(self._reserved)
 
     async def serve(
-        self, context: StreamContext, timeout: float, answer: Callable[[Frame], Awaitable[ForwardReply]]
+        self, context: StreamContext, timeout: float, answer: Callable[[Frame], Awaitable[list[Buffer]]]
     ) -> None:
         """Receive a frame, have it answered, and send the reply, within `timeout` seconds in all.
 
@@ -85,12 +83,11 @@ class StreamDoor:
             self._reserved.pop(stream, None)
 
     async def _serve(
-        self, stream: object, context: StreamContext, answer: Callable[[Frame], Awaitable[ForwardReply]]
+        self, stream: object, context: StreamContext, answer: Callable[[Frame], Awaitable[list[Buffer]]]
     ) -> None:
         opening, frame = await self._receive(stream, context)
-        reply = await answer(frame)
-        del frame  # before the reply is held as well
-        parts = reply_parts(reply)
+        parts = await answer(frame)
+        del frame  # before the reply is written
         total = sum(len(part) for part in parts)
         if total > self._limits.max_request_bytes:
             raise TooLarge(

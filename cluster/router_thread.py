@@ -10,8 +10,6 @@ import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
-from ..router.answer import ForwardReply, ForwardRequest
-from ..router.epochs import Epochs
 from ..router.forward import Router
 
 P = ParamSpec("P")
@@ -26,15 +24,6 @@ class RouterThread:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._main, name="expertmesh-router", daemon=True)
         self._thread.start()
-
-    @property
-    def epochs(self) -> Epochs:
-        """The epochs that the router knows, to be read."""
-        return self.router.epochs
-
-    async def forward(self, request: ForwardRequest) -> ForwardReply:
-        """Answer one request. Raises what `Router.forward` raises."""
-        return await self.run(self.router.forward(request))
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine there; cancelling the caller cancels it."""

@@ -70,7 +70,8 @@ class RouterService:
         self.door = SwapDoor(
             control, uploads, self.router.epochs, self.router.pins, self._thread.call, settings.allowed_factories
         )
-        self.gateway = Gateway(self._thread, self._tokens, settings.gateway, self.status, self.door.handlers())
+        handlers = self.door.handlers()
+        self.gateway = Gateway(self.router, self._tokens, settings.gateway, self.status, handlers, run=self._thread.run)
         self._metrics: MetricsServer | None = None
         self._revision = 0
         self._layers: dict[str, Layer] = {}

@@ -26,6 +26,15 @@ def trim_memory() -> None:
         trim(0)
 
 
+def let_go() -> None:
+    """Like `trim_memory`, and before it collect what is only held by itself, in a process that is never in a hurry.
+
+    The frames of an error keep the weights that were refused, and it keeps the frames, until the next full collection.
+    """
+    gc.collect()
+    trim_memory()
+
+
 def settle() -> None:
     """Have the garbage collector never look again at what is there by now.
 

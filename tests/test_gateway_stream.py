@@ -16,7 +16,7 @@ from mesh import check
 from expertmesh.cluster.gateway_reply import one_message, reply_parts
 from expertmesh.cluster.gateway_stream import StreamDoor, StreamLimits
 from expertmesh.cluster.status_protocol import ERROR_KEY, REQUEST_ID_KEY, RETRY_AFTER_KEY
-from expertmesh.cluster.stream_protocol import ADMITTED, Opening, Streamed, StreamedAnswer
+from expertmesh.cluster.stream_protocol import ADMITTED, Buffer, Opening, Streamed, StreamedAnswer
 from expertmesh.experts import wire
 from expertmesh.experts.errors import DeadlineExceeded, Overloaded, TooLarge
 from expertmesh.experts.protocol import CallSummary
@@ -51,9 +51,9 @@ def reply_of(rows: int) -> ForwardReply:
     return ForwardReply(output=torch.ones(rows, 1), summary=summary, lost_mass=torch.zeros(rows))
 
 
-def answering(rows: int = 1) -> Callable[[wire.Frame], Awaitable[ForwardReply]]:
-    async def answer(frame: wire.Frame) -> ForwardReply:
-        return reply_of(rows)
+def answering(rows: int = 1) -> Callable[[wire.Frame], Awaitable[list[Buffer]]]:
+    async def answer(frame: wire.Frame) -> list[Buffer]:
+        return reply_parts(reply_of(rows))
 
     return answer
 
