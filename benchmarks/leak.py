@@ -70,18 +70,18 @@ def _cause(process: psutil.Process) -> bool:
 def descriptors() -> tuple[int, int]:
     """Open descriptors of this process: without, and only, the connections that Ray's core keeps open.
 
-    Those are connections between driver and head of a Ray that was shut down: TCP, closed by the other side, on the
-    node's own address, where nothing of ours connects (seen with strace, Ray 2.60). Ray alone keeps them too.
+    Those are connections between driver and head of a Ray that was shut down: TCP, closed at both ends, on the node's
+    own address, where nothing of ours connects (seen with strace, Ray 2.60). Ray alone keeps them too.
     """
     ours = theirs = 0
     for entry in Path("/proc/self/fd").iterdir():
         with suppress(OSError):  # the one that lists this folder is gone by now
-            kept = entry.readlink().name.startswith("socket:") and _closed_by_peer(int(entry.name))
+            kept = entry.readlink().name.startswith("socket:") and _closed(int(entry.name))
             ours, theirs = ours + (not kept), theirs + kept
     return ours, theirs
 
 
-def _closed_by_peer(number: int) -> bool:
+def _closed(number: int) -> bool:
     with socket.socket(fileno=os.dup(number)) as held:
         if held.family not in (socket.AF_INET, socket.AF_INET6) or held.type != socket.SOCK_STREAM:
             return False

@@ -41,6 +41,7 @@ class LogSettings:
 
 
 TRIM_SECONDS = 2.0
+LET_GO_SECONDS = 1.0
 
 
 class ExpertActor:
@@ -176,8 +177,8 @@ class ControllerActor:
         """Carry out a swap."""
         try:
             return await self._controller.swap(request)
-        finally:
-            let_go()
+        finally:  # a refusal is still on its way
+            asyncio.get_running_loop().call_later(LET_GO_SECONDS, let_go)
 
     async def progress(self, swap_id: str) -> dict[str, Any]:
         """How far a swap is."""

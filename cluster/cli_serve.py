@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import click
 
@@ -49,14 +51,47 @@ def serve(
     overrides = dict(map(parse_override, settings))
     overrides.update((key, value) for key, value in given.items() if value is not None)
     config = load_config(mesh, overrides)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # while starting, it cleans up as Ctrl-C does
+    interrupt = Interrupt()
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with Cluster.start(config=config, progress=_say) as cluster:
+        with Cluster.start(config=config, progress=interrupt.checked(_say)) as cluster:
+            interrupt.check()
             _print_ready(config, cluster)
             cluster.wait()
             _say("stopping")
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM while a cluster starts: raised where they come, and once more at the start's next step.
+
+    The second time is for those that came where somebody swallows them, as Ray does in places.
+    """
+
+    def __init__(self) -> None:
+        self._unheard = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """The handler of the signals. Raises KeyboardInterrupt."""
+        self._unheard = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt, once, if a signal came before."""
+        if self._unheard:
+            self._unheard = False
+            raise KeyboardInterrupt
+
+    def checked(self, say: Callable[[str], None]) -> Callable[[str], None]:
+        """Say what the start does next, unless it is to end."""
+
+        def told(message: str) -> None:
+            self.check()
+            say(message)
+
+        return told
 
 
 def _say(message: str) -> None:

@@ -125,43 +125,55 @@ class Batch:
         Adds up in ascending order of the first expert of each piece of work. None where it takes more than adding:
         where an answer was lost or failed, or stands for itself among others of its replica.
         """
-        if not self.assignment.sums:
+        keys = sorted({self.assignment.owner[expert] for expert in experts})
+        if not self.assignment.sums or not all(map(self._adds_up, keys)):
             return None
         total: Tensor | None = None
-        ours = False
-        for key in sorted({self.assignment.owner[expert] for expert in experts}):
-            part = self._term(key)
-            if part is None:
-                return None
-            work = self.assignment.work[key]
-            rows, first, last = work.rows_R, 0, work.size
-            if stop - start < self.handle.num_rows:
-                first, last = rows.numpy().searchsorted((start, stop)).tolist()
-                rows, part = rows[first:last] - start, part[first:last]
+        ours = False  # what came in a message is never written to
+        for key in keys:
+            rows, part = self._term(key, start, stop)
             if total is not None and (part.shape[1:] != total.shape[1:] or part.dtype != total.dtype):
                 return None
-            if last - first == stop - start:  # every row; what came in a message is never written to
+            if rows is None:
                 total, ours = part if total is None else total.add_(part) if ours else total + part, total is not None
                 continue
             if total is None or not ours:
                 empty = part.new_zeros((stop - start, *part.shape[1:]))
                 total, ours = empty if total is None else empty.add_(total), True
             total.index_add_(0, rows, part)
+        if total is not None and not ours and stop - start < self.handle.num_rows:
+            return total.clone()  # a few rows must not keep the whole message in memory
         return total
 
-    def _term(self, key: int) -> Tensor | None:
-        """What one piece of work adds to the rows that it has, [R, ...]."""
+    def _adds_up(self, key: int) -> bool:
+        """Whether what came of a piece of work has only to be added, or weighted and added."""
         found = self._answers[key]
         if not isinstance(found, Answered) or found.lost is not None:
-            return None
+            return False
         if found.total is not None:
-            return found.total
-        (rows, *others) = found.outputs
-        if others or not isinstance(rows, Tensor) or rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return None
+            return True
+        alone = found.outputs[0] if len(found.outputs) == 1 and self.layer.combine != "mean" else None
+        return isinstance(alone, Tensor) and alone.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+    def _term(self, key: int, start: int, stop: int) -> tuple[Tensor | None, Tensor]:
+        """What a piece of work that adds up has for the rows start:stop: which they are, None for all, and its part."""
+        work, found = self.assignment.work[key], self._answers[key]
+        first, last = 0, work.size
+        if stop - start < self.handle.num_rows:
+            first, last = work.rows_R.numpy().searchsorted((start, stop)).tolist()
+        if not isinstance(found, Answered):
+            raise TypeError(f"{key} was not answered")
+        if found.total is not None:  # of a pack, whose rows are distinct
+            every = last - first == stop - start
+            return None if every else work.rows_R[first:last] - start, found.total[first:last]
+        (rows,) = found.outputs
         (expert,) = self._members(key)
-        weights_R = term_weights(self.layer, self.handle, self.handle.pairs(expert)).to(torch.float32)
-        return rows.float() * weights_R.view(-1, *[1] * (rows.dim() - 1))
+        if not isinstance(rows, Tensor):
+            raise TypeError(f"{key} has no rows")
+        at = self.handle.offsets[expert]
+        weights = term_weights(self.layer, self.handle, slice(at + first, at + last)).to(torch.float32)
+        part = rows[first:last].float() * weights.view(-1, *[1] * (rows.dim() - 1))
+        return work.rows_R[first:last] - start, part
 
     def shared_rows(self, shared: tuple[int, ...], start: int, stop: int) -> Tensor | None:
         """The sum [stop - start, ...] of what shared experts answered to some rows; None without shared experts."""

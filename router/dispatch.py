@@ -70,7 +70,7 @@ class Dispatch:
         if not chosen:
             return {}
         weights_N = np.abs(self.weights_N.detach().cpu().numpy())
-        masses = np.add.reduceat(weights_N, [self.offsets[e] for e in chosen]).tolist()
+        masses = np.add.reduceat(weights_N, [self.offsets[e] for e in chosen], dtype=np.float64).tolist()
         return dict(zip(chosen, masses, strict=True))
 
     def expert_of(self, slot: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +24,8 @@ from .replicas import Replica, View
 from .telemetry import Telemetry
 from .transport import Transport
 from .work import Work
+
+log = logging.getLogger(__name__)
 
 WINDOW = 2
 MAX_ROWS_PER_MESSAGE = 16_384
@@ -182,10 +185,10 @@ class Fanout:
         try:
             call, message.places = build_call(next(self._attempts), works, now=message.started)
             message.cancel = self._transport.send(lane.replica, call, partial(self._returned, lane, message))
-        except ExpertMeshError as error:  # what cannot be written as a message
+        except Exception as error:  # noqa: BLE001 (what cannot be written as a message, or memory that is not there)
             lane.under_way.discard(message)
             for job in jobs:
-                self._tell(job, error)
+                self._tell(job, _sending_error(error))
             return
         self._telemetry.messages[lane.replica.id] += 1
         self._telemetry.copied += 0 if call.rows is works[0].x else call.rows.nbytes
@@ -257,6 +260,13 @@ class Fanout:
         if job.at is not None:
             self._view.sent(job.at, -job.work.size)
             job.at = None
+
+
+def _sending_error(error: Exception) -> ExpertMeshError:
+    if isinstance(error, ExpertMeshError):
+        return error
+    log.error("a message could not be sent", exc_info=error)
+    return ExpertMeshError(f"the rows could not be sent ({type(error).__name__}); see the router's log")
 
 
 def _answer(reply: ExpertReply, place: Place) -> Answered | ExpertMeshError:

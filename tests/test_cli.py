@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -20,6 +21,9 @@ from expertmesh.cluster.cli_down import stop
 from expertmesh.cluster.process import start_time
 from expertmesh.cluster.runfile import RunFile, home, run_path, token_path
 from expertmesh.experts.errors import DeadlineExceeded, NotFound, Unavailable
+
+SWALLOWED: list[signal.Signals] = []
+"""Signals that come while a cluster starts, where somebody swallows what they raise."""
 
 COMMANDS = ("demo", "serve", "status", "swap", "rollback", "history", "bench", "down", "doctor")
 STATUS: dict[str, Any] = {
@@ -68,6 +72,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         def start(cls, *, config: Any, progress: Any) -> FakeCluster:
             events.append(config)
             progress("starting")
+            for number in SWALLOWED:
+                with contextlib.suppress(KeyboardInterrupt):
+                    signal.raise_signal(number)
+            if SWALLOWED:
+                progress("more")
+                events.append("went on")
             return cls()
 
         def wait(self) -> None:
@@ -224,6 +234,18 @@ def test_serve_starts_says_where_and_waits(launched: list[Any], tmp_path: Path) 
     assert str(token_path("x")) in result.stdout
     assert 'Client("127.0.0.1:50051").forward("w", rows)' in result.stdout
     assert "starting" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_somebody_swallows_still_ends_the_start(
+    launched: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+    monkeypatch.setattr(sys.modules[__name__], "SWALLOWED", [number])
+    result = run("serve", str(mesh(tmp_path)))
+    assert result.exit_code != 0
+    assert len(launched) == 1, "neither went on nor waited"
+    assert signal.getsignal(number) is before
 
 
 def test_serve_tells_every_mistake_and_starts_nothing(launched: list[Any], tmp_path: Path) -> None:

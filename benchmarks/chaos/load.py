@@ -113,6 +113,8 @@ class Load:
         await asyncio.gather(*asked)
 
     async def _ask(self, client: AsyncClient, number: int, due: float) -> None:
+        if number == 0:
+            gc.collect()
         if number % FREEZE_EVERY == 0:
             gc.freeze()
         sent = time.monotonic()
