@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,12 @@ def descriptors() -> tuple[int, int]:
     """
     ours = theirs = 0
     for entry in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):  # the one that lists this folder is gone by now
-            kept = entry.readlink().name.startswith("socket:") and _closed(int(entry.name))
-            ours, theirs = ours + (not kept), theirs + kept
+        try:
+            target = entry.readlink().name
+        except OSError:  # the one that lists this folder is gone by now
+            continue
+        kept = target.startswith("socket:") and _closed(int(entry.name))
+        ours, theirs = ours + (not kept), theirs + kept
     return ours, theirs
 
 
@@ -93,7 +96,7 @@ def _closed(number: int) -> bool:
 
 @contextmanager
 def nothing_left(part: str, problems: list[str], starts_of_ray: int = 1) -> Iterator[None]:
-    """Compare before and after; what is left after a while is a problem."""
+    """Compare before and after; what is left after a while is a problem, apart from what so many starts of Ray keep."""
     before, own = left_over(), (*descriptors(), threading.active_count())
     begin = time.monotonic()
     yield

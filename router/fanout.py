@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,10 +21,8 @@ from .fair import FairQueue
 from .messages import Place, alike, build_call
 from .replicas import Replica, View
 from .telemetry import Telemetry
-from .transport import Transport
+from .transport import Transport, sending_error
 from .work import Work
-
-log = logging.getLogger(__name__)
 
 WINDOW = 2
 MAX_ROWS_PER_MESSAGE = 16_384
@@ -187,8 +184,9 @@ class Fanout:
             message.cancel = self._transport.send(lane.replica, call, partial(self._returned, lane, message))
         except Exception as error:  # noqa: BLE001 (what cannot be written as a message, or memory that is not there)
             lane.under_way.discard(message)
+            told = sending_error(error)
             for job in jobs:
-                self._tell(job, _sending_error(error))
+                self._tell(job, told)
             return
         self._telemetry.messages[lane.replica.id] += 1
         self._telemetry.copied += 0 if call.rows is works[0].x else call.rows.nbytes
@@ -260,13 +258,6 @@ class Fanout:
         if job.at is not None:
             self._view.sent(job.at, -job.work.size)
             job.at = None
-
-
-def _sending_error(error: Exception) -> ExpertMeshError:
-    if isinstance(error, ExpertMeshError):
-        return error
-    log.error("a message could not be sent", exc_info=error)
-    return ExpertMeshError(f"the rows could not be sent ({type(error).__name__}); see the router's log")
 
 
 def _answer(reply: ExpertReply, place: Place) -> Answered | ExpertMeshError:

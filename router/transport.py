@@ -103,10 +103,12 @@ def _tell(answered: asyncio.Future[ExpertReply], done: Done) -> None:
     if answered.cancelled():
         return
     error = answered.exception()
-    if error is None:
-        done(answered.result())
-    elif isinstance(error, ExpertMeshError):
-        done(error)
-    else:
-        log.error("message failed", exc_info=error)
-        done(ExpertMeshError(f"the rows could not be sent ({type(error).__name__}); see the router's log"))
+    done(answered.result() if error is None else sending_error(error))
+
+
+def sending_error(error: BaseException) -> ExpertMeshError:
+    """What those who wait are told of anything that was raised on the way to a replica; what is not ours is logged."""
+    if isinstance(error, ExpertMeshError):
+        return error
+    log.error("message failed", exc_info=error)
+    return ExpertMeshError(f"the rows could not be sent ({type(error).__name__}); see the router's log")

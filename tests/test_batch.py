@@ -144,3 +144,40 @@ def test_the_last_one_to_let_go_gives_up_what_is_left(holders: int, answered: bo
         assert told == (["complete"] if answered else ["given up", "complete"])
 
     check(main())
+
+
+def packed_batch(indices: list[list[int]]) -> tuple[Batch, Answered]:
+    """e0 and e1 share a replica that adds up, e2 answers alone with 1, 2, ...; and what the replica answered."""
+    names = {"e0": "p", "e1": "p", "e2": None}
+    layer = Layer("l", gates.Fixed([1.0] * E), {name: Expert("torch:sin", pack=pack) for name, pack in names.items()})
+    indices_TK = torch.tensor(indices)
+    routing = Routing(indices_TK, torch.ones(indices_TK.shape))
+    handle, x = dispatch(routing, E), torch.zeros(len(indices), 1)
+    assignment = assign(layer, dict.fromkeys(layer.expert_ids, "v1"), x, handle)
+    batch = Batch(Epoch(1), layer, x, routing, handle, assignment)
+    sums = Answered((None, None), torch.full((assignment.work[0].size, 1), 10.0))
+    batch.answer(0, sums)
+    if 2 in assignment.work:
+        batch.answer(2, Answered((torch.arange(1.0, 1 + assignment.work[2].size)[:, None],)))
+    return batch, sums
+
+
+def test_a_row_that_an_expert_has_twice_counts_twice() -> None:
+    batch, _ = packed_batch([[2, 2], [0, 1]])
+    total = batch.total((0, 1, 2), 0, 2)
+    assert total is not None
+    assert total.tolist() == [[3.0], [10.0]]
+
+
+def test_a_sum_of_a_message_is_never_written_to_and_not_kept_for_a_part_of_it() -> None:
+    batch, sums = packed_batch([[0, 1], [0, 1], [0, 1]])
+    part = batch.total((0, 1), 1, 2)
+    assert part is not None
+    assert sums.total is not None
+    assert part.untyped_storage().data_ptr() != sums.total.untyped_storage().data_ptr()
+    batch, sums = packed_batch([[0, 1, 2], [0, 1, 2]])
+    total = batch.total((0, 1, 2), 0, 2)
+    assert total is not None
+    assert total.tolist() == [[11.0], [12.0]]
+    assert sums.total is not None
+    assert sums.total.tolist() == [[10.0], [10.0]]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_modules import KINDS
 from torch import Tensor
 
 from expertmesh.experts.device_rows import _copy_streams, to_device, to_host, to_host_all
@@ -208,23 +209,14 @@ def test_memory_of_the_device() -> None:
         within_memory(lambda: torch.empty(2**50, dtype=torch.uint8, device=DEVICE), DEVICE)
 
 
-PACKED: dict[str, dict[str, Any]] = {
-    "swiglu": {},
-    "geglu with bias": {"activation": "gelu", "bias": True},
-    "plain": {"gated": False, "activation": "relu", "bias": True},
-    "gpt-oss": {"bias": True, "transposed": True, "interleaved": True, "limit": 0.5},
-    "transposed": {"transposed": True},
-}
-
-
-@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("counts", [(100, 0, 200, 1, 99, 0, 50, 30), (1, 0, 2, 0, 0, 0, 0, 1)], ids=["many", "few"])
 @torch.inference_mode()
 def test_packed_experts(kind: str, dtype: str, counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """In bf16 torch's grouped matrix multiply, against one expert after the other on the CPU."""
     torch.manual_seed(0)
-    experts = PackedExperts(len(counts), D, 2 * D, **PACKED[kind]).to(torch_dtype(dtype))
+    experts = PackedExperts(len(counts), D, 2 * D, **KINDS[kind]).to(torch_dtype(dtype))
     offsets = [0, *itertools.accumulate(counts)]
     rows = rows_of(dtype, offsets[-1])
     monkeypatch.setattr("expertmesh.experts.grouped.FEW_ROWS", 0)  # on the CPU, never grouped
