@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from ..experts.errors import ExpertMeshError, Unavailable
@@ -49,6 +50,7 @@ class Controller:
         self._router_heard = time.monotonic()
         self._next_probe = 0.0
         self._turn = asyncio.Lock()
+        self._drains = asyncio.Event()
         self._syncing = asyncio.Lock()
         self._declared = 0
         self._recalls: Counter[int] = Counter()
@@ -136,7 +138,7 @@ class Controller:
             self.executor.spawn(self.executor.perform(self.control.release(epoch)))
 
     async def run(self) -> None:
-        """Take turns for ever."""
+        """Take turns for ever, in quick succession while something older than the current epoch may be pinned."""
         while True:
             try:
                 await self.turn()
@@ -144,7 +146,16 @@ class Controller:
                 log.warning("the router was not reached: %s", error)
             except Exception:  # the watch must go on
                 log.exception("a turn of the controller failed")
-            await asyncio.sleep(DRAIN_SECONDS if self.control.swaps.active() else TURN_SECONDS)
+            await self._pause()
+
+    async def _pause(self) -> None:
+        """Wait for the next turn. A swap that only stages needs none: they would hold up the flip, and the router."""
+        if self.control.swaps.draining():
+            await asyncio.sleep(DRAIN_SECONDS)
+            return
+        self._drains.clear()
+        with suppress(asyncio.TimeoutError, TimeoutError):
+            await asyncio.wait_for(self._drains.wait(), TURN_SECONDS)
 
     async def turn(self) -> None:
         """One turn: probe every replica, then tell the router. Raises Unavailable when it cannot be reached."""
@@ -255,6 +266,8 @@ class Controller:
         gates = frozenset(layer.gate_id for layer in self.desired.layers.values())
         orders += self.control.member_reported(ROUTER, report.incarnation, gates, report.gates)
         orders += self.control.router_reported(ROUTER, report.epoch, report.oldest_pinned)
+        if self.control.swaps.draining():
+            self._drains.set()
         await self.executor.perform(orders)
 
 

@@ -1,48 +1,75 @@
 """How many experts compute at once on a node: no more than it has cores, whatever the number of processes.
 
 Processes that all wake for one batch would take each other's caches and time slices. A core is a lock on a file in a
-folder that the processes share; the kernel gives it back when its holder dies.
+folder that the processes share; the kernel gives it back when its holder dies. Another such lock is the door: who holds
+it takes the next core that is free, whichever that is, and the others wait at the door in the order in which they came.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import select
+from contextlib import suppress
 from pathlib import Path
+
+RECHECK_MS = 20
+"""How soon the core of a holder that died is found: it rings no bell."""
 
 
 class NodeGate:
     """Cores of a node, one of which this process takes to compute. It belongs to one thread."""
 
     def __init__(self, folder: Path, cores: int) -> None:
-        self._files = [
-            os.open(folder / f"core-{number}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) for number in range(cores)
-        ]
-        home = os.getpid() % cores
-        self._order = self._files[home:] + self._files[:home]
+        create = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._door = os.open(folder / "door", create, 0o600)
+        self._cores = [os.open(folder / f"core-{number}", create, 0o600) for number in range(cores)]
         self._held: int | None = None
+        bell = folder / "bell"
+        with suppress(FileExistsError):
+            os.mkfifo(bell, 0o600)
+        self._bell = os.open(bell, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._rung = select.poll()
+        self._rung.register(self._bell, select.POLLIN)
 
     def take(self) -> bool:
         """Take a core; waits for one if all are taken, and says whether it had to."""
-        for file in self._order:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            self._held = file
-            return False
-        fcntl.flock(self._order[0], fcntl.LOCK_EX)
-        self._held = self._order[0]
-        return True
+        waited = not _locked(self._door)
+        if waited:
+            fcntl.flock(self._door, fcntl.LOCK_EX)
+        try:
+            while not self._take_free():
+                waited = True
+                if self._rung.poll(RECHECK_MS):
+                    os.read(self._bell, 4096)
+        finally:
+            fcntl.flock(self._door, fcntl.LOCK_UN)
+        return waited
 
     def give_back(self) -> None:
         """Give the core back; idempotent."""
-        if self._held is not None:
-            fcntl.flock(self._held, fcntl.LOCK_UN)
-            self._held = None
+        if self._held is None:
+            return
+        fcntl.flock(self._held, fcntl.LOCK_UN)
+        self._held = None
+        with suppress(BlockingIOError):  # full: it rings anyway
+            os.write(self._bell, b"x")
 
     def close(self) -> None:
         """Close the files; idempotent."""
-        for file in self._files:
+        for file in (*self._cores, self._door, self._bell):
             os.close(file)
-        self._files = []
+        self._cores = []
+
+    def _take_free(self) -> bool:
+        self._held = next((file for file in self._cores if _locked(file)), None)
+        return self._held is not None
+
+
+def _locked(file: int) -> bool:
+    """Whether a file could be locked without waiting."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

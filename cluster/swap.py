@@ -204,3 +204,7 @@ class Swaps:
         ended = (Phase.DONE, Phase.ABORTED)
         self._active = {key: swap for key, swap in self._active.items() if swap.phase not in ended}
         return list(self._active.values())
+
+    def draining(self) -> bool:
+        """Whether a router may still have to adopt, or pin something older than, what a swap has committed."""
+        return any(swap.phase in (Phase.FLIPPING, Phase.RETIRING) for swap in self.active())

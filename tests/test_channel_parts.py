@@ -150,6 +150,29 @@ def test_no_more_take_a_core_than_there_are(tmp_path: Path) -> None:
     assert max(most) <= 2
 
 
+@pytest.mark.parametrize("ended", [0, 1])
+def test_who_waits_takes_whichever_core_is_free_first(tmp_path: Path, ended: int) -> None:
+    holders = [NodeGate(tmp_path, 2) for _ in range(2)]
+    assert [holder.take() for holder in holders] == [False, False]
+    waiting, found = NodeGate(tmp_path, 2), threading.Event()
+    waited: list[bool] = []
+
+    def compute() -> None:
+        waited.append(waiting.take())
+        found.set()
+
+    thread = threading.Thread(target=compute, daemon=True)
+    thread.start()
+    assert not found.wait(0.2)
+    holders[ended].give_back()
+    assert found.wait(10)
+    thread.join(10)
+    assert waited == [True]
+    for gate in (*holders, waiting):
+        gate.give_back()
+        gate.close()
+
+
 def test_a_core_comes_back_when_its_holder_is_killed(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from expertmesh.cluster.node_gate import NodeGate\n"

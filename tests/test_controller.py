@@ -45,6 +45,7 @@ class FakeRouter:
 
     def __init__(self) -> None:
         self.restarts = 0
+        self.syncs = 0
         self.lost = False
         self.pinned: int | None = None
         self.restart()
@@ -61,6 +62,7 @@ class FakeRouter:
     async def sync(self, update: RouterUpdate) -> RouterReport:
         if self.lost:
             raise Unavailable("the router is restarting")
+        self.syncs += 1
         self.update = update
         wanted = update.epochs.get(update.current, {})
         if self.revision and (GATE, wanted.get(GATE, "")) in self.gates:
@@ -152,7 +154,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, story: Callable[[World], 
     async def main() -> None:
         world = World(folder, monkeypatch)
         try:
-            await story(world)
+            await asyncio.wait_for(story(world), 60)
         finally:
             world.controller.close()
 
@@ -309,6 +311,39 @@ def test_two_swaps_of_one_expert_race(tmp_path: Path, monkeypatch: pytest.Monkey
         stale = SwapRequest(swap_id="3", changes=change, expect={E0: after[E0]}, timeout=2.0)
         with pytest.raises(Aborted, match="as expected"):
             await world.controller.swap(stale)
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_turns_follow_in_quick_succession_only_while_a_swap_drains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(world: World) -> None:
+        before = await world.declare(layer())
+        after = await world.declare(layer("torch:tanh"))
+        await world.until(lambda: world.replicas.holds("l/e0#0") == {(E0, after[E0])})
+        monkeypatch.setattr("expertmesh.cluster.controller.TURN_SECONDS", 60.0)
+        monkeypatch.setattr("expertmesh.cluster.controller.DRAIN_SECONDS", 0.0)
+        turns = asyncio.ensure_future(world.controller.run())
+        held = world.replicas.hold_back = asyncio.Event()
+        request = SwapRequest(swap_id="1", changes={E0: Change(version=before[E0])}, timeout=30.0)
+        swap = asyncio.ensure_future(world.controller.swap(request))
+        while world.controller.control.swaps.find("1") is None:
+            await asyncio.sleep(0.001)
+        told = world.router.syncs
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert world.router.syncs == told  # it only stages
+        world.router.pinned = world.router.epoch
+        held.set()
+        assert (await swap).committed
+        while world.router.syncs < told + 5:  # whoever pins the older epoch is looked after
+            await asyncio.sleep(0)
+        assert world.controller.control.swaps.draining()
+        world.router.pinned = None
+        while world.controller.control.swaps.draining():
+            await asyncio.sleep(0)
+        turns.cancel()
 
     run(tmp_path, monkeypatch, story)
 

@@ -138,11 +138,19 @@ def capacity(
     warm: float = 1.0,
     inputs: Sequence[Any] | None = None,
 ) -> float:
-    """The most rows a second that a layer bears, after `warm` seconds to warm up."""
+    """The most rows a second that a layer bears, after `warm` seconds to warm up.
+
+    A request counts with the share of its time that lies in the window: answers come in bursts, as a batch ends, and
+    whether one burst more or less falls into the window must not decide.
+    """
     load = Load(endpoint, layer, callers=callers, count=count, inputs=inputs).start()
     time.sleep(warm)
     begin = time.monotonic()
     time.sleep(seconds)
     end = time.monotonic()
-    done = [seen for seen in load.stop() if begin <= seen.done < end]
-    return sum(count for seen in done if not seen.error) / (end - begin)
+    return sum(count * _share(seen, begin, end) for seen in load.stop() if not seen.error) / (end - begin)
+
+
+def _share(seen: Seen, begin: float, end: float) -> float:
+    """How much of a request's time lies between two moments, as a fraction of all of it."""
+    return max(0.0, min(seen.done, end) - max(seen.sent, begin)) / (seen.done - seen.sent)
