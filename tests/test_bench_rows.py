@@ -167,7 +167,8 @@ def theirs() -> list[dict[str, Any]]:
 def test_hivemind_is_compared_with_the_same_thing(theirs: list[dict[str, Any]]) -> None:
     large, single, layer = hivemind.PARTS
     assert hivemind.line("C7", large, {"ffn": blocks(11_000.0)}, theirs).verdict == "reached"
-    alone = hivemind.line("C7", single, {"ffn": blocks(1.0, 0.003)}, theirs)
+    alone = hivemind.line("C7", single, {"ffn": blocks(1.0, 0.003), "ffn_in_process": blocks(1.0, 0.001)}, theirs)
+    assert alone.baselines == pytest.approx({"hivemind": 6.0, "ffn_in_process": 1.0})
     assert alone.ratio is not None
     assert alone.ratio.median == pytest.approx(2.0)
     assert hivemind.line("C7", layer, {}, theirs).verdict.startswith("skipped")

@@ -35,6 +35,7 @@ ARMS = {
     "identity": Entry("product_single", "Identity"),
     "identity_actor": Entry("product_single", "Identity", {"transport": "channel"}),
     "ffn": Entry("product_single", "OneExpert"),
+    "ffn_in_process": Entry("in_process", "OneExpertInProcess"),
     "ray_naive": Entry("ray_naive", "RayNaive"),
     "ray_good": Entry("ray_good", "RayGood"),
     "ray_good_1": Entry("ray_good", "RayGood", {"actors": 1}),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from expertmesh.router.local import LocalLayer
 
 from .arm import Arm
-from .model import Shape, gate, packed, reference
+from .model import Shape, expert, gate, packed, reference
 
 ROUNDS = 7
 
@@ -26,14 +26,14 @@ class Form:
     """One way to compute the layer."""
 
     name: str
-    layer: LocalLayer
+    layer: Callable[[Tensor], Tensor]
     threads: int
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            return self.layer(x_TD)  # type: ignore[no-any-return]
+            return self.layer(x_TD)
         finally:
             torch.set_num_threads(before)  # other arms of this process have one thread
 
@@ -59,6 +59,19 @@ class InProcess(Arm):
     def close(self) -> None:
         self._forms.clear()
         self.chosen.clear()
+
+
+class OneExpertInProcess(InProcess):
+    """The first expert alone: what its computation takes, with no message and no gate."""
+
+    name = "ffn_in_process"
+    expert = 0
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, *, threads: Sequence[int] = (1, 2)) -> None:
+        module = expert(shape, 0, dtype).eval()
+        self._forms = [Form(f"{n} threads", module, n) for n in threads]
+        self.chosen = {}
+        self.version = f"torch {torch.__version__}"
 
 
 def fastest(forms: Sequence[Form], x_TD: Tensor) -> Form:

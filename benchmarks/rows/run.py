@@ -12,7 +12,7 @@ from .session import Effort, Measured, Session
 from .stages import Stages
 from .verdict import Line, lines
 
-FULL, QUICK, TINY = Effort(7, 1.0), Effort(5, 0.25), Effort(1, 0.1)
+FULL, QUICK, TINY = Effort(7, 0.6), Effort(5, 0.25), Effort(1, 0.1)
 
 
 @dataclass
