@@ -98,7 +98,7 @@ class Controller:
         if not asked_before:
             try:
                 await asyncio.to_thread(self.desk.prepare, request)
-                if self.control.swaps.active():  # one of the same expert may have drained since it was last looked at
+                if self.control.swaps.draining():  # one of the same expert may have drained since it was last looked at
                     await self._sync()
                 orders = self.control.swap_asked(request.swap_id, ids)
             except ExpertMeshError as error:
@@ -138,7 +138,7 @@ class Controller:
             self.executor.spawn(self.executor.perform(self.control.release(epoch)))
 
     async def run(self) -> None:
-        """Take turns for ever, in quick succession while something older than the current epoch may be pinned."""
+        """Take turns for ever, in quick succession from a swap's commit until no request needs what it replaced."""
         while True:
             try:
                 await self.turn()
@@ -147,6 +147,11 @@ class Controller:
             except Exception:  # the watch must go on
                 log.exception("a turn of the controller failed")
             await self._pause()
+
+    def _hurry(self) -> None:
+        """Take the next turns in quick succession, where a swap drains."""
+        if self.control.swaps.draining():
+            self._drains.set()
 
     async def _pause(self) -> None:
         """Wait for the next turn. A swap that only stages needs none: they would hold up the flip, and the router."""
@@ -254,6 +259,7 @@ class Controller:
                     await asyncio.wait_for(self._router.declare(self.desired), ROUTER_TIMEOUT)
                     report = await asyncio.wait_for(self._router.sync(update), ROUTER_TIMEOUT)
             except (ExpertMeshError, asyncio.TimeoutError, TimeoutError):
+                self._hurry()
                 if loop.time() - self._router_heard > LEASE_SECONDS:
                     await self.executor.perform(self.control.router_lost(ROUTER))
                 raise
@@ -266,8 +272,7 @@ class Controller:
         gates = frozenset(layer.gate_id for layer in self.desired.layers.values())
         orders += self.control.member_reported(ROUTER, report.incarnation, gates, report.gates)
         orders += self.control.router_reported(ROUTER, report.epoch, report.oldest_pinned)
-        if self.control.swaps.draining():
-            self._drains.set()
+        self._hurry()
         await self.executor.perform(orders)
 
 

@@ -2,7 +2,8 @@
 
 Processes that all wake for one batch would take each other's caches and time slices. A core is a lock on a file in a
 folder that the processes share; the kernel gives it back when its holder dies. Another such lock is the door: who holds
-it takes the next core that is free, whichever that is, and the others wait at the door in the order in which they came.
+it takes the next core that is free, whichever that is, and the others wait at the door, about in the order of their
+coming. So a process that is stopped just there (SIGSTOP) holds up the CPU experts of its node until it goes on or dies.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 import select
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,11 +31,14 @@ class NodeGate:
         with suppress(FileExistsError):
             os.mkfifo(bell, 0o600)
         self._bell = os.open(bell, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        forgotten = weakref.WeakMethod(self._forget)
+        os.register_at_fork(after_in_child=lambda: (forget := forgotten()) and forget())
+        self._files = [self._door, *self._cores, self._bell]
         self._rung = select.poll()
         self._rung.register(self._bell, select.POLLIN)
 
     def take(self) -> bool:
-        """Take a core; waits for one if all are taken, and says whether it had to."""
+        """Take a core; waits while all are taken or others are at the door, and says whether it had to."""
         waited = not _locked(self._door)
         if waited:
             fcntl.flock(self._door, fcntl.LOCK_EX)
@@ -56,10 +61,16 @@ class NodeGate:
             os.write(self._bell, b"x")
 
     def close(self) -> None:
-        """Close the files; idempotent."""
-        for file in (*self._cores, self._door, self._bell):
+        """Give the core back and close the files; idempotent."""
+        self.give_back()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Close the files and unlock nothing: a child that an expert forks must not hold what its parent dies with."""
+        self._held = None
+        files, self._files = self._files, []
+        for file in files:
             os.close(file)
-        self._cores = []
 
     def _take_free(self) -> bool:
         self._held = next((file for file in self._cores if _locked(file)), None)

@@ -148,6 +148,7 @@ def capacity(
     begin = time.monotonic()
     time.sleep(seconds)
     end = time.monotonic()
+    time.sleep(warm)  # those under way at the end finish beside as many others as before
     return sum(count * _share(seen, begin, end) for seen in load.stop() if not seen.error) / (end - begin)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ def measured(row: str, effort: Effort, say: Callable[[str], None]) -> list[Line]
         before = [session.run(Party(part.condition, (*part.ours, part.limit))) for part in PARTS]
         say("hivemind, by its own client")
         try:
-            theirs = hivemind.measured(rows=ROWS, seconds=3 * effort.seconds)
+            theirs = hivemind.measured(rows=ROWS, seconds=max(3.0, 3 * effort.seconds))
         except ArmUnavailable as error:
             return [Line(row, str(part.condition), "", math.nan, verdict=f"skipped: {error}") for part in PARTS]
         after = [session.run(Party(part.condition, (*part.ours, part.limit))) for part in PARTS]
@@ -83,8 +84,8 @@ def line(row: str, part: Part, blocks: Mapping[str, Sequence[Block]], theirs: Se
         row,
         f"{part.what}, {where}: {unit}",
         best,
-        sorted(values[best])[len(values[best]) // 2],
-        {"hivemind": other, **({part.limit: sorted(limits)[len(limits) // 2]} if limits else {})},
+        statistics.median(values[best]),
+        {"hivemind": other, **({part.limit: statistics.median(limits)} if limits else {})},
         found,
         str(part.target),
         decided(found, part.target),
