@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import torch
 
 from .peers import catalogue as arms
 from .rows import catalogue, facts, hivemind, live, plots, report, run
-from .rows.session import Effort
 from .rows.verdict import Line
 
 LONG = ("C7",)
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: Any, say: Any, result: run.Result, kept: Callable[[], None]) -> None:
     """Measure every row into `result`; `kept` is called whenever there is more of it."""
     usual = run.TINY if options.tiny else run.QUICK if options.quick else run.FULL
-    effort = Effort(options.blocks or usual.blocks, options.seconds or usual.seconds)
+    effort = replace(usual, blocks=options.blocks or usual.blocks, seconds=options.seconds or usual.seconds)
     declared = [catalogue.DECLARED[name] for name in options.rows if name in catalogue.DECLARED]
     sizes = {"quick": options.quick, "tiny": options.tiny}
     run.measure(declared, effort, say, **sizes, result=result, without=options.without, told=kept)

@@ -18,6 +18,7 @@ from benchmarks.peers.measure import Block
 from benchmarks.rows import catalogue, facts, hivemind, live, live_skew, plots, report, run, stages, stated
 from benchmarks.rows.case import ADDED, P50, Comparison, Condition, Row, at_least, at_most
 from benchmarks.rows.plan import MOST_PROCESSES, Party, parties, party_of, processes, spare
+from benchmarks.rows.session import Effort, Measured
 from benchmarks.rows.verdict import Line, decided, lines
 from hypothesis import given
 from hypothesis import strategies as st
@@ -154,6 +155,56 @@ def test_stages_and_what_they_leave_out_are_the_whole() -> None:
     found = trace.stages(3.0)
     assert found["channel"] == pytest.approx(0.5)
     assert stages.mean([(2.0, found, {})] * 10).unexplained == pytest.approx(0.1 / 2.0)
+
+
+@given(st.integers(1, 30), st.integers(1, 4))
+def test_rounds_share_the_blocks_and_the_first_has_most(count: int, rounds: int) -> None:
+    effort = Effort(count, 1.0, rounds)
+    parts = [effort.part(round_) for round_ in range(rounds)]
+    assert sum(parts) == count
+    assert parts == sorted(parts, reverse=True)
+    assert parts[0] - parts[-1] <= 1
+
+
+def test_a_later_round_adds_its_blocks() -> None:
+    party = Party(SMALL, ("a", "b"))
+    first = Measured(party, {"a": blocks(1.0, count=4), "b": blocks(2.0, count=4)}, {})
+    later = Measured(party, {"a": blocks(3.0, count=3)}, {"b": "it died"})
+    joined = first.joined(later)
+    assert [block.rows_per_second for block in joined.blocks["a"]] == [1.0] * 4 + [3.0] * 3
+    assert "b" not in joined.blocks  # its blocks would have no counterpart
+    assert joined.skipped == {"b": "it died"}
+
+
+class FakeSession:
+    """Notes what it is asked for; `seen` are party and blocks, in order."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+        self.versions: dict[str, str] = {}
+
+    def __enter__(self) -> FakeSession:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def run(self, party: Party, *, blocks: int, stages: bool) -> Measured:
+        self.seen.append((party.condition.rows, blocks))
+        return Measured(party, {arm: [Block(1.0, (0.1,), 0.5, 0.0)] * blocks for arm in party.arms}, {})
+
+
+def test_rounds_lie_apart_and_slow_rows_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(name: str, rows: int, *, once: bool = False) -> Row:
+        made = Comparison(Condition("S", "bf16", rows, 4), ("expertmesh_2",), ("gloo",), target=at_least(1))
+        return Row(name, name, lambda quick: [made], once=once)
+
+    session, result = FakeSession(), run.Result()
+    monkeypatch.setattr(run, "Session", lambda effort, say: session)
+    rows = [row("C1", 1), row("C2", 2), row("C5", 3, once=True)]
+    run.measure(rows, Effort(7, 1.0, 2), lambda text: None, quick=False, tiny=False, result=result)
+    assert session.seen == [(1, 4), (2, 4), (3, 7), (1, 3), (2, 3)]
+    assert [len(found.blocks["gloo"]) for found in result.measured] == [7, 7, 7]
+    assert {line.verdict for line in result.lines} == {"reached"}
 
 
 @pytest.fixture

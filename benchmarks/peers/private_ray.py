@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from expertmesh.cluster.reaper import MARKER, end_marked_processes, start_reaper
@@ -26,11 +26,21 @@ def private_ray() -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
+    with ExitStack() as running:
+        try:
+            running.enter_context(_running(ray))
+        except RuntimeError:  # on a busy machine its processes may take longer than it waits for them: once more
+            running.enter_context(_running(ray))
+        yield ray
+
+
+@contextmanager
+def _running(ray: Any) -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="expertmesh-peers-")
     reaper = start_reaper(folder)
     try:
         _start(ray, folder)
-        yield ray
+        yield
     finally:
         ray.shutdown()
         end_marked_processes(folder)

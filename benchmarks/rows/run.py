@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -12,7 +13,7 @@ from .session import Effort, Measured, Session
 from .stages import Stages
 from .verdict import Line, lines
 
-FULL, QUICK, TINY = Effort(7, 0.6), Effort(5, 0.25), Effort(1, 0.1)
+FULL, QUICK, TINY = Effort(7, 0.6, rounds=2), Effort(5, 0.25), Effort(1, 0.1)
 
 
 @dataclass
@@ -54,20 +55,26 @@ def measure(
 ) -> None:
     """Measure declared rows into `result`; `told` after each party, so that a run that is cut off loses little.
 
-    Arms run for as long as neighbouring parties need them.
+    Arms run for as long as neighbouring parties need them. Each round measures all parties, those of a row that is
+    measured `once` with all their blocks in the first.
     """
     wanted = {row.name: comparisons_of(row, quick=quick, tiny=tiny, without=without) for row in rows}
     planned = parties(one for found in wanted.values() for one in found)
     staged = {_alone(one.condition) for row in rows if row.stages for one in wanted[row.name]}
     seen = dict[Party, Measured]()
+    once = {party_of(one, planned) for row in rows if row.once for one in wanted[row.name]}
     with Session(effort, say) as session:
-        for party in planned:
+        for round_, party in itertools.product(range(effort.rounds), planned):
+            blocks = effort.blocks if party in once else effort.part(round_)
+            if not blocks or (round_ and party in once):
+                continue
             alone = _alone(party.condition)
             wants_stages = alone in staged and alone not in result.stages
-            found = seen[party] = session.run(party, stages=wants_stages)
+            found = session.run(party, blocks=blocks, stages=wants_stages)
+            seen[party] = seen[party].joined(found) if party in seen else found
             if found.stages is not None:
                 result.stages[alone] = found.stages
-            result.measured.append(found)
+            result.measured = list(seen.values())
             result.versions = dict(session.versions)
             result.lines = list(_lines(wanted, planned, seen))
             told()

@@ -29,10 +29,19 @@ STAGED = "expertmesh"
 
 @dataclass(frozen=True)
 class Effort:
-    """How many blocks, of how many seconds."""
+    """How many blocks, of how many seconds, and in how many rounds.
+
+    What the neighbours of a virtual machine do changes with the minutes: blocks that follow each other agree with one
+    another, and an interval of theirs is too narrow. Those of two rounds lie minutes apart.
+    """
 
     blocks: int
     seconds: float
+    rounds: int = 1
+
+    def part(self, round_: int) -> int:
+        """How many of the blocks belong to a round."""
+        return (self.blocks + self.rounds - 1 - round_) // self.rounds
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,11 @@ class Measured:
     blocks: Mapping[str, list[Block]]
     skipped: Mapping[str, str]
     stages: Stages | None = None
+
+    def joined(self, later: Measured) -> Measured:
+        """With the blocks of a later round; an arm counts that ran in both."""
+        both = {name: [*found, *later.blocks[name]] for name, found in self.blocks.items() if name in later.blocks}
+        return Measured(self.party, both, {**later.skipped, **self.skipped}, self.stages)
 
 
 @dataclass
@@ -66,12 +80,12 @@ class Session:
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
 
-    def run(self, party: Party, *, stages: bool = False) -> Measured:
-        """Measure a party."""
+    def run(self, party: Party, *, blocks: int | None = None, stages: bool = False) -> Measured:
+        """Measure a party, with so many blocks for each arm (by default all of the effort)."""
         arms, skipped = self._arms(party)
         self._check(arms, skipped, party.condition)
         self.say(f"{party.condition}: {', '.join(arms)}")
-        return self._loop.run_until_complete(self._measured(party, arms, skipped, stages))
+        return self._loop.run_until_complete(self._measured(party, arms, skipped, blocks, stages))
 
     def close(self) -> None:
         """End all arms."""
@@ -79,11 +93,13 @@ class Session:
             self._end(key)
         self._end_ray()
 
-    async def _measured(self, party: Party, arms: dict[str, Arm], skipped: dict[str, str], stages: bool) -> Measured:
+    async def _measured(
+        self, party: Party, arms: dict[str, Arm], skipped: dict[str, str], count: int | None, stages: bool
+    ) -> Measured:
         where = party.condition
         x_TD = rows(SHAPES[where.shape], where.rows, DTYPES[where.dtype])
         run = partial(block, x_TD=x_TD, in_flight=where.in_flight, seconds=self.effort.seconds)
-        blocks = await interleaved(arms, run, self.effort.blocks) if arms else {}
+        blocks = await interleaved(arms, run, self.effort.blocks if count is None else count) if arms else {}
         apart = None
         if stages and STAGED in arms:
             apart = await taken_apart(arms[STAGED], x_TD, self.effort.seconds)
