@@ -20,6 +20,7 @@ from .swap_events import (
     Effect,
     Event,
     Finish,
+    Flip,
     MemberGone,
     MemberSeen,
     RouterGone,
@@ -239,6 +240,8 @@ class Control:
                 orders.append(StageCandidate(effect.member, effect.incarnation, swap.swap_id, effect.id))
             elif isinstance(effect, Commit):
                 orders.append(CommitSwap(swap.swap_id, effect.versions))
+            elif isinstance(effect, Flip):
+                orders.append(Sync())
             elif isinstance(effect, Finish):
                 orders.append(Answer(swap.swap_id, effect.epoch, effect.error))
         if swap.phase is Phase.DONE or swap.phase is Phase.ABORTED:

@@ -100,7 +100,7 @@ class Commit:
 
 @dataclass(frozen=True)
 class Flip:
-    """Tell every router to adopt this epoch; `Control.committed` does, whether or not the swap is still known."""
+    """Tell every router to adopt this epoch."""
 
     epoch: int
 
