@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,8 +14,10 @@ from benchmarks.chaos.checker import MIXED, RIGHT, UNKNOWN, WRONG, Checker, Ledg
 from benchmarks.chaos.exact import CLASSES, WIDTH, Maker, Shape, chosen, rows
 from benchmarks.chaos.figures import harm, judged, longest_gap, p99_ms, went_back
 from benchmarks.chaos.flip_times import overlapped
-from benchmarks.chaos.load import Load, Seen
+from benchmarks.chaos.load import Load, Seen, share
 from benchmarks.chaos.swaps import KINDS
+from hypothesis import given
+from hypothesis import strategies as st
 
 from expertmesh.experts.chaos import ChaosExpert
 from expertmesh.router.gates import TopK
@@ -201,3 +204,15 @@ def test_overlaps_gaps_and_latency_from_when_a_request_was_due() -> None:
 def test_enough_sets_and_gates_are_swapped() -> None:
     assert KINDS.count("set") + KINDS.count("gate") >= 0.3 * len(KINDS)
     assert KINDS.count("gate") >= 0.1 * len(KINDS)
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=6), st.integers(0, 1000), st.integers(1, 1000))
+def test_the_shares_of_a_request_in_windows_that_follow_each_other_are_all_of_it(
+    cuts: list[int], sent: int, took: int
+) -> None:
+    one = Seen(0, sent, sent, sent + took)
+    edges = sorted([-1, *cuts, 3000])
+    shares = [share(one, begin, end) for begin, end in itertools.pairwise(edges)]
+    assert sum(shares) == pytest.approx(1.0)
+    assert min(shares) >= 0.0
+    assert share(one, one.done, one.done + 1) == share(one, one.sent - 1, one.sent) == 0.0

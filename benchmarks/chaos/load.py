@@ -149,9 +149,9 @@ def capacity(
     time.sleep(seconds)
     end = time.monotonic()
     time.sleep(warm)  # those under way at the end finish beside as many others as before
-    return sum(count * _share(seen, begin, end) for seen in load.stop() if not seen.error) / (end - begin)
+    return sum(count * share(seen, begin, end) for seen in load.stop() if not seen.error) / (end - begin)
 
 
-def _share(seen: Seen, begin: float, end: float) -> float:
+def share(seen: Seen, begin: float, end: float) -> float:
     """How much of a request's time lies between two moments, as a fraction of all of it."""
     return max(0.0, min(seen.done, end) - max(seen.sent, begin)) / (seen.done - seen.sent)

@@ -33,6 +33,11 @@ class Part:
     measure: str
     target: Target
 
+    @property
+    def party(self) -> Party:
+        """What runs on our side."""
+        return Party(self.condition, (*self.ours, self.limit))
+
 
 PARTS = (
     Part("expert", Condition("L", "fp32", ROWS, 4), ("ffn",), "ffn_in_process", RATE, at_least(2)),
@@ -45,17 +50,16 @@ def measured(row: str, effort: Effort, say: Callable[[str], None]) -> list[Line]
     """The lines of the row."""
     half = Effort((effort.blocks + 1) // 2, effort.seconds)
     with Session(half, say) as session:
-        before = [session.run(Party(part.condition, (*part.ours, part.limit))) for part in PARTS]
+        before = [session.run(part.party) for part in PARTS]
         say("hivemind, by its own client")
         try:
             theirs = hivemind.measured(rows=ROWS, seconds=max(3.0, 3 * effort.seconds))
         except ArmUnavailable as error:
             return [Line(row, str(part.condition), "", math.nan, verdict=f"skipped: {error}") for part in PARTS]
-        after = [session.run(Party(part.condition, (*part.ours, part.limit))) for part in PARTS]
+        after = [session.run(part.party) for part in PARTS]
     lines = []
     for part, *runs in zip(PARTS, before, after, strict=True):
-        arms = (*part.ours, part.limit)
-        blocks = {name: [*runs[0].blocks.get(name, []), *runs[1].blocks.get(name, [])] for name in arms}
+        blocks = {name: [found for run in runs for found in run.blocks.get(name, [])] for name in part.party.arms}
         lines.append(line(row, part, {name: found for name, found in blocks.items() if found}, theirs))
     return lines
 

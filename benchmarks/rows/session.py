@@ -85,7 +85,8 @@ class Session:
         arms, skipped = self._arms(party)
         self._check(arms, skipped, party.condition)
         self.say(f"{party.condition}: {', '.join(arms)}")
-        return self._loop.run_until_complete(self._measured(party, arms, skipped, blocks, stages))
+        count = self.effort.blocks if blocks is None else blocks
+        return self._loop.run_until_complete(self._measured(party, arms, skipped, count, stages))
 
     def close(self) -> None:
         """End all arms."""
@@ -94,12 +95,12 @@ class Session:
         self._end_ray()
 
     async def _measured(
-        self, party: Party, arms: dict[str, Arm], skipped: dict[str, str], count: int | None, stages: bool
+        self, party: Party, arms: dict[str, Arm], skipped: dict[str, str], count: int, stages: bool
     ) -> Measured:
         where = party.condition
         x_TD = rows(SHAPES[where.shape], where.rows, DTYPES[where.dtype])
         run = partial(block, x_TD=x_TD, in_flight=where.in_flight, seconds=self.effort.seconds)
-        blocks = await interleaved(arms, run, self.effort.blocks if count is None else count) if arms else {}
+        blocks = await interleaved(arms, run, count) if arms else {}
         apart = None
         if stages and STAGED in arms:
             apart = await taken_apart(arms[STAGED], x_TD, self.effort.seconds)
