@@ -11,8 +11,7 @@ from ..experts.artefact import inspect_artefact
 from ..experts.errors import FailedPrecondition, InvalidRequest, NotFound
 from ..experts.factory import build
 from ..experts.spec import Expert
-from ..experts.tensors import dtype_name
-from ..experts.weights import load_into, load_tensors, tensor_digest
+from ..experts.weights import described, load_into, load_tensors
 from ..router.layer import Layer
 from .definitions import declared_candidates, declared_digest, declared_gate_digest, from_record, origin_of
 from .orders import Candidate, Change, SwapRequest
@@ -82,18 +81,17 @@ class Catalogue:
         """The candidate with uploaded weights in place of its own, which were inspected without building it."""
         path = self._store.upload_path(change.upload or "")
         if base.gate is not None:
-            wanted = {name: (tuple(t.shape), dtype_name(t.dtype)) for name, t in base.gate.state_dict().items()}
+            wanted = described(base.gate.state_dict())
         elif base.expert is not None:
-            function = build(base.expert, "meta", load_weights=False)
-            wanted = {name: (tuple(t.shape), dtype_name(t.dtype)) for name, t in function.state().items()}
+            wanted = described(build(base.expert, "meta", load_weights=False).state())
         if not wanted:
             raise FailedPrecondition(f"{id} has no tensors that weights could replace")
-        inspect_artefact(path, sha256=change.sha256, wanted=wanted, owner="gate" if base.gate else "expert")
-        tensors, gate = load_tensors(path)[0], None
+        found = inspect_artefact(path, sha256=change.sha256, wanted=wanted, owner="gate" if base.gate else "expert")
+        gate = None
         if base.gate is not None:
             gate = copy.deepcopy(base.gate)  # that of `base` may be needed again
-            load_into(gate, tensors, "the uploaded gate")
-        return replace(base, gate=gate, version=None, weights=path, note="upload", tensor_digest=tensor_digest(tensors))
+            load_into(gate, load_tensors(path)[0], "the uploaded gate")
+        return replace(base, gate=gate, version=None, weights=path, note="upload", tensor_digest=found.tensor_digest)
 
     def of_record(self, record: VersionRecord) -> Candidate:
         """The candidate that loads a version again, from disk or from the live object that was declared."""

@@ -24,6 +24,7 @@ from .health import Health, Probe
 from .orders import Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
 from .registry import Registry
 from .swap_desk import SwapDesk
+from .upkeep import background
 from .versions import VersionStore
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class Controller:
         self._declared = 0
         self._recalls: Counter[int] = Counter()
         self._declaring = asyncio.Lock()
+        self._background = background("prepare")
 
     async def declare(self, desired: Desired, timeout: float) -> dict[str, str]:
         """Take what the owner declares, and bring everything there; returns the versions that then serve.
@@ -97,7 +99,7 @@ class Controller:
         answer = self.desk.expect_answer(request.swap_id)
         if not asked_before:
             try:
-                await asyncio.to_thread(self.desk.prepare, request)
+                await asyncio.get_running_loop().run_in_executor(self._background, self.desk.prepare, request)
                 if self.control.swaps.draining():  # one of the same expert may have drained since it was last looked at
                     await self._sync()
                 orders = self.control.swap_asked(request.swap_id, ids)
@@ -176,6 +178,7 @@ class Controller:
 
     def close(self) -> None:
         """Close the registry."""
+        self._background.shutdown(wait=False, cancel_futures=True)
         self.desk.registry.close()
 
     def state(self) -> ControllerState:

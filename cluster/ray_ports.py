@@ -19,6 +19,7 @@ from ..experts.tensors import byte_view, dtype_name
 from ..experts.weights import load_tensors
 from ..router.replicas import Replica
 from .orders import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult, proposal_of
+from .upkeep import background
 
 FILES_KEPT = 4
 Packed = tuple[np.ndarray[Any, Any], str, tuple[int, ...]]
@@ -57,6 +58,7 @@ class RayReplicaPort:
     def __init__(self) -> None:
         self._weights: dict[Any, Any] = {}
         self._storing = threading.Lock()
+        self._background = background("weights")
 
     async def probe(self, replica_id: str, handle: Any) -> Replica:
         """Ask for a report."""
@@ -65,7 +67,10 @@ class RayReplicaPort:
 
     async def stage(self, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:
         """Have an expert staged."""
-        weights = None if candidate.weights is None else await asyncio.to_thread(self._stored, candidate.weights)
+        weights = None
+        if candidate.weights is not None:
+            loop = asyncio.get_running_loop()
+            weights = await loop.run_in_executor(self._background, self._stored, candidate.weights)
         call = _there(replica_id, handle).stage.remote(
             proposal_of(candidate), candidate.replaces, candidate.mode, weights
         )

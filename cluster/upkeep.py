@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 
 def give_memory_back() -> None:
@@ -48,3 +49,8 @@ def settle() -> None:
 def yield_to_serving() -> None:
     """Give this thread the lowest priority, so that staging does not slow down what serves."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def background(name: str, threads: int = 4) -> ThreadPoolExecutor:
+    """Threads of the lowest priority, for reading and hashing weights that nobody waits for yet."""
+    return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=yield_to_serving)

@@ -15,14 +15,11 @@ from torch import Tensor
 
 from .errors import DataLoss, FailedPrecondition, NotFound, SpecMismatch, TooLarge
 from .tensors import byte_view
-from .weights import check_fit
+from .weights import Description, check_fit, described, joined_digest, torch_name
 from .weights_header import Entry, read_header, short
 
 CHUNK = 2**20
 """Bytes that are looked at together; what a look allocates is a small multiple of it."""
-
-Description = tuple[tuple[int, ...], str]
-"""Shape and dtype of a tensor, the dtype as torch names it: ((2, 3), "float32")."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +49,11 @@ class Contents:
     def tensor_bytes(self) -> int:
         """The size of all tensors in bytes."""
         return sum(math.prod(shape) * getattr(torch, dtype).itemsize for shape, dtype in self.tensors.values())
+
+    @property
+    def tensor_digest(self) -> str:
+        """The `weights.tensor_digest` of all tensors."""
+        return joined_digest(self.tensors, self.digests)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +106,6 @@ def survey(tensors: Mapping[str, Tensor]) -> Contents:
     return Contents(tensors=described(tensors), norms=norms, digests=digests)
 
 
-def described(tensors: Mapping[str, Tensor]) -> dict[str, Description]:
-    """Shape and dtype of each tensor."""
-    return {name: (tuple(tensor.shape), _dtype_name(tensor.dtype)) for name, tensor in tensors.items()}
-
-
 def norms_of(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     """The L2 norm of each floating tensor, computed in float64."""
     floating = {name: tensor for name, tensor in tensors.items() if _is_floating(tensor.dtype)}
@@ -137,7 +134,7 @@ def _inspect(
             f"it has {nbytes} bytes, the limit max_bytes is {limits.max_bytes}: raise the limit or shrink it"
         )
     entries = read_header(file, nbytes, max_bytes=limits.max_header_bytes, max_tensors=limits.max_tensors)
-    tensors = {entry.name: (entry.shape, _dtype_name(entry.dtype)) for entry in entries}
+    tensors = {entry.name: (entry.shape, torch_name(entry.dtype)) for entry in entries}
     if wanted is not None:
         check_described(tensors, wanted, owner)
     header = file.tell()
@@ -235,7 +232,3 @@ def _wide(part: Tensor) -> Tensor:
 
 def _is_floating(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point or dtype.is_complex
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

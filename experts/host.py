@@ -21,6 +21,7 @@ from .probe import complete
 from .protocol import ExpertCall, ExpertReply, Part, PartFailure
 from .spec import Expert, TensorSpec
 from .stage import Proposal, Receipt, stage
+from .weights import tensor_digest
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class ExpertHost:
         """
         function = build(expert, self.device)
         state = function.state()
-        digest = expert_digest(expert, function.function, state)  # before the probe runs its code
+        digest = expert_digest(expert, function.function, tensor_digest(state))  # before the probe runs its code
         input_spec, output_spec = complete(function, expert_id)
         version = version_name(counter, digest)
         size = sum(tensor.nbytes for tensor in state.values())

@@ -19,10 +19,10 @@ def version_name(counter: int, digest: str) -> str:
     return f"v{counter}-{digest[:DIGITS]}"
 
 
-def expert_digest(expert: Expert, behaviour: object, tensors: Mapping[str, Tensor]) -> str:
+def expert_digest(expert: Expert, behaviour: object, tensors: str) -> str:
     """The sha256 of an expert: factory, canonical arguments, specs, code and tensor bytes, as hexadecimal text.
 
-    `behaviour` is the module or function that runs; its tensors are given apart, as they were read back from it.
+    `behaviour` is the module or function that runs, `tensors` the `tensor_digest` of what was read back from it.
     """
     return sha256(
         str(expert.factory),
@@ -30,7 +30,7 @@ def expert_digest(expert: Expert, behaviour: object, tensors: Mapping[str, Tenso
         canonical(dict(expert.kwargs)),
         f"{expert.input}|{expert.output}|{expert.framework}",
         code_digest(behaviour),
-        tensor_digest(tensors),
+        tensors,
     )
 
 

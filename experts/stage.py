@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .artefact import LIMITS, ArtefactLimits, Contents, check_described, described, inspect_artefact, norms_of, survey
+from .artefact import LIMITS, ArtefactLimits, Contents, check_described, inspect_artefact, norms_of, survey
 from .behaviour import code_digest
 from .canonical import canonical
 from .errors import ConfigError, ExpertMeshError, FailedPrecondition, SpecMismatch
@@ -21,7 +21,7 @@ from .memory import check_memory, within_memory
 from .probe import complete
 from .spec import ANY, Expert, TensorSpec
 from .verify import Policy, check_applied, check_drift, check_norms, golden_rows, probe, probe_drift
-from .weights import load_into, load_tensors, tensor_digest
+from .weights import described, load_into, load_tensors, tensor_digest
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def stage(
         for place in {"cpu", device}:
             check_memory(needed, place, free=free)
         function = _built(proposal, contents, tensors, device)
-        receipt = _receipt(proposal, function, old, incarnation)
+        receipt = _receipt(proposal, function, contents, old, incarnation)
         return function, replace(receipt, seconds=clock() - started)
 
     try:
@@ -135,16 +135,19 @@ def _built(
     return function
 
 
-def _receipt(proposal: Proposal, function: RowFunction, old: RowFunction | None, incarnation: str) -> Receipt:
+def _receipt(
+    proposal: Proposal, function: RowFunction, contents: Contents | None, old: RowFunction | None, incarnation: str
+) -> Receipt:
     state = function.state()
-    digest = expert_digest(proposal.expert, function.function, state)  # before the probes run its code
+    tensors = tensor_digest(state) if contents is None else contents.tensor_digest  # which were found applied
+    digest = expert_digest(proposal.expert, function.function, tensors)  # before the probes run its code
     version = version_name(proposal.counter, digest)
     if proposal.version is not None and version != proposal.version:
         raise FailedPrecondition(
             f"it turned out as {version}, {proposal.version} was expected: code, arguments or weights differ between "
             "nodes; give all of them the same (runtime_env)"
         )
-    tensors, nbytes = tensor_digest(state), sum(tensor.nbytes for tensor in state.values())
+    nbytes = sum(tensor.nbytes for tensor in state.values())
     input_spec, output_spec = _specs(proposal, function)
     drift = _drift(proposal, function, old, input_spec)
     return Receipt(proposal.id, version, incarnation, digest, tensors, drift, nbytes, 0.0, input_spec, output_spec)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Mapping
@@ -14,7 +13,8 @@ from torch import Tensor
 from .errors import ConfigError, DataLoss, ExpertMeshError, FailedPrecondition
 from .factory import RowFunction
 from .spec import ANY, FLOATING, TensorSpec
-from .tensors import byte_view, dtype_name, torch_dtype
+from .tensors import dtype_name, torch_dtype
+from .weights import tensor_digests
 from .weights_header import short
 
 log = logging.getLogger(__name__)
@@ -61,11 +61,6 @@ def check_norms(new: Mapping[str, float], old: Mapping[str, float], policy: Poli
             f"the norm of {short(name)} is {new[name]:.4g} and was {old[name]:.4g}, a factor of {ratios[name]:.4g}, "
             f"max_norm_ratio is {policy.max_norm_ratio:g}: look at the training run, or allow it with allow_norm"
         )
-
-
-def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The sha256 of each tensor's bytes."""
-    return {name: hashlib.sha256(byte_view(tensor)).hexdigest() for name, tensor in tensors.items()}
 
 
 def check_applied(staged: Mapping[str, Tensor], digests: Mapping[str, str]) -> None:

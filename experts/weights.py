@@ -8,12 +8,16 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import DataLoss, NotFound, SpecMismatch
 from .tensors import byte_view
+
+Description = tuple[tuple[int, ...], str]
+"""Shape and dtype of a tensor, the dtype as torch names it: ((2, 3), "float32")."""
 
 
 def save_tensors(
@@ -104,11 +108,30 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
 
 
+def described(tensors: Mapping[str, Tensor]) -> dict[str, Description]:
+    """Shape and dtype of each tensor."""
+    return {name: (tuple(tensor.shape), torch_name(tensor.dtype)) for name, tensor in tensors.items()}
+
+
+def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The sha256 of each tensor's bytes, as hexadecimal text."""
+    return {name: hashlib.sha256(byte_view(tensor)).hexdigest() for name, tensor in tensors.items()}
+
+
 def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     """The sha256 over names, dtypes, shapes and bytes of tensors, in the order of their names."""
+    return joined_digest(described(tensors), tensor_digests(tensors))
+
+
+def joined_digest(descriptions: Mapping[str, Description], digests: Mapping[str, str]) -> str:
+    """The `tensor_digest` of tensors whose bytes have been hashed already: a sha256 over what is known of each."""
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(byte_view(tensor))
+    for name in sorted(descriptions):
+        shape, dtype = descriptions[name]
+        digest.update(f"{name}\0{dtype}\0{shape}\0{digests[name]}\0".encode())
     return digest.hexdigest()
+
+
+def torch_name(dtype: torch.dtype) -> str:
+    """A dtype as torch names it: "float32"."""
+    return str(dtype).removeprefix("torch.")

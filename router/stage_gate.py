@@ -18,7 +18,6 @@ from ..experts.artefact import (
     ArtefactLimits,
     Contents,
     check_described,
-    described,
     inspect_artefact,
     norms_of,
     survey,
@@ -27,7 +26,7 @@ from ..experts.errors import ExpertMeshError, FailedPrecondition
 from ..experts.memory import within_memory
 from ..experts.spec import TensorSpec
 from ..experts.verify import Policy, check_applied, check_drift, check_norms, distance, golden_rows
-from ..experts.weights import load_tensors, tensors_of
+from ..experts.weights import described, load_tensors, tensors_of
 from .gates.base import Gate
 
 log = logging.getLogger(__name__)

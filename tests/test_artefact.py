@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from expertmesh.experts import artefact
-from expertmesh.experts.artefact import ArtefactLimits, described, inspect_artefact, norms_of, survey
+from expertmesh.experts.artefact import ArtefactLimits, inspect_artefact, norms_of, survey
 from expertmesh.experts.errors import (
     DataLoss,
     ExpertMeshError,
@@ -27,7 +27,7 @@ from expertmesh.experts.errors import (
     SpecMismatch,
     TooLarge,
 )
-from expertmesh.experts.weights import load_tensors, save_tensors
+from expertmesh.experts.weights import described, load_tensors, save_tensors
 from expertmesh.experts.weights_header import DTYPES, LONGEST_NAME
 
 MIB = 2**20
