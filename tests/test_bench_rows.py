@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import benchmarks.__main__ as command
 import pytest
 from benchmarks import overlap
-from benchmarks.compare import Ratio
+from benchmarks.compare import Ratio, ratio
 from benchmarks.peers import catalogue as peers
 from benchmarks.peers.arm import ArmUnavailable
 from benchmarks.peers.measure import Block
 from benchmarks.rows import catalogue, facts, hivemind, live, live_skew, plots, report, run, stages, stated
 from benchmarks.rows.case import ADDED, P50, Comparison, Condition, Row, at_least, at_most
-from benchmarks.rows.plan import MOST_PROCESSES, Party, parties, party_of, processes, spare
+from benchmarks.rows.plan import MOST_PROCESSES, Party, groups, parties, party_of, processes, spare
 from benchmarks.rows.session import Effort, Measured
 from benchmarks.rows.verdict import Line, decided, lines
 from hypothesis import given
@@ -91,6 +93,11 @@ def test_every_comparison_has_a_party_and_few_processes_run(quick: bool) -> None
     assert all(party.processes <= MOST_PROCESSES for party in planned)
     layers = [(party.condition.shape, party.condition.dtype) for party in planned]
     assert sum(one != other for one, other in itertools.pairwise(layers)) == len(set(layers)) - 1
+    together = groups(planned)
+    assert [party for group in together for party in group] == planned
+    for group in together:
+        arms = {(arm, party.condition.shape) for party in group for arm in party.arms}
+        assert sum(processes(*arm) for arm in arms) <= MOST_PROCESSES
 
 
 def test_arms_that_are_not_needed_go_only_to_make_room() -> None:
@@ -98,6 +105,18 @@ def test_arms_that_are_not_needed_go_only_to_make_room() -> None:
     assert spare(["expertmesh", "ray_naive"], ["expertmesh", "ray_good"], "S") == ["ray_naive"]
     assert processes("ray_naive", "L") == 8
     assert Party(SMALL, ("in_process", "expertmesh", "gloo")).processes == 18
+
+
+@given(st.lists(st.integers(-20, 20).map(lambda n: 2.0 ** (n / 10)), min_size=4, max_size=12), st.floats(1.5, 3.0))
+def test_rounds_that_disagree_make_the_interval_wider(values: list[float], apart: float) -> None:
+    """The same blocks, seen as one round and as two of which the second is `apart` times the first."""
+    ones = [1.0] * (2 * len(values))
+    both = [*values, *(apart * value for value in values)]
+    plain, known = ratio(both, ones), ratio(both, ones, rounds=[0] * len(values) + [1] * len(values))
+    assert known.median == plain.median
+    assert known.low <= median(values) * 1.0001
+    assert known.high >= apart * median(values) * 0.9999
+    assert ratio(values, [1.0] * len(values), rounds=[3] * len(values)) == ratio(values, [1.0] * len(values))
 
 
 def test_the_better_placement_decides() -> None:
@@ -177,10 +196,10 @@ def test_a_later_round_adds_its_blocks() -> None:
 
 
 class FakeSession:
-    """Notes what it is asked for; `seen` are party and blocks, in order."""
+    """Notes what it is asked for; `seen` are the rows of the parties that take turns, and blocks, in order."""
 
     def __init__(self) -> None:
-        self.seen: list[tuple[int, int]] = []
+        self.seen: list[tuple[list[int], int]] = []
         self.versions: dict[str, str] = {}
 
     def __enter__(self) -> FakeSession:
@@ -188,35 +207,34 @@ class FakeSession:
 
     def __exit__(self, *error: object) -> None: ...
 
-    def run(self, party: Party, *, blocks: int, stages: bool) -> Measured:
-        self.seen.append((party.condition.rows, blocks))
-        return Measured(party, {arm: [Block(1.0, (0.1,), 0.5, 0.0)] * blocks for arm in party.arms}, {})
+    def run(self, group: Sequence[Party], *, blocks: int, round_: int, staged: Collection[Condition]) -> list[Measured]:
+        self.seen.append(([party.condition.rows for party in group], blocks))
+        made = [Block(1.0, (0.1,), 0.5, 0.0, round=round_)] * blocks
+        return [Measured(party, dict.fromkeys(party.arms, made), {}) for party in group]
 
 
 def test_rounds_lie_apart_and_slow_rows_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def row(name: str, rows: int, *, once: bool = False) -> Row:
-        made = Comparison(Condition("S", "bf16", rows, 4), ("expertmesh_2",), ("gloo",), target=at_least(1))
+    def row(name: str, rows: int, *, theirs: str = "gloo", once: bool = False) -> Row:
+        made = Comparison(Condition("S", "bf16", rows, 4), ("expertmesh_2",), (theirs,), target=at_least(1))
         return Row(name, name, lambda quick: [made], once=once)
 
     session, result = FakeSession(), run.Result()
     monkeypatch.setattr(run, "Session", lambda effort, say: session)
-    rows = [row("C1", 1), row("C2", 2), row("C5", 3, once=True)]
+    rows = [row("C1", 1), row("C2", 2), row("C3", 3, theirs="ray_naive"), row("C5", 4, theirs="ray_serve", once=True)]
+    rows += [row("C6", 5, theirs="ray_good"), row("C11", 6, theirs="ray_serve_grpc")]
     run.measure(rows, Effort(7, 1.0, 2), lambda text: None, quick=False, tiny=False, result=result)
-    assert session.seen == [(1, 4), (2, 4), (3, 7), (1, 3), (2, 3)]
-    assert [len(found.blocks["gloo"]) for found in result.measured] == [7, 7, 7]
+    assert session.seen == [([1, 2, 3, 5], 4), ([6], 4), ([4], 7), ([1, 2, 3, 5], 3), ([6], 3)]
+    assert [len(found.blocks["expertmesh_2"]) for found in result.measured] == [7] * 6
+    assert [block.round for block in result.measured[0].blocks["gloo"]] == [0] * 4 + [1] * 3
     assert {line.verdict for line in result.lines} == {"reached"}
 
 
 @pytest.fixture
-def theirs() -> list[dict[str, Any]]:
-    return [
-        {"what": "expert", "rows": 512, "in_flight": 4, "p50": 0.4, "rows_per_second": 5000.0},
-        {"what": "expert", "rows": 1, "in_flight": 1, "p50": 0.006, "rows_per_second": 160.0},
-        {"what": "layer", "rows": 512, "in_flight": 1, "p50": 6.0, "rows_per_second": 90.0},
-    ]
+def theirs() -> list[dict[str, float]]:
+    return [{"p50": 0.006, "rows_per_second": 5000.0}] * 7
 
 
-def test_hivemind_is_compared_with_the_same_thing(theirs: list[dict[str, Any]]) -> None:
+def test_hivemind_is_compared_with_the_same_thing(theirs: list[dict[str, float]]) -> None:
     large, single, layer = hivemind.PARTS
     assert hivemind.line("C7", large, {"ffn": blocks(11_000.0)}, theirs).verdict == "reached"
     alone = hivemind.line("C7", single, {"ffn": blocks(1.0, 0.003), "ffn_in_process": blocks(1.0, 0.001)}, theirs)
@@ -226,22 +244,46 @@ def test_hivemind_is_compared_with_the_same_thing(theirs: list[dict[str, Any]]) 
     assert hivemind.line("C7", layer, {}, theirs).verdict.startswith("skipped")
 
 
-def test_without_hivemind_its_row_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Idle:
-        def __enter__(self) -> Idle:
-            return self
+class FakeHivemind:
+    """Notes what it is asked for, and ends after so many blocks."""
 
-        def __exit__(self, *error: object) -> None: ...
+    def __init__(self, left: int = 99) -> None:
+        self.asked: list[tuple[str, int, int]] = []
+        self._left = left
 
-        def run(self, party: Party) -> None: ...
+    def block(self, what: str, rows: int, in_flight: int, seconds: float) -> dict[str, float]:
+        self.asked.append((what, rows, in_flight))
+        if len(self.asked) > self._left:
+            raise ArmUnavailable("it ended")
+        return {"p50": 0.006, "rows_per_second": 5000.0}
 
-    def refuse(**options: Any) -> None:
-        raise ArmUnavailable("it cannot be installed")
+    def close(self) -> None: ...
 
-    monkeypatch.setattr(hivemind, "Session", lambda effort, say: Idle())
-    monkeypatch.setattr("benchmarks.peers.hivemind.measured", refuse)
+
+class TakingTurns(FakeSession):
+    """Gives every arm the same blocks."""
+
+    def run(self, group: Sequence[Party], *, between: Callable[[], None]) -> list[Measured]:  # type: ignore[override]
+        for _ in range(7):
+            between()
+        return [Measured(party, {arm: blocks(11_000.0) for arm in party.arms}, {}) for party in group]
+
+
+def test_hivemind_takes_turns_with_our_arms(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = FakeHivemind()
+    monkeypatch.setattr(hivemind, "Session", lambda effort, say: TakingTurns())
+    monkeypatch.setattr("benchmarks.peers.hivemind.Hivemind", lambda: other)
+    found = hivemind.measured("C7", run.FULL, lambda text: None)
+    assert other.asked == [("expert", 512, 4), ("expert", 1, 1), ("layer", 512, 1)] * 7
+    assert [line.baselines["hivemind"] for line in found] == [5000.0, pytest.approx(6.0), 5000.0]
+
+
+@pytest.mark.parametrize("left", [0, 5])
+def test_without_hivemind_its_row_is_skipped(monkeypatch: pytest.MonkeyPatch, left: int) -> None:
+    monkeypatch.setattr(hivemind, "Session", lambda effort, say: TakingTurns())
+    monkeypatch.setattr("benchmarks.peers.hivemind.Hivemind", lambda: FakeHivemind(left))
     found = hivemind.measured("C7", run.TINY, lambda text: None)
-    assert {line.verdict for line in found} == {"skipped: it cannot be installed"}
+    assert {line.verdict for line in found} == {"skipped: it ended"}
 
 
 def test_a_figure_is_held_against_its_bound() -> None:

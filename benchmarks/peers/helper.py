@@ -51,6 +51,16 @@ class Helper:
         finally:
             patience.cancel()
 
+    def ask(self, line: str) -> str:
+        """The line that it says to one on its input, or nothing when it has ended."""
+        try:
+            if self._process.stdin:
+                self._process.stdin.write(f"{line}\n")
+                self._process.stdin.flush()
+        except BrokenPipeError:
+            return ""
+        return self.read()
+
     def close(self) -> None:
         """End it, in good order if it can."""
         try:

@@ -1,7 +1,7 @@
 """hivemind, in an environment of its own: one of its FFN experts, and its mixture of experts, in fp32.
 
-It is no arm: server and client run in that environment, and the client measures. The server computes in one process
-with all cores; the client's torch has one thread.
+It is no arm: server and client run in that environment, and the client measures, one block when it is asked. The server
+computes in one process with all cores; the client's torch has one thread.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 from .arm import ArmUnavailable
@@ -17,29 +17,42 @@ from .helper import Helper
 from .hivemind_venv import python
 
 
-def measured(*, experts: int = 8, width: int = 1024, rows: int = 512, seconds: float = 3.0) -> list[dict[str, Any]]:
-    """What the client saw: `what` ("expert" or "layer"), `rows`, `in_flight`, `p50` in seconds, `rows_per_second`.
+class Hivemind:
+    """A running server of `experts` experts, and a client; close it.
 
     Raises ArmUnavailable, with the reason, where hivemind cannot be installed or started here.
     """
-    interpreter = python()
-    size = (str(experts), str(width))
-    cores = os.cpu_count() or 1
-    server = Helper(
-        f"{__package__}.hivemind_server", *size, str(cores), python=interpreter, environment=_environment(cores)
-    )
-    found = []
-    with closing(server):
-        asked = (server.said, *size, str(rows), str(seconds))
-        client = Helper(f"{__package__}.hivemind_client", *asked, python=interpreter, environment=_environment(1))
-        with closing(client):
-            line = client.said
-            while line and (told := json.loads(line))["what"] != "end":
-                found.append(told)
-                line = client.read()
-    if not line:
-        raise ArmUnavailable("the client of hivemind ended before it had measured everything")
-    return found
+
+    def __init__(self, *, experts: int = 8, width: int = 1024) -> None:
+        interpreter, cores = python(), os.cpu_count() or 1
+        size = (str(experts), str(width))
+        with ExitStack() as started:
+            server = Helper(
+                f"{__package__}.hivemind_server", *size, str(cores), python=interpreter, environment=_environment(cores)
+            )
+            started.enter_context(closing(server))
+            self._client = Helper(
+                f"{__package__}.hivemind_client", server.said, *size, python=interpreter, environment=_environment(1)
+            )
+            started.enter_context(closing(self._client))
+            self._ends = started.pop_all()
+        self.version: str = json.loads(self._client.said)["version"]
+
+    def block(self, what: str, rows: int, in_flight: int, seconds: float) -> dict[str, float]:
+        """What the client saw over about so many seconds: `p50` in seconds, `rows_per_second`.
+
+        `what` is "expert" or "layer". Raises ArmUnavailable where the client has ended.
+        """
+        asked: dict[str, Any] = {"what": what, "rows": rows, "in_flight": in_flight, "seconds": seconds}
+        line = self._client.ask(json.dumps(asked))
+        if not line:
+            raise ArmUnavailable("the client of hivemind ended before it had measured everything")
+        found: dict[str, float] = json.loads(line)
+        return found
+
+    def close(self) -> None:
+        """End both processes."""
+        self._ends.close()
 
 
 def _environment(threads: int) -> Mapping[str, str]:

@@ -1,6 +1,8 @@
-"""Runs in hivemind's environment: asks a server of experts, and prints what it saw as JSON lines.
+"""Runs in hivemind's environment: asks a server of experts, block by block, and prints what it saw as JSON lines.
 
-Arguments: ADDRESS EXPERTS WIDTH ROWS SECONDS. The last line is {"what": "end"}.
+Arguments: ADDRESS EXPERTS WIDTH. Prints {"version"} when it is ready. Then each line of its input, {"what", "rows",
+"in_flight", "seconds"} with "expert" or "layer", is answered by a line {"p50", "rows_per_second", "calls"}; a block
+begins with one call that does not count where nothing like it was asked before. It ends with its input.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
 
-IN_FLIGHT = 4
 PATIENCE = 60.0
 MOST_SCORES = 2048
 """Scores of a call of the layer. Beyond 16 KiB a message to its DHT process goes in two pieces, and the reader, which
@@ -26,8 +28,7 @@ does not wait for the second, dies (BlockingIOError): the layer would hang."""
 def main() -> None:
     """Measure, and print."""
     address = sys.argv[1]
-    experts, width, rows = (int(word) for word in sys.argv[2:5])
-    seconds = float(sys.argv[5])
+    experts, width = (int(word) for word in sys.argv[2:4])
     answer = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print
     torch.set_num_threads(1)
@@ -42,26 +43,29 @@ def main() -> None:
                 print(json.dumps(found), file=told, flush=True)
 
             expert = _found(lambda: get_experts(dht, ["ffn.0"])[0])
-            version = f"hivemind {hivemind.__version__}, torch {torch.__version__}"
-            for count in (rows, 1):
-                x_TD = torch.randn(count, width)
-                for in_flight in (1, IN_FLIGHT):
-                    figures = _measured(lambda x_TD=x_TD: expert(x_TD), count, in_flight, seconds)  # type: ignore[misc]
-                    say(what="expert", version=version, rows=count, in_flight=in_flight, **figures)
             layer = hivemind.RemoteMixtureOfExperts(
                 in_features=width, grid_size=(experts,), dht=dht, uid_prefix="ffn.", k_best=2, forward_timeout=PATIENCE
             )
-            parts = torch.split(torch.randn(rows, width), MOST_SCORES // experts)
-            figures = _measured(lambda: torch.cat([layer(part_TD) for part_TD in parts]), rows, 1, seconds)
-            say(what="layer", version=version, rows=rows, in_flight=1, **figures)
-            say(what="end")
+
+            def in_parts(x_TD: torch.Tensor) -> torch.Tensor:
+                return torch.cat([layer(part_TD) for part_TD in torch.split(x_TD, MOST_SCORES // experts)])
+
+            say(version=f"hivemind {hivemind.__version__}, torch {torch.__version__}")
+            warm: set[tuple[str, int]] = set()
+            for line in sys.stdin:
+                asked = json.loads(line)
+                what, rows = asked["what"], asked["rows"]
+                call = partial(expert if what == "expert" else in_parts, torch.randn(rows, width))
+                if (what, rows) not in warm:
+                    warm.add((what, rows))
+                    call()
+                say(**_measured(call, rows, asked["in_flight"], asked["seconds"]))
     finally:
         dht.shutdown()
 
 
 def _measured(call: Callable[[], Any], rows: int, in_flight: int, seconds: float) -> dict[str, float]:
-    """Median latency in seconds, and rows a second, with calls from `in_flight` threads; after one to warm up."""
-    call()
+    """Median latency in seconds, and rows a second, with calls from `in_flight` threads."""
     begin = time.perf_counter()
 
     def caller(_: int) -> list[float]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-from benchmarks.compare import Ratio, ratio, turns
 from torch import Tensor
 
 from .arm import Arm
@@ -23,7 +21,7 @@ class Block:
     """One block: rows a second, seconds of each call, CPU seconds of all our processes for 1,000 rows.
 
     `foreign` is the share of the machine that other processes used; `tries` is how often the block was run until
-    that was little, or given up.
+    that was little, or given up; blocks of one `round` lie close together in time.
     """
 
     rows_per_second: float
@@ -31,6 +29,7 @@ class Block:
     cpu_seconds: float
     foreign: float
     tries: int = 1
+    round: int = 0
 
     @property
     def p50(self) -> float:
@@ -64,29 +63,6 @@ async def block(arm: Arm, x_TD: Tensor, in_flight: int, seconds: float) -> Block
         if found.foreign <= MOST_FOREIGN:
             break
     return found
-
-
-async def interleaved(
-    arms: Mapping[str, Arm], measured: Callable[[Arm], Awaitable[Block]], blocks: int = 7
-) -> dict[str, list[Block]]:
-    """The blocks of each arm in rounds A B, B A, ..., after one round to warm up. All arms must be running."""
-    found: dict[str, list[Block]] = {name: [] for name in arms}
-    for arm in arms.values():
-        await measured(arm)
-    for names in turns(list(arms), blocks):
-        for name in names:
-            found[name].append(await measured(arms[name]))
-    return found
-
-
-def rate_ratio(ours: list[Block], theirs: list[Block]) -> Ratio:
-    """Our rows a second over theirs: above 1 we are faster."""
-    return ratio([one.rows_per_second for one in ours], [one.rows_per_second for one in theirs])
-
-
-def latency_ratio(ours: list[Block], theirs: list[Block]) -> Ratio:
-    """Our median latency over theirs: below 1 we are faster."""
-    return ratio([one.p50 for one in ours], [one.p50 for one in theirs])
 
 
 async def _drive(arm: Arm, x_TD: Tensor, in_flight: int, seconds: float) -> tuple[float, list[float]]:

@@ -27,6 +27,11 @@ class Condition:
         return f"{self.shape} {self.dtype}, {self.rows} {'row' if self.rows == 1 else 'rows'}, {flight}"
 
 
+def alone(condition: Condition) -> Condition:
+    """The same with one call at a time."""
+    return replace(condition, in_flight=1)
+
+
 @dataclass(frozen=True)
 class Target:
     """A bound of a ratio; `sense` is ">=" or "<="."""

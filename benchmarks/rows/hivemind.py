@@ -1,14 +1,14 @@
-"""C7: hivemind in fp32. Its own client measures it, so its blocks and ours cannot take turns: ours lie around them."""
+"""C7: hivemind in fp32. Its own client measures it, block by block, in turns with ours."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import Any
 
-from benchmarks.compare import Ratio, ratio
+from benchmarks.compare import ratio
 from benchmarks.peers import hivemind
 from benchmarks.peers.arm import ArmUnavailable
 from benchmarks.peers.measure import Block
@@ -20,6 +20,7 @@ from .verdict import Line, decided
 
 ROWS = 512
 LAYER = ("expertmesh_client", "expertmesh_client_2")
+LONGER = 3
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class Part:
     limit: str
     measure: str
     target: Target
+
+    def of(self, other: hivemind.Hivemind, seconds: float) -> dict[str, float]:
+        """A block of hivemind's, `LONGER` times as long: its calls take longer, and its rate has the ramps in it."""
+        return other.block(self.what, self.condition.rows, self.condition.in_flight, LONGER * seconds)
 
     @property
     def party(self) -> Party:
@@ -48,51 +53,44 @@ PARTS = (
 
 def measured(row: str, effort: Effort, say: Callable[[str], None]) -> list[Line]:
     """The lines of the row."""
-    half = Effort((effort.blocks + 1) // 2, effort.seconds)
-    with Session(half, say) as session:
-        before = [session.run(part.party) for part in PARTS]
-        say("hivemind, by its own client")
+    with ExitStack() as running:
+        session = running.enter_context(Session(effort, say))
+        say("starting hivemind, in its own environment")
         try:
-            theirs = hivemind.measured(rows=ROWS, seconds=max(3.0, 3 * effort.seconds))
+            other = running.enter_context(closing(hivemind.Hivemind()))
+            theirs: list[list[Mapping[str, float]]] = [[] for _ in PARTS]
+
+            def between() -> None:
+                for part, found in zip(PARTS, theirs, strict=True):
+                    found.append(part.of(other, effort.seconds))
+
+            ours = session.run([part.party for part in PARTS], between=between)
         except ArmUnavailable as error:
             return [Line(row, str(part.condition), "", math.nan, verdict=f"skipped: {error}") for part in PARTS]
-        after = [session.run(part.party) for part in PARTS]
-    lines = []
-    for part, *runs in zip(PARTS, before, after, strict=True):
-        blocks = {name: [found for run in runs for found in run.blocks.get(name, [])] for name in part.party.arms}
-        lines.append(line(row, part, {name: found for name, found in blocks.items() if found}, theirs))
-    return lines
+    return [line(row, part, found.blocks, other) for part, found, other in zip(PARTS, ours, theirs, strict=True)]
 
 
-def line(row: str, part: Part, blocks: Mapping[str, Sequence[Block]], theirs: Sequence[Mapping[str, Any]]) -> Line:
-    """The line of a part: the best of our arms against the best that hivemind's client saw."""
+def line(row: str, part: Part, blocks: Mapping[str, Sequence[Block]], theirs: Sequence[Mapping[str, float]]) -> Line:
+    """The line of a part: the best of our arms against what hivemind's client saw in the same turns."""
     where, limit = part.condition, blocks.get(part.limit, [])
-    blocks = {name: found for name, found in blocks.items() if name in part.ours}
-    if not blocks:
+    ours = {name: blocks[name] for name in part.ours if name in blocks}
+    if not ours:
         return Line(row, str(where), "", math.nan, target=str(part.target), verdict="skipped: no arm of ours ran")
-    alike = [one for one in theirs if one["what"] == part.what and one["rows"] == where.rows]
-    if part.measure == P50:
-        other = 1000 * next(one["p50"] for one in alike if one["in_flight"] == 1)
-        limits = [1000 * block.p50 for block in limit]
-        values = {name: [1000 * block.p50 for block in found] for name, found in blocks.items()}
-        factors = {name: ratio([other] * len(mine), mine) for name, mine in values.items()}
-    else:
-        other = max(one["rows_per_second"] for one in alike)
-        limits = [block.rows_per_second for block in limit]
-        values = {name: [block.rows_per_second for block in found] for name, found in blocks.items()}
-        factors = {name: ratio(mine, [other] * len(mine)) for name, mine in values.items()}
+    single = part.measure == P50
+    values = {name: [1000 * b.p50 if single else b.rows_per_second for b in found] for name, found in ours.items()}
+    other = [1000 * b["p50"] if single else b["rows_per_second"] for b in theirs]
+    factors = {name: ratio(other, mine) if single else ratio(mine, other) for name, mine in values.items()}
+    limits = [1000 * b.p50 if single else b.rows_per_second for b in limit]
     best = max(factors, key=lambda name: factors[name].median)
-    found: Ratio = factors[best]
-    unit = "p50 ms, times faster" if part.measure == P50 else RATE
+    unit = "p50 ms, times faster" if single else RATE
     return Line(
         row,
         f"{part.what}, {where}: {unit}",
         best,
         statistics.median(values[best]),
-        {"hivemind": other, **({part.limit: statistics.median(limits)} if limits else {})},
-        found,
+        {"hivemind": statistics.median(other), **({part.limit: statistics.median(limits)} if limits else {})},
+        factors[best],
         str(part.target),
-        decided(found, part.target),
-        foreign=max(block.foreign for block in blocks[best]),
-        note="not in turns: our blocks lie before and after its own",
+        decided(factors[best], part.target),
+        foreign=max(block.foreign for block in ours[best]),
     )

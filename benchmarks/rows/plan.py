@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.peers.model import SHAPES
 
 from .case import Comparison, Condition
 
-MOST_PROCESSES = 40
+MOST_PROCESSES = 44
 PER_EXPERT = (
     "expertmesh", "expertmesh_client", "expertmesh_over_ray", "ray_naive", "ray_good",
     "ray_serve", "ray_serve_optimised", "ray_serve_batched", "ray_serve_grpc",
@@ -78,12 +78,27 @@ def _layer(party: Party) -> tuple[str, str]:
     return party.condition.shape, party.condition.dtype
 
 
+def groups(planned: Sequence[Party]) -> list[tuple[Party, ...]]:
+    """Neighbours of one layer whose arms can all run at once: they take turns, so that the blocks of each are spread
+    over the minutes that all of them take."""
+    found: list[tuple[Party, ...]] = []
+    for party in planned:
+        last = found[-1] if found else ()
+        arms = {arm for one in (*last, party) for arm in one.arms}
+        room = sum(processes(arm, party.condition.shape) for arm in arms) <= MOST_PROCESSES
+        if last and _layer(last[0]) == _layer(party) and room:
+            found[-1] = (*last, party)
+        else:
+            found.append((party,))
+    return found
+
+
 def party_of(comparison: Comparison, found: Sequence[Party]) -> Party:
     """The party that measures a comparison."""
     return next(p for p in found if p.condition == comparison.condition and set(comparison.arms) <= set(p.arms))
 
 
-def spare(running: Sequence[str], wanted: Sequence[str], shape: str) -> list[str]:
+def spare(running: Sequence[str], wanted: Collection[str], shape: str) -> list[str]:
     """The running arms that have to go before the wanted ones can start: none, while there is room."""
     total = sum(processes(arm, shape) for arm in {*running, *wanted})
     found = []

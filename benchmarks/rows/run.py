@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .case import Comparison, Condition, Row
-from .plan import Party, parties, party_of
+from .case import Comparison, Condition, Row, alone
+from .plan import Party, groups, parties, party_of
 from .session import Effort, Measured, Session
 from .stages import Stages
 from .verdict import Line, lines
@@ -53,31 +52,33 @@ def measure(
     without: Collection[str] = (),
     told: Callable[[], None] = lambda: None,
 ) -> None:
-    """Measure declared rows into `result`; `told` after each party, so that a run that is cut off loses little.
+    """Measure declared rows into `result`; `told` after each group, so that a run that is cut off loses little.
 
     Arms run for as long as neighbouring parties need them. Each round measures all parties, those of a row that is
     measured `once` with all their blocks in the first.
     """
     wanted = {row.name: comparisons_of(row, quick=quick, tiny=tiny, without=without) for row in rows}
     planned = parties(one for found in wanted.values() for one in found)
-    staged = {_alone(one.condition) for row in rows if row.stages for one in wanted[row.name]}
+    staged = {alone(one.condition) for row in rows if row.stages for one in wanted[row.name]}
     seen = dict[Party, Measured]()
-    once = {party_of(one, planned) for row in rows if row.once for one in wanted[row.name]}
+    slow = {party_of(one, planned) for row in rows if row.once for one in wanted[row.name]}
+    often = groups([party for party in planned if party not in slow])
+    once = groups([party for party in planned if party in slow])
     with Session(effort, say) as session:
-        for round_, party in itertools.product(range(effort.rounds), planned):
-            blocks = effort.blocks if party in once else effort.part(round_)
-            if not blocks or (round_ and party in once):
-                continue
-            alone = _alone(party.condition)
-            wants_stages = alone in staged and alone not in result.stages
-            found = session.run(party, blocks=blocks, stages=wants_stages)
-            seen[party] = seen[party].joined(found) if party in seen else found
-            if found.stages is not None:
-                result.stages[alone] = found.stages
-            result.measured = list(seen.values())
-            result.versions = dict(session.versions)
-            result.lines = list(_lines(wanted, planned, seen))
-            told()
+        for round_ in range(effort.rounds):
+            for group in often if round_ else (*often, *once):
+                blocks = effort.blocks if group in once else effort.part(round_)
+                if not blocks:
+                    continue
+                for found in session.run(group, blocks=blocks, round_=round_, staged=staged - result.stages.keys()):
+                    party = found.party
+                    seen[party] = seen[party].joined(found) if party in seen else found
+                    if found.stages is not None:
+                        result.stages[alone(party.condition)] = found.stages
+                result.measured = list(seen.values())
+                result.versions = dict(session.versions)
+                result.lines = list(_lines(wanted, planned, seen))
+                told()
 
 
 def _lines(
@@ -88,10 +89,6 @@ def _lines(
             found = seen.get(party_of(one, planned))
             if found is not None:
                 yield from lines(row, one, found.blocks, found.skipped)
-
-
-def _alone(condition: Condition) -> Condition:
-    return replace(condition, in_flight=1)
 
 
 def _figures(block: Any) -> dict[str, float]:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from benchmarks.compare import turn
 from benchmarks.peers import catalogue
 from benchmarks.peers.arm import Arm, ArmUnavailable
-from benchmarks.peers.measure import Block, block, interleaved
+from benchmarks.peers.measure import Block, block
 from benchmarks.peers.model import DTYPES, SHAPES, TOLERANCE, difference, expert, reference, rows
 from benchmarks.peers.private_ray import private_ray
 from torch import Tensor
 
-from .case import Condition
+from .case import Condition, alone
 from .plan import Party, spare
 from .stages import Stages, taken_apart
 
@@ -60,6 +60,32 @@ class Measured:
 
 
 @dataclass
+class _Opened:
+    """A party whose arms run, and the blocks that they had until now."""
+
+    party: Party
+    arms: Mapping[str, Arm]
+    skipped: Mapping[str, str]
+    seconds: float
+    blocks: dict[str, list[Block]] = field(default_factory=dict)
+
+    async def warm(self) -> None:
+        """A block of each arm that does not count."""
+        for arm in self.arms.values():
+            await self._block(arm)
+        self.blocks = {name: [] for name in self.arms}
+
+    async def turn(self, number: int, round_: int) -> None:
+        """One block of each arm, in the order of this turn."""
+        for name in turn(list(self.arms), number):
+            self.blocks[name].append(replace(await self._block(self.arms[name]), round=round_))
+
+    async def _block(self, arm: Arm) -> Block:
+        where = self.party.condition
+        return await block(arm, x_TD=_rows(where), in_flight=where.in_flight, seconds=self.seconds)
+
+
+@dataclass
 class Session:
     """Arms that run, on one event loop; a context manager that ends them all."""
 
@@ -80,13 +106,45 @@ class Session:
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
 
-    def run(self, party: Party, *, blocks: int | None = None, stages: bool = False) -> Measured:
-        """Measure a party, with so many blocks for each arm (by default all of the effort)."""
+    def run(
+        self,
+        group: Sequence[Party],
+        *,
+        blocks: int | None = None,
+        round_: int = 0,
+        staged: Collection[Condition] = (),
+        between: Callable[[], None] = lambda: None,
+    ) -> list[Measured]:
+        """Measure parties whose arms can run at once, with so many blocks for each arm (by default all of the effort).
+
+        Parties take turns, and within a party its arms; `between` is called after each turn of all parties. A call is
+        taken apart under the conditions in `staged`, which name one call at a time.
+        """
+        self._make_room(group)
+        opened = [self._opened(party) for party in group]
+        for number in range(self.effort.blocks if blocks is None else blocks):
+            for one in opened:
+                self._loop.run_until_complete(one.turn(number, round_))
+            between()
+        left = set(staged)
+        return [Measured(one.party, one.blocks, one.skipped, self._stages(one, left)) for one in opened]
+
+    def _stages(self, one: _Opened, left: set[Condition]) -> Stages | None:
+        """A call taken apart, once under each condition in `left`."""
+        where = alone(one.party.condition)
+        if where not in left or STAGED not in one.arms:
+            return None
+        left.remove(where)
+        return self._loop.run_until_complete(taken_apart(one.arms[STAGED], _rows(where), self.effort.seconds))
+
+    def _opened(self, party: Party) -> _Opened:
+        """A party with its arms running, their answers compared, and each warmed up."""
         arms, skipped = self._arms(party)
         self._check(arms, skipped, party.condition)
         self.say(f"{party.condition}: {', '.join(arms)}")
-        count = self.effort.blocks if blocks is None else blocks
-        return self._loop.run_until_complete(self._measured(party, arms, skipped, count, stages))
+        opened = _Opened(party, arms, skipped, self.effort.seconds)
+        self._loop.run_until_complete(opened.warm())
+        return opened
 
     def close(self) -> None:
         """End all arms."""
@@ -94,27 +152,20 @@ class Session:
             self._end(key)
         self._end_ray()
 
-    async def _measured(
-        self, party: Party, arms: dict[str, Arm], skipped: dict[str, str], count: int, stages: bool
-    ) -> Measured:
-        where = party.condition
-        x_TD = rows(SHAPES[where.shape], where.rows, DTYPES[where.dtype])
-        run = partial(block, x_TD=x_TD, in_flight=where.in_flight, seconds=self.effort.seconds)
-        blocks = await interleaved(arms, run, count) if arms else {}
-        apart = None
-        if stages and STAGED in arms:
-            apart = await taken_apart(arms[STAGED], x_TD, self.effort.seconds)
-        return Measured(party, blocks, skipped, apart)
+    def _make_room(self, group: Sequence[Party]) -> None:
+        """End the arms for which there is no room beside those of a group."""
+        wanted = {name for party in group for name in party.arms}
+        shape, dtype = group[0].condition.shape, group[0].condition.dtype
+        others = [key for key in self._running if key[1:] != (shape, dtype)]
+        spared = spare([key[0] for key in self._running if key[1:] == (shape, dtype)], wanted, shape)
+        for key in (*others, *((name, shape, dtype) for name in spared)):
+            self._end(key)
+        if not any(name in ON_RAY for name in (*wanted, *(key[0] for key in self._running))):
+            self._end_ray()
 
     def _arms(self, party: Party) -> tuple[dict[str, Arm], dict[str, str]]:
         """The arms of a party, running, and why the others are not."""
         shape, dtype = party.condition.shape, party.condition.dtype
-        others = [key for key in self._running if key[1:] != (shape, dtype)]
-        spared = spare([key[0] for key in self._running if key[1:] == (shape, dtype)], party.arms, shape)
-        for key in (*others, *((name, shape, dtype) for name in spared)):
-            self._end(key)
-        if not any(key[0] in ON_RAY for key in self._running) and not any(name in ON_RAY for name in party.arms):
-            self._end_ray()
         for name in party.arms:
             self._start((name, shape, dtype))
         keys = {name: (name, shape, dtype) for name in party.arms}
@@ -167,6 +218,10 @@ def wanted(arm: Arm, where: Condition) -> Tensor:
     with torch.inference_mode():
         answer_TD: Tensor = reference(shape, dtype)(x_TD) if index is None else expert(shape, index, dtype)(x_TD)
     return answer_TD
+
+
+def _rows(where: Condition) -> Tensor:
+    return rows(SHAPES[where.shape], where.rows, DTYPES[where.dtype])
 
 
 async def _answer(arm: Arm, x_TD: Any) -> Any:

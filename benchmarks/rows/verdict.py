@@ -70,15 +70,17 @@ def _value(comparison: Comparison, seen: Sequence[Block]) -> float:
 
 
 def _against(comparison: Comparison, ours: str, theirs: str, blocks: Mapping[str, Sequence[Block]]) -> Ratio:
+    rounds = [block.round for block in blocks[ours]]
     if comparison.measure == RATE:
-        return ratio([b.rows_per_second for b in blocks[ours]], [b.rows_per_second for b in blocks[theirs]])
+        mine, other = ([block.rows_per_second for block in blocks[name]] for name in (ours, theirs))
+        return ratio(mine, other, rounds=rounds)
     less = [0.0] * len(blocks[ours])
     if comparison.measure == ADDED:
         less = [block.p50 for block in blocks[LIMIT]]
     mine, other = (
         [block.p50 - part for block, part in zip(blocks[name], less, strict=True)] for name in (ours, theirs)
     )
-    return ratio(mine, [max(value, LITTLE) for value in other])
+    return ratio(mine, [max(value, LITTLE) for value in other], rounds=rounds)
 
 
 def _line(
