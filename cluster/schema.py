@@ -10,7 +10,8 @@ from ..experts.errors import FailedPrecondition
 from .records import damaged
 from .versions import has_versions
 
-SCHEMA = 1
+SCHEMA = 2
+"""2: the digests of versions are made of the digests of their tensors."""
 APPLICATION = 0x45584D52  # "EXMR"
 
 _TABLES = (
@@ -38,7 +39,7 @@ class Database(Protocol):
 def is_new(db: Database, folder: Path) -> bool:
     """Whether the file is still empty.
 
-    Raises DataLoss if it is not a registry, or empty where versions are stored; FailedPrecondition for a newer schema.
+    Raises DataLoss if it is not a registry, or empty where versions are stored; FailedPrecondition for another schema.
     """
     application, schema = _pragma(db, "application_id"), _pragma(db, "user_version")
     (there,) = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
@@ -52,6 +53,12 @@ def is_new(db: Database, folder: Path) -> bool:
         raise FailedPrecondition(
             f"the registry in {folder} was written by a newer expertmesh (schema {schema}, this one knows {SCHEMA}): "
             "install that version again, or set state_dir to another folder"
+        )
+    if schema < SCHEMA:
+        raise FailedPrecondition(
+            f"the registry in {folder} was written by an older expertmesh (schema {schema}, this one has {SCHEMA}), "
+            "which named versions in another way: set state_dir to another folder, and swap in what you want to keep, "
+            f"from {folder}/versions"
         )
     return False
 

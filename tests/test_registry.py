@@ -15,6 +15,7 @@ from stored import E3, E4, GATE, full_disk, record, swapped
 
 from expertmesh.cluster.records import VersionRecord
 from expertmesh.cluster.registry import FILE, Registry
+from expertmesh.cluster.schema import SCHEMA
 from expertmesh.cluster.tables import KEPT_SWAPS
 from expertmesh.experts.errors import (
     Aborted,
@@ -420,13 +421,20 @@ def test_a_registry_that_lacks_something_is_damaged(folder: Path, sql: str) -> N
         use()
 
 
-def test_a_newer_schema_is_refused_and_left_alone(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        (SCHEMA + 1, f"newer expertmesh \\(schema {SCHEMA + 1}, this one knows {SCHEMA}\\): install"),
+        (SCHEMA - 1, f"older expertmesh \\(schema {SCHEMA - 1}, this one has {SCHEMA}\\).*swap in what you want"),
+    ],
+)
+def test_another_schema_is_refused_and_left_alone(folder: Path, schema: int, said: str) -> None:
     path = closed(folder)
     connection = sqlite3.connect(path)
-    connection.execute("PRAGMA user_version = 2")
+    connection.execute(f"PRAGMA user_version = {schema}")
     connection.close()
     before = path.read_bytes()
-    with pytest.raises(FailedPrecondition, match="newer expertmesh \\(schema 2, this one knows 1\\): install"):
+    with pytest.raises(FailedPrecondition, match=said):
         Registry(folder)
     assert path.read_bytes() == before
 
