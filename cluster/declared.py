@@ -8,8 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..experts.canonical import canonical
 from ..experts.errors import ConfigError, DataLoss, ExpertMeshError
-from ..experts.factory import locate
+from ..experts.factory import locate, seeded
 from ..experts.probe import check_declaration
 from ..experts.spec import Expert, TensorSpec
 from ..experts.weights import load_into, load_tensors
@@ -227,7 +228,8 @@ class DeclarationReader:
     ) -> gates.Gate | None:
         where = node.where
         try:
-            gate = gates.build(kind, **arguments)
+            with seeded(f"gate {kind}|{canonical(arguments)}"):
+                gate = gates.build(kind, **arguments)
             if weights is not None:
                 where = node.where_of("weights")
                 load_into(gate, load_tensors(weights)[0], weights.name)

@@ -6,7 +6,8 @@ import hashlib
 import importlib
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -95,10 +96,9 @@ def build(expert: Expert, device: str = "cpu", *, load_weights: bool = True) -> 
     Raises ConfigError, SpecMismatch, NotFound or DataLoss.
     """
     place = torch.device(device)
-    with _DRAWING, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_seed(expert))
-        with torch.device("meta" if place.type == "meta" else "cpu"):
-            function = expert.live if expert.live is not None else _construct(expert)
+    declared = f"{expert.factory}|{canonical(expert.args)}|{canonical(dict(expert.kwargs))}"
+    with seeded(declared), torch.device("meta" if place.type == "meta" else "cpu"):
+        function = expert.live if expert.live is not None else _construct(expert)
     if isinstance(function, nn.Module):
         if expert.weights is not None and load_weights:
             load_into(function, load_tensors(expert.weights)[0], f"weights {str(expert.weights)!r}")
@@ -106,6 +106,14 @@ def build(expert: Expert, device: str = "cpu", *, load_weights: bool = True) -> 
     elif expert.weights is not None:
         raise ConfigError("weights are given for an expert that is a plain function")
     return RowFunction(function, expert, place)
+
+
+@contextmanager
+def seeded(declared: str) -> Iterator[None]:
+    """Have torch draw from a seed that follows from the text of a declaration; the caller's own generator is kept."""
+    with _DRAWING, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(hashlib.sha256(declared.encode()).digest()[:6], "big"))
+        yield
 
 
 def _construct(expert: Expert) -> Callable[[Any], Any]:
@@ -144,8 +152,3 @@ def _floating_dtype(module: nn.Module | None, expert: Expert) -> torch.dtype | N
         return declared if declared.is_floating_point else None
     parameters = module.parameters() if module is not None else ()
     return next((p.dtype for p in parameters if p.is_floating_point()), None)
-
-
-def _seed(expert: Expert) -> int:
-    text = f"{expert.factory}|{canonical(expert.args)}|{canonical(dict(expert.kwargs))}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")

@@ -55,6 +55,21 @@ def layer(gate: str = "{type: fixed, weights: [1]}", expert: str = '{factory: "t
     return f"layers:\n  x:\n    gate: {gate}\n    experts: {{e: {expert}}}\n    {more}\n"
 
 
+@pytest.mark.parametrize("kind", ["top_k, k: 1", "switch", "noisy_top_k, k: 1"])
+def test_a_gate_without_weights_is_the_same_at_each_start(tmp_path: Path, kind: str) -> None:
+    def weight(width: int) -> torch.Tensor:
+        (made,) = load(tmp_path, layer(gate=f"{{type: {kind}, in_features: {width}, num_experts: 1}}")).layers
+        return made.gate.state_dict()["weight"]
+
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    first = weight(4)
+    assert torch.equal(torch.random.get_rng_state(), before)  # nothing is taken from the caller's own generator
+    torch.manual_seed(2)
+    assert torch.equal(weight(4), first)
+    assert not torch.equal(weight(5)[:, :4], first)
+
+
 def test_a_small_file_takes_its_defaults(tmp_path: Path) -> None:
     config = load(tmp_path, WAVES)
     assert (config.name, config.host, config.port, config.transport) == ("default", "127.0.0.1", 50051, "channel")
