@@ -12,12 +12,17 @@ from typing import Any
 
 from expertmesh.cluster.reaper import MARKER, end_marked_processes, start_reaper
 
+from .arm import ArmUnavailable
+
+TRIES = 2
+
 
 @contextmanager
 def private_ray() -> Iterator[Any]:
     """The `ray` module with a private Ray running; one that runs in this process already is reused, and left alone.
 
     At the end all of its processes are gone, and its folder too; a reaper sees to that if this process is killed.
+    Raises ArmUnavailable where it does not start, also not at the second try.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # 15 otherwise: everything else would go before its actors
@@ -27,10 +32,13 @@ def private_ray() -> Iterator[Any]:
         yield ray
         return
     with ExitStack() as running:
-        try:
-            running.enter_context(_running(ray))
-        except RuntimeError:  # on a busy machine its processes may take longer than it waits for them: once more
-            running.enter_context(_running(ray))
+        for attempt in range(TRIES):
+            try:
+                running.enter_context(_running(ray))
+                break
+            except Exception as error:
+                if attempt + 1 == TRIES:  # on a busy machine its processes may take longer than it waits for them
+                    raise ArmUnavailable(f"Ray did not start: {error}") from error
         yield ray
 
 
