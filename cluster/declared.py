@@ -8,6 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from ..experts.canonical import canonical
 from ..experts.errors import ConfigError, DataLoss, ExpertMeshError
 from ..experts.factory import locate, seeded
@@ -228,7 +230,7 @@ class DeclarationReader:
     ) -> gates.Gate | None:
         where = node.where
         try:
-            with seeded(f"gate {kind}|{canonical(arguments)}"):
+            with seeded(f"gate {kind}|{canonical(arguments)}"), torch.device("cpu"):
                 gate = gates.build(kind, **arguments)
             if weights is not None:
                 where = node.where_of("weights")

@@ -43,7 +43,7 @@ class Registry:
     `cluster_id` is made once, with the registry; `term` is the number of writers that have opened it so far. `clock`
     gives seconds since 1970.
 
-    Opening raises FailedPrecondition for a registry of a newer expertmesh, DataLoss for one that is damaged, or gone
+    Opening raises FailedPrecondition for a registry of another schema, DataLoss for one that is damaged, or gone
     while versions are there, ConfigError for a folder that others could write into. Every method may raise Unavailable
     when the disk fails, and every change Aborted once another writer has opened the registry.
     """

@@ -52,5 +52,5 @@ def yield_to_serving() -> None:
 
 
 def background(name: str, threads: int = 4) -> ThreadPoolExecutor:
-    """Threads of the lowest priority, for reading and hashing weights that nobody waits for yet."""
+    """Threads of the lowest priority, for reading and hashing weights that do not serve yet."""
     return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=yield_to_serving)

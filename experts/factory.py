@@ -20,8 +20,9 @@ from .spec import Expert
 from .tensors import DTYPE_NAMES, torch_dtype
 from .weights import load_into, load_tensors, tensors_of
 
-_DRAWING = threading.Lock()
-"""Held while random numbers are drawn: torch has one generator for all threads, and replicas may be built at once."""
+_DRAWING = threading.RLock()
+"""Held while random numbers are drawn: torch has one generator for all threads, and replicas may be built at once; what
+is built may build others in turn."""
 
 _NUMPY_PACKAGES = ("numpy", "scipy")
 
@@ -110,9 +111,9 @@ def build(expert: Expert, device: str = "cpu", *, load_weights: bool = True) -> 
 
 @contextmanager
 def seeded(declared: str) -> Iterator[None]:
-    """Have torch draw from a seed that follows from the text of a declaration; the caller's own generator is kept."""
+    """Have torch draw on the CPU from a seed that follows from a declaration; the caller's own generator is kept."""
     with _DRAWING, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(hashlib.sha256(declared.encode()).digest()[:6], "big"))
+        torch.default_generator.manual_seed(int.from_bytes(hashlib.sha256(declared.encode()).digest()[:6], "big"))
         yield
 
 

@@ -21,7 +21,7 @@ from .memory import check_memory, within_memory
 from .probe import complete
 from .spec import ANY, Expert, TensorSpec
 from .verify import Policy, check_applied, check_drift, check_norms, golden_rows, probe, probe_drift
-from .weights import described, load_into, load_tensors, tensor_digest
+from .weights import described, joined_digest, load_into, load_tensors, tensor_digest
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,8 @@ def _receipt(
     proposal: Proposal, function: RowFunction, contents: Contents | None, old: RowFunction | None, incarnation: str
 ) -> Receipt:
     state = function.state()
-    tensors = tensor_digest(state) if contents is None else contents.tensor_digest  # which were found applied
+    # Their bytes were read back already, and are those of the contents.
+    tensors = tensor_digest(state) if contents is None else joined_digest(described(state), contents.digests)
     digest = expert_digest(proposal.expert, function.function, tensors)  # before the probes run its code
     version = version_name(proposal.counter, digest)
     if proposal.version is not None and version != proposal.version:

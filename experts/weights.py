@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
 from collections.abc import Mapping
@@ -128,7 +129,7 @@ def joined_digest(descriptions: Mapping[str, Description], digests: Mapping[str,
     digest = hashlib.sha256()
     for name in sorted(descriptions):
         shape, dtype = descriptions[name]
-        digest.update(f"{name}\0{dtype}\0{shape}\0{digests[name]}\0".encode())
+        digest.update(f"{json.dumps(name)} {dtype} {shape} {digests[name]}\n".encode())
     return digest.hexdigest()
 
 

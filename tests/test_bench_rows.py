@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
@@ -17,13 +19,14 @@ from benchmarks.compare import Ratio, ratio
 from benchmarks.peers import catalogue as peers
 from benchmarks.peers.arm import ArmUnavailable
 from benchmarks.peers.measure import Block
-from benchmarks.rows import catalogue, facts, hivemind, live, live_skew, plots, report, run, stages, stated
+from benchmarks.rows import catalogue, facts, hivemind, live, live_skew, plots, report, run, session, stages, stated
 from benchmarks.rows.case import ADDED, P50, Comparison, Condition, Row, at_least, at_most
 from benchmarks.rows.plan import MOST_PROCESSES, Party, groups, parties, party_of, processes, spare
 from benchmarks.rows.session import Effort, Measured
 from benchmarks.rows.verdict import Line, decided, lines
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 SMALL = Condition("S", "bf16", 32, 4)
 
@@ -147,6 +150,48 @@ def test_the_best_of_the_others_is_the_one_to_beat() -> None:
     seen = {"expertmesh_client": blocks(1, 0.001), "ray_serve": blocks(1, 0.009), "ray_serve_batched": blocks(1, 0.002)}
     (line,) = lines("C5", one, seen, {})
     assert line.verdict == "not reached"
+
+
+def test_a_verdict_says_which_baseline_it_lacks() -> None:
+    one = Comparison(SMALL, ("expertmesh",), ("ray_good", "ray_good_2"), target=at_least(4))
+    seen = {"in_process": blocks(1), "expertmesh": blocks(9), "ray_good_2": blocks(1)}
+    (line,) = lines("C4", one, seen, {"ray_good": "it died"})
+    assert line.verdict == "reached, without ray_good"
+    assert line.note == "skipped ray_good: it died"
+
+
+class Breaks:
+    """An arm that answers until its third call."""
+
+    name, version = "breaks", "1"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    async def call(self, x_TD: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 3:
+            raise OSError("connection reset")
+        return x_TD
+
+    def close(self) -> None: ...
+
+
+def test_an_arm_that_raises_is_left_out_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Answers(Breaks):
+        async def call(self, x_TD: Tensor) -> Tensor:
+            await asyncio.sleep(0)
+            return x_TD
+
+    for arm in (Breaks, Answers):
+        monkeypatch.setattr(arm, "echoes", True, raising=False)
+    made = {"grpc_echo": Breaks(), "in_process": Answers()}
+    monkeypatch.setattr(session.catalogue, "start", lambda name, *given: made[name])
+    party = Party(replace(SMALL, shape="T", in_flight=1), tuple(made))
+    with session.Session(Effort(3, 0.01), lambda text: None) as running:
+        (found,) = running.run([party])
+    assert {name: len(some) for name, some in found.blocks.items()} == {"in_process": 3}
+    assert found.skipped == {"grpc_echo": "it raised connection reset"}
 
 
 def test_an_arm_that_cannot_run_is_said_to_be_skipped() -> None:

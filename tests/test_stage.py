@@ -141,6 +141,11 @@ def test_any_valid_state_passes(state: dict[str, Tensor], in_file: bool, old: Ro
     assert receipt.tensor_digest == tensor_digest(state) == tensor_digest(function.state())
 
 
+def test_a_version_is_named_by_what_is_read_back_and_not_by_what_was_sent() -> None:
+    function, receipt = staged(offered(state_of(1), Expert("stage_samples:Folded")), None)
+    assert receipt.tensor_digest == tensor_digest(function.state()) != tensor_digest(state_of(1))
+
+
 @pytest.mark.parametrize(
     ("factory", "kind", "words"),
     [

@@ -19,6 +19,7 @@ from expertmesh.experts.weights import (
     save_module,
     save_tensors,
     tensor_digest,
+    tensor_digests,
     tensors_of,
 )
 
@@ -136,6 +137,9 @@ def test_only_equal_descriptions_fit_and_at_most_three_problems_are_said(
 def test_the_digest_sees_names_shapes_dtypes_and_bits() -> None:
     base = torch.tensor([1.0, 2.0])
     variants = [{"a": base}, {"b": base}, {"a": base[None]}, {"a": base.half()}, {"a": -base}, {"a": base, "b": base}]
+    (inner,) = tensor_digests({"a": base}).values()
+    variants.append({f"a float32 (2,) {inner}\nb": base, "c": base})  # a name that looks like what is hashed
+    variants.append({f'a" float32 (2,) {inner}\n"b': base})
     assert len({tensor_digest(variant) for variant in variants}) == len(variants)
     assert tensor_digest({"a": base, "b": -base}) == tensor_digest({"b": -base, "a": base})
 

@@ -35,13 +35,14 @@ class Hivemind:
                 f"{__package__}.hivemind_client", server.said, *size, python=interpreter, environment=_environment(1)
             )
             started.enter_context(closing(self._client))
+            self.version: str = json.loads(self._client.said)["version"]
             self._ends = started.pop_all()
-        self.version: str = json.loads(self._client.said)["version"]
 
     def block(self, what: str, rows: int, in_flight: int, seconds: float) -> dict[str, float]:
         """What the client saw over about so many seconds: `p50` in seconds, `rows_per_second`.
 
-        `what` is "expert" or "layer". Raises ArmUnavailable where the client has ended.
+        `what` is "expert" or "layer"; the rate is the better one of one call and of `in_flight` at a time. Raises
+        ArmUnavailable where the client has ended.
         """
         asked: dict[str, Any] = {"what": what, "rows": rows, "in_flight": in_flight, "seconds": seconds}
         line = self._client.ask(json.dumps(asked))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -66,11 +67,7 @@ async def block(arm: Arm, x_TD: Tensor, in_flight: int, seconds: float) -> Block
 
 
 async def _drive(arm: Arm, x_TD: Tensor, in_flight: int, seconds: float) -> tuple[float, list[float]]:
-    """Rows a second, and the seconds of each call.
-
-    Counted is from the end of the first `in_flight` calls to the end of the last whole group of `in_flight`: the calls
-    of an arm often end together, and neither the ramp nor part of a group must distort the rate.
-    """
+    """Rows a second, and the seconds of each call."""
     latencies: list[float] = []
     ends: list[float] = []
     deadline = time.perf_counter() + seconds
@@ -83,9 +80,17 @@ async def _drive(arm: Arm, x_TD: Tensor, in_flight: int, seconds: float) -> tupl
             latencies.append(ends[-1] - begin)
 
     await asyncio.gather(*(caller() for _ in range(in_flight)))
+    return x_TD.shape[0] * calls_per_second(ends, in_flight, deadline), latencies
+
+
+def calls_per_second(ends: Sequence[float], in_flight: int, deadline: float) -> float:
+    """The rate of calls that ended at these times, ascending: at least twice as many as are in flight.
+
+    Counted is from the end of the first `in_flight` calls to the end of the last whole group of `in_flight`: the calls
+    of an arm often end together, and neither the ramp nor part of a group must distort the rate.
+    """
     full = [end for end in ends if end <= deadline]
     if len(full) < 2 * in_flight:
-        full = ends
+        full = list(ends)
     whole = len(full) - len(full) % in_flight
-    rate = (whole - in_flight) * x_TD.shape[0] / (full[whole - 1] - full[in_flight - 1])
-    return rate, latencies
+    return (whole - in_flight) / (full[whole - 1] - full[in_flight - 1])

@@ -25,7 +25,7 @@ BROKEN = "failed"
 def table(lines: Iterable[Line]) -> Table:
     """A line for each arm of ours."""
     found = Table(title="expertmesh against its limits and its peers", title_justify="left", show_lines=False)
-    for name in ("row", "what", "ours", "baselines", "ratio [95 %]", "target", "verdict", "CPU s / 1,000 rows"):
+    for name in ("row", "what", "ours", "baselines", "ratio [interval]", "target", "verdict", "CPU s / 1,000 rows"):
         found.add_column(name, overflow="fold")
     for line in lines:
         found.add_row(

@@ -98,4 +98,5 @@ def _figures(block: Any) -> dict[str, float]:
         "cpu_seconds": block.cpu_seconds,
         "foreign": block.foreign,
         "tries": block.tries,
+        "round": block.round,
     }

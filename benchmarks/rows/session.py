@@ -64,25 +64,34 @@ class _Opened:
     """A party whose arms run, and the blocks that they had until now."""
 
     party: Party
-    arms: Mapping[str, Arm]
-    skipped: Mapping[str, str]
+    arms: dict[str, Arm]
+    skipped: dict[str, str]
     seconds: float
     blocks: dict[str, list[Block]] = field(default_factory=dict)
 
     async def warm(self) -> None:
         """A block of each arm that does not count."""
-        for arm in self.arms.values():
-            await self._block(arm)
-        self.blocks = {name: [] for name in self.arms}
+        for name in list(self.arms):
+            if await self._block(name):
+                self.blocks[name] = []
 
     async def turn(self, number: int, round_: int) -> None:
         """One block of each arm, in the order of this turn."""
         for name in turn(list(self.arms), number):
-            self.blocks[name].append(replace(await self._block(self.arms[name]), round=round_))
+            found = await self._block(name)
+            if found:
+                self.blocks[name].append(replace(found, round=round_))
 
-    async def _block(self, arm: Arm) -> Block:
+    async def _block(self, name: str) -> Block | None:
+        """A block of an arm. One that raises is left out from then on, with all its blocks: the others go on."""
         where = self.party.condition
-        return await block(arm, x_TD=_rows(where), in_flight=where.in_flight, seconds=self.seconds)
+        try:
+            return await block(self.arms[name], x_TD=_rows(where), in_flight=where.in_flight, seconds=self.seconds)
+        except Exception as error:  # noqa: BLE001 (an arm stands on foreign code)
+            self.skipped[name] = f"it raised {_words(error)}"
+            self.blocks.pop(name, None)
+            del self.arms[name]
+            return None
 
 
 @dataclass
@@ -184,7 +193,7 @@ class Session:
             self._running[key] = arm = catalogue.start(name, SHAPES[shape], DTYPES[dtype])
             self.versions[name] = arm.version
         except (ArmUnavailable, ImportError, RuntimeError) as error:  # the last is Ray's, that it does not start
-            self._refused[key] = str(error).strip().splitlines()[-1][:200]
+            self._refused[key] = _words(error)
             self.say(f"skipped {name}: {self._refused[key]}")
 
     def _check(self, arms: dict[str, Arm], skipped: dict[str, str], where: Condition) -> None:
@@ -192,12 +201,16 @@ class Session:
         shape, dtype = SHAPES[where.shape], DTYPES[where.dtype]
         x_TD = rows(shape, where.rows, dtype)
         for name, arm in list(arms.items()):
-            answer_TD = self._loop.run_until_complete(_answer(arm, x_TD))
-            apart = difference(answer_TD, wanted(arm, where))
-            if not apart <= TOLERANCE[dtype]:
+            try:
+                apart = difference(self._loop.run_until_complete(_answer(arm, x_TD)), wanted(arm, where))
+            except Exception as error:  # noqa: BLE001 (an arm stands on foreign code)
+                skipped[name] = f"it raised {_words(error)}"
+            else:
+                if apart <= TOLERANCE[dtype]:
+                    continue
                 skipped[name] = f"its answer differs from the reference by {apart:.1e}"
-                self.say(f"skipped {name}: {skipped[name]}")
-                del arms[name]
+            self.say(f"skipped {name}: {skipped[name]}")
+            del arms[name]
 
     def _end(self, key: tuple[str, str, str]) -> None:
         self._running.pop(key).close()
@@ -218,6 +231,12 @@ def wanted(arm: Arm, where: Condition) -> Tensor:
     with torch.inference_mode():
         answer_TD: Tensor = reference(shape, dtype)(x_TD) if index is None else expert(shape, index, dtype)(x_TD)
     return answer_TD
+
+
+def _words(error: Exception) -> str:
+    """The last line of an error: an arm's ends with why."""
+    lines = str(error).strip().splitlines()
+    return lines[-1][:200] if lines else type(error).__name__
 
 
 def _rows(where: Condition) -> Tensor:

@@ -46,7 +46,8 @@ def lines(
     higher = comparison.measure == RATE
     best = (max if higher else min)(found, key=lambda name: found[name].median)
     note = "; ".join(f"skipped {name}: {reason}" for name, reason in missing.items())
-    return [_line(row, comparison, name, found[name], blocks, name == best, note) for name in ours]
+    absent = [name for name in comparison.theirs if name not in blocks]
+    return [_line(row, comparison, name, found[name], blocks, name == best, note, absent) for name in ours]
 
 
 def decided(ratio: Ratio, target: Target) -> str:
@@ -91,8 +92,11 @@ def _line(
     blocks: Mapping[str, Sequence[Block]],
     best: bool,
     note: str,
+    absent: Sequence[str],
 ) -> Line:
+    """A verdict says which baselines it had to do without: the best of all may have been among them."""
     target = comparison.target
+    without = f", without {', '.join(absent)}" if absent else ""
     shown = [other for other in comparison.arms if other in blocks and other not in comparison.ours]
     return Line(
         row,
@@ -102,7 +106,7 @@ def _line(
         {other: _value(comparison, blocks[other]) for other in shown},
         found,
         str(target) if target else "",
-        (decided(found, target) if best else "see the other") if target else "",
+        (decided(found, target) + without if best else "see the other") if target else "",
         {other: statistics.median(b.cpu_seconds for b in blocks[other]) for other in (name, *shown)},
         max(block.foreign for other in (name, *shown) for block in blocks[other]),
         note,
