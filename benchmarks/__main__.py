@@ -29,7 +29,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Run rows, show what came of them; 0 unless something could not be run to its end."""
     options = _options(arguments)
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # else Ray's processes may crash between fork and exec
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
     machine = facts.facts()
