@@ -15,6 +15,7 @@ from typing import Any
 import ray
 import torch
 
+from ..experts.errors import ExpertMeshError
 from ..experts.host import ExpertHost
 from ..experts.protocol import ExpertCall
 from ..experts.stage import Proposal, Receipt
@@ -22,7 +23,7 @@ from ..experts.tensors import from_bytes
 from ..router.replicas import READY, Replica
 from .channel import ChannelTransport
 from .channel_settings import ChannelSettings, open_channel
-from .controller import open_controller
+from .controller import Controller, open_controller
 from .controller_ports import ControllerState, StateSettings
 from .logs import configure_logs
 from .orders import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
@@ -153,15 +154,28 @@ class RouterActor:
 
 
 class ControllerActor:
-    """Runs the controller and its endless turns. A new incarnation takes the registry over from the one before."""
+    """Runs the controller and its endless turns. A new incarnation takes the registry over from the one before.
+
+    A state folder that is refused is told to whoever calls: of an error here Ray would only say that the actor died.
+    """
 
     def __init__(self, settings: StateSettings, logs: LogSettings) -> None:
         configure_logs("controller", logs.level, logs.path)
         give_memory_back()
         self._router = RayRouterPort()
-        self._controller = open_controller(settings, self._router, RayReplicaPort())
+        self._opened: Controller | ExpertMeshError
+        try:
+            self._opened = open_controller(settings, self._router, RayReplicaPort())
+        except ExpertMeshError as error:
+            self._opened = error
         self._turns: asyncio.Task[None] | None = None
         settle()
+
+    @property
+    def _controller(self) -> Controller:
+        if isinstance(self._opened, ExpertMeshError):
+            raise self._opened
+        return self._opened
 
     async def declare(self, controller: Any, router: Any, desired: Desired, timeout: float) -> dict[str, str]:
         """Take what the owner declares, and bring everything there; returns the versions that then serve.

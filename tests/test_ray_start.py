@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import psutil
 import pytest
+
+from expertmesh.cluster.registry import FILE, Registry
 
 pytestmark = pytest.mark.ray
 Eventually = Callable[[Callable[[], object], float, str], None]
@@ -97,6 +101,21 @@ def test_replica_that_cannot_load_is_one_error(tmp_path: Path, eventually: Event
     assert "waves/other" in line
     assert "no such table" in line
     assert ray_folders() <= before
+
+
+def test_a_state_folder_of_another_build_is_one_error(tmp_path: Path, nothing_left: None) -> None:
+    with Registry(tmp_path / "state"):
+        pass
+    with closing(sqlite3.connect(tmp_path / "state" / FILE)) as connection:
+        connection.execute("PRAGMA user_version = 1")
+    config = Path(mesh(tmp_path, "older"))
+    config.write_text(f"state_dir: {tmp_path}/state\n" + config.read_text())
+    process = serve(str(config))
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "Traceback" not in said
+    (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "written by an older expertmesh (schema 1" in error
 
 
 def test_serve_status_down(tmp_path: Path, eventually: Eventually, nothing_left: None) -> None:

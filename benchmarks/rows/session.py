@@ -75,7 +75,7 @@ class _Opened:
             if await self._block(name):
                 self.blocks[name] = []
 
-    async def turn(self, number: int, round_: int) -> None:
+    async def take_turn(self, number: int, round_: int) -> None:
         """One block of each arm, in the order of this turn."""
         for name in turn(list(self.arms), number):
             found = await self._block(name)
@@ -133,7 +133,7 @@ class Session:
         opened = [self._opened(party) for party in group]
         for number in range(self.effort.blocks if blocks is None else blocks):
             for one in opened:
-                self._loop.run_until_complete(one.turn(number, round_))
+                self._loop.run_until_complete(one.take_turn(number, round_))
             between()
         left = set(staged)
         return [Measured(one.party, one.blocks, one.skipped, self._stages(one, left)) for one in opened]
@@ -192,7 +192,7 @@ class Session:
                 self._has_ray = True
             self._running[key] = arm = catalogue.start(name, SHAPES[shape], DTYPES[dtype])
             self.versions[name] = arm.version
-        except (ArmUnavailable, ImportError, RuntimeError) as error:  # the last is Ray's, that it does not start
+        except (ArmUnavailable, ImportError, RuntimeError) as error:  # the last is what Ray's libraries raise
             self._refused[key] = _words(error)
             self.say(f"skipped {name}: {self._refused[key]}")
 
