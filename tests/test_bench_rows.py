@@ -258,17 +258,17 @@ class FakeSession:
         return [Measured(party, dict.fromkeys(party.arms, made), {}) for party in group]
 
 
-def test_rounds_lie_apart_and_slow_rows_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def row(name: str, rows: int, *, theirs: str = "gloo", once: bool = False) -> Row:
+def test_rounds_lie_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(name: str, rows: int, *, theirs: str = "gloo") -> Row:
         made = Comparison(Condition("S", "bf16", rows, 4), ("expertmesh_2",), (theirs,), target=at_least(1))
-        return Row(name, name, lambda quick: [made], once=once)
+        return Row(name, name, lambda quick: [made])
 
     session, result = FakeSession(), run.Result()
     monkeypatch.setattr(run, "Session", lambda effort, say: session)
-    rows = [row("C1", 1), row("C2", 2), row("C3", 3, theirs="ray_naive"), row("C5", 4, theirs="ray_serve", once=True)]
+    rows = [row("C1", 1), row("C2", 2), row("C3", 3, theirs="ray_naive"), row("C5", 4, theirs="ray_serve")]
     rows += [row("C6", 5, theirs="ray_good"), row("C11", 6, theirs="ray_serve_grpc")]
     run.measure(rows, Effort(7, 1.0, 2), lambda text: None, quick=False, tiny=False, result=result)
-    assert session.seen == [([1, 2, 3, 5], 4), ([6], 4), ([4], 7), ([1, 2, 3, 5], 3), ([6], 3)]
+    assert session.seen == [([1, 2, 3, 4], 4), ([5, 6], 4), ([1, 2, 3, 4], 3), ([5, 6], 3)]
     assert [len(found.blocks["expertmesh_2"]) for found in result.measured] == [7] * 6
     assert [block.round for block in result.measured[0].blocks["gloo"]] == [0] * 4 + [1] * 3
     assert {line.verdict for line in result.lines} == {"reached"}

@@ -88,8 +88,6 @@ class Row:
     comparisons: Callable[[bool], list[Comparison]]
     stages: bool = False
     """Whether the way of a call through the product is taken apart under its conditions."""
-    once: bool = False
-    """Whether it is measured in one round only, as its arms are slow to start."""
 
 
 def at_least(bound: float) -> Target:

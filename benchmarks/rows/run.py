@@ -54,22 +54,16 @@ def measure(
 ) -> None:
     """Measure declared rows into `result`; `told` after each group, so that a run that is cut off loses little.
 
-    Arms run for as long as neighbouring parties need them. Each round measures all parties, those of a row that is
-    measured `once` with all their blocks in the first.
+    Arms run for as long as neighbouring parties need them. Each round measures all parties, with its part of the blocks.
     """
     wanted = {row.name: comparisons_of(row, quick=quick, tiny=tiny, without=without) for row in rows}
     planned = parties(one for found in wanted.values() for one in found)
     staged = {alone(one.condition) for row in rows if row.stages for one in wanted[row.name]}
     seen = dict[Party, Measured]()
-    slow = {party_of(one, planned) for row in rows if row.once for one in wanted[row.name]}
-    often = groups([party for party in planned if party not in slow])
-    once = groups([party for party in planned if party in slow])
     with Session(effort, say) as session:
         for round_ in range(effort.rounds):
-            for group in often if round_ else (*often, *once):
-                blocks = effort.blocks if group in once else effort.part(round_)
-                if not blocks:
-                    continue
+            blocks = effort.part(round_)
+            for group in groups(planned) if blocks else ():
                 for found in session.run(group, blocks=blocks, round_=round_, staged=staged - result.stages.keys()):
                     party = found.party
                     seen[party] = seen[party].joined(found) if party in seen else found

@@ -48,7 +48,7 @@ def _against_an_echo(quick: bool) -> list[Comparison]:
 
 
 ROWS = (
-    Row("C5", "requests/s and p50 of the client against Ray Serve", _against_serve, once=True),
+    Row("C5", "requests/s and p50 of the client against Ray Serve", _against_serve),
     Row("C6", "rows/s against all-to-all over gloo, 2 processes each", _against_gloo),
     Row("C11", "goodput of the client against a raw gRPC echo", _against_an_echo),
 )
