@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .home import own_home
 from .peers import catalogue as arms
 from .rows import catalogue, facts, hivemind, live, plots, report, run
 from .rows.verdict import Line
@@ -47,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
             report.write_json(options.json, report.document(result.lines, result.stages, machine, **more))
 
     try:
-        _run(options, say, result, kept)
+        with own_home():
+            _run(options, say, result, kept)
     except KeyboardInterrupt:
         say("interrupted: what was measured until now")
         machine["interrupted"] = True

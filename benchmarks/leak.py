@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from benchmarks.home import own_home
 
 from expertmesh import Client, Cluster, Expert, ExpertMeshError, Layer, gates
 
@@ -208,16 +209,16 @@ def main() -> int:
     """Run all parts; 0 when nothing is left."""
     options, problems = _options(), []
     draw = random.Random(options.seed)
-    os.environ["EXPERTMESH_HOME"] = tempfile.mkdtemp(prefix="leak-home-")
-    full_starts(1)  # what is made once and kept: threads of gRPC, imports
-    with nothing_left(f"{options.starts} full starts and stops", problems, options.starts):
-        full_starts(options.starts)
-    with nothing_left(f"{options.kills} kills of replicas and routers", problems):
-        kills(options.kills, draw, problems)
-    with nothing_left(f"{options.drivers} kills of drivers", problems):
-        driver_kills(options.drivers, draw)
-    with nothing_left(f"{options.layers} layers in one Ray", problems):
-        layer_starts(options.layers)
+    with own_home():
+        full_starts(1)  # what is made once and kept: threads of gRPC, imports
+        with nothing_left(f"{options.starts} full starts and stops", problems, options.starts):
+            full_starts(options.starts)
+        with nothing_left(f"{options.kills} kills of replicas and routers", problems):
+            kills(options.kills, draw, problems)
+        with nothing_left(f"{options.drivers} kills of drivers", problems):
+            driver_kills(options.drivers, draw)
+        with nothing_left(f"{options.layers} layers in one Ray", problems):
+            layer_starts(options.layers)
     for problem in problems:
         print(f"FAILED: {problem}")
     return 1 if problems else 0

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from benchmarks.compare import interleaved, ratio
+from benchmarks.home import own_home
 
 from expertmesh import Client, Cluster, Expert, Layer, gates
 from expertmesh.cluster.ray_environment import load_backend
@@ -47,6 +48,7 @@ def main() -> None:
     ]
     x = np.random.default_rng(0).standard_normal((options.rows, options.width), dtype=np.float32)
     with (
+        own_home(),
         two_nodes() as address,
         Cluster.start(layers, name="bench-nodes", port=0, address=address) as cluster,
         Client(cluster.endpoint) as client,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ from typing import Any
 
 import psutil
 import torch
+from benchmarks.home import own_home
 
 from expertmesh import Client, Cluster, Expert, Layer, TensorSpec, errors, gates
 from expertmesh.cluster.ray_environment import load_backend
@@ -124,12 +123,11 @@ def chaos_mesh(
     product's: {"ControllerActor": "module:attribute"}. One a process.
     """
     shape = Shape(experts)
-    with tempfile.TemporaryDirectory(prefix="expertmesh-chaos-") as folder:
-        os.environ["EXPERTMESH_HOME"] = folder
+    with own_home() as folder:
         backend = load_backend(None)
         for actor, where in (actors or {}).items():
             setattr(backend, actor, locate(where))
-        files = Files(shape, Path(folder), ballast)
+        files = Files(shape, folder, ballast)
         made = {id: files.make(id) for id in shape.ids}
         layers = (_layer(shape, {id: path for id, (path, _) in made.items()}, replicas, pause, ballast), *more)
         settings = {
@@ -137,7 +135,7 @@ def chaos_mesh(
             "port": 0,
             "metrics_port": None,
             "start_timeout": START_SECONDS,
-            "state_dir": Path(folder) / "state" / name,
+            "state_dir": folder / "state" / name,
             "log_level": "warning",
             "transport": transport,
         }

@@ -8,15 +8,14 @@ Shapes: T rows, D features, E experts.
 
 from __future__ import annotations
 
-import os
 import statistics
-import tempfile
 from typing import Any
 
 import numpy as np
 import torch
 from benchmarks.chaos.load import capacity
 from benchmarks.compare import ratio, turns
+from benchmarks.home import own_home
 
 from expertmesh import Cluster, Expert, Layer, TensorSpec, gates
 
@@ -40,8 +39,7 @@ def run(quick: bool) -> tuple[list[Line], dict[str, Any]]:
     skewed = [HOT_SHARE, *([(1 - HOT_SHARE) / (EXPERTS - 1)] * (EXPERTS - 1))]
     cases = {"balanced": ("plain", inputs(even)), "none": ("plain", inputs(skewed)), "extra": ("more", inputs(skewed))}
     rates: dict[str, list[float]] = {name: [] for name in cases}
-    with tempfile.TemporaryDirectory(prefix="expertmesh-bench-") as folder:
-        os.environ["EXPERTMESH_HOME"] = folder
+    with own_home():
         layers = [layer("plain", 1), layer("more", 2)]
         with Cluster.start(layers, name="bench-skew", port=0, metrics_port=None, log_level="warning") as cluster:
             for order in turns(list(cases), blocks):

@@ -54,7 +54,7 @@ def measure(
 ) -> None:
     """Measure declared rows into `result`; `told` after each group, so that a run that is cut off loses little.
 
-    Arms run for as long as neighbouring parties need them. Each round measures all parties, with its part of the blocks.
+    Arms run for as long as neighbouring parties need them. Each round measures all parties, with its part of blocks.
     """
     wanted = {row.name: comparisons_of(row, quick=quick, tiny=tiny, without=without) for row in rows}
     planned = parties(one for found in wanted.values() for one in found)
