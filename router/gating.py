@@ -124,7 +124,7 @@ class Gating:
             task.add_done_callback(self._tasks.discard)
         line.queue.put(request.client, _Waiting(request, answer))
         line.rows += request.size
-        if line.rows >= MAX_BATCH_ROWS and layer.name in self._room:
+        if layer.name in self._room and self._wait(line) <= 0.0:
             self._room[layer.name].set()
         try:
             return await answer
@@ -143,15 +143,26 @@ class Gating:
 
     async def _gather(self, line: _Line) -> None:
         """Let requests gather while there is no room for another batch of the layer."""
-        name = line.layer.name
-        seconds = self._paces.setdefault(name, Pace()).wait()
-        if seconds <= 0.0 or line.rows >= MAX_BATCH_ROWS:
+        if (seconds := self._wait(line)) <= 0.0:
             return
-        room = self._room.setdefault(name, asyncio.Event())
-        room.clear()
-        timer = asyncio.get_running_loop().call_later(seconds, room.set)
-        await room.wait()
+        room, over = self._room.setdefault(line.layer.name, asyncio.Event()), False
+
+        def end() -> None:
+            nonlocal over
+            over = True
+            room.set()
+
+        timer = asyncio.get_running_loop().call_later(seconds, end)
+        while not over and self._wait(line) > 0.0:
+            room.clear()
+            await room.wait()
         timer.cancel()
+
+    def _wait(self, line: _Line) -> float:
+        """How long requests of a line may gather from now on, in seconds."""
+        if line.rows >= MAX_BATCH_ROWS:
+            return 0.0
+        return self._paces.setdefault(line.layer.name, Pace()).wait(line.rows)
 
     def _serve(self, epoch: Epoch, layer: Layer, taken: list[_Waiting]) -> None:
         try:
@@ -190,7 +201,7 @@ class Gating:
             if name in self._room:
                 self._room[name].set()
 
-        pace.begun()
+        pace.begun(batch.handle.num_rows)
         batch.when_complete(ended)
 
 

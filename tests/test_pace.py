@@ -1,29 +1,44 @@
-"""When a batch may begin: at once while there is room, never later than the bound."""
+"""When a batch may begin: alone or beside one of its size, never later than the bound."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertmesh.router.pace import AT_ONCE, LONGEST_WAIT, SHARE, Pace
+from expertmesh.router.pace import AT_ONCE, LONGEST_WAIT, Pace
+
+ROWS = st.integers(0, 5_000)
 
 
-def test_nothing_waits_while_there_is_room() -> None:
+@given(ROWS)
+def test_nothing_waits_for_nobody(rows: int) -> None:
     pace = Pace()
-    for _ in range(AT_ONCE):
-        assert pace.wait() == 0.0
-        pace.begun()
+    assert pace.wait(rows) == 0.0
+    pace.begun(7)
     pace.ended(0.004)
-    assert pace.wait() == 0.0
+    assert pace.wait(rows) == 0.0
 
 
-@given(st.lists(st.floats(0, 10), min_size=1, max_size=30))
-def test_the_wait_follows_what_batches_take_and_is_bounded(seconds: list[float]) -> None:
+@given(ROWS, ROWS)
+def test_the_second_batch_is_as_large_as_the_first(first: int, rows: int) -> None:
+    pace = Pace()
+    pace.begun(1)
+    pace.ended(0.004)
+    pace.begun(first)
+    assert (pace.wait(rows) == 0.0) == (rows >= first)
+    pace.begun(rows)
+    assert pace.wait(5_000) > 0.0  # a third one waits for one of them to end
+    pace.ended(0.002)
+    assert (pace.wait(first) == 0.0) == (first >= rows)
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=30), ROWS)
+def test_the_wait_follows_what_batches_take_and_is_bounded(seconds: list[float], rows: int) -> None:
     pace = Pace()
     for _ in range(AT_ONCE):
-        pace.begun()
+        pace.begun(1)
     for taken in seconds:
-        pace.begun()
+        pace.begun(1)
         pace.ended(taken)
-        assert 0.0 <= pace.wait() <= min(LONGEST_WAIT, SHARE * max(seconds))
+        assert 0.0 <= pace.wait(rows) <= min(LONGEST_WAIT, max(seconds))
     assert pace.under_way == AT_ONCE
