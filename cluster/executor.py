@@ -14,6 +14,7 @@ from .controller_ports import ReplicaPort, RouterPort
 from .health import Health
 from .orders import Candidate
 from .swap_desk import SwapDesk
+from .upkeep import background
 
 log = logging.getLogger(__name__)
 ROUTER = "router"
@@ -43,6 +44,7 @@ class Executor:
         self._changed: dict[str, float] = {}
         self._turns: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._background = background("versions", 1)
 
     def changed_since(self, member: str, moment: float) -> bool:
         """Whether a replica was told to hold or forget something since then (a time of the event loop)."""
@@ -125,6 +127,8 @@ class Executor:
 
     async def _commit(self, order: CommitSwap) -> None:
         try:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._background, self.desk.write, order.swap_id, order.versions)
             epoch, versions = await asyncio.to_thread(self.desk.commit, order.swap_id, order.versions)
         except Fenced as error:  # whether it is durable, only the controller that took over can say
             self.desk.answer(order.swap_id, None, Unavailable(f"{error.message}: ask again with the same swap id"))

@@ -71,8 +71,8 @@ class ControlPort(Protocol):
 class SwapDoor:
     """Answers the methods that change versions, tell of them, or lease epochs.
 
-    `call` calls a function where the router runs. `allowed_factories` are those that an admin may name over the
-    network.
+    `call` calls a function where the router runs, `busy` says whether it is serving requests. `allowed_factories` are
+    those that an admin may name over the network.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class SwapDoor:
         pins: Pins,
         call: Call,
         allowed_factories: Collection[str] = (),
+        busy: Callable[[], bool] = lambda: False,
     ) -> None:
         self._control = control
         self._uploads = uploads
@@ -90,6 +91,7 @@ class SwapDoor:
         self._pins = pins
         self._call = call
         self._allowed = frozenset(allowed_factories)
+        self._busy = busy
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="uploads")
         self._swaps: set[asyncio.Future[SwapResult]] = set()
 
@@ -114,13 +116,15 @@ class SwapDoor:
         self._disk.shutdown(wait=False, cancel_futures=True)
 
     async def upload(self, frame: Frame, role: Role) -> bytes:
-        """Write a chunk of an upload."""
+        """Write a chunk of an upload; while requests are served, the answer waits, so that the next one comes later."""
         chunk = _record(UploadChunk, frame, "upload", tensors=(DATA,))
         tensor = frame.tensors[DATA]
         if tensor.dtype != "uint8" or len(tensor.shape) != 1:
             raise InvalidRequest("the bytes of a chunk are a tensor `data` of dtype uint8 and one dimension")
         loop = asyncio.get_running_loop()
         state = await loop.run_in_executor(self._disk, self._uploads.write, chunk, tensor.data)
+        if not state.done and self._busy():
+            await asyncio.sleep(self._uploads.limits.pause(len(tensor.data)))
         return encode_document("uploaded", asdict(state))
 
     async def swap(self, frame: Frame, role: Role) -> bytes:

@@ -225,7 +225,11 @@ class Cluster:
             tokens=tokens,
             max_rows_in_flight=config.max_rows_in_flight,
             state_dir=str(self._state_dir()),
-            uploads=UploadLimits(max_upload_bytes=config.max_upload_bytes, max_uploads_bytes=config.max_uploads_bytes),
+            uploads=UploadLimits(
+                max_upload_bytes=config.max_upload_bytes,
+                max_uploads_bytes=config.max_uploads_bytes,
+                upload_rate=config.upload_rate,
+            ),
             allowed_factories=allowed_factories(config),
         )
 

@@ -68,7 +68,13 @@ class RouterService:
             self._tokens.add_digest(digest, role, expires)
         uploads = Uploads(VersionStore(settings.state_dir), settings.uploads)
         self.door = SwapDoor(
-            control, uploads, self.router.epochs, self.router.pins, self._thread.call, settings.allowed_factories
+            control,
+            uploads,
+            self.router.epochs,
+            self.router.pins,
+            self._thread.call,
+            settings.allowed_factories,
+            busy=lambda: self.router.admission.rows > 0,
         )
         handlers = self.door.handlers()
         self.gateway = Gateway(self.router, self._tokens, settings.gateway, self.status, handlers, run=self._thread.run)

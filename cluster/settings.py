@@ -52,8 +52,9 @@ class ClusterConfig:
 
     `state_dir` is where versions and epochs are kept, by default a folder of the cluster's name; `retain_epochs` is how
     many epochs before the current one can still be asked for, and rolled back to. `max_upload_bytes` bounds one upload
-    of weights, `max_uploads_bytes` all that no version has taken yet. `allowed_factories` are the factories that an
-    admin may swap in over the network, by default those of `layers`.
+    of weights, `max_uploads_bytes` all that no version has taken yet, and `upload_rate` the bytes a second of an upload
+    while requests are served. `allowed_factories` are the factories that an admin may swap in over the network, by
+    default those of `layers`.
 
     Raises ConfigError that lists every mistake.
     """
@@ -80,6 +81,7 @@ class ClusterConfig:
     retain_epochs: int = 2
     max_upload_bytes: int = LIMITS.max_bytes
     max_uploads_bytes: int = 2 * LIMITS.max_bytes
+    upload_rate: int = 64 * 2**20
     allowed_factories: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -214,6 +216,7 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "retain_epochs": (_whole(0, 1000), "a whole number from 0 to 1000"),
     "max_upload_bytes": (_whole(1, LIMITS.max_bytes), f"a whole number from 1 to {LIMITS.max_bytes}"),
     "max_uploads_bytes": (_whole(1, 1 << 50), "a whole number of at least 1"),
+    "upload_rate": (_whole(2**20, 1 << 50), f"a whole number of bytes a second, at least {2**20}"),
     "allowed_factories": (_optional(_factories), 'a list of factories, each "module:attribute"'),
     "log_level": (lambda value: value in LOG_LEVELS, f"one of {', '.join(LOG_LEVELS)}"),
 }

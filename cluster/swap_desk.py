@@ -105,8 +105,8 @@ class SwapDesk:
         if swap_id in self._receipts:
             self._receipts[swap_id][receipt.id] = receipt
 
-    def commit(self, swap_id: str, versions: Mapping[str, str]) -> tuple[int, Mapping[str, str]]:
-        """Make a swap's versions the next epoch, durably; returns it. Raises Aborted, and what the disk raises."""
+    def write(self, swap_id: str, versions: Mapping[str, str]) -> None:
+        """Bring a swap's versions to the disk. Raises Aborted for a rehearsal, and what the disk raises."""
         request = self._requests[swap_id]
         if request.dry_run:
             self._rehearsed.add(swap_id)
@@ -114,6 +114,10 @@ class SwapDesk:
         for id, version in versions.items():
             if (id, version) not in self.registry.known():
                 self._store(swap_id, self._candidates[swap_id][id], self._receipts[swap_id][id], request.note)
+
+    def commit(self, swap_id: str, versions: Mapping[str, str]) -> tuple[int, Mapping[str, str]]:
+        """Make versions that are written the next epoch, durably; returns it. Raises what the disk raises."""
+        request = self._requests[swap_id]
         changes: dict[str, str | None] = dict(versions)
         if request.note == "declared":
             changes |= {id: None for id in self.current() if id not in self.catalogue.declared}

@@ -15,7 +15,10 @@ from typing import Any, TypeVar
 from ..experts.errors import DataLoss, InvalidRequest
 from ..experts.protocol import from_mapping
 
-CHUNK_BYTES = 4 * 1024 * 1024
+CHUNK_BYTES = 2**20
+"""The bytes of a chunk of an upload as clients send it: large ones come as bursts that others wait behind."""
+
+MOST_CHUNK_BYTES = 4 * 2**20
 """The most bytes of one chunk of an upload."""
 
 MODES = ("double", "staged_cpu")
@@ -42,8 +45,8 @@ class UploadChunk:
     def check(self, nbytes: int) -> None:
         """Check the chunk and the size of its data. Raises InvalidRequest."""
         check_upload(self.upload_id, self.sha256)
-        if nbytes > CHUNK_BYTES:
-            raise InvalidRequest(f"a chunk has at most {CHUNK_BYTES} bytes, not {nbytes}")
+        if nbytes > MOST_CHUNK_BYTES:
+            raise InvalidRequest(f"a chunk has at most {MOST_CHUNK_BYTES} bytes, not {nbytes}")
         if self.offset < 0 or self.total < self.offset + nbytes:
             raise InvalidRequest(f"{nbytes} bytes at {self.offset} do not lie within the {self.total} of the upload")
         if self.last and self.offset + nbytes != self.total:

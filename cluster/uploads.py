@@ -27,10 +27,19 @@ _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @dataclass(frozen=True, kw_only=True)
 class UploadLimits:
-    """Bytes that one upload, and all uploads together, may have."""
+    """Bytes that one upload, and all uploads together, may have.
+
+    `upload_rate` is how many bytes a second an upload may bring while requests are served: receiving, writing and
+    hashing them takes processor time that requests would wait for.
+    """
 
     max_upload_bytes: int = 8 * 2**30
     max_uploads_bytes: int = 16 * 2**30
+    upload_rate: int = 64 * 2**20
+
+    def pause(self, nbytes: int) -> float:
+        """Seconds to wait after a chunk that came while requests are served, so that the rate is kept."""
+        return nbytes / self.upload_rate
 
 
 class Uploads:
@@ -39,8 +48,8 @@ class Uploads:
     def __init__(
         self, store: VersionStore, limits: UploadLimits | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        self.limits = limits or UploadLimits()
         self._store = store
-        self._limits = limits or UploadLimits()
         self._clock = clock
         self._lock = threading.Lock()
         self._tidied = clock()
@@ -96,7 +105,7 @@ class Uploads:
         return UploadState(next=there, done=done)
 
     def _check_room(self, chunk: UploadChunk, there: int, nbytes: int) -> None:
-        limits = self._limits
+        limits = self.limits
         if chunk.total > limits.max_upload_bytes:
             raise TooLarge(
                 f"the upload has {chunk.total} bytes, max_upload_bytes is {limits.max_upload_bytes}: raise it in the "

@@ -272,7 +272,7 @@ def test_the_factories_that_may_be_swapped_in_are_those_of_the_start_unless_they
         ("max_request_bytes", 1 << 20), ("max_stream_bytes", -1), ("max_stream_bytes", 1 << 29),
         ("max_rows_in_flight", 0), ("default_timeout", 0),
         ("default_timeout", float("inf")), ("start_timeout", "1s"), ("log_level", "loud"), ("retain_epochs", -1),
-        ("max_upload_bytes", 0), ("max_upload_bytes", 1 << 40), ("max_uploads_bytes", "8"),
+        ("max_upload_bytes", 0), ("max_upload_bytes", 1 << 40), ("max_uploads_bytes", "8"), ("upload_rate", 1000),
         ("allowed_factories", "torch:sin"), ("allowed_factories", ["torch"]), ("allowed_factories", [5]),
     ],
 )  # fmt: skip

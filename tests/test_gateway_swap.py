@@ -17,7 +17,7 @@ from expertmesh.cluster.documents import decode_document, encode_document
 from expertmesh.cluster.gateway_swap import MAX_DOCUMENT_BYTES, SwapDoor, swap_request
 from expertmesh.cluster.orders import SwapRequest, SwapResult
 from expertmesh.cluster.swap_protocol import MAX_CHANGES, SwapAsked
-from expertmesh.cluster.uploads import Uploads
+from expertmesh.cluster.uploads import UploadLimits, Uploads
 from expertmesh.cluster.versions import VersionStore
 from expertmesh.experts import wire
 from expertmesh.experts.errors import (
@@ -82,7 +82,16 @@ class World:
         self.epochs = Epochs()
         self.epochs.adopt(Epoch(1, {"l/a": V1}, {}, "here"))
         self.pins = Pins(self.epochs, lambda: 0.0)
-        self.door = SwapDoor(self.control, Uploads(self.store), self.epochs, self.pins, called, ("mine:Expert",))
+        self.serving = False
+        self.door = SwapDoor(
+            self.control,
+            Uploads(self.store, UploadLimits(upload_rate=2)),
+            self.epochs,
+            self.pins,
+            called,
+            ("mine:Expert",),
+            busy=lambda: self.serving,
+        )
 
     async def ask(self, method: str, frame: bytes, role: Role = Role.OPERATOR) -> dict[str, Any]:
         answer = wire.decode(await self.door.handlers()[method](wire.decode(frame), role))
@@ -143,6 +152,26 @@ def test_what_a_refused_swap_has_uploaded_is_dropped_unless_it_may_be_asked_for_
         with pytest.raises(type(error)):
             await world.swap()
         assert world.is_there() == isinstance(error, Unavailable)
+
+    run(tmp_path, main)
+
+
+def test_an_upload_leaves_time_to_those_who_are_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    async def main(world: World) -> None:
+        monkeypatch.setattr("expertmesh.cluster.gateway_swap.asyncio.sleep", sleep)
+        piece = {"total": 7, "last": False}
+        assert await world.upload(b"wei", **piece) == {"next": 3, "done": False}
+        assert slept == []
+        world.serving = True
+        assert await world.upload(b"gh", **piece, offset=3) == {"next": 5, "done": False}
+        assert slept == [1.0]  # two bytes, at two bytes a second
+        assert await world.upload(b"ts", total=7, offset=5) == {"next": 7, "done": True}
+        assert slept == [1.0]  # nothing comes after it
 
     run(tmp_path, main)
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stored import files, full_disk
 
-from expertmesh.cluster.swap_protocol import CHUNK_BYTES, UploadChunk
+from expertmesh.cluster.swap_protocol import MOST_CHUNK_BYTES, UploadChunk
 from expertmesh.cluster.uploads import STALE_SECONDS, TIDY_SECONDS, UploadLimits, Uploads
 from expertmesh.cluster.versions import VersionStore
 from expertmesh.experts.errors import DataLoss, FailedPrecondition, InvalidRequest, TooLarge
@@ -138,7 +138,7 @@ def test_two_uploads_that_do_not_fit_together_end_within_the_quota(tmp_path: Pat
         ({"total": 5}, "do not lie within"),
         ({"total": -1}, "do not lie within"),
         ({"last": True}, "the last chunk ends at 10"),
-        ({"piece": bytes(CHUNK_BYTES + 1), "total": 2**40}, "at most 4194304 bytes"),
+        ({"piece": bytes(MOST_CHUNK_BYTES + 1), "total": 2**40}, "at most 4194304 bytes"),
     ],
 )
 def test_a_chunk_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:

@@ -47,8 +47,11 @@ class CrashingDesk(SwapDesk):
         super().keep_receipt(swap_id, receipt)
         self.die_at(STAGING)
 
-    def commit(self, swap_id: str, versions: Mapping[str, str]) -> tuple[int, Mapping[str, str]]:
+    def write(self, swap_id: str, versions: Mapping[str, str]) -> None:
         self.die_at(READY)
+        super().write(swap_id, versions)
+
+    def commit(self, swap_id: str, versions: Mapping[str, str]) -> tuple[int, Mapping[str, str]]:
         committed = super().commit(swap_id, versions)
         self.die_at(COMMITTED)
         return committed
