@@ -15,12 +15,12 @@ VARIABLE = "EXPERTMESH_HOME"
 def own_home() -> Iterator[Path]:
     """A temporary EXPERTMESH_HOME for this process and those that it starts."""
     before = os.environ.get(VARIABLE)
-    with TemporaryDirectory(prefix="expertmesh-bench-") as folder:
+    with TemporaryDirectory(prefix="expertmesh-bench-", ignore_cleanup_errors=True) as folder:
         os.environ[VARIABLE] = folder
         try:
             yield Path(folder)
         finally:
             if before is None:
-                del os.environ[VARIABLE]
+                os.environ.pop(VARIABLE, None)
             else:
                 os.environ[VARIABLE] = before

@@ -134,11 +134,12 @@ class RouterActor:
     async def sync(self, update: RouterUpdate) -> RouterReport:
         """Take what the controller knows; a router that Ray restarted begins to listen here."""
         await self.start()
+        report = await self._service.sync(update)
         now = asyncio.get_running_loop().time()
         if now - self._trimmed > TRIM_SECONDS:  # uploads and large requests leave freed blocks
             self._trimmed = now
             trim_memory()
-        return await self._service.sync(update)
+        return report
 
     async def stage(self, candidate: Candidate) -> Receipt:
         """Stage and verify a gate."""

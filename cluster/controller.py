@@ -47,7 +47,8 @@ class Controller:
         self._router = router
         self._replicas = replicas
         self._health = Health()
-        self.executor = Executor(self.control, desk, self._health, router, replicas, self._sync)
+        self._background = background("versions")
+        self.executor = Executor(self.control, desk, self._health, router, replicas, self._sync, self._background)
         self._router_heard = time.monotonic()
         self._next_probe = 0.0
         self._turn = asyncio.Lock()
@@ -56,7 +57,6 @@ class Controller:
         self._declared = 0
         self._recalls: Counter[int] = Counter()
         self._declaring = asyncio.Lock()
-        self._background = background("prepare")
 
     async def declare(self, desired: Desired, timeout: float) -> dict[str, str]:
         """Take what the owner declares, and bring everything there; returns the versions that then serve.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..experts.errors import DataLoss, ExpertMeshError, FailedPrecondition, Fenced, Unavailable
@@ -14,7 +15,6 @@ from .controller_ports import ReplicaPort, RouterPort
 from .health import Health
 from .orders import Candidate
 from .swap_desk import SwapDesk
-from .upkeep import background
 
 log = logging.getLogger(__name__)
 ROUTER = "router"
@@ -22,7 +22,10 @@ ROUTER = "router"
 
 
 class Executor:
-    """The hands of the controller. `handles` is how replicas are reached, `problem` the last load that failed."""
+    """The hands of the controller. `handles` is how replicas are reached, `problem` the last load that failed.
+
+    `background` are threads of the lowest priority.
+    """
 
     def __init__(
         self,
@@ -32,6 +35,7 @@ class Executor:
         router: RouterPort,
         replicas: ReplicaPort,
         sync: Callable[[], Coroutine[Any, Any, None]],
+        background: ThreadPoolExecutor,
     ) -> None:
         self.control = control
         self.desk = desk
@@ -44,14 +48,14 @@ class Executor:
         self._changed: dict[str, float] = {}
         self._turns: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._background = background("versions", 1)
+        self._background = background
 
     def changed_since(self, member: str, moment: float) -> bool:
         """Whether a replica was told to hold or forget something since then (a time of the event loop)."""
         return self._changed.get(member, 0.0) > moment
 
     async def perform(self, orders: Iterable[Order]) -> None:
-        """Carry out orders: a commit at once, what takes time in a task of its own."""
+        """Carry out orders, what takes time in a task of its own."""
         for order in orders:
             if isinstance(order, StageCandidate):
                 self.spawn(self._in_turn(order.member, self._stage(order)))
@@ -60,7 +64,7 @@ class Executor:
             elif isinstance(order, Unload):
                 self.spawn(self._in_turn(order.member, self._unload(order)))
             elif isinstance(order, CommitSwap):
-                await self._commit(order)
+                self.spawn(self._commit(order))
             elif isinstance(order, Sync):
                 self.spawn(self._sync())
             elif isinstance(order, Answer):

@@ -123,7 +123,7 @@ class SwapDoor:
             raise InvalidRequest("the bytes of a chunk are a tensor `data` of dtype uint8 and one dimension")
         loop = asyncio.get_running_loop()
         state = await loop.run_in_executor(self._disk, self._uploads.write, chunk, tensor.data)
-        if not state.done and self._busy():
+        if self._busy():
             await asyncio.sleep(self._uploads.limits.pause(len(tensor.data)))
         return encode_document("uploaded", asdict(state))
 

@@ -216,7 +216,7 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "retain_epochs": (_whole(0, 1000), "a whole number from 0 to 1000"),
     "max_upload_bytes": (_whole(1, LIMITS.max_bytes), f"a whole number from 1 to {LIMITS.max_bytes}"),
     "max_uploads_bytes": (_whole(1, 1 << 50), "a whole number of at least 1"),
-    "upload_rate": (_whole(2**20, 1 << 50), f"a whole number of bytes a second, at least {2**20}"),
+    "upload_rate": (_whole(1 << 23, 1 << 50), f"a whole number of bytes a second, at least {1 << 23}"),
     "allowed_factories": (_optional(_factories), 'a list of factories, each "module:attribute"'),
     "log_level": (lambda value: value in LOG_LEVELS, f"one of {', '.join(LOG_LEVELS)}"),
 }

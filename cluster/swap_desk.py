@@ -42,6 +42,7 @@ class SwapDesk:
         self._requests: dict[str, SwapRequest] = {}
         self._candidates: dict[str, dict[str, Candidate]] = {}
         self._receipts: dict[str, dict[str, Receipt]] = {}
+        self._written: dict[str, list[VersionRecord]] = {}
         self._rehearsed: set[str] = set()
         self._answers: dict[str, asyncio.Future[SwapResult]] = {}
         self.catalogue = Catalogue(registry, store)
@@ -106,18 +107,22 @@ class SwapDesk:
             self._receipts[swap_id][receipt.id] = receipt
 
     def write(self, swap_id: str, versions: Mapping[str, str]) -> None:
-        """Bring a swap's versions to the disk. Raises Aborted for a rehearsal, and what the disk raises."""
+        """Bring a swap's versions to the disk. Raises Aborted for a rehearsal, DataLoss, and what the disk raises."""
         request = self._requests[swap_id]
         if request.dry_run:
             self._rehearsed.add(swap_id)
             raise Aborted("a rehearsal ends before the commit")
-        for id, version in versions.items():
-            if (id, version) not in self.registry.known():
-                self._store(swap_id, self._candidates[swap_id][id], self._receipts[swap_id][id], request.note)
+        self._written[swap_id] = [
+            self._write(swap_id, self._candidates[swap_id][id], self._receipts[swap_id][id], request.note)
+            for id, version in versions.items()
+            if (id, version) not in self.registry.known()
+        ]
 
     def commit(self, swap_id: str, versions: Mapping[str, str]) -> tuple[int, Mapping[str, str]]:
-        """Make versions that are written the next epoch, durably; returns it. Raises what the disk raises."""
+        """Make what was written the next epoch, durably; returns it. Raises Aborted, and what the disk raises."""
         request = self._requests[swap_id]
+        for record in self._written.get(swap_id, ()):
+            self.registry.add_version(record)
         changes: dict[str, str | None] = dict(versions)
         if request.note == "declared":
             changes |= {id: None for id in self.current() if id not in self.catalogue.declared}
@@ -161,6 +166,7 @@ class SwapDesk:
         """Tell who asked, and forget the swap."""
         answer, request = self._answers.pop(swap_id, None), self._requests.pop(swap_id, None)
         candidates, receipts = self._candidates.pop(swap_id, {}), self._receipts.pop(swap_id, {})
+        self._written.pop(swap_id, None)
         result = self._result(swap_id, request, candidates, receipts, epoch)
         rehearsed = swap_id in self._rehearsed
         self._rehearsed.discard(swap_id)
@@ -238,7 +244,7 @@ class SwapDesk:
             flipped=epoch is not None,
         )
 
-    def _store(self, swap_id: str, candidate: Candidate, receipt: Receipt, note: str) -> None:
+    def _write(self, swap_id: str, candidate: Candidate, receipt: Receipt, note: str) -> VersionRecord:
         id, version = candidate.id, receipt.version
         origin, source, move = candidate.origin, candidate.weights, candidate.note == "upload"
         if candidate.gate is not None:
@@ -262,6 +268,6 @@ class SwapDesk:
             note=note or f"swap {swap_id}",
         )
         self.store.write(id, version, source, {"record": record.to_json()}, move=move)
-        self.registry.add_version(record)
         if ephemeral:
             self.catalogue.built[id, version] = replace(candidate, weights=self.store.weights(id, version))
+        return record

@@ -29,8 +29,8 @@ _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 class UploadLimits:
     """Bytes that one upload, and all uploads together, may have.
 
-    `upload_rate` is how many bytes a second an upload may bring while requests are served: receiving, writing and
-    hashing them takes processor time that requests would wait for.
+    `upload_rate` is how many bytes a second each upload may bring at most while requests are served: receiving, writing
+    and hashing them takes processor time that requests would wait for.
     """
 
     max_upload_bytes: int = 8 * 2**30
@@ -38,7 +38,7 @@ class UploadLimits:
     upload_rate: int = 64 * 2**20
 
     def pause(self, nbytes: int) -> float:
-        """Seconds to wait after a chunk that came while requests are served, so that the rate is kept."""
+        """Seconds to wait after a chunk that came while requests are served, so that the rate is not exceeded."""
         return nbytes / self.upload_rate
 
 

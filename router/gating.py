@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,7 +106,7 @@ class Gating:
         self._start_batch = start_batch
         self._lines: dict[tuple[Any, ...], _Line] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._paces: dict[str, Pace] = {}
+        self._paces: defaultdict[str, Pace] = defaultdict(Pace)
         self._room: dict[str, asyncio.Event] = {}
 
     async def route(self, epoch: Epoch, layer: Layer, request: GateRequest) -> Routed:
@@ -162,7 +163,7 @@ class Gating:
         """How long requests of a line may gather from now on, in seconds."""
         if line.rows >= MAX_BATCH_ROWS:
             return 0.0
-        return self._paces.setdefault(line.layer.name, Pace()).wait(line.rows)
+        return self._paces[line.layer.name].wait(line.rows)
 
     def _serve(self, epoch: Epoch, layer: Layer, taken: list[_Waiting]) -> None:
         try:
@@ -192,16 +193,18 @@ class Gating:
         batch.release()
 
     def _watch(self, batch: Batch) -> None:
-        """Keep the layer's pace: know when the batch has all its answers."""
+        """Keep the layer's pace: know when the batch has all its answers. One without work says nothing of that."""
+        if batch.complete:
+            return
         loop, name = asyncio.get_running_loop(), batch.layer.name
-        pace, begun = self._paces.setdefault(name, Pace()), loop.time()
+        pace, rows, begun = self._paces[name], batch.handle.num_rows, loop.time()
 
         def ended() -> None:
-            pace.ended(loop.time() - begun)
+            pace.ended(rows, loop.time() - begun)
             if name in self._room:
                 self._room[name].set()
 
-        pace.begun(batch.handle.num_rows)
+        pace.begun(rows)
         batch.when_complete(ended)
 
 

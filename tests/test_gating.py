@@ -297,3 +297,80 @@ def test_without_rows_there_is_a_routing_too() -> None:
         assert x.shape == (0, D)
         assert routing.indices_TK.shape[0] == 0
         assert (handle.num_rows, handle.num_pairs) == (0, 0)
+
+
+class Slow(Bench):
+    """A layer whose batches end when the test says so."""
+
+    def finish(self, batch: Batch) -> None:
+        for key, work in batch.assignment.work.items():
+            batch.answer(key, Answered((batch.x[work.rows_R],)))
+
+
+async def slow_bench(monkeypatch: pytest.MonkeyPatch, longest: float) -> tuple[Slow, Layer]:
+    """A bench with a batch of four rows under way, where gathering may take `longest` seconds."""
+    monkeypatch.setattr("expertmesh.router.pace.LONGEST_WAIT", longest)
+    bench, layer = Slow(), layer_of(gates.TopK(D, E, k=2))
+    bench.gating._paces["l"].seconds = 60.0
+    await bench.gating.route(EPOCH, layer, plain(4))
+    return bench, layer
+
+
+async def turns(count: int = 10) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("more", ["rows", "the end of the other"])
+def test_a_small_batch_gathers_until_it_is_as_large_or_alone(monkeypatch: pytest.MonkeyPatch, more: str) -> None:
+    async def main() -> None:
+        bench, layer = await slow_bench(monkeypatch, 50.0)
+        waiting = [asyncio.ensure_future(bench.gating.route(EPOCH, layer, plain(3)))]
+        await turns()
+        assert len(bench.batches) == 1
+        if more == "rows":
+            waiting.append(asyncio.ensure_future(bench.gating.route(EPOCH, layer, plain(1))))
+        else:
+            bench.finish(bench.batches[0])
+        await asyncio.gather(*waiting)
+        assert [batch.x.shape[0] for batch in bench.batches] == [4, 4 if more == "rows" else 3]
+
+    check(main())
+
+
+def test_lines_of_a_layer_wait_each_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        bench, layer = await slow_bench(monkeypatch, 50.0)
+        small = asyncio.ensure_future(bench.gating.route(Epoch(2), layer, plain(1)))
+        await turns()
+        large = asyncio.ensure_future(bench.gating.route(Epoch(3), layer, plain(5)))
+        await turns()
+        assert (large.done(), small.done()) == (True, False)
+        bench.finish(bench.batches[0])
+        await turns()
+        assert not small.done()  # the large one is still under way
+        bench.finish(bench.batches[1])
+        await small
+
+    check(main())
+
+
+def test_nobody_gathers_for_longer_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        bench, layer = await slow_bench(monkeypatch, 0.02)
+        for _ in range(3):
+            await bench.gating.route(EPOCH, layer, plain(1))
+        assert [batch.x.shape[0] for batch in bench.batches] == [4, 1, 1, 1]
+        assert bench.gating._paces["l"].under_way == [4, 1, 1, 1]
+
+    check(main())
+
+
+def test_a_batch_without_work_says_nothing_of_the_pace() -> None:
+    async def main() -> None:
+        bench, layer = Bench(), layer_of(gates.TopK(D, E, k=2))
+        bench.gating._paces["l"].seconds = 60.0
+        await bench.gating.route(EPOCH, layer, plain(0))
+        assert (bench.gating._paces["l"].under_way, bench.gating._paces["l"].seconds) == ([], 60.0)
+
+    check(main())

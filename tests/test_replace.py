@@ -189,7 +189,7 @@ def test_a_local_cluster_leaves_no_thread_behind() -> None:
         with Cluster.start([layer_of(2)], transport="local", port=0, name="replace") as cluster:
             first_versions(cluster.endpoint)
     for thread in set(threading.enumerate()) - before:
-        if thread.name.startswith(("expertmesh", "expert-", "router-torch", "metrics")):
+        if thread.name.startswith(("expertmesh", "expert-", "router-torch", "metrics", "versions", "uploads")):
             thread.join(20)
             assert not thread.is_alive(), thread.name
 

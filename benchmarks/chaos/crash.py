@@ -17,6 +17,7 @@ from expertmesh.cluster.control import Unload
 from expertmesh.cluster.controller_ports import StateSettings
 from expertmesh.cluster.executor import Executor
 from expertmesh.cluster.orders import SwapRequest
+from expertmesh.cluster.records import VersionRecord
 from expertmesh.cluster.swap_desk import SwapDesk
 from expertmesh.experts.errors import ExpertMeshError
 from expertmesh.experts.stage import Receipt
@@ -61,9 +62,10 @@ class CrashingDesk(SwapDesk):
             self.die_at(FLIPPED)
         super().answer(swap_id, epoch, error)
 
-    def _store(self, *version: Any) -> None:
-        super()._store(*version)
+    def _write(self, *version: Any) -> VersionRecord:
+        record = super()._write(*version)
         self.die_at(STORED)
+        return record
 
 
 class CrashingExecutor(Executor):
