@@ -197,14 +197,14 @@ class Gating:
         if batch.complete:
             return
         loop, name = asyncio.get_running_loop(), batch.layer.name
-        pace, rows, begun = self._paces[name], batch.handle.num_rows, loop.time()
+        pace, begun = self._paces[name], loop.time()
 
         def ended() -> None:
-            pace.ended(rows, loop.time() - begun)
+            pace.ended(loop.time() - begun)
             if name in self._room:
                 self._room[name].set()
 
-        pace.begun(rows)
+        pace.begun(batch.handle.num_rows)
         batch.when_complete(ended)
 
 

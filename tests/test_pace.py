@@ -1,4 +1,4 @@
-"""When a batch may begin: alone, or beside one that is no larger, never later than the bound."""
+"""When a batch may begin: alone, or as large as the last that began, never later than the bound."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ def test_a_batch_begins_at_once_while_none_is_under_way(rows: int) -> None:
     pace = Pace()
     assert pace.wait(rows) == 0.0
     pace.begun(7)
-    pace.ended(7, 0.004)
+    pace.ended(0.004)
     assert pace.wait(rows) == 0.0
 
 
 @given(ROWS, ROWS, ROWS)
-def test_a_second_batch_is_at_least_as_large_as_the_one_under_way(first: int, second: int, rows: int) -> None:
+def test_a_second_batch_is_as_large_as_the_last_that_began(first: int, second: int, rows: int) -> None:
     pace = Pace()
     pace.begun(1)
-    pace.ended(1, 0.004)
+    pace.ended(0.004)
     pace.begun(first)
     assert (pace.wait(rows) == 0.0) == (rows >= first)
     pace.begun(second)
     assert pace.wait(5_000) > 0.0  # a third one waits for one of them to end
-    pace.ended(first, 0.002)
+    pace.ended(0.002)
     assert (pace.wait(rows) == 0.0) == (rows >= second)
 
 
@@ -39,6 +39,6 @@ def test_the_wait_follows_what_batches_take_and_is_bounded(seconds: list[float],
         pace.begun(1)
     for taken in seconds:
         pace.begun(1)
-        pace.ended(1, taken)
+        pace.ended(taken)
         assert 0.0 <= pace.wait(rows) <= min(LONGEST_WAIT, max(seconds))
-    assert len(pace.under_way) == AT_ONCE
+    assert pace.under_way == AT_ONCE
