@@ -375,6 +375,20 @@ def test_a_row_on_its_own_cluster_comes_back_as_lines(monkeypatch: pytest.Monkey
     assert live.measured("C9", quick=True) == ([line], {})
 
 
+def test_rounds_of_a_live_row_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = {"balanced": [10.0] * 4, "none": [5.0] * 4, "extra": [10.0] * 4}
+    second = {"balanced": [10.0] * 4, "none": [5.0] * 4, "extra": [8.0] * 4}
+    monkeypatch.setattr(live, "measured", lambda row, quick: ([], {"rates": second}))
+    alone, timeline = live.skewed(quick=True, earlier=None)
+    assert timeline == {}
+    assert [line.ratio for line in alone] == [Ratio(0.8, 0.8, 0.8), Ratio(1.6, 1.6, 1.6)]
+    (balanced, none), _ = live.skewed(quick=False, earlier=([], {"rates": first}))
+    assert balanced.ratio == Ratio(0.9, 0.8, 1.0)  # the rounds disagree, and the interval spans both
+    assert (none.ratio, none.value) == (Ratio(1.8, 1.6, 2.0), 9.0)
+    failed = [Line("C10", "the whole row", "expertmesh", 0.0, verdict="failed: status 1")]
+    assert live.skewed(quick=False, earlier=(failed, {})) == (failed, {})
+
+
 class Said:
     """A process that has printed a line and ended well."""
 

@@ -20,7 +20,10 @@ from benchmarks.compare import Ratio
 from . import live_kill, live_skew, live_swap
 from .verdict import Line
 
-ROWS: dict[str, Callable[[bool], tuple[list[Line], dict[str, Any]]]] = {
+Found = tuple[list[Line], dict[str, Any]]
+"""Lines, and a timeline for a plot."""
+
+ROWS: dict[str, Callable[[bool], Found]] = {
     "C8": live_kill.run,
     "C9": live_swap.run,
     "C10": live_skew.run,
@@ -37,7 +40,7 @@ def main() -> None:
         print(json.dumps({"lines": [asdict(line) for line in lines], "timeline": timeline}), file=told)
 
 
-def measured(row: str, *, quick: bool) -> tuple[list[Line], dict[str, Any]]:
+def measured(row: str, *, quick: bool) -> Found:
     """Run one row in a process of its own; a line says why, where that fails."""
     command = [sys.executable, "-m", __name__, row, "quick" if quick else "full"]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
@@ -49,6 +52,13 @@ def measured(row: str, *, quick: bool) -> tuple[list[Line], dict[str, Any]]:
         return [Line(row, "the whole row", "expertmesh", math.nan, verdict=f"failed: status {process.returncode}")], {}
     told = json.loads(said.splitlines()[-1])
     return [_line(line) for line in told["lines"]], told["timeline"]
+
+
+def skewed(*, quick: bool, earlier: Found | None) -> Found:
+    """C10 measured now, and joined with the round that was measured earlier; there is no timeline."""
+    rounds = [found for found in (earlier, measured("C10", quick=quick)) if found is not None]
+    failed = [lines for lines, told in rounds if "rates" not in told]
+    return (failed[0] if failed else live_skew.lines_of([told["rates"] for _, told in rounds])), {}
 
 
 def _line(told: dict[str, Any]) -> Line:

@@ -9,6 +9,7 @@ Shapes: T rows, D features, E experts.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,8 @@ MADE = "benchmarks.rows.wide:make"
 
 
 def run(quick: bool) -> tuple[list[Line], dict[str, Any]]:
-    """Lines; there is no timeline."""
-    blocks, seconds, warm = (3, 1.5, 0.5) if quick else (7, 1.5, 0.5)
+    """One round: its lines, and in the place of a timeline the rows/s of each block, by case."""
+    blocks, seconds, warm = (3, 1.5, 0.5) if quick else (4, 1.5, 0.5)
     even = [1 / EXPERTS] * EXPERTS
     skewed = [HOT_SHARE, *([(1 - HOT_SHARE) / (EXPERTS - 1)] * (EXPERTS - 1))]
     cases = {"balanced": ("plain", inputs(even)), "none": ("plain", inputs(skewed)), "extra": ("more", inputs(skewed))}
@@ -47,13 +48,20 @@ def run(quick: bool) -> tuple[list[Line], dict[str, Any]]:
                     asked, rows = cases[name]
                     options: dict[str, Any] = {"callers": CALLERS, "count": COUNT, "seconds": seconds, "warm": warm}
                     rates[name].append(capacity(cluster.endpoint, asked, inputs=rows, **options))
+    return lines_of([rates]), {"rates": rates}
+
+
+def lines_of(rounds: Sequence[Mapping[str, Sequence[float]]]) -> list[Line]:
+    """Lines over rounds that lie minutes apart, from the rows/s of their blocks, by case."""
+    rates = {name: [value for one in rounds for value in one[name]] for name in rounds[0]}
+    numbers = [number for number, one in enumerate(rounds) for _ in one["extra"]]
     medians = {name: statistics.median(values) for name, values in rates.items()}
     lines = []
     for base, bound in (("balanced", 0.90), ("none", 1.25)):
         what = f"rows/s, {100 * HOT_SHARE:.0f} % of rows to 1 of {EXPERTS} experts, 25 % more replicas, against {base}"
-        found = ratio(rates["extra"], rates[base])
+        found = ratio(rates["extra"], rates[base], rounds=numbers)
         lines.append(against("C10", what, (medians["extra"], medians[base]), base, found, at_least(bound)))
-    return lines, {}
+    return lines
 
 
 def layer(name: str, replicas: int) -> Layer:
