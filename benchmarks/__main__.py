@@ -22,7 +22,7 @@ from .peers import catalogue as arms
 from .rows import catalogue, facts, hivemind, live, plots, report, run
 from .rows.verdict import Line
 
-LONG = ("C7",)
+LONG = ("C7", "C10")
 """Rows that a quick run has only when they are asked for by name."""
 
 
