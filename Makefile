@@ -47,7 +47,7 @@ bench: $(BENCH_STAMP) ## every comparison with limits and peers, C1 to C11 (up t
 	@mkdir -p $(RESULTS)
 	$(BENCH) --json $(RESULTS)/bench.json --plots $(RESULTS)
 
-bench-quick: $(BENCH_STAMP) ## the same with fewer, shorter blocks (5 minutes)
+bench-quick: $(BENCH_STAMP) ## fewer, shorter blocks, without the slowest rows and arms (5 minutes)
 	@mkdir -p $(RESULTS)
 	$(BENCH) --quick --json $(RESULTS)/bench-quick.json
 

@@ -14,6 +14,8 @@ import pytest
 from expertmesh.cluster.settings import ClusterConfig
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Set before grpc is imported: its fork handlers run in what Ray forks, and may crash it.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
