@@ -97,7 +97,7 @@ def _options(arguments: list[str] | None) -> Any:
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(catalogue.NAMES)}; all by default")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter blocks")
     parser.add_argument("--blocks", type=int, help="how often each arm has its turn (default 7, quick 5)")
-    parser.add_argument("--seconds", type=float, help="of a block (default 0.6, quick 0.25)")
+    parser.add_argument("--seconds", type=float, help="of a block (default 0.4, quick 0.2)")
     parser.add_argument("--tiny", action="store_true", help="one short block on the smallest layer: no figures follow")
     parser.add_argument("--without", metavar="ARM", action="append", default=[], help="leave an arm out; repeatable")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result for machines")

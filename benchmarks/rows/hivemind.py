@@ -20,7 +20,7 @@ from .verdict import Line, decided
 
 ROWS = 512
 LAYER = ("expertmesh_client", "expertmesh_client_2")
-LONGER = 3
+LONGER = 4
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from .session import Effort, Measured, Session
 from .stages import Stages
 from .verdict import Line, lines
 
-FULL, QUICK, TINY = Effort(7, 0.6, rounds=2), Effort(5, 0.25), Effort(1, 0.1)
+FULL, QUICK, TINY = Effort(7, 0.4, rounds=2), Effort(5, 0.2), Effort(1, 0.1)
 
 
 @dataclass

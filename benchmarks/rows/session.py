@@ -25,6 +25,7 @@ ON_RAY = ("ray_naive", "ray_good", "ray_good_2", "ray_good_1")
 """Arms whose Ray belongs to this process."""
 
 STAGED = "expertmesh"
+WARM_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -72,21 +73,21 @@ class _Opened:
     async def warm(self) -> None:
         """A block of each arm that does not count."""
         for name in list(self.arms):
-            if await self._block(name):
+            if await self._block(name, min(self.seconds, WARM_SECONDS)):
                 self.blocks[name] = []
 
     async def take_turn(self, number: int, round_: int) -> None:
         """One block of each arm, in the order of this turn."""
         for name in turn(list(self.arms), number):
-            found = await self._block(name)
+            found = await self._block(name, self.seconds)
             if found:
                 self.blocks[name].append(replace(found, round=round_))
 
-    async def _block(self, name: str) -> Block | None:
+    async def _block(self, name: str, seconds: float) -> Block | None:
         """A block of an arm. One that raises is left out from then on, with all its blocks: the others go on."""
         where = self.party.condition
         try:
-            return await block(self.arms[name], x_TD=_rows(where), in_flight=where.in_flight, seconds=self.seconds)
+            return await block(self.arms[name], x_TD=_rows(where), in_flight=where.in_flight, seconds=seconds)
         except Exception as error:  # noqa: BLE001 (an arm stands on foreign code)
             self.skipped[name] = f"it raised {_words(error)}"
             self.blocks.pop(name, None)
