@@ -65,6 +65,8 @@ def _run(options: Any, say: Any, result: run.Result, kept: Callable[[], None]) -
     """Measure every row into `result`; `kept` is called whenever there is more of it."""
     usual = run.TINY if options.tiny else run.QUICK if options.quick else run.FULL
     effort = replace(usual, blocks=options.blocks or usual.blocks, seconds=options.seconds or usual.seconds)
+    if options.blocks or options.seconds:  # who says how long, gets it
+        effort = replace(effort, limit=math.inf)
     declared = [catalogue.DECLARED[name] for name in options.rows if name in catalogue.DECLARED]
     sizes = {"quick": options.quick, "tiny": options.tiny}
     run.measure(declared, effort, say, **sizes, result=result, without=options.without, told=kept)

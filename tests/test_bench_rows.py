@@ -230,6 +230,18 @@ def test_rounds_share_the_blocks_and_the_first_has_most(count: int, rounds: int)
     assert parts[0] - parts[-1] <= 1
 
 
+@given(st.floats(1, 2000), st.floats(0.01, 1), st.floats(100, 3000))
+def test_a_second_round_is_as_long_as_the_limit_allows(took: float, share: float, limit: float) -> None:
+    effort, timed = Effort(7, 0.6, 2, limit), share * took
+    kept = effort.hurried(took, timed).seconds / effort.seconds
+    assert 1 / 3 - 1e-9 <= kept <= 1
+    second = took - timed * (1 - kept)
+    if 2 * took <= limit:
+        assert kept == 1
+    elif kept > 1 / 3 + 1e-9:
+        assert took + second == pytest.approx(limit)
+
+
 def test_a_later_round_adds_its_blocks() -> None:
     party = Party(SMALL, ("a", "b"))
     first = Measured(party, {"a": blocks(1.0, count=4), "b": blocks(2.0, count=4)}, {})
@@ -246,6 +258,7 @@ class FakeSession:
     def __init__(self) -> None:
         self.seen: list[tuple[list[int], int]] = []
         self.versions: dict[str, str] = {}
+        self.effort, self.timed = Effort(7, 1.0, 2), 0.0
 
     def __enter__(self) -> FakeSession:
         return self

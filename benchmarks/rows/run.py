@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,7 +13,8 @@ from .session import Effort, Measured, Session
 from .stages import Stages
 from .verdict import Line, lines
 
-FULL, QUICK, TINY = Effort(7, 0.4, rounds=2), Effort(5, 0.2), Effort(1, 0.1)
+FULL, QUICK, TINY = Effort(7, 0.4, rounds=2, limit=1320), Effort(5, 0.2), Effort(1, 0.1)
+"""The limit leaves 8 of the 30 minutes of all rows to those that have clusters of their own."""
 
 
 @dataclass
@@ -54,14 +56,20 @@ def measure(
 ) -> None:
     """Measure declared rows into `result`; `told` after each group, so that a run that is cut off loses little.
 
-    Arms run for as long as neighbouring parties need them. Each round measures all parties, with its part of blocks.
+    Arms run for as long as neighbouring parties need them. Each round measures all parties, with its part of blocks;
+    those of the second are shorter where the first took so long that the limit is near.
     """
     wanted = {row.name: comparisons_of(row, quick=quick, tiny=tiny, without=without) for row in rows}
     planned = parties(one for found in wanted.values() for one in found)
     staged = {alone(one.condition) for row in rows if row.stages for one in wanted[row.name]}
     seen = dict[Party, Measured]()
+    begin = time.monotonic()
     with Session(effort, say) as session:
         for round_ in range(effort.rounds):
+            if round_ == 1:
+                session.effort = effort.hurried(time.monotonic() - begin, session.timed)
+                if session.effort != effort:
+                    say(f"the machine is slow: blocks of {session.effort.seconds:.2f} s in the second round")
             blocks = effort.part(round_)
             for group in groups(planned) if blocks else ():
                 for found in session.run(group, blocks=blocks, round_=round_, staged=staged - result.stages.keys()):

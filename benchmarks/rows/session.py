@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -30,7 +32,7 @@ WARM_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Effort:
-    """How many blocks, of how many seconds, and in how many rounds.
+    """How many blocks, of how many seconds, and in how many rounds; all rounds within `limit` seconds, if they can.
 
     What the neighbours of a virtual machine do changes with the minutes: blocks that follow each other agree with one
     another, and an interval of theirs is too narrow. Those of two rounds lie minutes apart.
@@ -39,10 +41,20 @@ class Effort:
     blocks: int
     seconds: float
     rounds: int = 1
+    limit: float = math.inf
 
     def part(self, round_: int) -> int:
         """How many of the blocks belong to a round."""
         return (self.blocks + self.rounds - 1 - round_) // self.rounds
+
+    def hurried(self, took: float, timed: float) -> Effort:
+        """With blocks as much shorter as a second round needs to end within the limit, after a first that took so long.
+
+        Of what the first took, `timed` seconds were blocks: no more can be saved. A third of a block is kept.
+        """
+        over = 2 * took - self.limit
+        kept = min(1.0, max(1 / 3, 1 - over / timed)) if over > 0 and timed > 0 else 1.0
+        return replace(self, seconds=kept * self.seconds)
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,8 @@ class Session:
     _ray: ExitStack = field(default_factory=ExitStack)
     _has_ray: bool = False
     versions: dict[str, str] = field(default_factory=dict)
+    timed: float = 0.0
+    """Seconds that blocks took."""
 
     def __enter__(self) -> Session:
         return self
@@ -132,10 +146,12 @@ class Session:
         """
         self._make_room(group)
         opened = [self._opened(party) for party in group]
+        begin = time.monotonic()
         for number in range(self.effort.blocks if blocks is None else blocks):
             for one in opened:
                 self._loop.run_until_complete(one.take_turn(number, round_))
             between()
+        self.timed += time.monotonic() - begin
         left = set(staged)
         return [Measured(one.party, one.blocks, one.skipped, self._stages(one, left)) for one in opened]
 
