@@ -98,7 +98,7 @@ def _options(arguments: list[str] | None) -> Any:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(catalogue.NAMES)}; all by default")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter blocks")
-    parser.add_argument("--blocks", type=int, help="how often each arm has its turn (default 7, quick 5)")
+    parser.add_argument("--blocks", type=int, help="how often each arm has its turn (default 7, quick 4)")
     parser.add_argument("--seconds", type=float, help="of a block (default 0.4, quick 0.2)")
     parser.add_argument("--tiny", action="store_true", help="one short block on the smallest layer: no figures follow")
     parser.add_argument("--without", metavar="ARM", action="append", default=[], help="leave an arm out; repeatable")

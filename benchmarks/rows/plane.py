@@ -8,10 +8,15 @@ GOOD_RAY = ("ray_good", "ray_good_2", "ray_good_1")
 """With an actor for each expert, on two and on one: as the product's placements here."""
 
 
+def _placements(quick: bool) -> tuple[str, ...]:
+    """An actor for each expert takes long to start: a quick run goes without, and so without the table of stages."""
+    return PLACEMENTS[1:] if quick else PLACEMENTS
+
+
 def _against_the_limit(rows: int, bound: float, quick: bool) -> list[Comparison]:
     """bf16 decides; fp32 on two actors and, for a plot over actors, four of them are printed."""
     headline = Condition("L", "bf16", rows, 4)
-    found = [Comparison(headline, PLACEMENTS, (LIMIT,), target=at_least(bound))]
+    found = [Comparison(headline, _placements(quick), (LIMIT,), target=at_least(bound))]
     if not quick:
         found.append(Comparison(headline, ("expertmesh_4",), (LIMIT,)))
         found.append(Comparison(Condition("L", "fp32", rows, 4), PLACEMENTS[1:], (LIMIT,)))
@@ -20,9 +25,8 @@ def _against_the_limit(rows: int, bound: float, quick: bool) -> list[Comparison]
 
 def _added_latency(quick: bool) -> list[Comparison]:
     found = []
-    placements, good = (PLACEMENTS[1:], GOOD_RAY[1:]) if quick else (PLACEMENTS, GOOD_RAY)
-    ours = (*placements, "expertmesh_1")
-    for theirs, bound in ((("ray_naive",), 0.10), (good, 0.20)):
+    ours = (*_placements(quick), "expertmesh_1")
+    for theirs, bound in ((("ray_naive",), 0.10), (GOOD_RAY[1:] if quick else GOOD_RAY, 0.20)):
         for rows in (1, 64) if quick else (1, 8, 64):
             condition = Condition("S", "bf16", rows, 1)
             found.append(Comparison(condition, ours, theirs, ADDED, at_most(bound)))
@@ -32,8 +36,8 @@ def _added_latency(quick: bool) -> list[Comparison]:
 def _against_naive_ray(quick: bool) -> list[Comparison]:
     small, large = Condition("S", "bf16", 32, 4), Condition("L", "bf16", 512, 4)
     return [
-        Comparison(small, PLACEMENTS[1:] if quick else PLACEMENTS, ("ray_naive",), target=at_least(4.0)),
-        Comparison(large, PLACEMENTS, ("ray_naive",), target=at_least(1.25)),
+        Comparison(small, _placements(quick), ("ray_naive",), target=at_least(4.0)),
+        Comparison(large, _placements(quick), ("ray_naive",), target=at_least(1.25)),
     ]
 
 

@@ -13,7 +13,7 @@ from .session import Effort, Measured, Session
 from .stages import Stages
 from .verdict import Line, lines
 
-FULL, QUICK, TINY = Effort(7, 0.4, rounds=2, limit=1320), Effort(5, 0.2), Effort(1, 0.1)
+FULL, QUICK, TINY = Effort(7, 0.4, rounds=2, limit=1320), Effort(4, 0.2), Effort(1, 0.1)
 """The limit leaves 8 of the 30 minutes of all rows to those that have clusters of their own."""
 
 
