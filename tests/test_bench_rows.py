@@ -285,6 +285,13 @@ def test_rounds_lie_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(found.blocks["expertmesh_2"]) for found in result.measured] == [7] * 6
     assert [block.round for block in result.measured[0].blocks["gloo"]] == [0] * 4 + [1] * 3
     assert {line.verdict for line in result.lines} == {"reached"}
+    assert session.effort.seconds == 1.0  # the first round took no time
+
+    said: list[str] = []
+    session.timed = 1000.0
+    run.measure(rows, Effort(7, 1.0, 2, limit=-500.0), said.append, quick=False, tiny=False, result=result)
+    assert session.effort.seconds == pytest.approx(0.5, abs=0.05)
+    assert said == ["the machine is slow: blocks of 0.50 s in the second round"]
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ class Part:
     target: Target
 
     def of(self, other: hivemind.Hivemind, seconds: float) -> dict[str, float]:
-        """A block of hivemind's, `LONGER` times as long: its calls take longer, and its rate has the ramps in it."""
+        """A block of hivemind's, `LONGER` times as long, because its calls take longer."""
         return other.block(self.what, self.condition.rows, self.condition.in_flight, LONGER * seconds)
 
     @property
