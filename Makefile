@@ -29,7 +29,7 @@ test: $(STAMP) ## the whole suite, on real Ray and real gRPC too (minutes)
 	$(BIN)/python -m pytest
 
 test-ray: $(STAMP) ## the tests on real Ray once more, with rows through Ray's calls in place of the channel
-	$(BIN)/python -m pytest tests/test_ray_*.py --transport ray
+	$(BIN)/python -m pytest tests/ray --transport ray
 
 check: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -20,8 +20,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from expertmesh.cluster.channel_protocol import LENGTH
-from expertmesh.cluster.framed_socket import FramedSocket, tuned
+from expertmesh.cluster.channel.framed_socket import FramedSocket, tuned
+from expertmesh.cluster.channel.messages import LENGTH
 
 SIZES = {"64 B": 64, "64 KiB": 64 * 1024, "1 MiB": 1024 * 1024}
 Echo = Callable[[bytes], Awaitable[None]]

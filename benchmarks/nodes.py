@@ -19,7 +19,7 @@ from benchmarks.compare import interleaved, ratio
 from benchmarks.home import own_home
 
 from expertmesh import Client, Cluster, Expert, Layer, gates
-from expertmesh.cluster.ray_environment import load_backend
+from expertmesh.cluster.runtime.ray_environment import load_backend
 
 
 @contextmanager

@@ -25,10 +25,10 @@ from benchmarks.compare import interleaved, ratio
 from torch import Tensor
 
 from expertmesh.experts.modules import PackedExperts
-from expertmesh.router.combine import combine
-from expertmesh.router.dispatch import dispatch
 from expertmesh.router.gates import TopK
-from expertmesh.router.local import LocalLayer
+from expertmesh.router.mixture.combine import combine
+from expertmesh.router.mixture.dispatch import dispatch
+from expertmesh.router.mixture.local import LocalLayer
 
 TARGET = 1.03
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.thread_time}

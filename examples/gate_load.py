@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from expertmesh.router import gates, losses
-from expertmesh.router.capacity import Capacity
 from expertmesh.router.gates import Routing
+from expertmesh.router.mixture.capacity import Capacity
 
 ROWS, WIDTH, EXPERTS, CLUSTERS, K = 4096, 64, 16, 12, 2
 SHAPE = {"in_features": WIDTH, "num_experts": EXPERTS}

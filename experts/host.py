@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .device_rows import to_device, to_host_all
+from .construct.factory import RowFunction, build
+from .construct.probe import complete
 from .errors import ExpertMeshError, NotFound
-from .factory import RowFunction, build
-from .identity import expert_digest, version_name
-from .partial_sum import add_up
-from .probe import complete
+from .identity.version_name import expert_digest, version_name
 from .protocol import ExpertCall, ExpertReply, Part, PartFailure
 from .spec import Expert, TensorSpec
-from .stage import Proposal, Receipt, stage
-from .weights import tensor_digest
+from .staging.stage import Proposal, Receipt, stage
+from .sums.device_rows import to_device, to_host_all
+from .sums.partial_sum import add_up
+from .weights.files import tensor_digest
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from expertmesh.cluster.settings import ClusterConfig
+from expertmesh.cluster.config.cluster_config import ClusterConfig
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Set before grpc is imported: its fork handlers run in what Ray forks, and may crash it.

@@ -8,14 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from expertmesh.cluster.actors import ControllerActor, LogSettings
-from expertmesh.cluster.controller_ports import StateSettings
-from expertmesh.cluster.swap_desk import SwapDesk
+from expertmesh.cluster.control.ports import StateSettings
+from expertmesh.cluster.control.swap_transactions import SwapTransactions
+from expertmesh.cluster.runtime.ray_actors import ControllerActor, LogSettings
 
 from .flip_times import commit_file
 
 
-class NotingDesk(SwapDesk):
+class NotingDesk(SwapTransactions):
     """Writes a line for each epoch that it commits."""
 
     def commit(self, swap_id: str, versions: Mapping[str, str]) -> tuple[int, Mapping[str, str]]:
@@ -30,4 +30,4 @@ class NotingControllerActor(ControllerActor):
 
     def __init__(self, settings: StateSettings, logs: LogSettings) -> None:
         super().__init__(settings, logs)
-        self._controller.desk.__class__ = NotingDesk
+        self._controller.transactions.__class__ = NotingDesk

@@ -12,20 +12,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from expertmesh.cluster.actors import ControllerActor, LogSettings
-from expertmesh.cluster.control import Unload
-from expertmesh.cluster.controller_ports import StateSettings
-from expertmesh.cluster.executor import Executor
-from expertmesh.cluster.orders import SwapRequest
-from expertmesh.cluster.records import VersionRecord
-from expertmesh.cluster.swap_desk import SwapDesk
+from expertmesh.cluster.control.executor import Executor
+from expertmesh.cluster.control.messages import SwapRequest
+from expertmesh.cluster.control.ports import StateSettings
+from expertmesh.cluster.control.reconciler import UnloadVersion
+from expertmesh.cluster.control.swap_transactions import SwapTransactions
+from expertmesh.cluster.runtime.ray_actors import ControllerActor, LogSettings
+from expertmesh.cluster.state.records import VersionRecord
 from expertmesh.experts.errors import ExpertMeshError
-from expertmesh.experts.stage import Receipt
+from expertmesh.experts.staging.stage import Receipt
 
 from .crash_steps import COMMITTED, FLIPPED, JOURNALLED, READY, RETIRING, STAGING, STORED, crash_file
 
 
-class CrashingDesk(SwapDesk):
+class CrashingDesk(SwapTransactions):
     """Dies in the middle of its paperwork."""
 
     crash: Path
@@ -71,9 +71,9 @@ class CrashingDesk(SwapDesk):
 class CrashingExecutor(Executor):
     """Dies when it begins to retire what a swap has replaced."""
 
-    async def _unload(self, order: Unload) -> None:
-        if isinstance(self.desk, CrashingDesk):
-            self.desk.die_at(RETIRING)
+    async def _unload(self, order: UnloadVersion) -> None:
+        if isinstance(self.transactions, CrashingDesk):
+            self.transactions.die_at(RETIRING)
         await super()._unload(order)
 
 
@@ -83,6 +83,6 @@ class CrashingControllerActor(ControllerActor):
     def __init__(self, settings: StateSettings, logs: LogSettings) -> None:
         super().__init__(settings, logs)
         self._controller.executor.__class__ = CrashingExecutor
-        desk = self._controller.desk
-        desk.__class__ = CrashingDesk
-        vars(desk)["crash"] = crash_file(settings.state_dir)
+        transactions = self._controller.transactions
+        transactions.__class__ = CrashingDesk
+        vars(transactions)["crash"] = crash_file(settings.state_dir)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from .checker import MIXED, RIGHT, Checker
-from .load import Load, Seen
+from .load import Load, SeenEpoch
 
 
 def quantile(values: Iterable[float], share: float) -> float:
@@ -18,28 +18,28 @@ def quantile(values: Iterable[float], share: float) -> float:
     return found[max(0, math.ceil(share * len(found)) - 1)] if found else math.nan
 
 
-def between(seen: Iterable[Seen], begin: float, end: float) -> list[Seen]:
+def between(seen: Iterable[SeenEpoch], begin: float, end: float) -> list[SeenEpoch]:
     """The requests that were due in a span of time."""
     return [one for one in seen if begin <= one.due < end]
 
 
-def p99_ms(seen: Iterable[Seen]) -> float:
+def p99_ms(seen: Iterable[SeenEpoch]) -> float:
     """The 99th percentile of the latency in milliseconds; a request that failed counts as never answered."""
     return 1000 * quantile((math.inf if one.error else one.latency for one in seen), 0.99)
 
 
-def rows_per_second(seen: Iterable[Seen], begin: float, end: float, count: int) -> float:
+def rows_per_second(seen: Iterable[SeenEpoch], begin: float, end: float, count: int) -> float:
     """Rows that were answered in a span of time, a second."""
     return sum(count for one in seen if not one.error and begin <= one.done < end) / (end - begin)
 
 
-def longest_gap(seen: Iterable[Seen], begin: float, end: float) -> float:
+def longest_gap(seen: Iterable[SeenEpoch], begin: float, end: float) -> float:
     """The longest time without an answer in a span, in seconds."""
     times = [begin, *sorted(one.done for one in seen if not one.error and begin <= one.done <= end), end]
     return max(later - earlier for earlier, later in itertools.pairwise(times))
 
 
-def went_back(seen: Sequence[Seen]) -> int:
+def went_back(seen: Sequence[SeenEpoch]) -> int:
     """How many requests of one client were answered from an older epoch than one answered before they were sent."""
     events = sorted([(one.done, 0, one.reply.epoch) for one in seen if not one.error], key=lambda event: event[:2])
     newest, place, found = 0, 0, 0

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from expertmesh.cluster.runfile import home
+from expertmesh.cluster.machine.run_files import home
 
-from .load import Seen
+from .load import SeenEpoch
 
 ROUTER = {"RouterActor": "benchmarks.chaos.flips:NotingRouterActor"}
 CONTROLLER = {"ControllerActor": "benchmarks.chaos.commits:NotingControllerActor"}
@@ -44,7 +44,7 @@ def moments(file: Path) -> dict[int, float]:
     return times
 
 
-def overlapped(seen: Iterable[Seen], flips: Iterable[float]) -> int:
+def overlapped(seen: Iterable[SeenEpoch], flips: Iterable[float]) -> int:
     """How many answered requests had been sent before a flip, and were answered after it."""
     moments = list(flips)
     return sum(any(one.sent < flip < one.done for flip in moments) for one in seen if not one.error)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import time
 
-from expertmesh.cluster.actors import LogSettings, RouterActor
-from expertmesh.cluster.channel_settings import ChannelSettings
-from expertmesh.cluster.service import ServiceSettings
-from expertmesh.router.epochs import Epoch
-from expertmesh.router.forward import Router
+from expertmesh.cluster.channel.settings import ChannelSettings
+from expertmesh.cluster.runtime.ray_actors import LogSettings, RouterActor
+from expertmesh.cluster.runtime.router_process import ServiceSettings
+from expertmesh.router.epochs.epochs import Epoch
+from expertmesh.router.request.forward import Router
 
 from .flip_times import flip_file
 

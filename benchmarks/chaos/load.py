@@ -25,7 +25,7 @@ FREEZE_EVERY = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class SeenEpoch:
     """One request: its number, when it was due, sent and done (monotonic seconds), its reply or the error's name."""
 
     number: int
@@ -59,7 +59,7 @@ class Load:
         timeout: float = 10.0,
         inputs: Sequence[Any] | None = None,
     ) -> None:
-        self.seen: list[Seen] = []
+        self.seen: list[SeenEpoch] = []
         self.count = count
         self.inputs = [rows(number, count) for number in range(POOL)] if inputs is None else inputs
         self._endpoint, self._layer, self._timeout = endpoint, layer, timeout
@@ -72,13 +72,13 @@ class Load:
         self._thread.start()
         return self
 
-    def stop(self) -> list[Seen]:
+    def stop(self) -> list[SeenEpoch]:
         """Send nothing more, wait for what is under way, and return all that was seen."""
         self._stop.set()
         self._thread.join()
         return self.seen
 
-    def input(self, seen: Seen) -> Any:
+    def input(self, seen: SeenEpoch) -> Any:
         """The rows of a request."""
         return self.inputs[seen.number % len(self.inputs)]
 
@@ -123,9 +123,9 @@ class Load:
             reply = await client.call(self._layer, x)
         except errors.ExpertMeshError as error:
             name = f"{type(error).__name__}: {error.message[:160]}"
-            self.seen.append(Seen(number, due, sent, time.monotonic(), error=name))
+            self.seen.append(SeenEpoch(number, due, sent, time.monotonic(), error=name))
         else:
-            self.seen.append(Seen(number, due, sent, time.monotonic(), reply))
+            self.seen.append(SeenEpoch(number, due, sent, time.monotonic(), reply))
 
 
 def capacity(
@@ -152,6 +152,6 @@ def capacity(
     return sum(count * share(seen, begin, end) for seen in load.stop() if not seen.error) / (end - begin)
 
 
-def share(seen: Seen, begin: float, end: float) -> float:
+def share(seen: SeenEpoch, begin: float, end: float) -> float:
     """How much of a request's time lies between two moments, as a fraction of all of it."""
     return max(0.0, min(seen.done, end) - max(seen.sent, begin)) / (seen.done - seen.sent)

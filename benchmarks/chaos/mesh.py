@@ -15,9 +15,9 @@ import torch
 from benchmarks.home import own_home
 
 from expertmesh import Client, Cluster, Expert, Layer, TensorSpec, errors, gates
-from expertmesh.cluster.ray_environment import load_backend
-from expertmesh.experts.factory import locate
-from expertmesh.experts.weights import load_tensors, save_tensors
+from expertmesh.cluster.runtime.ray_environment import load_backend
+from expertmesh.experts.construct.factory import locate
+from expertmesh.experts.weights.files import load_tensors, save_tensors
 
 from .checker import Ledger
 from .exact import WIDTH, Maker, Shape

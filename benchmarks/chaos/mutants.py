@@ -10,10 +10,10 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
-from expertmesh.cluster.actors import ControllerActor, ExpertActor
-from expertmesh.cluster.control import StageCandidate
-from expertmesh.cluster.executor import ROUTER, Executor
-from expertmesh.cluster.orders import proposal_of
+from expertmesh.cluster.control.executor import ROUTER, Executor
+from expertmesh.cluster.control.messages import proposal_of
+from expertmesh.cluster.control.reconciler import StageCandidate
+from expertmesh.cluster.runtime.ray_actors import ControllerActor, ExpertActor
 from expertmesh.experts.errors import ExpertMeshError
 from expertmesh.experts.host import ExpertHost
 from expertmesh.experts.protocol import Part
@@ -29,18 +29,18 @@ class FlipsEarly(Executor):
             await super()._stage(order)
             return
         member, incarnation, swap_id, id = order.member, order.incarnation, order.swap_id, order.id
-        candidate = self.desk.candidate(swap_id, id)
+        candidate = self.transactions.candidate(swap_id, id)
         proposal = replace(proposal_of(candidate), weights=candidate.weights)
         try:
             receipt = await asyncio.to_thread(ExpertHost().stage, proposal)
         except ExpertMeshError as error:
             await self.perform(self.control.stage_refused(swap_id, member, incarnation, id, error))
             return
-        self.desk.keep_receipt(swap_id, receipt)
+        self.transactions.keep_receipt(swap_id, receipt)
         self._holds(member, incarnation, id, receipt.version)
         await self.perform(self.control.staged(swap_id, member, incarnation, id, receipt.version))
         await asyncio.sleep(LATE_SECONDS)
-        await self._staged_at(member, self.desk.catalogue.recorded(id, receipt.version))
+        await self._staged_at(member, self.transactions.catalogue.recorded(id, receipt.version))
 
 
 class AnswersWithNewest(ExpertHost):

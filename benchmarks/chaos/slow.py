@@ -12,7 +12,7 @@ from expertmesh import Expert, Layer, TensorSpec, gates
 
 from .checker import Checker
 from .figures import between, harm, judged, p99_ms, quantile, say, say_judged, say_load
-from .load import Load, Seen, capacity
+from .load import Load, SeenEpoch, capacity
 from .mesh import Mesh, chaos_mesh
 
 LOAD_SHARE = 0.3
@@ -53,8 +53,8 @@ def run(mesh: Mesh, options: argparse.Namespace) -> list[str]:
     full = capacity(endpoint, mesh.shape.layer, seconds=4.0)
     say("capacity of the quick layer, rows/s", full)
     load = Load(endpoint, mesh.shape.layer, rate=LOAD_SHARE * full / 4).start()
-    spans: dict[bool, list[Seen]] = {False: [], True: []}
-    asked: list[Seen] = []
+    spans: dict[bool, list[SeenEpoch]] = {False: [], True: []}
+    asked: list[SeenEpoch] = []
     try:
         for beside in (False, True, False, True):
             begin = time.monotonic()
@@ -81,7 +81,7 @@ def run(mesh: Mesh, options: argparse.Namespace) -> list[str]:
     return problems + ([f"{late} requests to the slow layer ended after their deadline"] if late else [])
 
 
-def _slow_load(endpoint: str, options: argparse.Namespace) -> list[Seen]:
+def _slow_load(endpoint: str, options: argparse.Namespace) -> list[SeenEpoch]:
     inputs = [np.full((1, 4), number, np.float32) for number in range(16)]
     load = Load(
         endpoint, "slow", rate=options.times / options.slow, count=1, timeout=SLOW_TIMEOUT, inputs=inputs
@@ -90,7 +90,7 @@ def _slow_load(endpoint: str, options: argparse.Namespace) -> list[Seen]:
     return load.stop()
 
 
-def _say_slow(asked: list[Seen]) -> int:
+def _say_slow(asked: list[SeenEpoch]) -> int:
     ends = Counter(one.error.partition(":")[0] or "answered" for one in asked)
     say("slow layer, requests", len(asked), ", ".join(f"{number} {name}" for name, number in ends.most_common()))
     say("slow layer, seconds from sending, p50", quantile((one.done - one.sent for one in asked), 0.5))

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from expertmesh.experts.modules import PackedExperts
-from expertmesh.router.combine import combine
-from expertmesh.router.dispatch import dispatch
+from expertmesh.router.mixture.combine import combine
+from expertmesh.router.mixture.dispatch import dispatch
 
 from .model import Shape, gate, packed
 

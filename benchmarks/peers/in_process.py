@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from expertmesh.router.local import LocalLayer
+from expertmesh.router.mixture.local import LocalLayer
 
 from .arm import Arm
 from .model import Shape, expert, gate, packed, reference

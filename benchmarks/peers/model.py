@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from expertmesh.experts.modules import FeedForward, PackedExperts
 from expertmesh.router.gates import TopK
-from expertmesh.router.local import LocalLayer
+from expertmesh.router.mixture.local import LocalLayer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}

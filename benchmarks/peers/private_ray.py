@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from expertmesh.cluster.reaper import MARKER, end_marked_processes, start_reaper
+from expertmesh.cluster.runtime.ray_reaper import MARKER, end_marked_processes, start_reaper
 
 from .arm import ArmUnavailable
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from expertmesh import AsyncClient
-from expertmesh.cluster.channel import ChannelTransport
+from expertmesh.cluster.channel.router_end import ChannelTransport
 from expertmesh.experts.protocol import CallOptions
 from expertmesh.experts.version import version
-from expertmesh.router.answer import ForwardRequest
-from expertmesh.router.epochs import Epoch
-from expertmesh.router.forward import Router
-from expertmesh.router.replicas import Replica
+from expertmesh.router.epochs.epochs import Epoch
+from expertmesh.router.fanout.replica_view import Replica
+from expertmesh.router.request.answer import ForwardRequest
+from expertmesh.router.request.forward import Router
 
 from .arm import Arm
 from .helper import Helper

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertmesh.router.combine import combine
-from expertmesh.router.dispatch import dispatch
+from expertmesh.router.mixture.combine import combine
+from expertmesh.router.mixture.dispatch import dispatch
 
 from .arm import Arm
 from .model import Shape, expert, gate

@@ -22,8 +22,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from torch import Tensor
 
-from expertmesh.router.combine import combine
-from expertmesh.router.dispatch import dispatch
+from expertmesh.router.mixture.combine import combine
+from expertmesh.router.mixture.dispatch import dispatch
 
 from .model import Shape, expert, gate
 from .ray_good import Bytes, to_bytes, to_rows

@@ -18,17 +18,18 @@ from typing import Any
 from benchmarks.peers.arm import Arm
 from torch import Tensor
 
-from expertmesh.cluster import channel
+from expertmesh.cluster.channel import router_end
 from expertmesh.experts.protocol import ExpertReply
-from expertmesh.router import answer, fanout, forward, gating
+from expertmesh.router.fanout import fanout
+from expertmesh.router.request import answer, forward, gating
 
 NAMES = ("admit", "gate", "dispatch", "channel", "queue", "compute", "combine", "reply")
 PARTS = (
     (forward, "assign"),
     (fanout, "build_call"),
-    (channel, "encode_call"),
-    (channel, "decode"),
-    (channel, "decode_reply"),
+    (router_end, "encode_call"),
+    (router_end, "decode"),
+    (router_end, "decode_reply"),
 )
 """Functions that are timed beside the stages, as parts of dispatch and of the way back."""
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.chaos.figures import quantile
-from benchmarks.chaos.load import Seen
+from benchmarks.chaos.load import SeenEpoch
 from benchmarks.compare import Ratio
 
 from .case import Target
@@ -29,7 +29,7 @@ def against(row: str, what: str, pair: tuple[float, float], base: str, ratio: Ra
     return Line(row, what, OURS, pair[0], {base: pair[1]}, ratio, str(target or ""), verdict)
 
 
-def quantile_ratio(ours: Sequence[Seen], theirs: Sequence[Seen], share: float, draws: int = 500) -> Ratio:
+def quantile_ratio(ours: Sequence[SeenEpoch], theirs: Sequence[SeenEpoch], share: float, draws: int = 500) -> Ratio:
     """The ratio of a quantile of latency in two spans; its interval draws whole seconds, as neighbours are alike."""
     generator = random.Random(0)
     seconds = [_by_second(ours), _by_second(theirs)]
@@ -43,7 +43,7 @@ def quantile_ratio(ours: Sequence[Seen], theirs: Sequence[Seen], share: float, d
     return Ratio(whole[0] / whole[1], ratios[int(0.025 * draws)], ratios[int(0.975 * draws)])
 
 
-def timeline(seen: Iterable[Seen], begin: float, marks: Sequence[float], name: str) -> dict[str, Any]:
+def timeline(seen: Iterable[SeenEpoch], begin: float, marks: Sequence[float], name: str) -> dict[str, Any]:
     """Latencies over time, for a plot: seconds since `begin`, milliseconds, and the moments that are marked."""
     points = [(one.due - begin, None if one.error else 1000 * one.latency) for one in seen]
     return {
@@ -54,7 +54,7 @@ def timeline(seen: Iterable[Seen], begin: float, marks: Sequence[float], name: s
     }
 
 
-def _by_second(seen: Sequence[Seen]) -> list[list[float]]:
+def _by_second(seen: Sequence[SeenEpoch]) -> list[list[float]]:
     found: dict[int, list[float]] = defaultdict(list)
     for one in seen:
         found[int(one.due)].append(float("inf") if one.error else one.latency)

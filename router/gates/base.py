@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...experts.errors import ConfigError, DataLoss, InvalidRequest, SpecMismatch
-from ...experts.weights import load_tensors, save_tensors
+from ...experts.weights.files import load_tensors, save_tensors
 from .routing import Routing
 from .selection import checked_mask, checked_scores
 

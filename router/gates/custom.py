@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...experts.construct.factory import locate
 from ...experts.errors import InvalidRequest, SpecMismatch
-from ...experts.factory import locate
 from .base import Gate
 from .routing import Routing
 from .softmax import check_softmax, softmax_top_k

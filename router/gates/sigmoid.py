@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .groups import check_groups, limit_groups
 from .linear import LinearGate
 from .routing import Routing
-from .selection import exact_sigmoid, masked, pick, top
+from .selection import check_groups, exact_sigmoid, limit_groups, masked, pick, top
 
 
 class Sigmoid(LinearGate):

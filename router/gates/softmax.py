@@ -10,10 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from ...experts.errors import ConfigError
-from .groups import check_groups, limit_groups
 from .linear import LinearGate
 from .routing import Routing
-from .selection import masked, pick, top
+from .selection import check_groups, limit_groups, masked, pick, top
 
 
 def softmax_top_k(

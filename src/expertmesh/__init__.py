@@ -29,31 +29,31 @@ from .experts.errors import (
     Unavailable,
     VersionGone,
 )
-from .experts.extras import load
+from .experts.optional_imports import load
 from .experts.version import version
 
 if TYPE_CHECKING:
-    from .cluster.client import AsyncClient, Client
-    from .cluster.config import ClusterConfig
-    from .cluster.launch import Cluster
-    from .cluster.replies import Reply
-    from .cluster.swap_protocol import Lease, SwapOutcome
+    from .cluster.client.client import AsyncClient, Client
+    from .cluster.client.reply import Reply
+    from .cluster.config.loader import ClusterConfig
+    from .cluster.owner.cluster import Cluster
+    from .cluster.rpc.swaps import Lease, SwapOutcome
     from .experts.spec import Expert, TensorSpec
     from .router import gates
-    from .router.layer import Layer
+    from .router.mixture.layer import Layer
 
     __version__: str
 
 _MODULES = {
-    "AsyncClient": "cluster.client",
-    "Client": "cluster.client",
-    "Cluster": "cluster.launch",
-    "ClusterConfig": "cluster.config",
+    "AsyncClient": "cluster.client.client",
+    "Client": "cluster.client.client",
+    "Cluster": "cluster.owner.cluster",
+    "ClusterConfig": "cluster.config.loader",
     "Expert": "experts.spec",
-    "Layer": "router.layer",
-    "Lease": "cluster.swap_protocol",
-    "Reply": "cluster.replies",
-    "SwapOutcome": "cluster.swap_protocol",
+    "Layer": "router.mixture.layer",
+    "Lease": "cluster.rpc.swaps",
+    "Reply": "cluster.client.reply",
+    "SwapOutcome": "cluster.rpc.swaps",
     "TensorSpec": "experts.spec",
     "gates": "router.gates",
 }

@@ -11,14 +11,14 @@ from sim.replica import Replica
 from sim.router import Router
 from sim.world import Broken, World
 
-from expertmesh.cluster.control import Control, Order
-from expertmesh.cluster.retention import Versions
-from expertmesh.cluster.swap import Commit, Effect, MemberSeen, Phase, Swap, Swaps
-from expertmesh.router.epochs import Epoch, Epochs
+from expertmesh.cluster.control.reconciler import Action, Reconciler
+from expertmesh.cluster.control.retention import Versions
+from expertmesh.cluster.control.swap import Commit, Effect, MemberReported, Phase, Swap, Swaps
+from expertmesh.router.epochs.epochs import Epoch, Epochs
 
 
-def _control_with(swap: type[Swap]) -> type[Control]:
-    """A `Control` whose swaps are of another make."""
+def _control_with(swap: type[Swap]) -> type[Reconciler]:
+    """A `Reconciler` whose swaps are of another make."""
 
     class Others(Swaps):
         def begin(self, swap_id: str, ids: frozenset[str], draining: object = ()) -> Swap:
@@ -26,7 +26,7 @@ def _control_with(swap: type[Swap]) -> type[Control]:
             self._active[swap_id] = swap(swap_id, ids)
             return self._active[swap_id]
 
-    class Changed(Control):
+    class Changed(Reconciler):
         def __init__(self) -> None:
             super().__init__()
             self.swaps = Others()
@@ -52,25 +52,25 @@ class CountsOldReceipts(Swap):
         super()._forget(member)
         self._receipts = kept
 
-    def _member(self, event: MemberSeen) -> list[Effect]:
+    def _member(self, event: MemberReported) -> list[Effect]:
         return [*super()._member(event), *self._ready()]
 
 
-class RetiresEarly(Control):
+class RetiresEarly(Reconciler):
     """Does not look at pins before it unloads."""
 
     def _pinned(self) -> list[int]:
         return []
 
 
-class ForgetsRoutersAtStart(Control):
+class ForgetsRoutersAtStart(Reconciler):
     """Unloads after a restart although it does not know yet what routers pin."""
 
-    def restore(self, epochs: Mapping[int, Versions], routers: object = ()) -> list[Order]:
+    def restore(self, epochs: Mapping[int, Versions], routers: object = ()) -> list[Action]:
         return super().restore(epochs)
 
 
-class BelievesOldReports(Control):
+class BelievesOldReports(Reconciler):
     """Takes reports that are older than a receipt."""
 
     def mark(self, member: str) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sim.router import GATE
 
 from expertmesh.experts.errors import ExpertMeshError, Unavailable, VersionGone
-from expertmesh.router.epochs import Epoch
+from expertmesh.router.epochs.epochs import Epoch
 
 if TYPE_CHECKING:
     from sim.router import Router

@@ -1,4 +1,4 @@
-"""The shell round `Control` as the controller's process has it: probes, orders, time-outs, the registry."""
+"""The shell round `Reconciler` as the controller's process has it: probes, actions, time-outs, the registry."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 from sim.network import Process, Reply
 from sim.router import GATE, LEASE
 
-from expertmesh.cluster.control import (
+from expertmesh.cluster.control.reconciler import (
+    Action,
     Answer,
     CommitSwap,
-    Control,
-    Load,
-    Order,
+    LoadVersion,
+    Reconciler,
     StageCandidate,
     Sync,
-    Unload,
+    UnloadVersion,
     refuse_unless_current,
 )
 from expertmesh.experts.errors import ExpertMeshError, Fenced, Unavailable
-from expertmesh.router.replicas import READY
-from expertmesh.router.replicas import Replica as Reported
+from expertmesh.router.fanout.replica_view import READY
+from expertmesh.router.fanout.replica_view import Replica as Reported
 
 if TYPE_CHECKING:
     from sim.world import World
@@ -34,7 +34,7 @@ RETAIN_EPOCHS = 1
 
 
 class Controller(Process):
-    """Carries out what `Control` orders, and tells it what comes back. It takes over from whoever was before it."""
+    """Carries out what `Reconciler` actions, and tells it what comes back. It takes over from whoever was before it."""
 
     gives_up_in_silence = True
 
@@ -44,7 +44,7 @@ class Controller(Process):
         self.term = world.registry.acquire()
         self.control = world.make_control()
         self.reported: dict[str, Reported] = {}
-        self._orders = 0
+        self._actions = 0
         self._candidates: dict[str, dict[str, str]] = {}
         self._asked_by: dict[str, list[Reply]] = {}
         self._outcomes: dict[str, tuple[int | None, ExpertMeshError | None]] = {}
@@ -117,8 +117,8 @@ class Controller(Process):
         self._leases[name] = max(self._leases[name], self.world.clock.now)
         replicas = None if self._unheard else tuple(self.reported[key] for key in sorted(self.reported))
         epochs = {} if self._unheard else control.known_to_routers()
-        self._orders += 1
-        told = ((self.term, self._orders), self.world.clock.now, epochs, control.current, replicas)
+        self._actions += 1
+        told = ((self.term, self._actions), self.world.clock.now, epochs, control.current, replicas)
         mark = control.mark(name)
         self.world.network.call(self, name, "sync", told, lambda found: self._synced(name, mark, found), PROBE_TIMEOUT)
 
@@ -138,21 +138,21 @@ class Controller(Process):
         if self.alive:
             self.perform(self.control.router_reported(name, epoch, oldest_pinned))
 
-    # ---- orders
+    # ---- actions
 
-    def perform(self, orders: Iterable[Order]) -> None:
-        """Carry out orders, as long as this process lives."""
-        for order in orders:
+    def perform(self, actions: Iterable[Action]) -> None:
+        """Carry out actions, as long as this process lives."""
+        for order in actions:
             step = STEPS[type(order)]
             self.world.faults.reached(step, "before", self)
             if not self.alive:
                 return
-            self._orders += 1
+            self._actions += 1
             getattr(self, f"_do_{step}")(order)
 
     def _do_stage(self, order: StageCandidate) -> None:
         version = self._candidates[order.swap_id][order.id]
-        arguments = ((self.term, self._orders), order.incarnation, order.id, version)
+        arguments = ((self.term, self._actions), order.incarnation, order.id, version)
         self.world.network.call(
             self, order.member, "stage", arguments, lambda found: self._staged(order, found), STAGE_TIMEOUT
         )
@@ -172,13 +172,13 @@ class Controller(Process):
                 self.perform(self.control.staged(*at, str(found)))
         self.world.faults.reached("receipt", "after", self)
 
-    def _do_load(self, order: Load) -> None:
-        arguments = ((self.term, self._orders), order.incarnation, order.id, order.version)
+    def _do_load(self, order: LoadVersion) -> None:
+        arguments = ((self.term, self._actions), order.incarnation, order.id, order.version)
         self.world.network.call(
             self, order.member, "load", arguments, lambda found: self._loaded(order, found), STAGE_TIMEOUT
         )
 
-    def _loaded(self, order: Load, found: object) -> None:
+    def _loaded(self, order: LoadVersion, found: object) -> None:
         if found is None:
             self._member_lost(order.member)
         elif isinstance(found, ExpertMeshError):
@@ -193,12 +193,12 @@ class Controller(Process):
             holds = known.holds | {(id, version)}
             self.reported[name] = Reported(name, known.experts, incarnation, holds, READY)
 
-    def _do_unload(self, order: Unload) -> None:
+    def _do_unload(self, order: UnloadVersion) -> None:
         known = self.reported.get(order.member)
         if known is not None:
             holds = known.holds - {(order.id, order.version)}
             self.reported[order.member] = Reported(order.member, known.experts, known.incarnation, holds, READY)
-        arguments = ((self.term, self._orders), order.incarnation, order.id, order.version)
+        arguments = ((self.term, self._actions), order.incarnation, order.id, order.version)
         self.world.network.call(self, order.member, "unload", arguments, lambda _: None, STAGE_TIMEOUT)
 
     def _do_commit(self, order: CommitSwap) -> None:
@@ -262,17 +262,17 @@ class Controller(Process):
             self._begin(reply, swap_id, versions, expect)
 
     def _begin(self, reply: Reply, swap_id: str, versions: dict[str, str], expect: dict[str, str]) -> None:
-        control: Control = self.control
+        control: Reconciler = self.control
         try:
             refuse_unless_current(expect, control.epochs[control.current])
             self._candidates[swap_id] = versions
-            orders = control.swap_asked(swap_id, frozenset(versions))
+            actions = control.swap_asked(swap_id, frozenset(versions))
         except ExpertMeshError as error:
             self._refuse(reply, swap_id, error)
             return
         self._asked_by[swap_id] = [reply]
         self.world.clock.after(STAGING_LIMIT, self._time_up, swap_id)
-        self.perform(orders)
+        self.perform(actions)
 
     def _refuse(self, reply: Reply, swap_id: str, error: ExpertMeshError) -> None:
         """Say no, and say so again when the question comes again: it may have been doubled on its way."""
@@ -284,10 +284,10 @@ class Controller(Process):
             self.perform(self.control.time_up(swap_id))
 
 
-STEPS: dict[type[Order], str] = {
+STEPS: dict[type[Action], str] = {
     StageCandidate: "stage",
-    Load: "load",
-    Unload: "unload",
+    LoadVersion: "load",
+    UnloadVersion: "unload",
     CommitSwap: "commit",
     Sync: "sync",
     Answer: "answer",

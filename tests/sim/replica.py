@@ -42,7 +42,7 @@ class Holder(Process):
             reply((self.incarnation, self.ids, frozenset(self.slots)))
 
     def on_stage(self, reply: Reply, stamp: Stamp, incarnation: str, id: str, version: str) -> None:
-        """Load and verify a candidate beside what is held; replies with the version or the error."""
+        """LoadVersion and verify a candidate beside what is held; replies with the version or the error."""
         if self.obeys(stamp[0]) and incarnation == self.incarnation:
             self.world.clock.after(self.world.loading_time(), self._staged, reply, stamp, id, version)
 
@@ -57,7 +57,7 @@ class Holder(Process):
         reply(version)
 
     def on_load(self, reply: Reply, stamp: Stamp, incarnation: str, id: str, version: str) -> None:
-        """Load a committed version."""
+        """LoadVersion a committed version."""
         if self.obeys(stamp[0]) and incarnation == self.incarnation:
             self.world.clock.after(self.world.loading_time(), self._loaded, reply, stamp, id, version)
 

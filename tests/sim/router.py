@@ -9,9 +9,9 @@ from sim.network import Reply
 from sim.replica import Holder
 
 from expertmesh.experts.errors import Unavailable
-from expertmesh.router.epochs import Epoch, Epochs
-from expertmesh.router.replicas import Replica as Reported
-from expertmesh.router.replicas import View
+from expertmesh.router.epochs.epochs import Epoch, Epochs
+from expertmesh.router.fanout.replica_view import Replica as Reported
+from expertmesh.router.fanout.replica_view import View
 
 if TYPE_CHECKING:
     from sim.calls import Request

@@ -16,7 +16,7 @@ from sim.registry import Registry
 from sim.replica import Holder, Replica
 from sim.router import GATE, Router
 
-from expertmesh.cluster.control import Control
+from expertmesh.cluster.control.reconciler import Reconciler
 from expertmesh.experts.errors import FailedPrecondition, Unavailable
 
 KINDS = ("quiet", "one replica lost", "controller lost", "storm", "storm", "storm")
@@ -31,7 +31,7 @@ DISK_FULL, DISK_SILENT, DISK_LATE = 0.03, 0.06, 0.1
 class Broken:
     """The rules that a broken world puts in the place of the true ones."""
 
-    control: type[Control] = Control
+    control: type[Reconciler] = Reconciler
     registry: type[Registry] = Registry
     replica: type[Replica] = Replica
     router: type[Router] = Router
@@ -185,7 +185,7 @@ class World:
 
     # ---- what happens
 
-    def make_control(self) -> Control:
+    def make_control(self) -> Reconciler:
         """The decisions of a new controller."""
         return self.rules.control()
 

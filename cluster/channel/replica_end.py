@@ -1,0 +1,273 @@
+"""The replica's end of the channel: one thread that reads calls, computes them one after the other, and answers.
+
+Between two computations it reads what has come in, so cancelled and late calls that still wait are never computed. A
+peer that breaks the protocol, stops reading or takes too long to prove itself is closed; the others do not notice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import secrets
+import selectors
+import socket
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from pathlib import Path
+
+from ...experts.errors import ExpertMeshError, InvalidRequest, Unauthenticated
+from ...experts.host import ExpertHost
+from ...experts.protocol import ExpertCall, ExpertReply, PartFailure
+from ...experts.wire import Frame, decode
+from .core_slots import CoreSlots
+from .framed_socket import MAX_MESSAGE_BYTES, FramedSocket, tuned
+from .messages import (
+    NONCE_BYTES,
+    REPLICA,
+    ROUTER,
+    attempt_of,
+    decode_call,
+    encode_reply,
+    message,
+    proof,
+    text_of,
+)
+
+CREDITS = 4
+"""How many calls a router may have under way to one replica; one that sends more is closed."""
+
+STRANGERS = 64
+STRANGER_BYTES = 4096
+STRANGER_SECONDS = 2.0
+STALL_SECONDS = 30.0
+log = logging.getLogger(__name__)
+
+
+class _Peer:
+    """A connection, a stranger until it has proved the secret."""
+
+    def __init__(self, connection: socket.socket, now: float) -> None:
+        self.framed = FramedSocket(tuned(connection), STRANGER_BYTES)
+        self.nonce = secrets.token_hex(NONCE_BYTES)
+        self.known = False
+        self.since = now
+        self.waiting: deque[tuple[ExpertCall, float]] = deque()
+
+
+class ChannelServer:
+    """Serves a host to routers that know the secret. `counted` counts what happened, by name."""
+
+    def __init__(
+        self,
+        host: ExpertHost,
+        replica_id: str,
+        secret: bytes,
+        gate: CoreSlots | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.counted: Counter[str] = Counter()
+        self.address = ""
+        self._host = host
+        self._replica_id = replica_id
+        self._secret = secret
+        self._gate = gate
+        self._clock = clock
+        self._selector = selectors.DefaultSelector()
+        self._peers: deque[_Peer] = deque()
+        self._listener: socket.socket | None = None
+        self._path: Path | None = None
+        self._waker, self._woken = socket.socketpair()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="expertmesh-channel", daemon=True)
+
+    def listen_unix(self, path: Path) -> None:
+        """Listen on a Unix socket in a folder of this user alone, and begin to serve."""
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(path))
+        self._path = path
+        self._begin(listener, f"unix:{path}")
+
+    def listen_tcp(self, host: str) -> None:
+        """Listen on any free port of an address that other nodes reach, and begin to serve."""
+        listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self._begin(listener, f"tcp:{host}:{listener.getsockname()[1]}")
+
+    def close(self) -> None:
+        """Close every connection and end the thread after what it computes now; idempotent."""
+        if self._stopping:
+            return
+        self._stopping = True
+        self._waker.send(b"x")
+        if self._thread.is_alive():
+            self._thread.join(timeout=STALL_SECONDS)
+
+    def _begin(self, listener: socket.socket, address: str) -> None:
+        listener.listen(STRANGERS)
+        listener.setblocking(False)
+        self._listener, self.address = listener, address
+        self._selector.register(listener, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._woken, selectors.EVENT_READ, lambda mask: None)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                busy = any(peer.waiting for peer in self._peers)
+                self._turn(0.0 if busy else STRANGER_SECONDS / 4)
+                call = self._next()
+                if call is not None:
+                    self._serve(*call)
+        finally:
+            for peer in list(self._peers):
+                self._close(peer)
+            if self._listener is not None:
+                self._listener.close()
+            if self._path is not None:
+                self._path.unlink(missing_ok=True)
+            self._selector.close()
+            self._waker.close()
+            self._woken.close()
+
+    def _turn(self, timeout: float) -> None:
+        """Do what the sockets ask for."""
+        for key, mask in self._selector.select(timeout):
+            key.data(mask)
+        now = self._clock()
+        for peer in list(self._peers):
+            stalled = peer.framed.unsent and now - peer.since > STALL_SECONDS
+            if stalled or (not peer.known and now - peer.since > STRANGER_SECONDS):
+                self._drop(peer, "stalled" if peer.known else "stranger", "it took too long")
+
+    def _accept(self, mask: int) -> None:
+        while self._listener is not None:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:  # nobody is left, or whoever came has gone again
+                return
+            strangers = [peer for peer in self._peers if not peer.known]
+            if len(strangers) >= STRANGERS:
+                self._drop(strangers[0], "stranger", "there are too many that have not proved themselves")
+            peer = _Peer(connection, self._clock())
+            self._peers.append(peer)
+            self._selector.register(peer.framed, selectors.EVENT_READ, lambda mask, peer=peer: self._ready(peer, mask))
+            self._send(
+                peer,
+                message("hello", replica=self._replica_id, incarnation=self._host.incarnation, nonce=peer.nonce),
+            )
+
+    def _ready(self, peer: _Peer, mask: int) -> None:
+        try:
+            if mask & selectors.EVENT_WRITE and peer.framed.flush():
+                self._selector.modify(peer.framed, selectors.EVENT_READ, self._selector.get_key(peer.framed).data)
+            if mask & selectors.EVENT_READ:
+                for data in peer.framed.receive():
+                    self._take(peer, decode(data, max_bytes=MAX_MESSAGE_BYTES))
+        except Unauthenticated as error:
+            self._drop(peer, "refused", error.message)
+        except InvalidRequest as error:
+            self._drop(peer, "malformed", error.message)
+        except (ExpertMeshError, OSError) as error:  # it has gone, or announced what cannot be
+            self._drop(peer, "closed", str(error))
+
+    def _take(self, peer: _Peer, frame: Frame) -> None:
+        if not peer.known:
+            self._prove(peer, frame)
+        elif frame.kind == "call":
+            call = decode_call(frame)
+            if len(peer.waiting) >= CREDITS:
+                raise InvalidRequest(f"it sent more than {CREDITS} calls at once")
+            peer.waiting.append((call, self._clock()))
+        elif frame.kind == "cancel":
+            attempt = attempt_of(frame)
+            left = deque(waiting for waiting in peer.waiting if waiting[0].attempt != attempt)
+            self.counted["cancelled"] += len(peer.waiting) - len(left)
+            peer.waiting = left
+        else:
+            raise InvalidRequest(f"a message of kind {frame.kind[:64]!r} has no meaning here")
+
+    def _prove(self, peer: _Peer, frame: Frame) -> None:
+        nonce, given = text_of(frame, "prove", "nonce", "proof")
+        nonces = (peer.nonce, nonce)
+        wanted = proof(self._secret, ROUTER, self._host.incarnation, nonces)
+        if not hmac.compare_digest(given.encode(), wanted.encode()):
+            raise Unauthenticated("it does not know the secret of this cluster")
+        peer.known = True
+        peer.framed.limit = MAX_MESSAGE_BYTES
+        own = proof(self._secret, REPLICA, self._host.incarnation, nonces)
+        self._send(peer, message("welcome", proof=own, credits=str(CREDITS)))
+
+    def _next(self) -> tuple[_Peer, ExpertCall, float] | None:
+        """The next call, of each peer in turn."""
+        for _ in range(len(self._peers)):
+            peer = self._peers[0]
+            self._peers.rotate(-1)
+            if peer.waiting:
+                return peer, *peer.waiting[0]
+        return None
+
+    def _serve(self, peer: _Peer, call: ExpertCall, arrived: float) -> None:
+        try:
+            if self._gate is not None and self._host.computes(call) and self._gate.take():
+                self._turn(0.0)  # it may have been cancelled in the meantime
+                if not peer.waiting or peer.waiting[0][0] is not call:
+                    return
+            peer.waiting.popleft()
+            queued = self._clock() - arrived
+            if queued > call.timeout:
+                self.counted["expired"] += 1
+                reply = _failed(self._host, call, "DeadlineExceeded", "the deadline passed while the rows waited")
+            else:
+                self.counted["computed"] += 1
+                reply = self._computed(call)
+        finally:
+            if self._gate is not None:
+                self._gate.give_back()
+        self._send(peer, encode_reply(call.attempt, reply, queued))
+
+    def _computed(self, call: ExpertCall) -> ExpertReply:
+        try:
+            return self._host.compute(call)
+        except Exception as error:  # memory that is not there, a device that failed: this call's end, not the replica's
+            log.exception("a call failed", extra={"attempt": call.attempt})
+            return _failed(self._host, call, "ExpertFailed", f"the replica raised {type(error).__name__}; see its log")
+
+    def _send(self, peer: _Peer, parts: list[bytes | memoryview]) -> None:
+        if peer.framed.fileno() < 0:
+            return
+        try:
+            if not peer.framed.send(parts):
+                peer.since = self._clock()
+                both = selectors.EVENT_READ | selectors.EVENT_WRITE
+                self._selector.modify(peer.framed, both, self._selector.get_key(peer.framed).data)
+        except OSError as error:
+            self._drop(peer, "closed", str(error))
+
+    def _drop(self, peer: _Peer, why: str, details: str) -> None:
+        if peer not in self._peers:
+            return
+        self.counted[why] += 1
+        level = logging.INFO if why == "closed" else logging.WARNING
+        log.log(level, "a connection is closed: %s", details, extra={"replica": self._replica_id, "why": why})
+        self._close(peer)
+
+    def _close(self, peer: _Peer) -> None:
+        self._selector.unregister(peer.framed)
+        self._peers.remove(peer)
+        peer.waiting.clear()
+        peer.framed.close()
+
+
+def socket_path(folder: Path, replica_id: str, incarnation: str) -> Path:
+    """Where an incarnation of a replica listens; what earlier ones left there is removed."""
+    name = f"{hashlib.sha256(replica_id.encode()).hexdigest()[:8]}-"  # an id may be too long for a path
+    for old in folder.glob(f"{name}*"):
+        old.unlink(missing_ok=True)
+    return folder / f"{name}{incarnation[:8]}"
+
+
+def _failed(host: ExpertHost, call: ExpertCall, error: str, text: str) -> ExpertReply:
+    failure = PartFailure(error, text)
+    return ExpertReply(host.incarnation, (failure,) * len(call.parts), (failure,) * len(call.sums))

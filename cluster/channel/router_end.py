@@ -1,0 +1,226 @@
+"""The router's end of the channels: one connection to each replica, on the event loop, and messages both ways at once.
+
+A connection belongs to one incarnation. When it closes, everything under way on it ends at that moment; when the view
+names another incarnation, it is closed first, so what an actor that was given up still answers is never read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import secrets
+import socket
+from collections import Counter
+from collections.abc import Iterable
+from functools import partial
+
+from ...experts.errors import ExpertMeshError, InvalidRequest, Unauthenticated, Unavailable
+from ...experts.protocol import ExpertCall
+from ...experts.wire import Buffer, Frame, decode
+from ...router.fanout.replica_view import Replica
+from ...router.fanout.transport import Cancel, Done, Lost
+from .framed_socket import MAX_MESSAGE_BYTES, FramedSocket, tuned
+from .messages import (
+    NONCE_BYTES,
+    REPLICA,
+    ROUTER,
+    attempt_of,
+    decode_reply,
+    encode_call,
+    message,
+    proof,
+    text_of,
+)
+
+CONNECT_SECONDS = 2.0
+log = logging.getLogger(__name__)
+
+
+class ChannelTransport:
+    """Carries messages over direct sockets. It belongs to one event loop."""
+
+    def __init__(self, secret: bytes) -> None:
+        self.carried: Counter[str] = Counter()
+        self._secret = secret
+        self._channels: dict[str, Channel] = {}
+        self._connecting: set[asyncio.Task[None]] = set()
+
+    def send(self, replica: Replica, call: ExpertCall, done: Done) -> Cancel:
+        """Send a call on the connection to this incarnation."""
+        channel = self._channels.get(replica.id)
+        if channel is None or channel.closed or channel.replica.incarnation != replica.incarnation:
+            error = Unavailable("there is no connection to the replica; retry")
+            return asyncio.get_running_loop().call_soon(done, error).cancel
+        self.carried[channel.kind] += int(call.rows.shape[0])
+        return channel.send(call, done)
+
+    def refresh(self, replicas: Iterable[Replica], lost: Lost) -> None:
+        """Connect to every incarnation that has an address and no connection, and close all other connections."""
+        wanted = {replica.id: replica for replica in replicas if replica.address}
+        for name, channel in list(self._channels.items()):
+            replica = wanted.get(name)
+            if replica is None or replica.incarnation != channel.replica.incarnation or channel.closed:
+                channel.close(Unavailable("the replica was replaced; retry"))
+                del self._channels[name]
+        for name, replica in wanted.items():
+            if name not in self._channels:
+                self._channels[name] = channel = Channel(replica, self._secret, lost)
+                task = asyncio.get_running_loop().create_task(channel.connect())
+                self._connecting.add(task)
+                task.add_done_callback(self._connecting.discard)
+
+    def close(self) -> None:
+        """Close every connection; idempotent."""
+        for task in self._connecting:
+            task.cancel()
+        for channel in self._channels.values():
+            channel.close(Unavailable("the router stops"))
+        self._channels.clear()
+
+
+class Channel:
+    """A connection to one incarnation of a replica. `kind` is "unix" or "tcp"."""
+
+    def __init__(self, replica: Replica, secret: bytes, lost: Lost) -> None:
+        self.replica = replica
+        self.closed = False
+        self.late = 0
+        self.kind, _, self._where = replica.address.partition(":")
+        self._secret = secret
+        self._lost = lost
+        self._nonces = ("", secrets.token_hex(NONCE_BYTES))
+        self._framed: FramedSocket | None = None
+        self._loop = asyncio.get_running_loop()
+        self._open = False
+        self._opened: asyncio.Future[None] = self._loop.create_future()
+        self._early: dict[int, list[Buffer]] = {}
+        self._pending: dict[int, Done] = {}
+
+    async def connect(self) -> None:
+        """Connect and prove the secret both ways; what fails closes the connection."""
+        connection = None
+        try:
+            connection = tuned(socket.socket(*self._family()))
+            await asyncio.wait_for(self._loop.sock_connect(connection, self._target()), CONNECT_SECONDS)
+            self._framed = FramedSocket(connection)
+            self._loop.add_reader(self._framed.fileno(), self._readable)
+            await asyncio.wait_for(self._opened, CONNECT_SECONDS)
+        except (OSError, ValueError, asyncio.TimeoutError, TimeoutError, asyncio.CancelledError) as error:
+            if connection is not None and self._framed is None:
+                connection.close()
+            self.close(Unavailable(f"the replica cannot be reached ({type(error).__name__}); retry"))
+
+    def send(self, call: ExpertCall, done: Done) -> Cancel:
+        """Send a call, as soon as the connection is open; `done` gets its reply and nothing else that comes."""
+        parts = encode_call(call)
+        self._pending[call.attempt] = done
+        if self._open:
+            self._write(parts)
+        else:
+            self._early[call.attempt] = parts
+        return partial(self._cancel, call.attempt)
+
+    def _cancel(self, attempt: int) -> None:
+        if self._pending.pop(attempt, None) is None:
+            return
+        if self._open:
+            self._write(message("cancel", attempt=attempt))
+        else:
+            self._early.pop(attempt, None)
+
+    def close(self, why: ExpertMeshError) -> None:
+        """Close the connection; whoever waits on it is told why at once. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._framed is not None:
+            if self._framed.fileno() >= 0:
+                self._loop.remove_reader(self._framed.fileno())
+                self._loop.remove_writer(self._framed.fileno())
+            self._framed.close()
+        pending, self._pending = self._pending, {}
+        for done in pending.values():
+            self._loop.call_soon(done, Unavailable(why.message))
+        if not self._opened.done():
+            self._opened.set_result(None)
+
+    def _family(self) -> tuple[int, int]:
+        if self.kind == "unix":
+            return socket.AF_UNIX, socket.SOCK_STREAM
+        return (socket.AF_INET6 if self._where.count(":") > 1 else socket.AF_INET), socket.SOCK_STREAM
+
+    def _target(self) -> str | tuple[str, int]:
+        if self.kind == "unix":
+            return self._where
+        host, _, port = self._where.rpartition(":")
+        return host, int(port)
+
+    def _readable(self) -> None:
+        framed = self._framed
+        if framed is None or self.closed:
+            return
+        try:
+            for data in framed.receive(most=1):
+                self._take(decode(data, max_bytes=MAX_MESSAGE_BYTES))
+                if self.closed:
+                    return
+        except (ExpertMeshError, OSError) as error:
+            self._broken(error)
+
+    def _writable(self) -> None:
+        framed = self._framed
+        if framed is None or self.closed:
+            return
+        try:
+            if framed.flush():
+                self._loop.remove_writer(framed.fileno())
+        except OSError as error:
+            self._broken(error)
+
+    def _write(self, parts: list[bytes | memoryview]) -> None:
+        framed = self._framed
+        if framed is None or self.closed:
+            return
+        try:
+            if not framed.send(parts):
+                self._loop.add_writer(framed.fileno(), self._writable)
+        except OSError as error:
+            self._broken(error)
+
+    def _broken(self, error: Exception) -> None:
+        name = self.replica.id
+        log.warning("the connection to a replica is closed: %s", error, extra={"replica": name})
+        self.close(Unavailable("the connection to the replica was closed; retry"))
+        self._lost(self.replica)
+
+    def _take(self, frame: Frame) -> None:
+        if frame.kind == "reply" and self._open:
+            reply = decode_reply(frame, self.replica.incarnation)
+            done = self._pending.pop(attempt_of(frame), None)
+            if done is None:
+                self.late += 1  # its caller has gone; the rows land nowhere
+            else:
+                done(reply)
+        elif frame.kind == "hello" and not self._nonces[0]:
+            self._prove(frame)
+        elif frame.kind == "welcome" and self._nonces[0] and not self._open:
+            (given, _) = text_of(frame, "welcome", "proof", "credits")
+            wanted = proof(self._secret, REPLICA, self.replica.incarnation, self._nonces)
+            if not hmac.compare_digest(given.encode(), wanted.encode()):
+                raise Unauthenticated("what listens there does not know the secret of this cluster")
+            self._open = True
+            self._opened.set_result(None)
+            early, self._early = self._early, {}
+            for parts in early.values():
+                self._write(parts)
+        else:
+            raise InvalidRequest(f"a message of kind {frame.kind[:64]!r} has no meaning here")
+
+    def _prove(self, frame: Frame) -> None:
+        replica, incarnation, nonce = text_of(frame, "hello", "replica", "incarnation", "nonce")
+        if (replica, incarnation) != (self.replica.id, self.replica.incarnation) or not nonce:
+            raise Unavailable("another incarnation of the replica listens there")
+        self._nonces = (nonce, self._nonces[1])
+        own = proof(self._secret, ROUTER, incarnation, self._nonces)
+        self._write(message("prove", nonce=self._nonces[1], proof=own))

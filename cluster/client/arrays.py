@@ -1,0 +1,99 @@
+"""The caller's arrays to the wire and back in kind: numpy stays numpy, torch stays torch on its device.
+
+Torch is never imported here: a tensor can only come from a process that has imported it, so it is recognised through
+the modules that are already loaded. Answers are copied out of the reply once, so they are writable and own their
+memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from ...experts.errors import InvalidRequest
+from ...experts.wire import ITEM_SIZES, WireTensor, bfloat16_to_float32
+from .half_precision import NARROW, check_rows, overflow, to_bfloat16, to_float16
+
+
+@dataclass(frozen=True)
+class ArrayKind:
+    """What an answer must be turned into: torch tensors on `device`, or numpy arrays (`torch` is None).
+
+    `raw` leaves bfloat16 as its uint16 bits in numpy arrays; otherwise they are widened to float32. `widen` makes
+    float32 of float16 and bfloat16, because the caller's rows were narrowed.
+    """
+
+    torch: ModuleType | None = None
+    device: Any = None
+    raw: bool = False
+    widen: bool = False
+
+    def restore(self, tensor: WireTensor) -> Any:
+        """A writable array or tensor with the wire tensor's values and shape."""
+        return self._numpy(tensor) if self.torch is None else self._torch(self.torch, tensor)
+
+    def zeros(self, rows: int) -> Any:
+        """float32 zeros [rows]."""
+        return self.restore(WireTensor("float32", (rows,), bytes(4 * rows)))
+
+    def _numpy(self, tensor: WireTensor) -> Any:
+        if tensor.dtype == "bfloat16" and (self.widen or not self.raw):
+            return bfloat16_to_float32(tensor.to_numpy())
+        if tensor.dtype == "float16" and self.widen:
+            return tensor.to_numpy().astype(np.float32)
+        return tensor.to_numpy().copy()
+
+    def _torch(self, torch: ModuleType, tensor: WireTensor) -> Any:
+        dtype = getattr(torch, tensor.dtype)
+        wanted = torch.float32 if self.widen and tensor.dtype in NARROW else dtype
+        if tensor.nbytes == 0:
+            return torch.empty(tensor.shape, dtype=wanted, device=self.device)
+        owned = torch.from_numpy(np.frombuffer(tensor.data, np.uint8).copy())
+        return owned.view(dtype).reshape(tensor.shape).to(self.device).to(wanted)
+
+
+def to_wire(value: Any, *, name: str, raw: bool = False, narrow: str | None = None) -> tuple[WireTensor, ArrayKind]:
+    """Describe an array, a torch tensor, or anything that numpy makes an array of; say what answers must become.
+
+    `raw` sends uint16 arrays as the bits of bfloat16. `narrow` "float16" or "bfloat16" sends float32 so. Raises
+    InvalidRequest, with `name`, for what cannot be sent.
+    """
+    torch = sys.modules.get("torch")
+    tensor_class = getattr(torch, "Tensor", None)
+    if torch is not None and tensor_class is not None and isinstance(value, tensor_class):
+        tensor = _from_torch(torch, value, name, narrow)
+        return tensor, ArrayKind(torch, value.device, widen=value.dtype == torch.float32 and tensor.dtype in NARROW)
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise InvalidRequest(f"{name} must be an array of numbers: {error}") from None
+    bits = raw and array.dtype == np.uint16
+    if not bits and array.dtype.name not in ITEM_SIZES:
+        raise InvalidRequest(_refusal(name, array.dtype.name))
+    if narrow and check_rows(name, "bfloat16" if bits else array.dtype.name, narrow):
+        shrink = to_bfloat16 if narrow == "bfloat16" else to_float16
+        return WireTensor.from_numpy(shrink(array, name), narrow), ArrayKind(raw=raw, widen=True)
+    return WireTensor.from_numpy(array, "bfloat16" if bits else None), ArrayKind(raw=raw)
+
+
+def _from_torch(torch: ModuleType, tensor: Any, name: str, narrow: str | None) -> WireTensor:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in ITEM_SIZES:
+        raise InvalidRequest(_refusal(name, dtype))
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise InvalidRequest(f"{name} must be a dense tensor with data, not {tensor.layout} on {tensor.device}")
+    if narrow and check_rows(name, dtype, narrow):
+        wide, dtype = tensor.detach(), narrow
+        tensor = wide.to(getattr(torch, narrow))
+        if bool((tensor.isinf() & wide.isfinite()).any()):
+            raise overflow(name, narrow)
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return WireTensor(dtype, tuple(tensor.shape), memoryview(flat.view(torch.uint8).numpy()))
+
+
+def _refusal(name: str, dtype: str) -> str:
+    return f"{name} has dtype {dtype}, which cannot be sent; use one of {', '.join(ITEM_SIZES)}"

@@ -1,0 +1,270 @@
+"""The clients: a blocking one and one for asyncio, thin drivers of the flows in calls.py and swap_calls.py over gRPC.
+
+Each client does its own I/O. The blocking one does not run the other's event loop in a thread: gRPC's asyncio layer
+polls one queue for all loops of a process, and complains when there are several.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from types import TracebackType
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import grpc
+
+from ...experts.errors import ExpertMeshError, FailedPrecondition
+from ..rpc.channel_options import MAX_MESSAGE_BYTES, client_options
+from ..rpc.status import from_status
+from ..rpc.streams import MAX_REQUEST_BYTES, Streamed
+from ..rpc.swaps import Lease
+from .calls import new_retries
+from .endpoint import Endpoint, resolve
+from .retry import Answer, Flow, Pause, RetryPolicy, Step, Work, drive, drive_async
+from .stream import exchange, exchange_async
+from .swap_calls import SwapCalls
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _blocking(flow: Callable[Concatenate[SwapCalls, P], Flow[T]]) -> Callable[Concatenate[Client, P], T]:
+    """A method of `Client` that runs a flow of `SwapCalls` to its end."""
+
+    @functools.wraps(flow)
+    def method(client: Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return drive(flow(client._calls, *args, **kwargs), client._perform)
+
+    return method
+
+
+def _awaiting(
+    flow: Callable[Concatenate[SwapCalls, P], Flow[T]],
+) -> Callable[Concatenate[AsyncClient, P], Awaitable[T]]:
+    """A method of `AsyncClient` that runs a flow of `SwapCalls` to its end."""
+
+    @functools.wraps(flow)
+    async def method(client: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await drive_async(flow(client._calls, *args, **kwargs), client._perform)
+
+    return method
+
+
+class _Connected:
+    """What both clients know: where to call, and the flows of the methods."""
+
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        *,
+        token: str | None = None,
+        timeout: float = 30.0,
+        name: str | None = None,
+        ca_cert: str | os.PathLike[str] | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        max_request_bytes: int = MAX_REQUEST_BYTES,
+        payload_dtype: str | None = None,
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        """Prepare calls to `endpoint` ("host:port"); None finds this user's cluster, by `name` among several.
+
+        `token` None takes EXPERTMESH_TOKEN from the environment, else the token file of this user's cluster at that
+        endpoint. `timeout` is in seconds and holds for every call that names none. `ca_cert`, a PEM file, turns TLS on,
+        which anything but loopback needs. `retry` None tries a call at most 3 times.
+
+        `max_message_bytes` bounds one gRPC message, `max_request_bytes` a request or reply that crosses in chunks, as
+        requests do by themselves from a quarter of the former on. `payload_dtype` "float16" or "bfloat16" sends float32
+        rows in half the bytes, as `call` explains.
+
+        Raises NotFound, Unauthenticated when there is no token, InvalidRequest.
+        """
+        self._endpoint: Endpoint = resolve(endpoint, token=token, name=name, ca_cert=ca_cert)
+        self._calls = SwapCalls(
+            token=self._endpoint.token,
+            timeout=timeout,
+            max_message_bytes=max_message_bytes,
+            max_request_bytes=max_request_bytes,
+            payload_dtype=payload_dtype,
+            retries=new_retries(retry or RetryPolicy()),
+        )
+        self._closed = False
+        self._channel = self._connect()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._endpoint.address!r}{', closed' if self._closed else ''})"
+
+    @property
+    def endpoint(self) -> str:
+        """Where this client calls: "host:port"."""
+        return self._endpoint.address
+
+    def _connect(self) -> Any:
+        """The channel to start with."""
+        raise NotImplementedError
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise FailedPrecondition("this client is closed: make a new one")
+
+    def _open(self, module: Any) -> Any:
+        """A channel of `grpc` or `grpc.aio`; connecting happens at the first call."""
+        options = client_options(self._calls.max_message_bytes, loopback=self._endpoint.loopback)
+        if self._endpoint.ca_cert is None:
+            return module.insecure_channel(self._endpoint.address, options=options)
+        credentials = grpc.ssl_channel_credentials(root_certificates=self._endpoint.ca_cert)
+        return module.secure_channel(self._endpoint.address, credentials, options=options)
+
+
+class Client(_Connected):
+    """A blocking client of one cluster. Any number of threads may share it; it reconnects by itself.
+
+    with Client("127.0.0.1:50051") as client:
+        y = client.forward("news", x)
+    """
+
+    _sleep = staticmethod(time.sleep)
+
+    forward = _blocking(SwapCalls.forward)
+    call = _blocking(SwapCalls.call)
+    status = _blocking(SwapCalls.status)
+    drain = _blocking(SwapCalls.drain)
+    health = _blocking(SwapCalls.health)
+    swap = _blocking(SwapCalls.swap)
+    rollback = _blocking(SwapCalls.rollback)
+    history = _blocking(SwapCalls.history)
+    swap_progress = _blocking(SwapCalls.swap_progress)
+
+    @contextmanager
+    def pin(self, ttl: float = 30.0) -> Iterator[Lease]:
+        """Lease the current epoch for several calls: `with client.pin() as lease: client.call("news", x, pin=lease)`.
+
+        The lease ends with the block, or `ttl` seconds (at most 60) after its last use. Raises what a call raises.
+        """
+        lease = drive(self._calls.lease(ttl), self._perform)
+        try:
+            yield lease
+        finally:
+            with suppress(ExpertMeshError):  # it ends by itself
+                drive(self._calls.give_back(lease), self._perform)
+
+    def close(self) -> None:
+        """Close the connection; calls in flight end with an error. Closing twice is harmless."""
+        self._closed = True
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _connect(self) -> Any:
+        return self._open(grpc)
+
+    def _perform(self, step: Step) -> Answer:
+        if isinstance(step, Pause):
+            self._sleep(step.seconds)
+            return None
+        if isinstance(step, Work):
+            return step.action()
+        self._check_open()
+        try:
+            if isinstance(step.payload, Streamed):
+                stream = self._channel.stream_stream(step.method)
+                messages = step.payload.messages()
+                return exchange(stream(messages, timeout=step.timeout, metadata=step.metadata), step.payload.most)
+            method = self._channel.unary_unary(step.method)
+            reply: bytes = method(step.payload, timeout=step.timeout, metadata=step.metadata)
+            return reply
+        except grpc.RpcError as error:
+            return _translate(error)
+        except ValueError:  # what gRPC says when another thread closes the channel before the call has begun
+            self._check_open()
+            raise
+
+
+class AsyncClient(_Connected):
+    """A client of one cluster for asyncio, with the methods of `Client` as coroutines. It belongs to one event loop.
+
+    async with AsyncClient("127.0.0.1:50051") as client:
+        y = await client.forward("news", x)
+    """
+
+    _loop: asyncio.AbstractEventLoop | None = None
+
+    _sleep = staticmethod(asyncio.sleep)
+
+    forward = _awaiting(SwapCalls.forward)
+    call = _awaiting(SwapCalls.call)
+    status = _awaiting(SwapCalls.status)
+    drain = _awaiting(SwapCalls.drain)
+    health = _awaiting(SwapCalls.health)
+    swap = _awaiting(SwapCalls.swap)
+    rollback = _awaiting(SwapCalls.rollback)
+    history = _awaiting(SwapCalls.history)
+    swap_progress = _awaiting(SwapCalls.swap_progress)
+
+    @asynccontextmanager
+    async def pin(self, ttl: float = 30.0) -> AsyncIterator[Lease]:
+        """Lease the current epoch for several calls, as `Client.pin` does: `async with client.pin() as lease: ...`."""
+        lease = await drive_async(self._calls.lease(ttl), self._perform)
+        try:
+            yield lease
+        finally:
+            with suppress(ExpertMeshError):  # it ends by itself
+                await drive_async(self._calls.give_back(lease), self._perform)
+
+    async def close(self) -> None:
+        """Close the connection; calls in flight are cancelled. Closing twice is harmless."""
+        self._closed = True
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _connect(self) -> Any:
+        return None  # made by the first call, in its event loop
+
+    async def _perform(self, step: Step) -> Answer:
+        if isinstance(step, Pause):
+            await self._sleep(step.seconds)
+            return None
+        if isinstance(step, Work):
+            return await asyncio.to_thread(step.action)
+        try:
+            if isinstance(step.payload, Streamed):
+                stream = self._connection().stream_stream(step.method)
+                return await exchange_async(stream(timeout=step.timeout, metadata=step.metadata), step.payload)
+            method = self._connection().unary_unary(step.method)
+            reply: bytes = await method(step.payload, timeout=step.timeout, metadata=step.metadata)
+            return reply
+        except grpc.RpcError as error:
+            return _translate(error)
+        except grpc.aio.UsageError:  # what gRPC says when another task closes the channel before the call has begun
+            self._check_open()
+            raise
+
+    def _connection(self) -> Any:
+        """The channel, which gRPC ties to the event loop that is running when it is made."""
+        self._check_open()
+        loop = asyncio.get_running_loop()
+        if self._channel is None:
+            self._channel, self._loop = self._open(grpc.aio), loop
+        if self._loop is not loop:
+            raise FailedPrecondition("an AsyncClient belongs to the event loop of its first call: make one per loop")
+        return self._channel
+
+
+def _translate(error: Any) -> ExpertMeshError:
+    """The border: what gRPC raises becomes one of ours, by the one table in rpc/status.py."""
+    return from_status(error.code().name, error.details() or "", error.trailing_metadata() or ())

@@ -1,0 +1,84 @@
+"""float32 rows as float16 or bfloat16, which halves what crosses the wire; in numpy alone, rounded to nearest even.
+
+No torch in here: numpy has no bfloat16, so its bits are computed on uint32, block by block, within the caches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ...experts.errors import InvalidRequest
+
+NARROW = ("float16", "bfloat16")
+AS_IT_IS = "float32"
+"""The payload dtype of a call that sends its rows as they are, whatever its client says."""
+
+LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
+BLOCK = 1 << 16
+Array = np.ndarray[Any, Any]
+
+
+def check_payload_dtype(dtype: object) -> None:
+    """Check a `payload_dtype`. Raises InvalidRequest."""
+    if dtype is not None and dtype not in (*NARROW, AS_IT_IS):
+        raise InvalidRequest(f"payload_dtype must be one of {', '.join((*NARROW, AS_IT_IS))}, not {dtype!r}")
+
+
+def check_rows(name: str, dtype: str, narrow: str) -> bool:
+    """Whether rows of a dtype are to be narrowed; those of two bytes are sent as they are.
+
+    Raises InvalidRequest for rows of any other dtype than float32.
+    """
+    if dtype in NARROW:
+        return False
+    if dtype != "float32":
+        raise InvalidRequest(
+            f"payload_dtype={narrow!r} is for float32 rows, {name} is {dtype}: make it float32, "
+            'or send it as it is with payload_dtype="float32"'
+        )
+    return True
+
+
+def overflow(name: str, narrow: str) -> InvalidRequest:
+    """What is raised where rows that are finite would become infinite."""
+    other = '"bfloat16" or "float32"' if narrow == "float16" else '"float32"'
+    return InvalidRequest(
+        f"{name} holds values beyond {LARGEST[narrow]:g}, the largest of {narrow}: call with payload_dtype={other}"
+    )
+
+
+def to_float16(values: Array, name: str = "x") -> Array:
+    """float32 as float16, rounded to nearest even. Raises InvalidRequest for a finite value that is beyond float16."""
+    with np.errstate(over="ignore", under="ignore"):
+        narrow: Array = values.astype(np.float16)
+    _check_finite(values, np.isinf(narrow), "float16", name)
+    return narrow
+
+
+def to_bfloat16(values: Array, name: str = "x") -> Array:
+    """float32 as the bits of bfloat16 (uint16), rounded to nearest even; NaN stays NaN, with its sign.
+
+    Raises InvalidRequest for a finite value that is beyond bfloat16.
+    """
+    source = np.ascontiguousarray(values).reshape(-1)
+    bits_of = source.view(np.uint32)
+    narrow = np.empty(source.shape, np.uint16)
+    for start in range(0, source.size, BLOCK):
+        bits = bits_of[start : start + BLOCK]
+        magnitude = bits & 0x7FFFFFFF
+        rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+        largest = int(magnitude.max())
+        if largest >= 0x7F7F8000:  # rounds to infinity, or is infinite or NaN
+            _check_finite(source[start : start + BLOCK], (rounded & 0x7FFF) == 0x7F80, "bfloat16", name)
+            nan = magnitude > 0x7F800000
+            rounded[nan] = (bits[nan] >> 16) | 0x40
+        narrow[start : start + BLOCK] = rounded
+    shaped: Array = narrow.reshape(values.shape)
+    return shaped
+
+
+def _check_finite(values: Array, infinite: Array, narrow: str, name: str) -> None:
+    if infinite.any() and np.isfinite(values[infinite]).any():
+        raise overflow(name, narrow)

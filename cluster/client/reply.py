@@ -1,0 +1,89 @@
+"""What a caller gets: the output, and which versions made it.
+
+Shapes: T rows, K experts a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...experts.errors import DataLoss, InvalidRequest
+from ...experts.protocol import CallSummary, from_mapping
+from ...experts.wire import Frame, WireTensor
+from .arrays import ArrayKind
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reply:
+    """The answer of a layer. Its arrays are of the caller's kind, writable, and own their memory.
+
+    `output` is [T, ...]; `lost_mass` is float32 [T], the share of each row's |gate weight| whose expert gave no answer,
+    and `max_lost_mass` its maximum. `versions` names every expert that took part, and the gate; `epoch` is one of
+    `cluster`. `degraded` is true when anything is `missing`. `dropped` counts (row, expert) pairs that capacity turned
+    away. `indices` [T, K] and `weights` [T, K] are None unless the call asked for `return_routing=True`.
+    """
+
+    output: Any = field(repr=False)
+    epoch: int
+    versions: dict[str, str]
+    degraded: bool
+    missing: list[str]
+    lost_mass: Any = field(repr=False)
+    max_lost_mass: float
+    request_id: str
+    dropped: int
+    cluster: str = field(default="", repr=False)
+    indices: Any = field(default=None, repr=False)
+    weights: Any = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        versions = f"{{{len(self.versions)} versions}}" if len(self.versions) > 8 else repr(self.versions)
+        lost = f", missing={self.missing[:8]!r}, max_lost_mass={self.max_lost_mass:g}" if self.degraded else ""
+        output = f"{type(self.output).__name__}{list(self.output.shape)} {self.output.dtype}"
+        return (
+            f"Reply(output={output}, epoch={self.epoch}, "
+            f"versions={versions}, degraded={self.degraded}{lost}, request_id={self.request_id!r})"
+        )
+
+
+def read_reply(frame: Frame, *, rows: int, kind: ArrayKind) -> Reply:
+    """Check a reply frame for a call of `rows` rows, and turn its tensors into what the caller gave.
+
+    Raises DataLoss for a frame that is no such reply.
+    """
+    if frame.kind != "reply":
+        raise DataLoss(f"a reply was expected, the server sent a {frame.kind[:64]!r}")
+    try:
+        summary = from_mapping(CallSummary, frame.meta)
+    except InvalidRequest as error:
+        raise DataLoss(f"the reply's header is not a summary: {error}") from None
+    output = _tensor(frame, "output", rows)
+    lost_mass = _optional(frame, "lost_mass", rows, kind)
+    return Reply(
+        output=kind.restore(output),
+        epoch=summary.epoch,
+        versions=summary.versions,
+        degraded=summary.degraded,
+        missing=summary.missing,
+        lost_mass=kind.zeros(rows) if lost_mass is None else lost_mass,
+        max_lost_mass=float(summary.max_lost_mass),
+        request_id=summary.request_id,
+        dropped=summary.dropped,
+        cluster=summary.cluster,
+        indices=_optional(frame, "indices", rows, kind),
+        weights=_optional(frame, "weights", rows, kind),
+    )
+
+
+def _optional(frame: Frame, name: str, rows: int, kind: ArrayKind) -> Any:
+    return kind.restore(_tensor(frame, name, rows)) if name in frame.tensors else None
+
+
+def _tensor(frame: Frame, name: str, rows: int) -> WireTensor:
+    tensor = frame.tensors.get(name)
+    if tensor is None:
+        raise DataLoss(f"the reply has no tensor {name!r}")
+    if not tensor.shape or tensor.shape[0] != rows:
+        raise DataLoss(f"{name!r} in the reply has shape {list(tensor.shape)} where {rows} rows were sent")
+    return tensor

@@ -1,0 +1,148 @@
+"""From a declaration to a candidate, and from a record of the registry back to one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ...experts.construct.factory import locate
+from ...experts.errors import ConfigError, FailedPrecondition
+from ...experts.identity.canonical import canonical, sha256
+from ...experts.identity.code_digest import code_digest
+from ...experts.identity.version_name import gate_digest
+from ...experts.spec import Expert, TensorSpec
+from ...experts.weights.files import tensor_digest, tensors_of
+from ...router.gates import Gate
+from ...router.mixture.layer import Layer
+from ..state.records import VersionRecord
+from ..state.version_folders import VersionStore
+from .messages import Candidate
+
+LIVE = {"live": True}
+
+
+def origin_of(expert: Expert) -> dict[str, Any]:
+    """The declaration of an expert as JSON; that of a live object only says that it is one."""
+    plain = {
+        "factory": expert.factory,
+        "args": list(expert.args),
+        "kwargs": dict(expert.kwargs),
+        "framework": expert.framework,
+        "input": _spec(expert.input),
+        "output": _spec(expert.output),
+    }
+    try:
+        kept: dict[str, Any] = json.loads(json.dumps(plain, allow_nan=False))
+    except (TypeError, ValueError):
+        return dict(LIVE)
+    return dict(LIVE) if expert.ephemeral or kept != plain else kept
+
+
+def declared_digest(expert: Expert) -> str:
+    """What tells an edited declaration from the one of the last start: everything but where the expert runs."""
+    parts = [canonical(expert.args), canonical(dict(expert.kwargs)), f"{expert.input}|{expert.output}"]
+    if expert.live is not None:
+        tensors = tensors_of(expert.live) if isinstance(expert.live, nn.Module) else {}
+        return sha256("live", *parts, code_digest(expert.live), tensor_digest(tensors))
+    weights = "" if expert.weights is None else file_sha256(Path(expert.weights))
+    return sha256(str(expert.factory), _factory_code(expert), str(expert.framework), weights, *parts)
+
+
+def _factory_code(expert: Expert) -> str:
+    try:
+        return code_digest(locate(expert.factory or ""))
+    except ConfigError:  # code that is only where the expert runs
+        return ""
+
+
+def declared_gate_digest(gate: Gate) -> str:
+    """The same for a gate."""
+    return gate_digest(gate.name, gate, gate.state_dict())
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file as hexadecimal text."""
+    with path.open("rb") as file:
+        return _sha256_of(file)
+
+
+def from_record(record: VersionRecord, store: VersionStore, live: Mapping[tuple[str, str], Candidate]) -> Candidate:
+    """The candidate that brings a version of the registry back into memory.
+
+    Raises FailedPrecondition for a live object that nobody has registered since the last cold start.
+    """
+    held = live.get((record.id, record.version))
+    if held is not None:
+        return replace(held, version=record.version)
+    if record.origin.get("live"):
+        raise FailedPrecondition(
+            f"{record.id} {record.version} was a live object: register it again with the same code"
+        )
+    weights = store.weights(record.id, record.version)
+    if "gate" in record.origin:
+        if weights is None:
+            raise FailedPrecondition(f"{record.id} {record.version} has no file: register the gate again")
+        gate = Gate.load(weights)
+        return Candidate(id=record.id, counter=record.counter, gate=gate, version=record.version, origin=record.origin)
+    return Candidate(
+        id=record.id,
+        counter=record.counter,
+        expert=expert_of(record.origin),
+        weights=weights,
+        version=record.version,
+        origin=record.origin,
+    )
+
+
+def expert_of(origin: Mapping[str, Any]) -> Expert:
+    """The expert that a record's origin declares, without weights and without a place to run."""
+    return Expert(
+        factory=origin["factory"],
+        args=tuple(origin["args"]),
+        kwargs=origin["kwargs"],
+        framework=origin["framework"],
+        input=_spec_of(origin["input"]),
+        output=_spec_of(origin["output"]),
+    )
+
+
+def declared_candidates(layer: Layer) -> dict[str, Candidate]:
+    """The candidates that a layer declares, its gate among them, with counter 0: who stages them gives the number."""
+    found: dict[str, Candidate] = {}
+    for id, expert in layer.everyone_by_id.items():
+        weights = None if expert.weights is None else Path(expert.weights)
+        plain = replace(expert, weights=None)
+        found[id] = Candidate(
+            id=id,
+            counter=0,
+            expert=plain,
+            weights=weights,
+            input=layer.input,
+            output=expert.output,
+            origin=origin_of(expert),
+            note="declared",
+        )
+    origin = {"gate": layer.gate.name}
+    found[layer.gate_id] = Candidate(id=layer.gate_id, counter=0, gate=layer.gate, origin=origin, note="declared")
+    return found
+
+
+def _spec(spec: TensorSpec) -> list[Any]:
+    return [None if spec.shape is None else list(spec.shape), spec.dtype]
+
+
+def _spec_of(pair: list[Any]) -> TensorSpec:
+    return TensorSpec(None if pair[0] is None else tuple(pair[0]), pair[1])
+
+
+def _sha256_of(file: Any) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,108 @@
+"""The catalogue: what every id is declared to be, and what its versions are made of."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ...experts.construct.factory import build
+from ...experts.errors import FailedPrecondition, InvalidRequest, NotFound
+from ...experts.spec import Expert
+from ...experts.weights.files import described, load_into, load_tensors
+from ...experts.weights.inspect import inspect_artefact
+from ...router.mixture.layer import Layer
+from ..state.records import VersionRecord
+from ..state.registry import Registry
+from ..state.version_folders import VersionStore
+from .candidate_records import declared_candidates, declared_digest, declared_gate_digest, from_record, origin_of
+from .messages import Candidate, Change, SwapRequest
+
+
+class CandidateBuilder:
+    """Makes candidates: of a declaration, of uploaded weights, of a version that there was.
+
+    `digests` tell an edited declaration; `built` holds candidates of live objects, which no file can bring back.
+    """
+
+    def __init__(self, registry: Registry, store: VersionStore) -> None:
+        self._registry = registry
+        self._store = store
+        self.declared: dict[str, Candidate] = {}
+        self.digests: dict[str, str] = {}
+        self.built: dict[tuple[str, str], Candidate] = {}
+
+    def declare(self, layers: Mapping[str, Layer]) -> None:
+        """Take the declared layers."""
+        self.declared, self.digests = {}, {}
+        for layer in layers.values():
+            self.declared |= declared_candidates(layer)
+            self.digests |= {id: declared_digest(expert) for id, expert in layer.everyone_by_id.items()}
+            self.digests[layer.gate_id] = declared_gate_digest(layer.gate)
+
+    def unknown(self, id: str) -> NotFound:
+        """The error for an id that is not declared."""
+        return NotFound(f"there is no expert or gate {id!r}; known are {', '.join(sorted(self.declared)[:20])}")
+
+    def recorded(self, id: str, version: str) -> Candidate:
+        """The candidate that loads a version of the registry again. Raises NotFound, FailedPrecondition or DataLoss."""
+        return self.of_record(self._registry.version(id, version))
+
+    def candidate(self, id: str, change: Change, request: SwapRequest, current: Mapping[str, str]) -> Candidate:
+        """The candidate that a change asks for. Raises what is wrong with it, before anything is staged."""
+        replaces = current.get(id)
+        common: dict[str, Any] = {"replaces": replaces, "policy": request.policy, "mode": request.mode}
+        if change.version is not None:
+            record = self._registry.version(id, change.version)
+            return replace(self.of_record(record), **common, note=f"rollback {change.version}")
+        declared = self.declared[id]
+        if change.expert is not None and change.expert is not declared.expert:  # over the network, and allowed there
+            base = self._of_factory(id, change.expert, replaces or "")
+        elif change.upload is not None:
+            base = self.recorded(id, replaces or "")
+        else:
+            base = declared
+        if change.upload is not None:
+            base = self._with_upload(id, base, change)
+        return replace(base, counter=self._registry.next_counter(id), **common)
+
+    def _of_factory(self, id: str, expert: Expert, replaces: str) -> Candidate:
+        """The candidate of another factory, for the same rows and in the same place."""
+        base = self.recorded(id, replaces)
+        if base.expert is None:
+            raise InvalidRequest(f"{id} is a gate, and gates have no factory: swap in its weights")
+        expert = replace(expert, input=base.expert.input, output=base.expert.output)
+        return replace(
+            base, expert=expert, weights=None, version=None, origin=origin_of(expert), note=f"factory {expert.factory}"
+        )
+
+    def _with_upload(self, id: str, base: Candidate, change: Change) -> Candidate:
+        """The candidate with uploaded weights in place of its own, which were inspected without building it."""
+        path = self._store.upload_path(change.upload or "")
+        if base.gate is not None:
+            wanted = described(base.gate.state_dict())
+        elif base.expert is not None:
+            wanted = described(build(base.expert, "meta", load_weights=False).state())
+        if not wanted:
+            raise FailedPrecondition(f"{id} has no tensors that weights could replace")
+        found = inspect_artefact(path, sha256=change.sha256, wanted=wanted, owner="gate" if base.gate else "expert")
+        gate = None
+        if base.gate is not None:
+            gate = copy.deepcopy(base.gate)  # that of `base` may be needed again
+            load_into(gate, load_tensors(path)[0], "the uploaded gate")
+        return replace(base, gate=gate, version=None, weights=path, note="upload", tensor_digest=found.tensor_digest)
+
+    def of_record(self, record: VersionRecord) -> Candidate:
+        """The candidate that loads a version again, from disk or from the live object that was declared."""
+        built = self.built.get((record.id, record.version))
+        if built is not None:
+            return replace(built, version=record.version, counter=record.counter)
+        declared = self.declared.get(record.id)
+        live = {} if declared is None else {(record.id, record.version): declared}
+        if not record.origin.get("live"):
+            live = {}
+        candidate = from_record(record, self._store, live)
+        weights = self._store.weights(record.id, record.version) if candidate.gate is None else candidate.weights
+        candidate = replace(candidate, counter=record.counter, weights=weights or candidate.weights)
+        return candidate if declared is None else replace(candidate, input=declared.input, output=declared.output)

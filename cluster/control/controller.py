@@ -1,0 +1,292 @@
+"""The controller: compares what is to be with what is, and acts. Never on the path of a request.
+
+It decides nothing itself: `Reconciler` does. This shell probes, carries out actions, and owns the registry. Every turn
+it asks all replicas what they hold and tells the router; so it does not matter which of them restarted, or what was
+lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from ...experts.errors import ExpertMeshError, Unavailable
+from ...router.fanout.replica_view import READY
+from ..machine.process_tuning import background
+from ..state.registry import Registry
+from ..state.version_folders import VersionStore
+from .executor import ROUTER, Executor
+from .messages import Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
+from .ports import ControllerState, ReplicaPort, RouterPort, StateSettings
+from .reconciler import Action, Reconciler
+from .replica_health import Health, Probe
+from .swap_transactions import SwapTransactions
+
+log = logging.getLogger(__name__)
+TURN_SECONDS = 0.5
+DRAIN_SECONDS = 0.02
+PROBE_TIMEOUT = 2.0
+ROUTER_TIMEOUT = 5.0
+LEASE_SECONDS = 30.0
+
+
+class Controller:
+    """Keeps routers and replicas at what the registry says, and carries out swaps."""
+
+    def __init__(self, transactions: SwapTransactions, router: RouterPort, replicas: ReplicaPort) -> None:
+        self.incarnation = uuid.uuid4().hex
+        self.desired = Desired()
+        self.transactions = transactions
+        self.reconciler = Reconciler()
+        self.report: RouterReport | None = None
+        self._router = router
+        self._replicas = replicas
+        self._health = Health()
+        self._background = background("versions")
+        self.executor = Executor(
+            self.reconciler, transactions, self._health, router, replicas, self._sync, self._background
+        )
+        self._router_heard = time.monotonic()
+        self._next_probe = 0.0
+        self._turn = asyncio.Lock()
+        self._drains = asyncio.Event()
+        self._syncing = asyncio.Lock()
+        self._declared = 0
+        self._recalls: Counter[int] = Counter()
+        self._declaring = asyncio.Lock()
+
+    async def declare(self, desired: Desired, timeout: float) -> dict[str, str]:
+        """Take what the owner declares, and bring everything there; returns the versions that then serve.
+
+        What the registry knows and the declaration has not changed is loaded as it was, swapped versions too; what is
+        new or edited becomes a new version, all of it in one swap.
+        """
+        async with self._declaring:
+            if desired.revision > self.desired.revision:
+                self.desired = desired
+                self.executor.handles = desired.handles
+                self._health.expect(dict(desired.replicas))
+                self.transactions.builder.declare(desired.layers)
+                routers = [] if self.reconciler.epochs else [ROUTER]  # what it pins is not known yet
+                await self.executor.perform(self.reconciler.restore(self.transactions.epochs(), routers))
+            self._next_probe = 0.0
+            deadline = asyncio.get_running_loop().time() + timeout
+            await self._until(self._all_there, deadline)
+            await self.turn()
+            if self._declared < self.desired.revision:
+                request = await asyncio.to_thread(self.transactions.declared_swap, timeout)
+                if request is not None:
+                    await self.swap(request)
+                self.transactions.remember_declared()
+                self._declared = self.desired.revision
+            await self._until(self._at_rest, deadline)
+        return dict(self.reconciler.epochs[self.reconciler.current])
+
+    async def swap(self, request: SwapRequest) -> SwapResult:
+        """Carry out a swap; returns when it is durable and all routers have adopted it.
+
+        The same swap id again gives the same result. Raises what the table of swap failures says.
+        """
+        done = self.transactions.result_of(request.swap_id)
+        if done is not None:
+            return done
+        self._check_told()
+        ids = frozenset(request.changes)
+        asked_before = self.transactions.is_awaited(request.swap_id)
+        answer = self.transactions.expect_answer(request.swap_id)
+        if not asked_before:
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._background, self.transactions.prepare, request)
+                if (
+                    self.reconciler.swaps.draining()
+                ):  # one of the same expert may have drained since it was last looked at
+                    await self._sync()
+                actions = self.reconciler.swap_asked(request.swap_id, ids)
+            except ExpertMeshError as error:
+                self.transactions.abort(request.swap_id, error)
+                raise
+            except Exception as error:
+                self.transactions.abort(
+                    request.swap_id, ExpertMeshError(f"preparing failed with {type(error).__name__}")
+                )
+                raise
+            timer = asyncio.get_running_loop().call_later(request.timeout, self._time_up, request.swap_id)
+            self.transactions.on_answer(request.swap_id, timer.cancel)
+            await self.executor.perform(actions)
+        return await asyncio.shield(answer)
+
+    async def recall(self, epoch: int, ttl: float) -> None:
+        """LoadVersion the versions of an epoch that is kept, for `ttl` seconds.
+
+        Raises FailedPrecondition beyond retention, NotFound for an epoch that never was, and Unavailable where it could
+        not be loaded in that time.
+        """
+        versions = self.transactions.epoch(epoch)
+        self.reconciler.epochs.setdefault(epoch, versions)
+        self._recalls[epoch] += 1
+        loop = asyncio.get_running_loop()
+        loop.call_later(ttl, self._release, epoch)
+        deadline = loop.time() + ttl
+        await self.executor.perform(self.reconciler.recall(epoch))
+        while self.reconciler.lacking(epoch):
+            if loop.time() > deadline:
+                raise Unavailable(f"epoch {epoch} could not be loaded: {self.executor.problem}")
+            await asyncio.sleep(DRAIN_SECONDS)
+        await self._sync()
+
+    def _release(self, epoch: int) -> None:
+        """Let an epoch go that was recalled, unless another recall of it still runs."""
+        self._recalls[epoch] -= 1
+        if not self._recalls[epoch]:
+            self.executor.spawn(self.executor.perform(self.reconciler.release(epoch)))
+
+    async def run(self) -> None:
+        """Take turns for ever, in quick succession from a swap's commit until no request needs what it replaced."""
+        while True:
+            try:
+                await self.turn()
+            except (ExpertMeshError, asyncio.TimeoutError, TimeoutError) as error:
+                log.warning("the router was not reached: %s", error)
+            except Exception:  # the watch must go on
+                log.exception("a turn of the controller failed")
+            await self._pause()
+
+    def _hurry(self) -> None:
+        """Take the next turns in quick succession, where a swap drains."""
+        if self.reconciler.swaps.draining():
+            self._drains.set()
+
+    async def _pause(self) -> None:
+        """Wait for the next turn. A swap that only stages needs none: they would hold up the flip, and the router."""
+        if self.reconciler.swaps.draining():
+            await asyncio.sleep(DRAIN_SECONDS)
+            return
+        self._drains.clear()
+        with suppress(asyncio.TimeoutError, TimeoutError):
+            await asyncio.wait_for(self._drains.wait(), TURN_SECONDS)
+
+    async def turn(self) -> None:
+        """One turn: probe every replica, then tell the router. Raises Unavailable when it cannot be reached."""
+        async with self._turn:
+            desired = self.desired
+            if not desired.revision:
+                return
+            now = asyncio.get_running_loop().time()
+            if now >= self._next_probe:
+                self._next_probe = now + TURN_SECONDS
+                await asyncio.gather(*(self._probe(name, desired.handles.get(name)) for name in desired.replicas))
+            await self._sync()
+
+    def close(self) -> None:
+        """Close the registry."""
+        self._background.shutdown(wait=False, cancel_futures=True)
+        self.transactions.registry.close()
+
+    def state(self) -> ControllerState:
+        """What is known here."""
+        return ControllerState(
+            revision=self._declared,
+            epoch=self.reconciler.current,
+            versions=dict(self.reconciler.epochs.get(self.reconciler.current, {})),
+            replicas=self._health.replicas(),
+        )
+
+    def history(self, id: str) -> list[dict[str, Any]]:
+        """The versions of an id that are kept, oldest first, and which epochs name them. Raises NotFound."""
+        self._check_told()
+        return self.transactions.history(id)
+
+    def progress(self, swap_id: str) -> dict[str, Any]:
+        """How far a swap is: its phase, receipts there and needed. Raises NotFound for one that is not known."""
+        swap = self.reconciler.swaps.find(swap_id)
+        if swap is None:
+            return self.transactions.ended(swap_id)
+        there, needed = swap.receipts()
+        return {"swap_id": swap_id, "phase": swap.phase.value, "receipts": there, "needed": needed}
+
+    def _check_told(self) -> None:
+        """Raise Unavailable, and not that there is no such expert, where nothing was declared since the restart."""
+        if not self.desired.revision:
+            raise Unavailable("the controller is restarting; retry in a moment")
+
+    def _time_up(self, swap_id: str) -> None:
+        self.executor.spawn(self.executor.perform(self.reconciler.time_up(swap_id)))
+
+    async def _until(self, done: Callable[[], str], deadline: float) -> None:
+        """Take turns until `done` has nothing to complain of. Raises Unavailable with the complaint at the deadline."""
+        while complaint := done():
+            if asyncio.get_running_loop().time() > deadline:
+                raise Unavailable(f"not ready in time: {complaint}")
+            await asyncio.sleep(DRAIN_SECONDS)
+            await self.turn()
+
+    def _all_there(self) -> str:
+        missing = [replica.id for replica in self._health.replicas() if replica.state != READY]
+        return f"replica {missing[0]} has not started" if missing else ""
+
+    def _at_rest(self) -> str:
+        if self.report is None or self.report.epoch < self.reconciler.current or not self.reconciler.current:
+            return "the router has not adopted the epoch"
+        lacking = self.reconciler.incomplete()
+        return (
+            f"{lacking[0][0]} does not hold {lacking[0][1]} {lacking[0][2]}: {self.executor.problem}" if lacking else ""
+        )
+
+    async def _probe(self, name: str, handle: Any) -> None:
+        began = asyncio.get_running_loop().time()
+        try:
+            report = await asyncio.wait_for(self._replicas.probe(name, handle), PROBE_TIMEOUT)
+        except ExpertMeshError:
+            self._health.probed(name, Probe(failure="down"))
+            await self.executor.perform(self.reconciler.member_lost(name))
+        except (asyncio.TimeoutError, TimeoutError):
+            self._health.probed(name, Probe(failure="timeout"))
+        else:
+            if self.executor.changed_since(name, began):
+                return  # it may have reported before what it has loaded or forgotten since
+            self._health.probed(name, Probe(report))
+            ids = frozenset(self.desired.replicas.get(name, ()))
+            await self.executor.perform(self.reconciler.member_reported(name, report.incarnation, ids, report.holds))
+
+    async def _sync(self) -> None:
+        async with self._syncing:
+            update = RouterUpdate(
+                replicas=self._health.replicas(),
+                epochs=self.reconciler.known_to_routers(),
+                current=self.reconciler.current,
+                cluster_id=self.transactions.registry.cluster_id,
+            )
+            loop = asyncio.get_running_loop()
+            try:
+                report = await asyncio.wait_for(self._router.sync(update), ROUTER_TIMEOUT)
+                if report.revision < self.desired.revision:
+                    await asyncio.wait_for(self._router.declare(self.desired), ROUTER_TIMEOUT)
+                    report = await asyncio.wait_for(self._router.sync(update), ROUTER_TIMEOUT)
+            except (ExpertMeshError, asyncio.TimeoutError, TimeoutError):
+                self._hurry()
+                if loop.time() - self._router_heard > LEASE_SECONDS:
+                    await self.executor.perform(self.reconciler.router_lost(ROUTER))
+                raise
+            self._router_heard = loop.time()
+            changed = self.report is not None and self.report.incarnation != report.incarnation
+            self.report = report
+        actions: list[Action] = []
+        if changed:
+            actions += [*self.reconciler.member_lost(ROUTER), *self.reconciler.router_lost(ROUTER)]
+        gates = frozenset(layer.gate_id for layer in self.desired.layers.values())
+        actions += self.reconciler.member_reported(ROUTER, report.incarnation, gates, report.gates)
+        actions += self.reconciler.router_reported(ROUTER, report.epoch, report.oldest_pinned)
+        self._hurry()
+        await self.executor.perform(actions)
+
+
+def open_controller(settings: StateSettings, router: RouterPort, replicas: ReplicaPort) -> Controller:
+    """Open the registry, taking it over from whoever had it, and make a controller of it."""
+    registry, store = Registry(settings.state_dir), VersionStore(settings.state_dir)
+    return Controller(SwapTransactions(registry, store, retain_epochs=settings.retain_epochs), router, replicas)

@@ -1,0 +1,184 @@
+"""Carries out what the controller decides (stage, load, unload, commit), and tells `Reconciler` the outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ...experts.errors import DataLoss, ExpertMeshError, FailedPrecondition, Fenced, Unavailable
+from ...experts.staging.stage import Receipt
+from .messages import Candidate
+from .ports import ReplicaPort, RouterPort
+from .reconciler import Action, Answer, CommitSwap, LoadVersion, Reconciler, StageCandidate, Sync, UnloadVersion
+from .replica_health import Health
+from .swap_transactions import SwapTransactions
+
+log = logging.getLogger(__name__)
+ROUTER = "router"
+"""The router as a member: it holds gates."""
+
+
+class Executor:
+    """The hands of the controller. `handles` is how replicas are reached, `problem` the last load that failed.
+
+    `background` are threads of the lowest priority.
+    """
+
+    def __init__(
+        self,
+        reconciler: Reconciler,
+        transactions: SwapTransactions,
+        health: Health,
+        router: RouterPort,
+        replicas: ReplicaPort,
+        sync: Callable[[], Coroutine[Any, Any, None]],
+        background: ThreadPoolExecutor,
+    ) -> None:
+        self.reconciler = reconciler
+        self.transactions = transactions
+        self.handles: Mapping[str, Any] = {}
+        self.problem = "it is still loading"
+        self._health = health
+        self._router = router
+        self._replicas = replicas
+        self._sync = sync
+        self._changed: dict[str, float] = {}
+        self._turns: dict[str, asyncio.Lock] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = background
+
+    def changed_since(self, member: str, moment: float) -> bool:
+        """Whether a replica was told to hold or forget something since then (a time of the event loop)."""
+        return self._changed.get(member, 0.0) > moment
+
+    async def perform(self, actions: Iterable[Action]) -> None:
+        """Carry out actions, what takes time in a task of its own."""
+        for action in actions:
+            if isinstance(action, StageCandidate):
+                self.spawn(self._in_turn(action.member, self._stage(action)))
+            elif isinstance(action, LoadVersion):
+                self.spawn(self._in_turn(action.member, self._load(action)))
+            elif isinstance(action, UnloadVersion):
+                self.spawn(self._in_turn(action.member, self._unload(action)))
+            elif isinstance(action, CommitSwap):
+                self.spawn(self._commit(action))
+            elif isinstance(action, Sync):
+                self.spawn(self._sync())
+            elif isinstance(action, Answer):
+                self.transactions.answer(action.swap_id, action.epoch, action.error)
+
+    async def _in_turn(self, member: str, work: Coroutine[Any, Any, None]) -> None:
+        """One action to a member after the other: an unload must not overtake, or be overtaken by, a later load."""
+        async with self._turns.setdefault(member, asyncio.Lock()):
+            await work
+
+    async def _stage(self, action: StageCandidate) -> None:
+        member, incarnation, swap_id, id = action.member, action.incarnation, action.swap_id, action.id
+        try:
+            candidate = self.transactions.candidate(swap_id, id)
+            receipt = await self._staged_at(member, candidate)
+            _check_tensors(member, candidate, receipt)
+            self.transactions.keep_receipt(swap_id, receipt)
+        except Unavailable:  # it is restarting: its next incarnation is asked anew
+            await self.perform(self.reconciler.member_lost(member))
+        except ExpertMeshError as error:
+            await self.perform(self.reconciler.stage_refused(swap_id, member, incarnation, id, error))
+        except Exception as error:
+            refusal = FailedPrecondition(f"{id}: staging at {member} failed with {type(error).__name__}; see the log")
+            await self.perform(self.reconciler.stage_refused(swap_id, member, incarnation, id, refusal))
+            raise
+        else:
+            self._holds(member, incarnation, id, receipt.version)
+            await self.perform(self.reconciler.staged(swap_id, member, incarnation, id, receipt.version))
+
+    async def _load(self, action: LoadVersion) -> None:
+        try:
+            candidate = await asyncio.to_thread(self.transactions.builder.recorded, action.id, action.version)
+            receipt = await self._staged_at(action.member, candidate)
+            if receipt.version != action.version:
+                raise FailedPrecondition(
+                    f"{action.id} loads as {receipt.version}, not {action.version}: its code changed"
+                )
+        except ExpertMeshError as error:
+            self.problem = error.message
+            log.warning("%s could not load %s %s: %s", action.member, action.id, action.version, error)
+            self.reconciler.load_failed(action.member, action.incarnation, action.id, action.version)
+        except Exception:  # a disk that fails, a bug: it is tried again, and seen in the log
+            self.reconciler.load_failed(action.member, action.incarnation, action.id, action.version)
+            raise
+        else:
+            self._holds(action.member, action.incarnation, action.id, action.version)
+            await self.perform(self.reconciler.loaded(action.member, action.incarnation, action.id, action.version))
+
+    async def _unload(self, action: UnloadVersion) -> None:
+        try:
+            if action.member == ROUTER:
+                await self._router.unload(action.id, action.version)
+            else:
+                self._forgets(action.member, action.id, action.version)
+                handle = self.handles.get(action.member)
+                await self._replicas.unload(action.member, handle, action.id, action.version)
+        except ExpertMeshError as error:
+            log.debug("%s did not unload %s %s: %s", action.member, action.id, action.version, error)
+
+    async def _staged_at(self, member: str, candidate: Candidate) -> Receipt:
+        if member == ROUTER:
+            return await self._router.stage(candidate)
+        return await self._replicas.stage(member, self.handles.get(member), candidate)
+
+    async def _commit(self, action: CommitSwap) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._background, self.transactions.write, action.swap_id, action.versions)
+            epoch, versions = await asyncio.to_thread(self.transactions.commit, action.swap_id, action.versions)
+        except Fenced as error:  # whether it is durable, only the controller that took over can say
+            self.transactions.answer(
+                action.swap_id, None, Unavailable(f"{error.message}: ask again with the same swap id")
+            )
+        except ExpertMeshError as error:
+            await self.perform(self.reconciler.commit_refused(action.swap_id, error))
+        except Exception as error:
+            refusal = ExpertMeshError(f"the commit failed with {type(error).__name__}; see the log")
+            await self.perform(self.reconciler.commit_refused(action.swap_id, refusal))
+            raise
+        else:
+            await self.perform(self.reconciler.committed(action.swap_id, epoch, versions))
+            self.spawn(self._collect())
+
+    async def _collect(self) -> None:
+        in_use = {pair for versions in self.reconciler.in_use() for pair in versions.items()}
+        self.reconciler.forget_epochs(
+            await asyncio.to_thread(self.transactions.collect, in_use, self.reconciler.oldest_needed())
+        )
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run work of its own accord; what goes wrong with it is logged."""
+        task = asyncio.get_running_loop().create_task(_logged(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _holds(self, member: str, incarnation: str, id: str, version: str) -> None:
+        self._changed[member] = asyncio.get_running_loop().time()
+        self._health.holds(member, incarnation, id, version)
+
+    def _forgets(self, member: str, id: str, version: str) -> None:
+        self._changed[member] = asyncio.get_running_loop().time()
+        self._health.forgets(member, id, version)
+
+
+def _check_tensors(member: str, candidate: Candidate, receipt: Receipt) -> None:
+    """Hold a receipt against the file that was sent: on its way to a member it may have been taken for another."""
+    if candidate.tensor_digest not in (None, receipt.tensor_digest):
+        raise DataLoss(f"{candidate.id}: {member} has staged other tensors than those that were sent to it; try again")
+
+
+async def _logged(work: Awaitable[None]) -> None:
+    try:
+        await work
+    except (ExpertMeshError, asyncio.TimeoutError, TimeoutError) as error:
+        log.warning("%s", error)
+    except Exception:  # nobody waits for this task: a bug of ours must be seen, and must not end the watch
+        log.exception("the controller could not carry out an action")

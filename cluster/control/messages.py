@@ -1,0 +1,135 @@
+"""What owner, controller, replicas and routers tell each other, as plain records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...experts.errors import FailedPrecondition
+from ...experts.spec import ANY, Expert, TensorSpec
+from ...experts.staging.stage import Proposal
+from ...experts.staging.verify import Policy
+from ...router.fanout.replica_view import Replica
+from ...router.gates import Gate
+from ...router.mixture.layer import Layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Desired:
+    """What the owner declares: layers, and the replicas with the experts each is for; a higher revision is newer.
+
+    `handles` is how the transport reaches each replica; the controller only passes it on.
+    """
+
+    revision: int = 0
+    layers: Mapping[str, Layer] = field(default_factory=dict)
+    replicas: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    handles: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A version to be: what it is built from. `version` is its name where that is known already.
+
+    An expert has `expert`, whose weights are the file `weights`; a gate has `gate`. `input` and `output` are the rows
+    of the layer. `replaces` is the version that it is compared with. `tensor_digest`, where it is known, is what a
+    receipt has to name.
+    """
+
+    id: str
+    counter: int
+    expert: Expert | None = None
+    gate: Gate | None = None
+    weights: Path | None = None
+    version: str | None = None
+    replaces: str | None = None
+    input: TensorSpec = ANY
+    output: TensorSpec = ANY
+    policy: Policy = field(default_factory=Policy)
+    mode: str = "double"
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+    tensor_digest: str | None = None
+
+
+def proposal_of(candidate: Candidate) -> Proposal:
+    """What a replica is asked to build for a candidate; where its weights are is left to the transport."""
+    if candidate.expert is None:
+        raise FailedPrecondition(f"{candidate.id} is a gate, and replicas run experts")
+    return Proposal(
+        id=candidate.id,
+        counter=candidate.counter,
+        expert=candidate.expert,
+        version=candidate.version,
+        input=candidate.input,
+        output=candidate.output,
+        policy=candidate.policy,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterUpdate:
+    """What a router is told every turn: the replicas, the epochs that requests may pin, and the current one.
+
+    `cluster_id` is that of the registry, whose epochs these are.
+    """
+
+    replicas: tuple[Replica, ...]
+    epochs: Mapping[int, Mapping[str, str]]
+    current: int
+    cluster_id: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterReport:
+    """What a router says of itself: what it was told, its epoch and pins, and the gates that it holds."""
+
+    incarnation: str
+    revision: int
+    epoch: int
+    oldest_pinned: int
+    gates: frozenset[tuple[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What one id is to become: the weights of an upload, a version that there was, or a new declaration."""
+
+    upload: str | None = None
+    sha256: str | None = None
+    version: str | None = None
+    expert: Expert | None = None
+    gate: Gate | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapRequest:
+    """A swap that is asked for: all changes at once, or none. `expect` is compared with the current versions.
+
+    `timeout` bounds staging, in seconds. With `dry_run` everything up to the commit is done, and then undone.
+    """
+
+    swap_id: str
+    changes: Mapping[str, Change]
+    expect: Mapping[str, str] = field(default_factory=dict)
+    policy: Policy = field(default_factory=Policy)
+    mode: str = "double"
+    timeout: float = 60.0
+    dry_run: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapResult:
+    """What became of a swap: the epoch, the versions before and after, and the drift of each on its probe rows."""
+
+    swap_id: str
+    epoch: int
+    before: Mapping[str, str]
+    after: Mapping[str, str]
+    drift: Mapping[str, float | None] = field(default_factory=dict)
+    committed: bool = True
+    flipped: bool = True
+    pending: tuple[str, ...] = ()

@@ -1,0 +1,74 @@
+"""How controller, router and replicas reach each other. Ray implements these ports, and so does one process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ...experts.staging.stage import Receipt
+from ...router.fanout.replica_view import Replica
+from .messages import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateSettings:
+    """Where the durable state of a cluster is, and how many epochs before the current one are kept."""
+
+    state_dir: str
+    retain_epochs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControllerState:
+    """What the owner asks its controller about: the revision that it serves, the replicas, the current versions."""
+
+    revision: int
+    epoch: int
+    versions: Mapping[str, str]
+    replicas: tuple[Replica, ...]
+
+
+class RouterPort(Protocol):
+    """How the controller reaches the router."""
+
+    async def declare(self, desired: Desired) -> None:
+        """Hand over the declared layers."""
+
+    async def sync(self, update: RouterUpdate) -> RouterReport:
+        """Hand over what is known; answers with what the router knows."""
+
+    async def stage(self, candidate: Candidate) -> Receipt:
+        """Have a gate staged and verified."""
+
+    async def unload(self, id: str, version: str) -> None:
+        """Have a gate forgotten."""
+
+
+class ReplicaPort(Protocol):
+    """How the controller reaches the replicas."""
+
+    async def probe(self, replica_id: str, handle: Any) -> Replica:
+        """Ask a replica for a report. Raises Unavailable when it is not there."""
+
+    async def stage(self, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:
+        """Have an expert staged and verified beside what the replica serves."""
+
+    async def unload(self, replica_id: str, handle: Any, id: str, version: str) -> None:
+        """Have a version forgotten."""
+
+
+class ControlPort(Protocol):
+    """How a router reaches the controller."""
+
+    async def swap(self, request: SwapRequest) -> SwapResult:
+        """Carry out a swap."""
+
+    async def progress(self, swap_id: str) -> dict[str, Any]:
+        """How far a swap is."""
+
+    async def history(self, id: str) -> list[dict[str, Any]]:
+        """The versions of an id that are kept."""
+
+    async def recall(self, epoch: int, ttl: float) -> None:
+        """LoadVersion an epoch that is kept."""

@@ -1,0 +1,300 @@
+"""All that the controller decides: who loads what, when a swap goes on, what may be forgotten. Events in, effects out.
+
+It is level-triggered: every report of a replica or router is compared with what has to be, so it does not matter which
+of them restarted or which message was lost. No clock, no torch, no Ray; the simulator runs this very code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from ...experts.errors import Aborted, ExpertMeshError
+from .events import (
+    Action,
+    Answer,
+    Commit,
+    CommitRefused,
+    CommitSwap,
+    Committed,
+    Effect,
+    Event,
+    Finish,
+    Flip,
+    LoadVersion,
+    MemberGone,
+    MemberReported,
+    RouterGone,
+    RouterReported,
+    Stage,
+    StageCandidate,
+    Staged,
+    StageRefused,
+    Sync,
+    TimeUp,
+    UnloadVersion,
+)
+from .retention import Versions, epochs_in_use, unneeded, wanted
+from .swap import Phase, Swap, Swaps
+
+__all__ = [
+    "Action",
+    "Answer",
+    "CommitSwap",
+    "LoadVersion",
+    "Reconciler",
+    "StageCandidate",
+    "Sync",
+    "UnloadVersion",
+    "refuse_unless_current",
+]
+UNKNOWN = -1
+"""Stands for the oldest pinned epoch of a router that has not reported yet."""
+
+
+@dataclass
+class _Member:
+    incarnation: str
+    ids: frozenset[str]
+    holds: frozenset[tuple[str, str]]
+    asked: set[tuple[str, str]] = field(default_factory=set)
+
+
+@dataclass
+class _Router:
+    epoch: int
+    oldest_pinned: int
+
+
+class Reconciler:
+    """What is known of members, routers, epochs and swaps, and what follows from it.
+
+    Members are replicas, and routers as holders of gates. `epochs` are those that the registry keeps.
+    """
+
+    def __init__(self) -> None:
+        self.epochs: dict[int, Versions] = {}
+        self.current = 0
+        self.recalled: set[int] = set()
+        self.swaps = Swaps()
+        self._members: dict[str, _Member] = {}
+        self._routers: dict[str, _Router] = {}
+        self._marks: dict[str, int] = {}
+
+    def restore(self, epochs: Mapping[int, Versions], routers: Collection[str] = ()) -> list[Action]:
+        """Begin with the epochs of the registry, the newest of which is the current one.
+
+        `routers` are those that may hold leases: nothing is unloaded, and no swap flips, before each of them has
+        reported or was lost, since nobody else knows what it pins.
+        """
+        self.epochs = dict(epochs)
+        self.current = max(self.epochs, default=0)
+        for router in routers:
+            self._routers.setdefault(router, _Router(0, UNKNOWN))
+        return self._reconcile()
+
+    def forget_epochs(self, kept: Mapping[int, Versions]) -> None:
+        """Keep only these epochs, and those in use: the registry has collected the others."""
+        floor = min([self.current, *self._pinned()])
+        used = {n: v for n, v in self.epochs.items() if n >= floor or n in self.recalled}
+        self.epochs = {**used, **kept}
+        self.recalled &= set(self.epochs)
+
+    def oldest_needed(self) -> int:
+        """The oldest epoch that is current, pinned, recalled or perhaps pinned: the registry must not collect it."""
+        return max(min([self.current, *self._pinned(), *self.recalled]), min(self.epochs, default=0))
+
+    def mark(self, member: str) -> int:
+        """How often what is known of a member has changed.
+
+        Take it before a member is asked for a report, and hand it in with the report.
+        """
+        return self._marks.get(member, 0)
+
+    def members(self) -> dict[str, str]:
+        """The live members and their incarnations."""
+        return {name: member.incarnation for name, member in self._members.items()}
+
+    def member_reported(
+        self, member: str, incarnation: str, ids: frozenset[str], holds: frozenset[tuple[str, str]]
+    ) -> list[Action]:
+        """A live member says what it is for and what it holds."""
+        known = self._members.get(member)
+        if known is None or known.incarnation != incarnation:
+            known = self._members[member] = _Member(incarnation, ids, holds)
+            self._changed(member)
+        known.ids, known.holds = ids, holds
+        known.asked -= holds
+        return [*self._tell(MemberReported(member, incarnation, ids)), *self._reconcile([member])]
+
+    def member_lost(self, member: str) -> list[Action]:
+        """A member does not answer any more, or is not wanted any more."""
+        if self._members.pop(member, None) is not None:
+            self._changed(member)
+        return self._tell(MemberGone(member))
+
+    def router_reported(self, router: str, epoch: int, oldest_pinned: int) -> list[Action]:
+        """A router says which epoch it has adopted, and the oldest that is pinned there."""
+        self._routers[router] = _Router(epoch, oldest_pinned if epoch else self.current)
+        return [*self._tell(RouterReported(router, epoch, oldest_pinned)), *self._reconcile()]
+
+    def router_lost(self, router: str) -> list[Action]:
+        """A router's lease has ended, or another incarnation of it has taken its place."""
+        self._routers.pop(router, None)
+        return [*self._tell(RouterGone(router)), *self._reconcile()]
+
+    def swap_asked(self, swap_id: str, ids: frozenset[str]) -> list[Action]:
+        """Begin a swap of these ids; one that is under way just goes on.
+
+        Raises Aborted where an id is being swapped already, or an older version of it may still be pinned.
+        """
+        if self.swaps.find(swap_id) is not None:
+            return []
+        swap = self.swaps.begin(swap_id, ids, self._draining(ids))
+        actions: list[Action] = []
+        for name, router in self._routers.items():
+            actions += self._actions(swap, swap.on(RouterReported(name, router.epoch, router.oldest_pinned)))
+        for name, member in self._members.items():
+            actions += self._actions(swap, swap.on(MemberReported(name, member.incarnation, member.ids)))
+        return actions
+
+    def staged(self, swap_id: str, member: str, incarnation: str, id: str, version: str) -> list[Action]:
+        """A member's receipt for a candidate."""
+        known = self._members.get(member)
+        if known is not None and known.incarnation == incarnation:
+            known.holds |= {(id, version)}
+            self._changed(member)
+        return self._tell(Staged(member, incarnation, id, version), swap_id)
+
+    def stage_refused(
+        self, swap_id: str, member: str, incarnation: str, id: str, error: ExpertMeshError
+    ) -> list[Action]:
+        """A member could not stage or verify a candidate."""
+        return [*self._tell(StageRefused(member, incarnation, id, error), swap_id), *self._reconcile()]
+
+    def loaded(self, member: str, incarnation: str, id: str, version: str) -> list[Action]:
+        """A member holds a committed version that it was asked to load."""
+        known = self._members.get(member)
+        if known is None or known.incarnation != incarnation:
+            return []
+        known.holds |= {(id, version)}
+        known.asked.discard((id, version))
+        self._changed(member)
+        return [Sync()]
+
+    def load_failed(self, member: str, incarnation: str, id: str, version: str) -> None:
+        """A member could not load a version; its next report leads to another try."""
+        known = self._members.get(member)
+        if known is not None and known.incarnation == incarnation:
+            known.asked.discard((id, version))
+
+    def committed(self, swap_id: str, epoch: int, versions: Versions) -> list[Action]:
+        """The registry has made the epoch durable: from now on it is the current one."""
+        self.epochs[epoch] = versions
+        self.current = max(self.current, epoch)
+        return [Sync(), *self._tell(Committed(epoch), swap_id)]
+
+    def commit_refused(self, swap_id: str, error: ExpertMeshError) -> list[Action]:
+        """The registry has refused; nothing has changed."""
+        return [*self._tell(CommitRefused(error), swap_id), *self._reconcile()]
+
+    def time_up(self, swap_id: str) -> list[Action]:
+        """A swap has taken too long to be staged."""
+        return [*self._tell(TimeUp(), swap_id), *self._reconcile()]
+
+    def recall(self, epoch: int) -> list[Action]:
+        """LoadVersion the versions of an epoch that is kept, beside the current ones. `release` ends it."""
+        self.recalled.add(epoch)
+        return [Sync(), *self._reconcile()]
+
+    def release(self, epoch: int) -> list[Action]:
+        """An epoch that was recalled is not needed any more."""
+        self.recalled.discard(epoch)
+        return [Sync(), *self._reconcile()]
+
+    def in_use(self) -> list[Versions]:
+        """The epochs whose versions must stay loaded."""
+        pinned = [oldest for oldest in self._pinned() if oldest != UNKNOWN]
+        return epochs_in_use(self.epochs, self.current, pinned, self.recalled)
+
+    def known_to_routers(self) -> dict[int, Versions]:
+        """The epochs that routers are told: the current one and those recalled."""
+        return {n: v for n, v in self.epochs.items() if n == self.current or n in self.recalled}
+
+    def lacking(self, epoch: int) -> list[tuple[str, str]]:
+        """The (id, version) of an epoch that no live member holds."""
+        held = {pair for member in self._members.values() for pair in member.holds}
+        return [pair for pair in self.epochs.get(epoch, {}).items() if pair not in held]
+
+    def incomplete(self) -> list[tuple[str, str, str]]:
+        """The (member, id, version) of the current epoch that a live member does not hold."""
+        current = [self.epochs[self.current]] if self.current else []
+        return [
+            (name, *pair)
+            for name, member in self._members.items()
+            for pair in sorted(wanted(member.ids, current) - member.holds)
+        ]
+
+    def _tell(self, event: Event, swap_id: str | None = None) -> list[Action]:
+        found = [self.swaps.find(swap_id)] if swap_id is not None else self.swaps.active()
+        return [action for swap in found if swap is not None for action in self._actions(swap, swap.on(event))]
+
+    def _actions(self, swap: Swap, effects: list[Effect]) -> list[Action]:
+        actions: list[Action] = []
+        for effect in effects:
+            if isinstance(effect, Stage):
+                actions.append(StageCandidate(effect.member, effect.incarnation, swap.swap_id, effect.id))
+            elif isinstance(effect, Commit):
+                actions.append(CommitSwap(swap.swap_id, effect.versions))
+            elif isinstance(effect, Flip):
+                actions.append(Sync())
+            elif isinstance(effect, Finish):
+                actions.append(Answer(swap.swap_id, effect.epoch, effect.error))
+        if swap.phase is Phase.DONE or swap.phase is Phase.ABORTED:
+            actions += self._reconcile()
+        return actions
+
+    def _pinned(self) -> list[int]:
+        return [router.oldest_pinned for router in self._routers.values()]
+
+    def _blind(self) -> bool:
+        """Whether a router may pin an epoch whose versions are not known here: then nothing may be unloaded."""
+        return any(oldest < min(self.epochs, default=0) for oldest in self._pinned())
+
+    def _draining(self, ids: frozenset[str]) -> list[str]:
+        """The ids of which a request may still need another version than the current one."""
+        current = self.epochs.get(self.current, {})
+        floor = min([self.current, *self._pinned()])
+        older = [versions for number, versions in self.epochs.items() if number >= floor]
+        return sorted(id for id in ids if self._blind() or any(v.get(id) != current.get(id) for v in older))
+
+    def _changed(self, member: str) -> None:
+        self._marks[member] = self.mark(member) + 1
+
+    def _reconcile(self, names: Collection[str] | None = None) -> list[Action]:
+        """Compare what members hold with what they have to hold; all members, if none is named."""
+        in_use, may_unload = self.in_use(), not self._blind()
+        swapping = [swap for swap in self.swaps.active() if swap.phase is not Phase.RETIRING]
+        staging = frozenset(id for swap in swapping for id in swap.ids)
+        actions: list[Action] = []
+        for name in self._members if names is None else names:
+            member = self._members[name]
+            needed = wanted(member.ids, in_use)
+            missing = sorted(needed - member.holds - member.asked)
+            member.asked.update(missing)
+            surplus = unneeded(member.holds, needed, staging) if may_unload else []
+            if surplus:
+                member.holds -= set(surplus)
+                member.asked -= set(surplus)  # or what is needed once more would not be asked for again
+                self._changed(name)
+            actions += [LoadVersion(name, member.incarnation, *pair) for pair in missing]
+            actions += [UnloadVersion(name, member.incarnation, *pair) for pair in surplus]
+        return actions
+
+
+def refuse_unless_current(expect: Mapping[str, str], current: Versions) -> None:
+    """Compare what a caller expects with the current epoch, before anything is staged. Raises Aborted."""
+    for id, version in expect.items():
+        found = current.get(id, "nothing")
+        if found != version:
+            raise Aborted(f"{id} is at {found}, not at {version} as expected: look at its history, then decide anew")

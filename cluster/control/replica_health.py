@@ -1,0 +1,68 @@
+"""What probes say of a replica, and what is made of it: pure decisions, no clock and no Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ...router.fanout.replica_view import READY, Replica
+
+TIMEOUTS_UNTIL_UNRESPONSIVE = 3
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The outcome of one probe: the replica's own report, or why there is none ("down" or "timeout")."""
+
+    report: Replica | None = None
+    failure: str = ""
+
+
+class Health:
+    """Remembers the replicas by their last report, and turns probes into states."""
+
+    def __init__(self) -> None:
+        self._replicas: dict[str, Replica] = {}
+        self._timeouts: dict[str, int] = {}
+
+    def expect(self, wanted: dict[str, tuple[str, ...]]) -> None:
+        """Say which replicas there are to be, and what experts each is for; others are forgotten."""
+        for name in set(self._replicas) - set(wanted):
+            del self._replicas[name]
+            self._timeouts.pop(name, None)
+        for name, experts in wanted.items():
+            self._replicas[name] = replace(self._replicas.get(name, Replica(id=name)), experts=experts)
+
+    def probed(self, name: str, probe: Probe) -> None:
+        """Take the outcome of a probe.
+
+        A replica that is gone is restarting at once: Ray starts it again. One that is late is believed to be busy, as
+        before, until several probes in a row were late.
+        """
+        known = self._replicas.get(name)
+        if known is None:
+            return
+        if probe.report is not None:
+            self._timeouts[name] = 0
+            self._replicas[name] = replace(probe.report, experts=known.experts)
+        elif probe.failure == "timeout":
+            self._timeouts[name] = self._timeouts.get(name, 0) + 1
+            if self._timeouts[name] >= TIMEOUTS_UNTIL_UNRESPONSIVE and known.state == READY:
+                self._replicas[name] = replace(known, state="unresponsive")
+        elif known.state != "starting":
+            self._replicas[name] = replace(known, state="restarting", holds=frozenset())
+
+    def holds(self, name: str, incarnation: str, id: str, version: str) -> None:
+        """A replica has just said that it holds a version."""
+        known = self._replicas.get(name)
+        if known is not None and known.incarnation == incarnation:
+            self._replicas[name] = replace(known, holds=known.holds | {(id, version)})
+
+    def forgets(self, name: str, id: str, version: str) -> None:
+        """A replica is about to forget a version: it must not be chosen for it any more."""
+        known = self._replicas.get(name)
+        if known is not None:
+            self._replicas[name] = replace(known, holds=known.holds - {(id, version)})
+
+    def replicas(self) -> tuple[Replica, ...]:
+        """Every replica as it is known now."""
+        return tuple(self._replicas.values())

@@ -1,0 +1,273 @@
+"""Swaps as transactions: from a request to candidates, from receipts to durable versions, from outcome to answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ...experts.errors import (
+    Aborted,
+    ExpertMeshError,
+    InvalidRequest,
+    NotFound,
+    Unavailable,
+)
+from ...experts.staging.stage import Receipt
+from ...experts.staging.verify import Policy
+from ..state.records import ABORTED, COMMITTED, OPEN, VersionRecord
+from ..state.registry import Registry
+from ..state.version_folders import VersionStore
+from .candidates import CandidateBuilder
+from .messages import Candidate, Change, SwapRequest, SwapResult
+from .reconciler import refuse_unless_current
+
+log = logging.getLogger(__name__)
+
+
+class SwapTransactions:
+    """Prepares swaps, makes them durable, and answers who asked. It alone writes to the registry."""
+
+    def __init__(
+        self, registry: Registry, store: VersionStore, *, retain_epochs: int = 2, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.registry = registry
+        self.store = store
+        self._retain = retain_epochs
+        self._clock = clock
+        self._requests: dict[str, SwapRequest] = {}
+        self._candidates: dict[str, dict[str, Candidate]] = {}
+        self._receipts: dict[str, dict[str, Receipt]] = {}
+        self._written: dict[str, list[VersionRecord]] = {}
+        self._rehearsed: set[str] = set()
+        self._answers: dict[str, asyncio.Future[SwapResult]] = {}
+        self.builder = CandidateBuilder(registry, store)
+        for swap in registry.open_swaps():  # of a controller that died: what was not committed is discarded
+            registry.end_swap(swap.swap_id, ABORTED, "the controller restarted before the commit")
+        store.sweep(registry.known())
+
+    def epochs(self) -> dict[int, Mapping[str, str]]:
+        """The epochs that are kept, by number."""
+        return {epoch.number: epoch.versions for epoch in self.registry.epochs()}
+
+    def epoch(self, number: int) -> Mapping[str, str]:
+        """An epoch that is kept. Raises FailedPrecondition or NotFound."""
+        return self.registry.epoch(number).versions
+
+    def current(self) -> Mapping[str, str]:
+        """The versions of the current epoch."""
+        epoch = self.registry.current()
+        return {} if epoch is None else epoch.versions
+
+    def declared_swap(self, timeout: float) -> SwapRequest | None:
+        """The swap that brings the cluster to what is declared, or None where nothing is new or edited."""
+        current = self.current()
+        changes = {
+            id: Change(expert=candidate.expert, gate=candidate.gate)
+            for id, candidate in self.builder.declared.items()
+            if id not in current or self.registry.declared(id) != self.builder.digests[id]
+        }
+        if not changes and current.keys() <= self.builder.declared.keys():
+            return None
+        swap_id = f"declare-{uuid.uuid4().hex[:12]}"
+        return SwapRequest(
+            swap_id=swap_id, changes=changes, timeout=timeout, policy=Policy(allow_norm=True), note="declared"
+        )
+
+    def remember_declared(self) -> None:
+        """Write down what was declared, so that an edited declaration is noticed at the next start."""
+        for id, digest in self.builder.digests.items():
+            self.registry.set_declared(id, digest)
+
+    def prepare(self, request: SwapRequest) -> None:
+        """Check a request, write it into the journal, and make its candidates. Raises what is wrong with it."""
+        current = self.current()
+        unknown = [id for id in request.changes if id not in self.builder.declared]
+        if unknown:
+            raise self.builder.unknown(unknown[0])
+        refuse_unless_current(request.expect, current)
+        candidates = {
+            id: self.builder.candidate(id, change, request, current) for id, change in request.changes.items()
+        }
+        self.registry.begin_swap(request.swap_id, {id: candidate.note for id, candidate in candidates.items()})
+        self._requests[request.swap_id], self._candidates[request.swap_id] = request, candidates
+        self._receipts[request.swap_id] = {}
+
+    def candidate(self, swap_id: str, id: str) -> Candidate:
+        """A candidate of a swap that is under way."""
+        return self._candidates[swap_id][id]
+
+    def keep_receipt(self, swap_id: str, receipt: Receipt) -> None:
+        """Keep what a member said of a candidate: the record is made from it."""
+        if swap_id in self._receipts:
+            self._receipts[swap_id][receipt.id] = receipt
+
+    def write(self, swap_id: str, versions: Mapping[str, str]) -> None:
+        """Bring a swap's versions to the disk. Raises Aborted for a rehearsal, DataLoss, and what the disk raises."""
+        request = self._requests[swap_id]
+        if request.dry_run:
+            self._rehearsed.add(swap_id)
+            raise Aborted("a rehearsal ends before the commit")
+        self._written[swap_id] = [
+            self._write(swap_id, self._candidates[swap_id][id], self._receipts[swap_id][id], request.note)
+            for id, version in versions.items()
+            if (id, version) not in self.registry.known()
+        ]
+
+    def commit(self, swap_id: str, versions: Mapping[str, str]) -> tuple[int, Mapping[str, str]]:
+        """Make what was written the next epoch, durably; returns it. Raises Aborted, and what the disk raises."""
+        request = self._requests[swap_id]
+        for record in self._written.get(swap_id, ()):
+            self.registry.add_version(record)
+        changes: dict[str, str | None] = dict(versions)
+        if request.note == "declared":
+            changes |= {id: None for id in self.current() if id not in self.builder.declared}
+        try:
+            epoch = self.registry.commit(swap_id, changes, expect=request.expect)
+        except Unavailable:  # the disk hesitated: whether it is durable is known only by asking again
+            epoch = self.registry.commit(swap_id, changes, expect=request.expect)
+        return epoch.number, epoch.versions
+
+    def collect(self, in_use: Collection[tuple[str, str]], oldest_needed: int) -> dict[int, Mapping[str, str]]:
+        """Forget epochs and versions that nobody may ask for any more; returns the epochs that are kept.
+
+        Epochs from `oldest_needed` on are pinned somewhere, and outlive their retention.
+        """
+        epoch = self.registry.current()
+        pinned = 0 if epoch is None else epoch.number - oldest_needed
+        for record in self.registry.collect(max(self._retain, pinned), in_use):
+            self.store.remove(record.id, record.version)
+            self.builder.built.pop((record.id, record.version), None)
+        return self.epochs()
+
+    def expect_answer(self, swap_id: str) -> asyncio.Future[SwapResult]:
+        """The answer that a swap will have; the same for all who ask for the same swap."""
+        if swap_id not in self._answers:
+            self._answers[swap_id] = asyncio.get_running_loop().create_future()
+        return self._answers[swap_id]
+
+    def is_awaited(self, swap_id: str) -> bool:
+        """Whether somebody asked for this swap already and has no answer yet."""
+        return swap_id in self._answers
+
+    def on_answer(self, swap_id: str, action: Callable[[], Any]) -> None:
+        """Do something when the answer is there."""
+        self._answers[swap_id].add_done_callback(lambda _: action())
+
+    def abort(self, swap_id: str, error: ExpertMeshError) -> None:
+        """End a swap that never began to stage."""
+        self.answer(swap_id, None, error)
+
+    def answer(self, swap_id: str, epoch: int | None, error: ExpertMeshError | None) -> None:
+        """Tell who asked, and forget the swap."""
+        answer, request = self._answers.pop(swap_id, None), self._requests.pop(swap_id, None)
+        candidates, receipts = self._candidates.pop(swap_id, {}), self._receipts.pop(swap_id, {})
+        self._written.pop(swap_id, None)
+        result = self._result(swap_id, request, candidates, receipts, epoch)
+        rehearsed = swap_id in self._rehearsed
+        self._rehearsed.discard(swap_id)
+        if error is not None:
+            self._end(swap_id, "rehearsal" if rehearsed else error.message)
+        if answer is None or answer.done():
+            return
+        if error is None or rehearsed:
+            answer.set_result(result)
+        else:
+            answer.set_exception(error)
+            answer.exception()  # somebody may have stopped waiting: that is no bug
+
+    def _end(self, swap_id: str, message: str) -> None:
+        """Note in the journal that a swap was aborted. A journal that cannot be written must not keep back the answer:
+        a restart ends what is open."""
+        try:
+            self.registry.end_swap(swap_id, ABORTED, message)
+        except NotFound:
+            log.debug("swap %s was refused before it began", swap_id)
+        except (Aborted, Unavailable) as error:
+            log.warning("swap %s: %s", swap_id, error)
+
+    def result_of(self, swap_id: str) -> SwapResult | None:
+        """The result of a swap that was committed, also by a controller before this one. Raises Aborted if aborted."""
+        record = self.registry.swap(swap_id)
+        if record is None or record.state == OPEN:
+            return None
+        if record.state != COMMITTED or record.epoch is None:
+            raise Aborted(f"swap {swap_id} was not committed: {record.message}")
+        after = {id: self.epoch(record.epoch).get(id, "") for id in record.plan}
+        return SwapResult(swap_id=swap_id, epoch=record.epoch, before={}, after=after)
+
+    def history(self, id: str) -> list[dict[str, Any]]:
+        """The versions of an id that are kept, oldest first, and which epochs name them. Raises NotFound."""
+        if id not in self.builder.declared:
+            raise self.builder.unknown(id)
+        epochs, current = self.registry.epochs(), self.current().get(id)
+        return [
+            {
+                "version": record.version,
+                "created": record.created,
+                "parent": record.parent,
+                "nbytes": record.nbytes,
+                "note": record.note,
+                "ephemeral": record.ephemeral,
+                "current": record.version == current,
+                "epochs": [epoch.number for epoch in epochs if epoch.versions.get(id) == record.version],
+            }
+            for record in self.registry.history(id)
+        ]
+
+    def ended(self, swap_id: str) -> dict[str, Any]:
+        """What the journal says of a swap that is not under way any more. Raises NotFound."""
+        record = self.registry.swap(swap_id)
+        if record is None:
+            raise NotFound(f"there is no swap {swap_id!r}")
+        return {"swap_id": swap_id, "phase": record.state, "epoch": record.epoch, "message": record.message}
+
+    def _result(
+        self,
+        swap_id: str,
+        request: SwapRequest | None,
+        candidates: Mapping[str, Candidate],
+        receipts: Mapping[str, Receipt],
+        epoch: int | None,
+    ) -> SwapResult:
+        return SwapResult(
+            swap_id=swap_id,
+            epoch=epoch or 0,
+            before={id: candidate.replaces or "" for id, candidate in candidates.items()},
+            after={id: receipt.version for id, receipt in receipts.items()},
+            drift={id: receipt.drift for id, receipt in receipts.items()},
+            committed=epoch is not None,
+            flipped=epoch is not None,
+        )
+
+    def _write(self, swap_id: str, candidate: Candidate, receipt: Receipt, note: str) -> VersionRecord:
+        id, version = candidate.id, receipt.version
+        origin, source, move = candidate.origin, candidate.weights, candidate.note == "upload"
+        if candidate.gate is not None:
+            source, move = self.store.upload_path(f"gate-{uuid.uuid4().hex}"), True
+            try:
+                candidate.gate.save(source)
+            except InvalidRequest:  # a live scorer has no text to be written down
+                origin, source = {"live": True}, None
+        ephemeral = bool(origin.get("live"))
+        record = VersionRecord(
+            id=id,
+            version=version,
+            counter=candidate.counter,
+            digest=receipt.digest,
+            tensor_digest=receipt.tensor_digest,
+            origin=origin,
+            nbytes=receipt.nbytes,
+            created=self._clock(),
+            parent=candidate.replaces,
+            ephemeral=ephemeral,
+            note=note or f"swap {swap_id}",
+        )
+        self.store.write(id, version, source, {"record": record.to_json()}, move=move)
+        if ephemeral:
+            self.builder.built[id, version] = replace(candidate, weights=self.store.weights(id, version))
+        return record

@@ -1,0 +1,68 @@
+"""Who may call what: a table of digests of tokens that decides on every call, and denies by default."""
+
+from __future__ import annotations
+
+import hmac
+from dataclasses import dataclass
+
+from ...experts.errors import PermissionDenied, Unauthenticated
+from ..machine.tokens import check_digest, token_digest
+from ..rpc.methods import METHODS, Role
+
+
+@dataclass(frozen=True)
+class _Entry:
+    digest: str
+    role: Role
+    expires: float | None
+
+
+class TokenTable:
+    """The tokens that a cluster knows, as digests; it decides on every call and denies by default."""
+
+    def __init__(self) -> None:
+        self._entries: list[_Entry] = []
+
+    def __repr__(self) -> str:
+        return f"TokenTable({len(self._entries)} tokens)"
+
+    def add(self, token: str, role: Role, expires: float | None = None) -> None:
+        """Let `token` act as `role` until `expires` (seconds since 1970; None: for ever). Only its digest is kept."""
+        self.add_digest(token_digest(token), role, expires)
+
+    def add_digest(self, sha256: str, role: Role, expires: float | None = None) -> None:
+        """Like `add`, for a token of which only the sha256 (64 hex digits) is known. Raises ConfigError."""
+        check_digest(sha256)
+        self._entries.append(_Entry(sha256, role, expires))
+
+    def authorise(self, method: str, token: str | None, now: float) -> Role:
+        """The role in which `token` may call `method` at the time `now`, in seconds since 1970.
+
+        Every entry is compared, in constant time, so that the time taken tells nothing about the tokens.
+        Raises Unauthenticated without a token that is known and valid, PermissionDenied where its role is too low or
+        the method is unknown.
+        """
+        role = self._authenticate(token, now)
+        needed = METHODS.get(method)
+        if needed is None:
+            raise PermissionDenied("no role may call this method: it is not one of this cluster's")
+        if role < needed:
+            raise PermissionDenied(f"{method} needs the role {needed.label}, this token has {role.label}")
+        return role
+
+    def _authenticate(self, token: str | None, now: float) -> Role:
+        if not token:
+            raise Unauthenticated("the call carries no token: give token=, or call as the user who runs the cluster")
+        presented = token_digest(token)
+        live: Role | None = None
+        known = False
+        for entry in self._entries:
+            if hmac.compare_digest(entry.digest, presented):
+                known = True
+                if entry.expires is None or now < entry.expires:
+                    live = entry.role if live is None else max(live, entry.role)
+        if live is not None:
+            return live
+        if known:
+            raise Unauthenticated("the token has expired: ask for a new one")
+        raise Unauthenticated("this cluster does not know the token: it may be of another cluster or an earlier start")

@@ -1,0 +1,70 @@
+"""Frames of a call and its reply: a call's frame checked in full and made a request, a reply written as buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+from torch import Tensor
+
+from ...experts.errors import InvalidRequest, TooLarge
+from ...experts.protocol import CallOptions, from_mapping
+from ...experts.tensors import from_wire, to_wire
+from ...experts.wire import Frame, WireTensor, encode_parts
+from ...router.request.answer import ForwardReply, ForwardRequest
+from ..rpc.status import is_request_id
+from ..rpc.streams import Buffer
+
+CALL_TENSORS = ("x", "gate_input", "top_k_index", "top_k_weights")
+
+
+def forward_request(frame: Frame, request_id: str, timeout: float, client: str) -> ForwardRequest:
+    """What a call asks of the router within `timeout` seconds; its own request id goes before the one that is given.
+
+    Raises InvalidRequest.
+    """
+    if frame.kind != "call":
+        raise InvalidRequest(f"a call frame was expected, not {frame.kind[:64]!r}")
+    unknown = [name for name in frame.tensors if name not in CALL_TENSORS]
+    if unknown or "x" not in frame.tensors:
+        raise InvalidRequest(f"a call carries the tensor x, and of others only {', '.join(CALL_TENSORS[1:])}")
+    options = from_mapping(CallOptions, frame.meta)
+    if options.request_id is None:
+        options = replace(options, request_id=request_id)
+    if not is_request_id(options.request_id):
+        raise InvalidRequest("request_id must be 1 to 128 letters, digits, or any of . _ : / -")
+    if not frame.tensors["x"].shape:
+        raise InvalidRequest("x must have a first dimension, its rows")
+    tensors = {name: from_wire(tensor) for name, tensor in frame.tensors.items()}
+    return ForwardRequest(
+        x=tensors["x"],
+        options=options,
+        timeout=timeout,
+        features=tensors.get("gate_input"),
+        indices=tensors.get("top_k_index"),
+        weights=tensors.get("top_k_weights"),
+        client=client,
+    )
+
+
+def reply_parts(reply: ForwardReply) -> list[Buffer]:
+    """The buffers of an answer's frame; `lost_mass` is left out where nothing was lost. No tensor is copied."""
+    tensors: dict[str, Tensor | None] = {
+        "output": reply.output,
+        "lost_mass": reply.lost_mass if reply.summary.degraded else None,
+        "indices": reply.indices,
+        "weights": reply.weights,
+    }
+    wired: dict[str, WireTensor] = {name: to_wire(tensor) for name, tensor in tensors.items() if tensor is not None}
+    return encode_parts("reply", asdict(reply.summary), wired)
+
+
+def one_message(parts: Sequence[Buffer], max_message_bytes: int) -> bytes:
+    """The buffers as one message. Raises TooLarge where they do not fit into one."""
+    total = sum(len(part) for part in parts)
+    if total > max_message_bytes:
+        raise TooLarge(
+            f"the reply has {total} bytes, max_message_bytes of this cluster is {max_message_bytes}: call with "
+            "stream=True, send fewer rows at a time, or raise it at both ends"
+        )
+    return b"".join(parts)

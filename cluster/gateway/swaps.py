@@ -1,0 +1,244 @@
+"""The gateway's part of swaps, uploads, histories and leases: frames in, frames out. No gRPC in here.
+
+What a frame asks for is checked field by field before anybody is asked to do it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from ...experts.errors import (
+    DataLoss,
+    ExpertMeshError,
+    InvalidRequest,
+    PermissionDenied,
+    TooLarge,
+    Unavailable,
+)
+from ...experts.protocol import from_mapping
+from ...experts.spec import Expert
+from ...experts.staging.verify import Policy
+from ...experts.wire import Frame
+from ...router.epochs.epochs import Epochs
+from ...router.epochs.leases import Leases
+from ..control.messages import Change, SwapRequest, SwapResult
+from ..control.ports import ControlPort
+from ..rpc.documents import NAME, decode_document, encode_document
+from ..rpc.methods import Role
+from ..rpc.swaps import (
+    DATA,
+    MODES,
+    ChangeAsked,
+    HistoryAsked,
+    Lease,
+    PinAsked,
+    ProgressAsked,
+    SwapAsked,
+    SwapOutcome,
+    UnpinAsked,
+    UploadChunk,
+    is_upload_id,
+)
+from ..state.records import check_id, check_swap_id, check_version
+from ..state.uploads import Uploads
+
+MAX_DOCUMENT_BYTES = 2**20
+T = TypeVar("T")
+FrameHandler = Callable[[Frame, Role], Awaitable[bytes]]
+Call = Callable[..., Awaitable[Any]]
+"""Calls a function in another thread: `await call(function, *arguments)`."""
+
+
+class SwapMethods:
+    """Answers the methods that change versions, tell of them, or lease epochs.
+
+    `call` calls a function where the router runs, `busy` says whether it is serving requests. `allowed_factories` are
+    those that an admin may name over the network.
+    """
+
+    def __init__(
+        self,
+        control: ControlPort,
+        uploads: Uploads,
+        epochs: Epochs,
+        leases: Leases,
+        call: Call,
+        allowed_factories: Collection[str] = (),
+        busy: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._control = control
+        self._uploads = uploads
+        self._epochs = epochs
+        self._leases = leases
+        self._call = call
+        self._allowed = frozenset(allowed_factories)
+        self._busy = busy
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="uploads")
+        self._swaps: set[asyncio.Future[SwapResult]] = set()
+
+    def handlers(self) -> dict[str, FrameHandler]:
+        """What answers each method."""
+        return {
+            "Upload": self.upload,
+            "Swap": self.swap,
+            "SwapProgress": self.progress,
+            "History": self.history,
+            "Pin": self.pin,
+            "Unpin": self.unpin,
+        }
+
+    def tidy(self) -> None:
+        """From time to time drop uploads that nobody goes on with."""
+        if self._uploads.is_untidy():
+            asyncio.get_running_loop().run_in_executor(self._disk, self._uploads.tidy)
+
+    def close(self) -> None:
+        """Stop the thread that writes."""
+        self._disk.shutdown(wait=False, cancel_futures=True)
+
+    async def upload(self, frame: Frame, role: Role) -> bytes:
+        """Write a chunk of an upload; while requests are served, the answer waits, so that the next one comes later."""
+        chunk = _record(UploadChunk, frame, "upload", tensors=(DATA,))
+        tensor = frame.tensors[DATA]
+        if tensor.dtype != "uint8" or len(tensor.shape) != 1:
+            raise InvalidRequest("the bytes of a chunk are a tensor `data` of dtype uint8 and one dimension")
+        loop = asyncio.get_running_loop()
+        state = await loop.run_in_executor(self._disk, self._uploads.write, chunk, tensor.data)
+        if self._busy():
+            await asyncio.sleep(self._uploads.limits.pause(len(tensor.data)))
+        return encode_document("uploaded", asdict(state))
+
+    async def swap(self, frame: Frame, role: Role) -> bytes:
+        """Carry out a swap. It goes on when its caller has gone: the same swap id asks for its outcome."""
+        asked = from_mapping(SwapAsked, _document(frame, "swap"))
+        try:
+            request = swap_request(asked, role, self._allowed)
+        except ExpertMeshError:
+            await self._drop_uploads(change.get("upload") for change in asked.changes.values())
+            raise
+        work = asyncio.ensure_future(self._carry_out(request))
+        self._swaps.add(work)
+        work.add_done_callback(self._ended)
+        result = await asyncio.shield(work)
+        outcome = SwapOutcome(
+            swap_id=result.swap_id,
+            epoch=result.epoch,
+            before=dict(result.before),
+            after=dict(result.after),
+            drift=dict(result.drift),
+            committed=result.committed,
+            flipped=result.flipped,
+            pending=list(result.pending),
+            cluster=self._cluster(),
+        )
+        return encode_document("swap", outcome.to_document())
+
+    async def progress(self, frame: Frame, role: Role) -> bytes:
+        """How far a swap is."""
+        asked = _record(ProgressAsked, frame, "swapprogress")
+        check_swap_id(asked.swap_id)
+        return encode_document("progress", await self._control.progress(asked.swap_id))
+
+    async def history(self, frame: Frame, role: Role) -> bytes:
+        """The versions of an id that are kept."""
+        asked = _record(HistoryAsked, frame, "history")
+        check_id(asked.id)
+        return encode_document("history", {"id": asked.id, "versions": await self._control.history(asked.id)})
+
+    async def pin(self, frame: Frame, role: Role) -> bytes:
+        """Lease the current epoch."""
+        asked = _record(PinAsked, frame, "pin")
+        lease_id, epoch, ttl = await self._call(self._leases.lease, asked.ttl)
+        lease = Lease(pin=lease_id, epoch=epoch.number, ttl=ttl, cluster=epoch.cluster)
+        return encode_document("lease", asdict(lease))
+
+    async def unpin(self, frame: Frame, role: Role) -> bytes:
+        """Give a lease back; one that is over is no error."""
+        asked = _record(UnpinAsked, frame, "unpin")
+        return encode_document("unpinned", {"was_held": await self._call(self._leases.give_back, asked.pin)})
+
+    async def _carry_out(self, request: SwapRequest) -> SwapResult:
+        try:
+            result = await self._control.swap(request)
+        except Unavailable:  # it may be asked for again, with what it has uploaded
+            raise
+        except ExpertMeshError:
+            await self._drop_uploads(change.upload for change in request.changes.values())
+            raise
+        await self._drop_uploads(
+            change.upload for change in request.changes.values()
+        )  # those of a rehearsal; the others are versions now
+        return result
+
+    async def _drop_uploads(self, uploads: Iterable[Any]) -> None:
+        loop = asyncio.get_running_loop()
+        for upload_id in uploads:
+            if is_upload_id(upload_id):
+                await loop.run_in_executor(self._disk, self._uploads.discard, upload_id)
+
+    def _ended(self, work: asyncio.Future[SwapResult]) -> None:
+        self._swaps.discard(work)
+        if not work.cancelled():
+            work.exception()  # whoever asked may be gone: that is no bug
+
+    def _cluster(self) -> str:
+        return self._epochs.current.cluster if self._epochs.number else ""
+
+
+def swap_request(asked: SwapAsked, role: Role, allowed_factories: Collection[str] = ()) -> SwapRequest:
+    """What the controller is asked to do. Raises InvalidRequest, or PermissionDenied for a factory."""
+    check_swap_id(asked.swap_id)
+    changes = asked.read_changes()
+    for id in (*changes, *asked.expect):
+        check_id(id)
+    named = {id: change.version for id, change in changes.items() if change.version is not None}
+    for id, version in (*asked.expect.items(), *named.items()):
+        check_version(id, version)
+    if asked.mode not in MODES:
+        raise InvalidRequest(f"mode must be one of {', '.join(MODES)}, not {asked.mode[:64]!r}")
+    return SwapRequest(
+        swap_id=asked.swap_id,
+        changes={id: _change(id, change, role, allowed_factories) for id, change in changes.items()},
+        expect=asked.expect,
+        policy=from_mapping(Policy, asked.policy),
+        mode=asked.mode,
+        timeout=float(asked.timeout),
+        dry_run=asked.dry_run,
+    )
+
+
+def _change(id: str, asked: ChangeAsked, role: Role, allowed_factories: Collection[str]) -> Change:
+    expert = None
+    if asked.factory is not None:
+        if role < Role.ADMIN:
+            raise PermissionDenied(f"{id}: another factory needs the role admin, this token has {role.label}")
+        if asked.factory not in allowed_factories:
+            raise PermissionDenied(
+                f"{id}: allowed_factories of the cluster does not name {asked.factory[:64]!r}: name it, then restart"
+            )
+        expert = Expert(asked.factory, args=tuple(asked.args), kwargs=asked.kwargs)
+    return Change(upload=asked.upload, sha256=asked.sha256, version=asked.version, expert=expert)
+
+
+def _record(kind: type[T], frame: Frame, name: str, tensors: tuple[str, ...] = ()) -> T:
+    """The record in a frame's header. Raises InvalidRequest for a frame of another kind, or with other tensors."""
+    if frame.kind != name or frame.tensors.keys() != set(tensors):
+        wanted = f"the tensors {', '.join(tensors)}" if tensors else "no tensors"
+        raise InvalidRequest(f"a frame of kind {name!r} with {wanted} was expected")
+    return from_mapping(kind, frame.meta)
+
+
+def _document(frame: Frame, kind: str) -> dict[str, Any]:
+    """The document that a client sent. Raises InvalidRequest, or TooLarge."""
+    if frame.meta or frame.tensors.keys() != {NAME}:
+        raise InvalidRequest(f"a {kind} is a JSON document in the tensor `{NAME}`, and nothing else")
+    if frame.tensors[NAME].nbytes > MAX_DOCUMENT_BYTES:
+        raise TooLarge(f"a {kind} document has at most {MAX_DOCUMENT_BYTES} bytes: change fewer ids at a time")
+    try:
+        return decode_document(frame, kind)
+    except DataLoss as error:
+        raise InvalidRequest(error.message) from None

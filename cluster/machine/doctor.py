@@ -1,0 +1,143 @@
+"""Judges whether a cluster can run on this machine: each check is ok, warn or fail, and says how to mend it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from .facts import Machine
+
+State = Literal["ok", "warn", "fail"]
+
+BASE: Mapping[str, str] = {"numpy": "1.26", "grpcio": "1.66", "msgpack": "1.2.1"}
+CLUSTER: Mapping[str, str] = {
+    "ray": "2.56",
+    "torch": "2.10",
+    "safetensors": "0.5",
+    "click": "8.1",
+    "rich": "13.7",
+    "pyyaml": "6.0",
+    "prometheus-client": "0.20",
+}
+DEMO: Mapping[str, str] = {"scikit-learn": "1.5"}
+PACKAGES = (*BASE, *CLUSTER, *DEMO)
+PYTHON = (3, 10)
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. `mend` says what to do where it is not ok."""
+
+    name: str
+    state: State
+    found: str
+    mend: str = ""
+
+
+def examine(machine: Machine) -> list[Check]:
+    """Judge what was seen of a machine."""
+    return [
+        _python(machine),
+        *_packages(machine),
+        _cores(machine),
+        _memory(machine),
+        _shared_memory(machine),
+        _gpus(machine),
+        *_clusters(machine),
+        _port(machine),
+        _ray(machine),
+    ]
+
+
+def _python(machine: Machine) -> Check:
+    found = ".".join(map(str, machine.python))
+    if machine.python < PYTHON:
+        return Check("python", "fail", found, f"use Python {'.'.join(map(str, PYTHON))} or newer")
+    return Check("python", "ok", found)
+
+
+def _packages(machine: Machine) -> Iterator[Check]:
+    for wanted, extra in ((BASE, ""), (CLUSTER, "[cluster]"), (DEMO, "[demo]")):
+        for name, least in wanted.items():
+            mend = f"pip install --upgrade 'expertmesh{extra}'"
+            found = machine.versions.get(name)
+            if found is None:
+                yield Check(name, "warn" if extra == "[demo]" else "fail", "not installed", mend)
+            elif release(found) < release(least):
+                yield Check(name, "fail", f"{found}, needs at least {least}", mend)
+            else:
+                yield Check(name, "ok", found)
+
+
+def _cores(machine: Machine) -> Check:
+    if machine.cores < 2:
+        return Check("cores", "warn", str(machine.cores), "router and experts share one core: expect high latency")
+    return Check("cores", "ok", str(machine.cores))
+
+
+def _memory(machine: Machine) -> Check:
+    if machine.memory is None or machine.memory_free is None:
+        return Check("memory", "warn", "unknown", "leave about 0.25 GiB for each replica, beside its weights")
+    found = f"{machine.memory_free / GIB:.1f} of {machine.memory / GIB:.1f} GiB free"
+    if machine.memory_free < GIB:
+        return Check("memory", "fail", found, "free at least 1 GiB; a replica takes about 0.25 GiB beside its weights")
+    if machine.memory_free < 3 * GIB:
+        return Check("memory", "warn", found, "a replica takes about 0.25 GiB beside its weights: run few")
+    return Check("memory", "ok", found)
+
+
+def _shared_memory(machine: Machine) -> Check:
+    if machine.shared_memory is None:
+        return Check("/dev/shm", "warn", "missing", "Ray will use slower files in /tmp")
+    found = f"{machine.shared_memory / GIB:.1f} GiB"
+    if machine.shared_memory < GIB:
+        return Check("/dev/shm", "warn", found, "Ray keeps weights there on the way: docker run --shm-size=2g")
+    return Check("/dev/shm", "ok", found)
+
+
+def _gpus(machine: Machine) -> Check:
+    if not machine.gpus:
+        return Check("gpus", "ok", "none: experts run on the CPU; num_gpus must be 0")
+    found = ", ".join(machine.gpus)
+    if "+cpu" in (machine.versions.get("torch") or ""):
+        return Check("gpus", "warn", found, "this torch is built for the CPU alone: install one built for CUDA")
+    return Check("gpus", "ok", found)
+
+
+def _clusters(machine: Machine) -> Iterator[Check]:
+    running = [f"{cluster.name} at {cluster.endpoint} (pid {cluster.pid})" for cluster in machine.clusters]
+    yield Check("clusters", "ok", ", ".join(running) or "none runs")
+    for cluster in machine.stale:
+        mend = f"`expertmesh down --name {cluster.name}` clears what it left; so does a new start"
+        yield Check("stale cluster", "warn", f"{cluster.name} (pid {cluster.pid}) died without cleaning up", mend)
+
+
+def _port(machine: Machine) -> Check:
+    if machine.port_free:
+        return Check("port", "ok", f"{machine.port} is free")
+    owners = [cluster for cluster in machine.clusters if cluster.endpoint.endswith(f":{machine.port}")]
+    if owners:
+        return Check("port", "ok", f"{machine.port} is that of cluster {owners[0].name}")
+    return Check("port", "warn", f"{machine.port} is in use", "start with `--port 0` (any free port) or another number")
+
+
+def _ray(machine: Machine) -> Check:
+    if not machine.ray:
+        return Check("other ray", "ok", "none runs")
+    folders = [cluster.ray_temp_dir for cluster in machine.clusters if cluster.ray_temp_dir]
+    others = [entry for entry in machine.ray if not any(f"logs {folder}/" in entry for folder in folders)]
+    if not others:
+        return Check("other ray", "ok", "none but that of the clusters above")
+    mend = 'address="auto" would join it; without `address` a new Ray is started'
+    if any("workers at nice 15" in entry for entry in others):
+        mend += "; whatever else runs there goes before its workers: start it with RAY_worker_niceness=0"
+    return Check("other ray", "warn", "; ".join(others), mend)
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers of a version, as far as they go: "2.13.0+cpu" is (2, 13, 0)."""
+    leading = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(number) for number in leading[0].split(".")) if leading else ()

@@ -1,0 +1,62 @@
+"""Structured logs: one JSON object a line, with the request's id where there is one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from .run_files import home
+
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class JsonFormatter(logging.Formatter):
+    """Formats a record as JSON: time, level, logger, message, and whatever `extra` carries."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line of JSON."""
+        entry: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "process": self._process,
+            "pid": record.process,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        entry |= {key: value for key, value in vars(record).items() if key not in _STANDARD}
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str)
+
+
+def configure_logs(process: str, level: str, path: str | None) -> None:
+    """Send what expertmesh logs to a file that all processes of a cluster append to, or else to standard error."""
+    logger = logging.getLogger("expertmesh")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    handler = logging.StreamHandler(sys.stderr)
+    if path is not None and os.access(Path(path).parent, os.W_OK):  # a node that shares no disk logs to its own stderr
+        handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(JsonFormatter(process))
+    logger.addHandler(handler)
+    logger.setLevel(level.upper())
+    logger.propagate = False
+
+
+def log_file(name: str) -> str:
+    """The log of a cluster name on this machine, emptied: home()/log/<name>.jsonl."""
+    folder = home() / "log"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    path = folder / f"{name}.jsonl"
+    path.write_text("", encoding="utf-8")
+    return str(path)

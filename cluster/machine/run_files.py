@@ -1,0 +1,218 @@
+"""Where the things of a cluster name live on this machine: its run file, its token file, and the lock on its name.
+
+home()/run/<name>.json    endpoint, token file, process and leftovers of the cluster that runs under the name
+home()/run/<name>.token   its tokens
+home()/run/<name>.lock    held for the life of the process that runs it; never removed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ...experts.errors import ConfigError, DataLoss, NotFound
+
+DEFAULT_NAME = "default"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFile:
+    """What is known of a cluster that runs, or ran, under a name of this user.
+
+    `started` is the start time of process `pid`, so that another process with the same id is not taken for it.
+    """
+
+    name: str
+    endpoint: str
+    token_path: str
+    pid: int
+    started: int
+    version: str
+    metrics_endpoint: str | None = None
+    ray_temp_dir: str | None = None
+
+    @classmethod
+    def of_this_process(cls, name: str, endpoint: str, version: str, **more: Any) -> RunFile:
+        """A run file for a cluster that this process runs."""
+        pid = os.getpid()
+        return cls(
+            name=name,
+            endpoint=endpoint,
+            token_path=str(token_path(name)),
+            pid=pid,
+            started=start_time(pid) or 0,
+            version=version,
+            **more,
+        )
+
+    @classmethod
+    def read(cls, name: str) -> RunFile:
+        """Read the run file of a name. Raises NotFound if there is none and DataLoss if it is damaged."""
+        path = run_path(name)
+        try:
+            return cls(**_fields(json.loads(path.read_text(encoding="utf-8"))))
+        except FileNotFoundError:
+            raise NotFound(f"no cluster {name!r} of yours runs here") from None
+        except (ValueError, TypeError):
+            raise DataLoss(f"{path} is damaged: remove it, or start a cluster of that name") from None
+
+    def write(self) -> None:
+        """Write the run file, for this user alone; a reader never sees half of it."""
+        home()
+        target = run_path(self.name)
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(asdict(self), file, indent=1)
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def remove(self) -> None:
+        """Remove the run file and the token file, as a cluster that stops does."""
+        run_path(self.name).unlink(missing_ok=True)
+        Path(self.token_path).unlink(missing_ok=True)
+
+    def is_stale(self) -> bool:
+        """Whether the process that wrote it is gone."""
+        return start_time(self.pid) != self.started
+
+
+def home() -> Path:
+    """The folder of this user's clusters, $EXPERTMESH_HOME or ~/.expertmesh; made with mode 0700 where it is missing.
+
+    Raises ConfigError if it cannot be made, or if others could write into it.
+    """
+    folder = _folder()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (folder / "run").mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make {folder} ({error.strerror}): set EXPERTMESH_HOME to another") from None
+    for path in (folder, folder / "run"):
+        status = path.stat()
+        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+            raise ConfigError(f"others can write into {path}: chmod 700 it, or set EXPERTMESH_HOME to another")
+    return folder
+
+
+def run_path(name: str) -> Path:
+    """The run file of a cluster name. Raises ConfigError for a name that cannot be one."""
+    return _in_run(name, "json")
+
+
+def token_path(name: str) -> Path:
+    """The token file of a cluster name."""
+    return _in_run(name, "token")
+
+
+def lock_path(name: str) -> Path:
+    """The lock of a cluster name."""
+    return _in_run(name, "lock")
+
+
+def state_path(name: str) -> Path:
+    """Where a cluster of this name keeps its versions and epochs, unless its configuration says otherwise."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"cluster name {name!r} cannot be a folder")
+    return home() / "state" / name
+
+
+def list_all() -> list[RunFile]:
+    """Every readable run file of this user, stale ones too, by name."""
+    found = []
+    for path in sorted((_folder() / "run").glob("[!.]*.json")):
+        try:
+            found.append(RunFile.read(path.stem))
+        except (NotFound, DataLoss, ConfigError):
+            continue  # it went away, or is no run file; a start of that name clears it
+    return found
+
+
+def find(name: str | None = None) -> RunFile:
+    """The running cluster of that name; without a name the only one, or "default" among several.
+
+    Raises NotFound, saying what runs instead.
+    """
+    running = {found.name: found for found in list_all() if not found.is_stale()}
+    if name is None and len(running) == 1:
+        return next(iter(running.values()))
+    wanted = DEFAULT_NAME if name is None else name
+    if wanted in running:
+        return running[wanted]
+    if not running:
+        which = "no cluster of yours" if name is None else f"no cluster {name!r} of yours"
+        raise NotFound(f"{which} runs on this machine: start one with `expertmesh serve mesh.yaml`")
+    which = "several clusters run" if name is None else f"no cluster {name!r} of yours runs"
+    raise NotFound(f"{which} here: choose with --name among {', '.join(sorted(running))}")
+
+
+def token_for_endpoint(endpoint: str) -> Path | None:
+    """The token file of the cluster of this user that listens at `endpoint` on this machine, or None."""
+    wanted = _address(endpoint)
+    for found in list_all():
+        if _address(found.endpoint) == wanted and not found.is_stale():
+            return Path(found.token_path)
+    return None
+
+
+def _folder() -> Path:
+    named = os.environ.get("EXPERTMESH_HOME")
+    try:
+        return Path(named).absolute() if named else Path.home() / ".expertmesh"
+    except RuntimeError:
+        raise ConfigError("this user has no home folder: set EXPERTMESH_HOME to a folder of yours") from None
+
+
+def _in_run(name: str, suffix: str) -> Path:
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"cluster name {name!r} must be 1 to 64 letters, digits, '_', '-' or '.'")
+    return _folder() / "run" / f"{name}.{suffix}"
+
+
+def _address(endpoint: str) -> tuple[str, str]:
+    host, _, port = endpoint.rpartition("/")[2].rpartition(":")
+    return "127.0.0.1" if host.lower() == "localhost" else host.lower(), port
+
+
+def _fields(values: object) -> dict[str, Any]:
+    """The fields of a run file, checked; those that a later version may add are left out."""
+    if not isinstance(values, dict):
+        raise ValueError("not a map")
+    known = {item.name: values[item.name] for item in fields(RunFile) if item.name in values}
+    for name, value in known.items():
+        kind = int if name in ("pid", "started") else str
+        if type(value) is not kind and not (value is None and name in ("metrics_endpoint", "ray_temp_dir")):
+            raise ValueError(name)
+    return known
+
+
+def start_time(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None if there is no such process or it is a zombie.
+
+    Where there is no /proc, 0 stands for every process that lives.
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None if Path("/proc/self/stat").exists() else _alive(pid)
+    state, *rest = text.rpartition(")")[2].split()
+    return None if state in "ZX" else int(rest[18])
+
+
+def _alive(pid: int) -> int | None:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return 0

@@ -1,0 +1,99 @@
+"""Tokens in files that only their owner can read, one for each role."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import stat
+from pathlib import Path
+
+from ...experts.errors import ConfigError, NotFound
+from ..rpc.methods import Role
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_LABELS = tuple(role.label for role in Role)
+
+
+class Token(str):
+    """A secret of 256 random bits that does not show itself in a repr."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "Token(...)"
+
+
+def new_token() -> Token:
+    """A fresh token of 256 random bits."""
+    return Token(secrets.token_urlsafe(32))
+
+
+def token_digest(token: str) -> str:
+    """The sha256 of a token in hex, which is all that a cluster stores of it."""
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def create_token_file(path: str | os.PathLike[str]) -> dict[Role, str]:
+    """Write a fresh token for every role, one line `role token` each, readable by this user alone.
+
+    The file appears whole or not at all, and replaces one that an earlier cluster left.
+    """
+    target = Path(path)
+    tokens: dict[Role, str] = {role: new_token() for role in Role}
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    try:
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.writelines(f"{role.label} {token!s}\n" for role, token in tokens.items())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return tokens
+
+
+def read_token(path: str | os.PathLike[str], role: Role | None = None) -> Token:
+    """The token of `role` in a token file; by default that of the highest role in it.
+
+    Raises NotFound where the file or the role is missing, and ConfigError for a file that is not of that form or that
+    others than its owner can read.
+    """
+    found: dict[Role, Token] = {}
+    for number, line in enumerate(_private_text(Path(path)).splitlines(), start=1):
+        words = line.split()
+        if len(words) != 2 or words[0] not in _LABELS:  # the line is not shown: it may be a token
+            raise ConfigError(f"{path}:{number}: a token file holds lines `role token`, roles are {', '.join(_LABELS)}")
+        found[Role.parse(words[0])] = Token(words[1])
+    wanted = max(found, default=None) if role is None else role
+    if wanted is None or wanted not in found:
+        raise NotFound(f"{path} holds no token{'' if wanted is None else f' for the role {wanted.label}'}")
+    return found[wanted]
+
+
+def _private_text(path: Path) -> str:
+    try:
+        with path.open(encoding="ascii") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ConfigError(f"{path} is not a file")
+            if status.st_uid not in (os.geteuid(), 0):
+                raise ConfigError(f"{path} belongs to another user: a token file must be your own")
+            if status.st_mode & 0o077:
+                raise ConfigError(f"others can read {path}, so its tokens are no secret: chmod 600 it, or start anew")
+            return file.read(64 * 1024)
+    except FileNotFoundError:
+        raise NotFound(f"there is no token file {path}: is the cluster running?") from None
+    except PermissionError:
+        raise ConfigError(f"{path} cannot be read by this user: use a token of your own") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a token file: it holds bytes that are not ASCII") from None
+
+
+def check_digest(sha256: object) -> None:
+    """Check that a digest is 64 lower-case hex digits. Raises ConfigError."""
+    if not isinstance(sha256, str) or not _DIGEST.fullmatch(sha256):
+        raise ConfigError("sha256 must be the 64 lower-case hex digits of the token's sha256, never the token itself")

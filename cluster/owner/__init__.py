@@ -1,0 +1,1 @@
+"""The process that starts a cluster, owns its actors and declares its layers."""

@@ -1,0 +1,293 @@
+"""The cluster as its owner sees it: start it, look at it, replace an expert, stop it and leave nothing behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from ...experts.errors import ExpertMeshError, NotFound, Unavailable
+from ...experts.spec import Expert
+from ...experts.version import version
+from ...router.mixture.layer import Layer
+from ..config.cluster_config import ClusterConfig, allowed_factories
+from ..config.loader import load_config
+from ..config.preflight import check_gpus, check_layer
+from ..control.messages import Desired
+from ..control.ports import StateSettings
+from ..gateway.server import GatewaySettings
+from ..gateway.streams import StreamLimits
+from ..machine.name_lock import NameLock, lock_name
+from ..machine.ports import check_port, free_port
+from ..machine.run_files import RunFile, state_path, token_path
+from ..machine.tokens import create_token_file, token_digest
+from ..placement.plan import PlannedReplica, plan_layer
+from ..rpc.methods import Role
+from ..runtime.backend import Backend, open_backend
+from ..runtime.router_process import ServiceSettings
+from ..state.uploads import UploadLimits
+
+Progress = Callable[[str], None]
+SUPERVISE_SECONDS = 0.5
+STOP_GRACE = 5.0
+BEHAVIOUR = ("factory", "args", "kwargs", "weights", "input", "output", "framework", "live")
+"""What of an expert says what it does; the rest says where and how often it runs."""
+
+log = logging.getLogger(__name__)
+
+
+class Cluster:
+    """A running cluster, owned by this process; made by `Cluster.start` or `Cluster.from_config`.
+
+    `endpoint` is what clients connect to, `metrics_endpoint` where the metrics page is ("" when off).
+    """
+
+    def __init__(self, config: ClusterConfig, progress: Progress | None = None) -> None:
+        self.config = config
+        self.endpoint = ""
+        self.metrics_endpoint = ""
+        self._say = progress or (lambda message: None)
+        self._name_lock: NameLock | None = None
+        self._run_file: RunFile | None = None
+        self._backend: Backend | None = None
+        self._desired = Desired()
+        self._layers: dict[str, Layer] = {}
+        self._replicas: dict[str, tuple[str, ...]] = {}
+        self._change = threading.RLock()
+        self._stopping = threading.Event()
+        self._supervisor = threading.Thread(target=self._supervise, name="expertmesh-supervisor", daemon=True)
+
+    @classmethod
+    def start(
+        cls,
+        layers: Iterable[Layer] | None = None,
+        *,
+        config: ClusterConfig | None = None,
+        progress: Progress | None = None,
+        **overrides: Any,
+    ) -> Cluster:
+        """Start a cluster with these layers, and return when every replica is ready and the gateway serves.
+
+        `overrides` are settings of ClusterConfig, such as name, port, transport or address ("auto" joins a Ray that
+        runs). Whatever fails, nothing is left running.
+
+        Raises ConfigError, SpecMismatch, NotFound or DataLoss for what is wrong with the layers, FailedPrecondition
+        for a name or port in use, Unavailable when a replica is not ready within `start_timeout`.
+        """
+        if layers is not None:
+            overrides["layers"] = tuple(layers)
+        cluster = cls(ClusterConfig(**overrides) if config is None else replace(config, **overrides), progress)
+        try:
+            cluster._start()
+        except BaseException:  # also Ctrl-C: whatever was started is ended
+            cluster.stop(grace=0.0)
+            raise
+        return cluster
+
+    @classmethod
+    def from_config(
+        cls, path: str | os.PathLike[str], *, progress: Progress | None = None, **overrides: Any
+    ) -> Cluster:
+        """Start the cluster that a YAML file describes. Raises ConfigError that lists every mistake as file:line."""
+        return cls.start(config=load_config(path, overrides), progress=progress)
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def status(self) -> dict[str, Any]:
+        """What the controller knows: {"name", "endpoint", "epoch", "versions": {id: ...}, "replicas": {id: {...}}}."""
+        state = self._running().state()
+        return {
+            "name": self.config.name,
+            "endpoint": self.endpoint,
+            "epoch": state.epoch,
+            "versions": dict(state.versions),
+            "replicas": {
+                replica.id: {"state": replica.state, "pid": replica.pid, "node": replica.node, "device": replica.device}
+                for replica in state.replicas
+            },
+        }
+
+    def replace(self, expert_id: str, expert: Expert, *, timeout: float = 120.0) -> str:
+        """Replace one expert by another declaration of it, under traffic; returns its new version.
+
+        The new one is staged and verified beside the old one in every replica, committed, and then flipped to;
+        requests that began on the old version end on it. Where and how often it runs stays as it was. Weights alone
+        are replaced by `Client.swap`.
+
+        Raises NotFound for an unknown expert, and what is wrong with the new one: then the old one serves on.
+        """
+        layer_name, _, name = expert_id.partition("/")
+        with self._change:
+            if layer_name not in self._layers or name not in self._layers[layer_name].everyone:
+                known = [id for layer in self._layers.values() for id in layer.everyone_by_id]
+                raise NotFound(f"there is no expert {expert_id!r}; known are {', '.join(sorted(known)[:20])}")
+            old = self._layers
+            before = old[layer_name].everyone[name]
+            placed = replace(before, **{f.name: getattr(expert, f.name) for f in fields(Expert) if f.name in BEHAVIOUR})
+            wanted = old[layer_name].with_experts({**old[layer_name].everyone, name: placed})
+            elsewhere = self.config.runtime_env is not None
+            self._layers = {**old, layer_name: check_layer(wanted, code_elsewhere=elsewhere)}
+            try:
+                return self._declare(timeout)[expert_id]
+            except BaseException:
+                self._layers = old
+                self._declare(timeout)
+                raise
+
+    def stop(self, grace: float = STOP_GRACE) -> None:
+        """Refuse new requests, give those under way `grace` seconds, and end everything; idempotent."""
+        self._stopping.set()
+        if self._supervisor.is_alive():
+            self._supervisor.join()
+        if self._backend is not None:
+            self._backend.stop(grace)
+            self._backend = None
+        if self._run_file is not None:
+            self._run_file.remove()
+            self._run_file = None
+        if self._name_lock is not None:
+            self._name_lock.release()
+            self._name_lock = None
+
+    def wait(self) -> None:
+        """Block until SIGINT or SIGTERM asks this process to stop. Call it from the main thread."""
+        asked = threading.Event()
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            asked.set()
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while not asked.wait(0.2) and not self._stopping.is_set():
+                pass
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _start(self) -> None:
+        config = self.config
+        self._name_lock = lock_name(config.name)
+        check_port(config.host, config.port, "endpoint")
+        check_port(config.host, config.metrics_port or 0, "metrics port")
+        elsewhere = config.runtime_env is not None
+        self._say("checking experts")
+        self._layers = {layer.name: check_layer(layer, code_elsewhere=elsewhere) for layer in config.layers}
+        planned = [replica for layer in self._layers.values() for replica in plan_layer(layer)]
+        self._backend = backend = open_backend(config)
+        self._say("starting in this process" if config.transport == "local" else "starting Ray")
+        backend.start(config.address)
+        check_gpus(config.layers, backend.gpus())
+        settings = self._service_settings()
+        deadline = time.monotonic() + config.start_timeout
+        for replica in planned:
+            backend.start_replica(replica)
+        state = StateSettings(state_dir=str(self._state_dir()), retain_epochs=config.retain_epochs)
+        ports = backend.start_front(settings, state, config.start_timeout)
+        self._announce(*ports)
+        self._wait_for(planned, deadline)
+        self._say("loading and verifying experts")
+        self._replicas = {replica.id: replica.expert_ids for replica in planned}
+        self._declare(max(1.0, deadline - time.monotonic()))
+        self._supervisor.start()
+        self._say(f"serving on {self.endpoint}")
+
+    def _service_settings(self) -> ServiceSettings:
+        config = self.config
+        own = [(token_digest(token), role, None) for role, token in create_token_file(token_path(config.name)).items()]
+        given = [(entry.sha256, entry.role, entry.expires) for entry in config.tokens]
+        tls = None
+        if config.tls_key is not None and config.tls_cert is not None:
+            tls = (config.tls_key.read_bytes(), config.tls_cert.read_bytes())
+        gateway = GatewaySettings(
+            host=config.host,
+            port=config.port or free_port(config.host),  # chosen here: a router that Ray restarts listens there again
+            max_message_bytes=config.max_message_bytes,
+            streams=StreamLimits(max_request_bytes=config.max_request_bytes, max_stream_bytes=config.max_stream_bytes),
+            default_timeout=config.default_timeout,
+            tls=tls,
+        )
+        tokens: tuple[tuple[str, Role, float | None], ...] = (*own, *given)
+        return ServiceSettings(
+            name=config.name,
+            gateway=gateway,
+            metrics_port=free_port(config.host) if config.metrics_port == 0 else config.metrics_port,
+            tokens=tokens,
+            max_rows_in_flight=config.max_rows_in_flight,
+            state_dir=str(self._state_dir()),
+            uploads=UploadLimits(
+                max_upload_bytes=config.max_upload_bytes,
+                max_uploads_bytes=config.max_uploads_bytes,
+                upload_rate=config.upload_rate,
+            ),
+            allowed_factories=allowed_factories(config),
+        )
+
+    def _state_dir(self) -> Path:
+        return self.config.state_dir or state_path(self.config.name)
+
+    def _announce(self, port: int, metrics_port: int | None) -> None:
+        host = _reachable(self.config.host)
+        self.endpoint = f"{host}:{port}"
+        self.metrics_endpoint = f"http://{host}:{metrics_port}/metrics" if metrics_port is not None else ""
+        temp_dir = self._running().temp_dir
+        self._run_file = RunFile.of_this_process(
+            self.config.name,
+            self.endpoint,
+            version(),
+            metrics_endpoint=self.metrics_endpoint or None,
+            ray_temp_dir=temp_dir,
+        )
+        self._run_file.write()
+
+    def _wait_for(self, planned: list[PlannedReplica], deadline: float) -> None:
+        for number, replica in enumerate(planned, start=1):
+            report = self._running().wait_replica(replica.id, deadline)
+            self._say(f"replica {number}/{len(planned)} runs: {replica.id} on {report.node}, {report.device}")
+
+    def _declare(self, timeout: float) -> dict[str, str]:
+        """Tell the controller what is declared now; returns the versions that then serve."""
+        backend = self._running()
+        self._desired = Desired(
+            revision=self._desired.revision + 1,
+            layers=self._layers,
+            replicas=self._replicas,
+            handles=backend.handles(),
+        )
+        return backend.declare(self._desired, timeout)
+
+    def _supervise(self) -> None:
+        """Bring a controller that Ray restarted up to date; it in turn does so for the router."""
+        while not self._stopping.wait(SUPERVISE_SECONDS):
+            if not self._change.acquire(blocking=False):
+                continue  # a change is under way, and tells the controller itself
+            try:
+                if self._running().state().revision < self._desired.revision:
+                    self._running().declare(self._desired, self.config.start_timeout)
+            except ExpertMeshError as error:
+                log.warning("the controller is not up to date: %s", error)
+            finally:
+                self._change.release()
+
+    def _running(self) -> Backend:
+        if self._backend is None:
+            raise Unavailable("the cluster is not running")
+        return self._backend
+
+
+def _reachable(host: str) -> str:
+    """How clients on this machine reach a gateway that listens there."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}.get(host, host)
+    return f"[{host}]" if host.count(":") > 1 and host[0] != "[" else host

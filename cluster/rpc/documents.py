@@ -1,0 +1,51 @@
+"""JSON documents over the wire, such as the status of a cluster: one uint8 tensor `json` holds the UTF-8 text.
+
+The text is no field of the header, because a header and its strings are kept short.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ...experts.errors import DataLoss, ExpertMeshError
+from ...experts.wire import Frame, WireTensor, encode
+
+NAME = "json"
+
+
+def encode_document(kind: str, document: dict[str, Any]) -> bytes:
+    """Encode a document as a frame of that kind."""
+    return encode(kind, {}, {NAME: to_tensor(document)})
+
+
+def to_tensor(document: Mapping[str, Any]) -> WireTensor:
+    """A document as the tensor that carries it. Raises ValueError or TypeError for values that JSON does not have."""
+    text = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
+    return WireTensor("uint8", (len(text),), text)
+
+
+def decode_document(frame: Frame, kind: str) -> dict[str, Any]:
+    """The document in a frame of that kind. Raises DataLoss for a frame that holds none."""
+    tensor = frame.tensors.get(NAME)
+    if frame.kind != kind or tensor is None or tensor.dtype != "uint8":
+        raise DataLoss(f"a {kind} with a JSON text was expected, the frame is a {frame.kind[:64]!r}")
+    try:
+        document = json.loads(bytes(tensor.data), parse_constant=_no_constant, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise DataLoss(f"the {kind} in the frame is not JSON: {type(error).__name__}") from None
+    if not isinstance(document, dict):
+        raise DataLoss(f"the {kind} in the frame is not a JSON object")
+    return document
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def _no_constant(name: str) -> ExpertMeshError:
+    raise ValueError(f"{name} is not JSON")

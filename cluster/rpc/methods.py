@@ -1,0 +1,62 @@
+"""The methods of the service, and the lowest role that may call each."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from enum import IntEnum
+from types import MappingProxyType
+
+from ...experts.errors import ConfigError
+
+SERVICE = "expertmesh.v1.Mesh"
+
+
+class Role(IntEnum):
+    """What a token allows; a higher role may do all that a lower one may."""
+
+    READER = 1
+    OPERATOR = 2
+    ADMIN = 3
+
+    @classmethod
+    def parse(cls, text: object) -> Role:
+        """Read "reader", "operator" or "admin". Raises ConfigError."""
+        for role in cls:
+            if text == role.label:
+                return role
+        raise ConfigError(f"role must be one of {', '.join(_LABELS)}, not {text!r}")
+
+    @property
+    def label(self) -> str:
+        """The role as files and messages write it."""
+        return self.name.lower()
+
+
+_LABELS = tuple(role.label for role in Role)
+
+METHODS: Mapping[str, Role] = MappingProxyType(
+    {
+        "Call": Role.READER,
+        "CallStream": Role.READER,
+        "Status": Role.READER,
+        "Check": Role.READER,
+        "Watch": Role.READER,
+        "SwapProgress": Role.READER,
+        "History": Role.READER,
+        "Pin": Role.READER,
+        "Unpin": Role.READER,
+        "Drain": Role.OPERATOR,
+        "Upload": Role.OPERATOR,
+        "Swap": Role.OPERATOR,
+    }
+)
+"""The lowest role that may call each method; a method that is not here may be called by nobody.
+
+A swap that names a factory needs an admin besides: `gateway/swaps.py` checks that.
+"""
+
+
+def new_request_id() -> str:
+    """A fresh request id: 32 hex digits."""
+    return uuid.uuid4().hex

@@ -1,0 +1,116 @@
+"""Errors as gRPC status and back: a code, a short text, and trailing metadata that names the class.
+
+No gRPC in here: codes go by their names, so that both ends of the wire and the tests share one table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from ...experts.errors import (
+    BY_NAME,
+    Aborted,
+    DataLoss,
+    DeadlineExceeded,
+    ExpertMeshError,
+    FailedPrecondition,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    PermissionDenied,
+    TooLarge,
+    Unauthenticated,
+    Unavailable,
+)
+
+_TOO_LARGE = (
+    "the message exceeds max_message_bytes of this client or of the server: call with stream=True, send fewer rows "
+    "at a time, or raise it at both ends"
+)
+
+_CUT_OFF = "Internal error from Core"  # what gRPC's asyncio layer makes of a stream that ends during a write
+
+ERROR_KEY = "expertmesh-error"
+REQUEST_ID_KEY = "x-request-id"
+RETRY_AFTER_KEY = "retry-after-ms"
+MAX_TEXT_BYTES = 1000
+MAX_RETRY_AFTER_MS = 600_000
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
+
+Metadata = Iterable[tuple[str, "str | bytes"]]
+
+BY_CODE: dict[str, tuple[type[ExpertMeshError], str]] = {
+    "CANCELLED": (Unavailable, "the call was cut off"),
+    "UNKNOWN": (ExpertMeshError, "the server failed without saying why"),
+    "INVALID_ARGUMENT": (InvalidRequest, "the request was refused"),
+    "DEADLINE_EXCEEDED": (DeadlineExceeded, "no answer before the deadline"),
+    "NOT_FOUND": (NotFound, "not found"),
+    "ALREADY_EXISTS": (FailedPrecondition, "it exists already"),
+    "PERMISSION_DENIED": (PermissionDenied, "refused"),
+    "UNAUTHENTICATED": (Unauthenticated, "refused"),
+    "RESOURCE_EXHAUSTED": (Overloaded, "the server refused for want of room"),
+    "FAILED_PRECONDITION": (FailedPrecondition, "refused"),
+    "ABORTED": (Aborted, "a race was lost"),
+    "OUT_OF_RANGE": (InvalidRequest, "the request was refused"),
+    "UNIMPLEMENTED": (FailedPrecondition, "the server does not know this method: is it an expertmesh of this version?"),
+    "INTERNAL": (ExpertMeshError, "the connection or the server failed"),
+    "UNAVAILABLE": (Unavailable, "the server cannot be reached"),
+    "DATA_LOSS": (DataLoss, "bytes were lost"),
+}
+"""What a status means that names no class of ours, because gRPC itself or a proxy made it: every code but OK."""
+
+
+def is_request_id(value: object) -> bool:
+    """Whether a value may serve as a request id: 1 to 128 characters that are safe in metadata and in logs."""
+    return isinstance(value, str) and _REQUEST_ID.fullmatch(value) is not None
+
+
+def to_status(error: ExpertMeshError) -> tuple[str, str, tuple[tuple[str, str], ...]]:
+    """The code, text and trailing metadata that carry an error to a client.
+
+    The text is cut, because gRPC refuses trailers of 8 KiB, and a request id that metadata cannot hold is left out.
+    """
+    metadata = [(ERROR_KEY, type(error).__name__)]
+    if error.request_id is not None and is_request_id(error.request_id):
+        metadata.append((REQUEST_ID_KEY, error.request_id))
+    if isinstance(error, Overloaded):
+        metadata.append((RETRY_AFTER_KEY, str(max(0, round(error.retry_after * 1000)))))
+    return error.code, _cut(error.message), tuple(metadata)
+
+
+def from_status(code: str, text: str, metadata: Metadata) -> ExpertMeshError:
+    """The error that a status stands for, ready to be raised.
+
+    A class is believed only if the tree has it and its code is the status's; otherwise `BY_CODE` decides.
+    """
+    known = {key: value for key, value in metadata if isinstance(value, str)}
+    kind = BY_NAME.get(known.get(ERROR_KEY, ""))
+    text = _cut(text)
+    if kind is None or kind.code != code:
+        kind, text = _of_grpc(code, text)
+    error = kind(text)
+    error.request_id = known.get(REQUEST_ID_KEY)
+    if isinstance(error, Overloaded):
+        error.retry_after = _seconds(known.get(RETRY_AFTER_KEY, ""), default=error.retry_after)
+    return error
+
+
+def _cut(text: str) -> str:
+    return text.encode("utf-8", "replace")[:MAX_TEXT_BYTES].decode("utf-8", "ignore")
+
+
+def _of_grpc(code: str, text: str) -> tuple[type[ExpertMeshError], str]:
+    kind, meaning = BY_CODE.get(code, (ExpertMeshError, "the server failed"))
+    if code == "INTERNAL" and text == _CUT_OFF:
+        return Unavailable, "the stream was cut off"
+    if kind is Overloaded and "larger than max" in text:
+        kind, meaning = TooLarge, _TOO_LARGE
+    return kind, f"{meaning}: {text}" if text else meaning
+
+
+def _seconds(milliseconds: str, default: float) -> float:
+    if not (milliseconds.isascii() and milliseconds.isdigit() and len(milliseconds) <= 9):
+        return default
+    return min(int(milliseconds), MAX_RETRY_AFTER_MS) / 1000

@@ -1,0 +1,175 @@
+"""A whole cluster in one process: hosts, router and controller on one event loop in a thread, and no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Coroutine
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from ...experts.errors import Unavailable
+from ...experts.host import ExpertHost
+from ...experts.staging.stage import Receipt
+from ...router.fanout.replica_view import READY, Replica
+from ...router.fanout.transport import LocalTransport
+from ..control.controller import Controller, open_controller
+from ..control.messages import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult, proposal_of
+from ..control.ports import ControllerState, StateSettings
+from ..machine.logs import configure_logs
+from ..placement.plan import PlannedReplica
+from .router_process import RouterService, ServiceSettings
+
+T = TypeVar("T")
+CALL_TIMEOUT = 60.0
+
+
+class LocalBackend:
+    """Runs a cluster's parts in this process; tests and notebooks use the whole product this way."""
+
+    temp_dir: str | None = None
+
+    def __init__(self, log_level: str, log_path: str) -> None:
+        configure_logs("local", log_level, log_path)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="expertmesh-local", daemon=True)
+        self._transport = LocalTransport()
+        self._hosts: dict[str, ExpertHost] = {}
+        self._service: RouterService | None = None
+        self._controller: Controller | None = None
+        self._turns: asyncio.Future[None] | None = None
+
+    def start(self, address: str | None) -> None:
+        """Start the event loop."""
+        self._thread.start()
+
+    def gpus(self) -> float:
+        """No GPU is pinned in a single process."""
+        return 0.0
+
+    def start_front(self, settings: ServiceSettings, state: StateSettings, timeout: float) -> tuple[int, int | None]:
+        """Start router and controller; returns the ports of the gateway and of the metrics page."""
+        return self._await(self._start_front(settings, state))
+
+    async def _start_front(self, settings: ServiceSettings, state: StateSettings) -> tuple[int, int | None]:
+        router = _RouterPort()
+        self._controller = open_controller(state, router, _ReplicaPort(self._hosts))
+        self._service = router.service = RouterService(settings, self._transport, _ControlPort(self._controller))
+        ports = await self._service.start()
+        self._turns = asyncio.ensure_future(self._controller.run())
+        return ports
+
+    def start_replica(self, planned: PlannedReplica) -> None:
+        """Make a host of its own for a replica."""
+        host = self._hosts[planned.id] = ExpertHost()
+        self._transport.add(planned.id, host)
+
+    def wait_replica(self, replica_id: str, deadline: float) -> Replica:
+        """The report of a replica."""
+        return _report(replica_id, self._hosts[replica_id])
+
+    def handles(self) -> dict[str, Any]:
+        """No handles: the transport has the hosts."""
+        return {}
+
+    def declare(self, desired: Desired, timeout: float) -> dict[str, str]:
+        """Have the controller bring everything to what is declared; returns the versions that then serve."""
+        return self._await(self._running().declare(desired, timeout), timeout + CALL_TIMEOUT)
+
+    def state(self) -> ControllerState:
+        """What the controller knows."""
+        return self._running().state()
+
+    def _running(self) -> Controller:
+        if self._controller is None:
+            raise Unavailable("the controller is not running")
+        return self._controller
+
+    def stop(self, grace: float) -> None:
+        """Drain, close the port and end the thread; idempotent."""
+        if self._loop.is_closed():
+            return
+        if self._thread.is_alive():
+            self._await(self._stop(grace))
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+        self._transport.close()
+        self._loop.close()
+
+    async def _stop(self, grace: float) -> None:
+        if self._turns is not None:
+            self._turns.cancel()
+        if self._service is not None:
+            await self._service.stop(grace)
+        if self._controller is not None:
+            self._controller.close()
+
+    def _await(self, work: Coroutine[Any, Any, T], timeout: float = CALL_TIMEOUT) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout)
+
+
+class _RouterPort:
+    service: RouterService
+
+    async def declare(self, desired: Desired) -> None:
+        await self.service.declare(desired)
+
+    async def sync(self, update: RouterUpdate) -> RouterReport:
+        return await self.service.sync(update)
+
+    async def stage(self, candidate: Candidate) -> Receipt:
+        return await self.service.stage(candidate)
+
+    async def unload(self, id: str, version: str) -> None:
+        await self.service.unload(id, version)
+
+
+class _ControlPort:
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+
+    async def swap(self, request: SwapRequest) -> SwapResult:
+        return await self._controller.swap(request)
+
+    async def progress(self, swap_id: str) -> dict[str, Any]:
+        return self._controller.progress(swap_id)
+
+    async def history(self, id: str) -> list[dict[str, Any]]:
+        return self._controller.history(id)
+
+    async def recall(self, epoch: int, ttl: float) -> None:
+        await self._controller.recall(epoch, ttl)
+
+
+class _ReplicaPort:
+    def __init__(self, hosts: dict[str, ExpertHost]) -> None:
+        self._hosts = hosts
+
+    async def probe(self, replica_id: str, handle: Any) -> Replica:
+        return _report(replica_id, self._host(replica_id))
+
+    async def stage(self, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:
+        proposal = replace(proposal_of(candidate), weights=candidate.weights)
+        return await asyncio.to_thread(self._host(replica_id).stage, proposal, candidate.replaces, candidate.mode)
+
+    async def unload(self, replica_id: str, handle: Any, id: str, version: str) -> None:
+        self._host(replica_id).unload(id, version)
+
+    def _host(self, replica_id: str) -> ExpertHost:
+        host = self._hosts.get(replica_id)
+        if host is None:
+            raise Unavailable(f"replica {replica_id} is not here")
+        return host
+
+
+def _report(replica_id: str, host: ExpertHost) -> Replica:
+    return Replica(
+        id=replica_id,
+        incarnation=host.incarnation,
+        holds=frozenset((item.expert, item.version) for item in host.loaded()),
+        state=READY,
+        node="local",
+        pid=os.getpid(),
+        device=host.device,
+    )

@@ -1,0 +1,221 @@
+"""The Ray shells: expert, router and controller actors, and the transport that carries rows through Ray's calls.
+
+Each class here only wraps an object that knows no Ray. Health and control calls have a concurrency group of their own,
+so that a long computation does not delay them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+import torch
+
+from ...experts.errors import ExpertMeshError
+from ...experts.host import ExpertHost
+from ...experts.protocol import ExpertCall
+from ...experts.staging.stage import Proposal, Receipt
+from ...experts.tensors import from_bytes
+from ...router.fanout.replica_view import READY, Replica
+from ..channel.router_end import ChannelTransport
+from ..channel.settings import ChannelSettings, open_channel
+from ..control.controller import Controller, open_controller
+from ..control.messages import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
+from ..control.ports import ControllerState, StateSettings
+from ..machine.logs import configure_logs
+from ..machine.process_tuning import give_memory_back, let_go, settle, trim_memory, yield_to_serving
+from .ray_ports import Packed, RayControlPort, RayReplicaPort, RayRouterPort
+from .ray_transport import RayTransport, packed_reply, unpacked_call
+from .router_process import RouterService, ServiceSettings
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """Where the processes of a cluster log to, and from which level on."""
+
+    level: str
+    path: str | None
+
+
+TRIM_SECONDS = 2.0
+LET_GO_SECONDS = 1.0
+
+
+class ExpertActor:
+    """Runs one replica: one expert, or the experts of a pack, on the device that Ray assigned. It starts empty."""
+
+    def __init__(
+        self,
+        replica_id: str,
+        experts: tuple[str, ...],
+        device: str,
+        logs: LogSettings,
+        channel: ChannelSettings | None,
+    ) -> None:
+        configure_logs(replica_id, logs.level, logs.path)
+        torch.set_num_threads(1)
+        self._host = ExpertHost(device)
+        self._id = replica_id
+        self._experts = experts
+        here = ray.get_runtime_context().get_node_id()
+        address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        self._channel = None if channel is None else open_channel(self._host, replica_id, channel, here, address)
+        settle()
+
+    @ray.method(concurrency_group="compute")
+    def compute(self, call: ExpertCall) -> Any:
+        """Compute one message that came as an actor call: tensors packed, and so is the reply."""
+        return packed_reply(self._host.compute(unpacked_call(call)))
+
+    @ray.method(concurrency_group="stage")
+    def stage(
+        self, proposal: Proposal, replaces: str | None, mode: str, weights: Mapping[str, Packed] | None
+    ) -> Receipt:
+        """Build and verify a version beside those that serve, at low priority."""
+        yield_to_serving()
+        if weights is not None:
+            proposal = replace(proposal, weights={name: from_bytes(*packed) for name, packed in weights.items()})
+        try:
+            return self._host.stage(proposal, replaces, mode)
+        finally:
+            trim_memory()
+
+    @ray.method(concurrency_group="control")
+    def unload(self, expert_id: str, version: str) -> None:
+        """Forget a version."""
+        self._host.unload(expert_id, version)
+
+    @ray.method(concurrency_group="control")
+    def report(self) -> Replica:
+        """What this replica is and holds."""
+        return Replica(
+            id=self._id,
+            experts=self._experts,
+            incarnation=self._host.incarnation,
+            holds=frozenset((loaded.expert, loaded.version) for loaded in self._host.loaded()),
+            state=READY,
+            node=_node(),
+            pid=os.getpid(),
+            device=_device_name(self._host.device),
+            address="" if self._channel is None else self._channel.address,
+        )
+
+
+class RouterActor:
+    """Runs the router's process: gateway, router, metrics."""
+
+    def __init__(self, settings: ServiceSettings, logs: LogSettings, channel: ChannelSettings | None) -> None:
+        configure_logs("router", logs.level, logs.path)
+        torch.set_num_threads(1)
+        self._transport = RayTransport() if channel is None else ChannelTransport(channel.secret)
+        self._trimmed = 0.0
+        self._control = RayControlPort()
+        self._service = RouterService(settings, self._transport, self._control)
+        self._ports: tuple[int, int | None] | None = None
+
+    async def start(self) -> tuple[int, int | None]:
+        """Listen, once; returns the ports of the gateway and of the metrics page."""
+        if self._ports is None:
+            self._ports = await self._service.start()
+            settle()
+        return self._ports
+
+    async def declare(self, controller: Any, desired: Desired) -> None:
+        """Take newer declared layers, and how replicas and controller are reached."""
+        if isinstance(self._transport, RayTransport):
+            self._transport.handles = dict(desired.handles)
+        self._control.handle = controller
+        await self._service.declare(desired)
+
+    async def sync(self, update: RouterUpdate) -> RouterReport:
+        """Take what the controller knows; a router that Ray restarted begins to listen here."""
+        await self.start()
+        report = await self._service.sync(update)
+        now = asyncio.get_running_loop().time()
+        if now - self._trimmed > TRIM_SECONDS:  # uploads and large requests leave freed blocks
+            self._trimmed = now
+            trim_memory()
+        return report
+
+    async def stage(self, candidate: Candidate) -> Receipt:
+        """Stage and verify a gate."""
+        return await self._service.stage(candidate)
+
+    async def unload(self, id: str, version: str) -> None:
+        """Forget a gate."""
+        await self._service.unload(id, version)
+
+    async def stop(self, grace: float) -> None:
+        """Drain and close the port."""
+        await self._service.stop(grace)
+
+
+class ControllerActor:
+    """Runs the controller and its endless turns. A new incarnation takes the registry over from the one before.
+
+    A state folder that is refused is told to whoever calls: of an error here Ray would only say that the actor died.
+    """
+
+    def __init__(self, settings: StateSettings, logs: LogSettings) -> None:
+        configure_logs("controller", logs.level, logs.path)
+        give_memory_back()
+        self._router = RayRouterPort()
+        self._opened: Controller | ExpertMeshError
+        try:
+            self._opened = open_controller(settings, self._router, RayReplicaPort())
+        except ExpertMeshError as error:
+            self._opened = error
+        self._turns: asyncio.Task[None] | None = None
+        settle()
+
+    @property
+    def _controller(self) -> Controller:
+        if isinstance(self._opened, ExpertMeshError):
+            raise self._opened
+        return self._opened
+
+    async def declare(self, controller: Any, router: Any, desired: Desired, timeout: float) -> dict[str, str]:
+        """Take what the owner declares, and bring everything there; returns the versions that then serve.
+
+        The handles come with every call and not with the constructor, whose arguments Ray may lose before a restart.
+        """
+        self._router.handle, self._router.controller = router, controller
+        if self._turns is None:
+            self._turns = asyncio.get_running_loop().create_task(self._controller.run())
+        return await self._controller.declare(desired, timeout)
+
+    async def swap(self, request: SwapRequest) -> SwapResult:
+        """Carry out a swap."""
+        try:
+            return await self._controller.swap(request)
+        finally:  # a refusal is still on its way
+            asyncio.get_running_loop().call_later(LET_GO_SECONDS, let_go)
+
+    async def progress(self, swap_id: str) -> dict[str, Any]:
+        """How far a swap is."""
+        return self._controller.progress(swap_id)
+
+    async def history(self, id: str) -> list[dict[str, Any]]:
+        """The versions of an id that are kept."""
+        return self._controller.history(id)
+
+    async def recall(self, epoch: int, ttl: float) -> None:
+        """Load an epoch that is kept."""
+        await self._controller.recall(epoch, ttl)
+
+    async def state(self) -> ControllerState:
+        """What is known here."""
+        return self._controller.state()
+
+
+def _node() -> str:
+    """This node: its address, and the beginning of Ray's id for it."""
+    return f"{ray.util.get_node_ip_address()}/{ray.get_runtime_context().get_node_id()[:8]}"  # type: ignore[no-untyped-call]
+
+
+def _device_name(device: str) -> str:
+    return f"cuda:{torch.cuda.get_device_name()}" if device == "cuda" else device

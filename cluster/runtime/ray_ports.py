@@ -1,0 +1,168 @@
+"""How the actors reach each other through Ray's calls, and the one border at which Ray's errors become ours."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from torch import Tensor
+
+from ...experts.errors import ExpertMeshError, Unavailable
+from ...experts.staging.stage import Receipt
+from ...experts.tensors import byte_view, dtype_name
+from ...experts.weights.files import load_tensors
+from ...router.fanout.replica_view import Replica
+from ..control.messages import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult, proposal_of
+from ..machine.process_tuning import background
+
+FILES_KEPT = 4
+Packed = tuple[np.ndarray[Any, Any], str, tuple[int, ...]]
+"""A tensor as Ray carries it without a copy: its bytes, its dtype's name, its shape."""
+
+
+class RayRouterPort:
+    """Reaches the router actor."""
+
+    handle: Any = None
+    controller: Any = None
+
+    async def declare(self, desired: Desired) -> None:
+        """Hand over the declared layers."""
+        layers = {name: layer.without_live_objects() for name, layer in desired.layers.items()}
+        await awaited(self.handle.declare.remote(self.controller, replace(desired, layers=layers)))
+
+    async def sync(self, update: RouterUpdate) -> RouterReport:
+        """Hand over what is known."""
+        report: RouterReport = await awaited(self.handle.sync.remote(update))
+        return report
+
+    async def stage(self, candidate: Candidate) -> Receipt:
+        """Have a gate staged."""
+        receipt: Receipt = await awaited(self.handle.stage.remote(candidate))
+        return receipt
+
+    async def unload(self, id: str, version: str) -> None:
+        """Have a gate forgotten."""
+        await awaited(self.handle.unload.remote(id, version))
+
+
+class RayReplicaPort:
+    """Reaches the replicas. Weights go through Ray's object store: once to each node, whatever its replicas."""
+
+    def __init__(self) -> None:
+        self._weights: dict[Any, Any] = {}
+        self._storing = threading.Lock()
+        self._background = background("weights")
+
+    async def probe(self, replica_id: str, handle: Any) -> Replica:
+        """Ask for a report."""
+        report: Replica = await awaited(_there(replica_id, handle).report.remote())
+        return report
+
+    async def stage(self, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:
+        """Have an expert staged."""
+        weights = None
+        if candidate.weights is not None:
+            loop = asyncio.get_running_loop()
+            weights = await loop.run_in_executor(self._background, self._stored, candidate.weights)
+        call = _there(replica_id, handle).stage.remote(
+            proposal_of(candidate), candidate.replaces, candidate.mode, weights
+        )
+        receipt: Receipt = await awaited(call)
+        return receipt
+
+    async def unload(self, replica_id: str, handle: Any, id: str, version: str) -> None:
+        """Have a version forgotten."""
+        await awaited(_there(replica_id, handle).unload.remote(id, version))
+
+    def _stored(self, path: Path) -> Any:
+        """The tensors of a file in the object store; the last few files are kept for the next replica.
+
+        Called from several threads at once: the candidates of a set are staged together.
+        """
+        status = path.stat()
+        key = (path, status.st_ino, status.st_mtime_ns)
+        with self._storing:
+            stored = self._weights.pop(key, None)
+            if stored is None:
+                tensors = load_tensors(path)[0]
+                stored = ray.put({name: pack(tensor) for name, tensor in tensors.items()})
+            self._weights[key] = stored
+            if len(self._weights) > FILES_KEPT:
+                del self._weights[next(iter(self._weights))]
+        return stored
+
+
+class RayControlPort:
+    """Reaches the controller, for the gateway."""
+
+    handle: Any = None
+
+    async def swap(self, request: SwapRequest) -> SwapResult:
+        """Carry out a swap."""
+        result: SwapResult = await awaited(self._there().swap.remote(request))
+        return result
+
+    async def progress(self, swap_id: str) -> dict[str, Any]:
+        """How far a swap is."""
+        answer: dict[str, Any] = await awaited(self._there().progress.remote(swap_id))
+        return answer
+
+    async def history(self, id: str) -> list[dict[str, Any]]:
+        """The versions of an id that are kept."""
+        answer: list[dict[str, Any]] = await awaited(self._there().history.remote(id))
+        return answer
+
+    async def recall(self, epoch: int, ttl: float) -> None:
+        """Load an epoch that is kept."""
+        await awaited(self._there().recall.remote(epoch, ttl))
+
+    def _there(self) -> Any:
+        if self.handle is None:
+            raise Unavailable("the controller is not there yet; retry in a moment")
+        return self.handle
+
+
+async def awaited(reference: Any) -> Any:
+    """Await a Ray reference; the one border at which Ray's exceptions become ours."""
+    try:
+        return await reference
+    except RayError as error:
+        raise translated(error) from error
+
+
+def fetched(reference: Any, timeout: float) -> Any:
+    """Like `awaited`, for a caller that blocks, at most `timeout` seconds."""
+    try:
+        return ray.get(reference, timeout=timeout)
+    except RayError as error:
+        raise translated(error) from error
+
+
+def translated(error: RayError) -> ExpertMeshError:
+    """What a Ray exception means here."""
+    if isinstance(error, RayTaskError):
+        cause = error.cause
+        return cause if isinstance(cause, ExpertMeshError) else ExpertMeshError(f"an actor raised: {cause!r}")
+    if isinstance(error, GetTimeoutError):
+        return Unavailable("an actor did not answer in time; it may be starting or busy")
+    if isinstance(error, RayActorError):
+        return Unavailable("the actor died or is restarting; retry")
+    return Unavailable(f"Ray could not carry the call ({type(error).__name__}); retry")
+
+
+def pack(tensor: Tensor) -> Packed:
+    """A tensor in the form that Ray carries without a copy."""
+    return np.frombuffer(byte_view(tensor), np.uint8), dtype_name(tensor.dtype), tuple(tensor.shape)
+
+
+def _there(replica_id: str, handle: Any) -> Any:
+    if handle is None:
+        raise Unavailable(f"replica {replica_id} has no actor yet")
+    return handle

@@ -1,0 +1,253 @@
+"""The router's process, without Ray: router, gateway and metrics page on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from ...experts.errors import FailedPrecondition, Unavailable
+from ...experts.identity.version_name import gate_digest, version_name
+from ...experts.spec import ANY
+from ...experts.staging.stage import Receipt
+from ...experts.weights.files import tensor_digest, tensors_of
+from ...router.epochs.epochs import Epoch
+from ...router.epochs.gate_staging import stage_gate
+from ...router.fanout.replica_view import Replica
+from ...router.fanout.transport import Transport
+from ...router.gates import Gate
+from ...router.mixture.layer import Layer
+from ...router.request.forward import Router
+from ..control.messages import Candidate, Desired, RouterReport, RouterUpdate
+from ..control.ports import ControlPort
+from ..gateway.authorise import TokenTable
+from ..gateway.metrics import MetricsServer
+from ..gateway.server import Gateway, GatewaySettings
+from ..gateway.swaps import SwapMethods
+from ..rpc.methods import Role
+from ..state.uploads import UploadLimits, Uploads
+from ..state.version_folders import VersionStore
+from .router_thread import RouterThread, elsewhere
+
+RECALL_SECONDS = 30.0
+"""How long an epoch that a request has named stays loaded at least."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceSettings:
+    """All that a router's process needs to know: where it listens, whom it knows, what it bears.
+
+    `tokens` are (sha256, role, expires in seconds since 1970 or None). Uploads go to `state_dir`, which the controller
+    shares. `allowed_factories` are those that an admin may name over the network.
+    """
+
+    name: str
+    gateway: GatewaySettings
+    metrics_port: int | None
+    tokens: tuple[tuple[str, Role, float | None], ...]
+    max_rows_in_flight: int
+    state_dir: str
+    uploads: UploadLimits = field(default_factory=UploadLimits)
+    allowed_factories: tuple[str, ...] = ()
+
+
+class RouterService:
+    """Serves requests and takes what the controller says."""
+
+    def __init__(self, settings: ServiceSettings, transport: Transport, control: ControlPort) -> None:
+        self.incarnation = uuid.uuid4().hex
+        self.router = Router(transport, max_rows_in_flight=settings.max_rows_in_flight)
+        self._thread = RouterThread(self.router)
+        self._settings = settings
+        self.control = control
+        self._tokens = TokenTable()
+        for digest, role, expires in settings.tokens:
+            self._tokens.add_digest(digest, role, expires)
+        uploads = Uploads(VersionStore(settings.state_dir), settings.uploads)
+        self.swaps = SwapMethods(
+            control,
+            uploads,
+            self.router.epochs,
+            self.router.leases,
+            self._thread.call,
+            settings.allowed_factories,
+            busy=lambda: self.router.admission.rows > 0,
+        )
+        handlers = self.swaps.handlers()
+        self.gateway = Gateway(self.router, self._tokens, settings.gateway, self.status, handlers, run=self._thread.run)
+        self._metrics: MetricsServer | None = None
+        self._revision = 0
+        self._layers: dict[str, Layer] = {}
+        self._gates: dict[tuple[str, str], Gate] = {}
+        self._heard = 0.0
+
+    async def start(self) -> tuple[int, int | None]:
+        """Listen; returns the ports of the gateway and of the metrics page."""
+        here = asyncio.get_running_loop()
+        self.router.pinning.recall = lambda number: elsewhere(here, lambda: self.control.recall(number, RECALL_SECONDS))
+        port = await self.gateway.start()
+        wanted = self._settings.metrics_port
+        if wanted is not None:
+            try:
+                self._metrics = MetricsServer(self.router, self._tokens, self._settings.gateway.host, wanted)
+            except OSError as error:
+                raise Unavailable(f"cannot listen on metrics port {wanted}: {error.strerror}") from None
+        return port, self._metrics.port if self._metrics else None
+
+    async def stop(self, grace: float = 0.0) -> None:
+        """Drain, then close everything; idempotent."""
+        await self.gateway.stop(grace)
+        if self._metrics is not None:
+            self._metrics.stop()
+            self._metrics = None
+        self._thread.close()
+        self.swaps.close()
+
+    async def declare(self, desired: Desired) -> None:
+        """Take newer declared layers."""
+        await self._thread.call(self._declare, desired)
+
+    def _declare(self, desired: Desired) -> None:
+        if desired.revision > self._revision:
+            self._revision = desired.revision
+            self._layers = {name: layer.without_live_objects() for name, layer in desired.layers.items()}
+
+    async def stage(self, candidate: Candidate) -> Receipt:
+        """Stage and verify a gate beside the one that serves. Raises what `stage_gate` raises."""
+        receipt, gate = await asyncio.to_thread(self._staged, candidate)
+        await self._thread.call(self._gates.__setitem__, (receipt.id, receipt.version), gate)
+        return receipt
+
+    def _staged(self, candidate: Candidate) -> tuple[Receipt, Gate]:
+        old = self._gates.get((candidate.id, candidate.replaces or ""))
+        gate, drift = staged_gate(candidate, old)
+        tensors = tensors_of(gate)
+        digest = gate_digest(gate.name, gate, tensors)
+        receipt = Receipt(
+            id=candidate.id,
+            version=version_name(candidate.counter, digest),
+            incarnation=self.incarnation,
+            digest=digest,
+            tensor_digest=tensor_digest(tensors),
+            drift=drift,
+            nbytes=sum(tensor.nbytes for tensor in tensors.values()),
+            seconds=0.0,
+            input=ANY,
+            output=ANY,
+        )
+        return receipt, gate
+
+    async def unload(self, id: str, version: str) -> None:
+        """Forget a gate; the epochs that are known here keep theirs."""
+        await self._thread.call(self._gates.pop, (id, version), None)
+
+    async def sync(self, update: RouterUpdate) -> RouterReport:
+        """Take a report of all replicas, and adopt the current epoch once its gates are here."""
+        self._heard = time.monotonic()
+        self.swaps.tidy()
+        before = self.router.epochs.number
+        report = await self._thread.call(self._sync, update)
+        if report.epoch != before:
+            self.gateway.notify()
+        return report
+
+    def _sync(self, update: RouterUpdate) -> RouterReport:
+        self.router.leases.drop_expired()
+        self.router.update_view(update.replicas)
+        known = {epoch.number for epoch in self.router.epochs.known()}
+        new = {n: versions for n, versions in update.epochs.items() if n not in known}
+        built = {n: self._epoch(n, versions, update.cluster_id) for n, versions in new.items()}
+        current = built.get(update.current)
+        if current is not None:
+            self.router.adopt(current)
+        older = [epoch for n, epoch in built.items() if epoch is not None and n != update.current]
+        kept = [epoch for epoch in self.router.epochs.known() if epoch.number in update.epochs]
+        self.router.epochs.keep([*older, *kept])
+        return RouterReport(
+            incarnation=self.incarnation,
+            revision=self._revision,
+            epoch=self.router.epochs.number,
+            oldest_pinned=self.router.epochs.oldest_pinned(),
+            gates=frozenset(self._gates),
+        )
+
+    def _epoch(self, number: int, versions: Mapping[str, str], cluster: str) -> Epoch | None:
+        """An epoch with the gates that it names, or None while one of them is not here."""
+        layers = {}
+        for name, layer in self._layers.items():
+            gate = self._gates.get((layer.gate_id, versions.get(layer.gate_id, "")))
+            if gate is None or not layer.everyone_by_id.keys() <= versions.keys():
+                return None
+            layers[name] = replace(layer, gate=gate)
+        return Epoch(number, versions, layers, cluster) if layers else None
+
+    async def status(self) -> dict[str, Any]:
+        """Everything that is known here of the cluster, as plain JSON types."""
+        return await self._thread.call(self._status)
+
+    def _status(self) -> dict[str, Any]:
+        telemetry, epochs = self.router.telemetry, self.router.epochs
+        layers = epochs.current.layers if epochs.number else {}
+        age = time.monotonic() - self._heard if self._heard else None
+        return {
+            "name": self._settings.name,
+            "epoch": epochs.number,
+            "draining": epochs.draining(),
+            "layers": {name: self._layer(layer) for name, layer in layers.items()},
+            "router": {
+                "pid": os.getpid(),
+                "incarnation": self.incarnation,
+                "rows_in_flight": self.router.admission.rows,
+                "requests": sum(telemetry.requests.values()),
+                "failed_requests": sum(n for (_, code), n in telemetry.requests.items() if code != "OK"),
+                "retries": telemetry.retries,
+                "messages": dict(telemetry.messages),
+                "batches": dict(telemetry.batches),
+                "rows_carried": dict(self.router.transport.carried),
+                "pins": {str(number): count for number, count in epochs.pins().items()},
+                "leases": len(self.router.leases),
+            },
+            "controller": {"heard_seconds_ago": age, "state": "ok" if age is not None and age < 3.0 else "silent"},
+        }
+
+    def _layer(self, layer: Layer) -> dict[str, Any]:
+        versions = self.router.epochs.current.versions
+        telemetry, replicas = self.router.telemetry, self.router.view.replicas()
+        experts = {}
+        for expert_id, expert in layer.everyone_by_id.items():
+            experts[expert_id] = {
+                "version": versions[expert_id],
+                "ephemeral": expert.ephemeral,
+                "rows": telemetry.rows[expert_id],
+                "errors": telemetry.errors[expert_id],
+                "replicas": [_plain(replica) for replica in replicas if expert_id in replica.experts],
+            }
+        gate = {"id": layer.gate_id, "kind": layer.gate.name, "version": versions[layer.gate_id]}
+        rows = {"shape": None if layer.input.shape is None else list(layer.input.shape), "dtype": layer.input.dtype}
+        return {
+            "gate": gate, "combine": layer.combine, "on_missing": layer.on_missing, "input": rows, "experts": experts
+        }  # fmt: skip
+
+
+def staged_gate(candidate: Candidate, old: Gate | None) -> tuple[Gate, float | None]:
+    """A candidate's gate as it would serve, and the drift of its scores where it only has other tensors than the old.
+
+    Raises what `stage_gate` raises.
+    """
+    if candidate.gate is None:
+        raise FailedPrecondition(f"{candidate.id} is an expert, and routers run gates")
+    tensors = tensors_of(candidate.gate)
+    if old is not None and tensors and repr(old) == repr(candidate.gate):
+        return stage_gate(old, tensors, candidate.policy, name=candidate.id)
+    return copy.deepcopy(candidate.gate).eval(), None
+
+
+def _plain(replica: Replica) -> dict[str, Any]:
+    plain = asdict(replica)
+    plain["holds"] = sorted(f"{expert} {version}" for expert, version in replica.holds)
+    return plain

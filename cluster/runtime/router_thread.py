@@ -1,0 +1,68 @@
+"""A router on an event loop in a thread of its own, so that gate and combine never hold up the gateway.
+
+Torch runs right on that loop: handing each small step to another thread and back costs more than the step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, ParamSpec, TypeVar
+
+from ...router.request.forward import Router
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class RouterThread:
+    """Runs a router; everything that changes it goes through `run` or `call`."""
+
+    def __init__(self, router: Router) -> None:
+        self.router = router
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._main, name="expertmesh-router", daemon=True)
+        self._thread.start()
+
+    async def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine there; cancelling the caller cancels it."""
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function there."""
+
+        async def called() -> T:
+            return function(*args, **kwargs)
+
+        return await self.run(called())
+
+    def close(self) -> None:
+        """Let go of every replica and end the thread; idempotent."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._end)
+            self._thread.join()
+
+    def _main(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            left = asyncio.all_tasks(self._loop)
+            for task in left:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            self._loop.close()
+
+    def _end(self) -> None:
+        self.router.transport.close()
+        self._loop.stop()
+
+
+def elsewhere(loop: asyncio.AbstractEventLoop, work: Callable[[], Awaitable[T]]) -> Awaitable[T]:
+    """Run a coroutine on another event loop, for a caller on this one."""
+
+    async def run() -> T:
+        return await work()
+
+    return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(run(), loop))

@@ -1,0 +1,96 @@
+"""What makes a write survive a crash: private folders, hashed copies, and the syncs that make a rename last."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from ...experts.errors import ConfigError
+
+CHUNK = 1 << 20
+OWNER_READS = 0o400
+
+
+def private_folder(path: str | os.PathLike[str]) -> Path:
+    """A folder for this user alone, with its parents; made, durably, with mode 0700 where it is missing.
+
+    Raises ConfigError if it cannot be made, or if others could write into it.
+    """
+    folder = Path(path).absolute()
+    missing = [part for part in (folder, *folder.parents) if not part.exists()]
+    try:
+        for part in reversed(missing):
+            part.mkdir(mode=0o700, exist_ok=True)
+            sync_folder(part.parent)
+        status = folder.stat()
+    except OSError as error:
+        raise ConfigError(f"cannot make {folder} ({error.strerror}): set state_dir to another folder") from None
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder: set state_dir to another")
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise ConfigError(f"others can write into {folder}: chmod 700 it, or set state_dir to another folder")
+    return folder
+
+
+def sync_file(path: Path) -> None:
+    """Bring a file's content to the disk. Raises OSError."""
+    _sync(path, os.O_RDONLY)
+
+
+def sync_folder(path: Path) -> None:
+    """Bring a folder's entries to the disk. Raises OSError."""
+    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a new read-only file to the disk. Raises OSError."""
+    with _new(path) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def copy_file(source: Path, target: Path) -> tuple[str, int]:
+    """Copy a file to a new read-only one on the disk: sha256, as hexadecimal text, and bytes of what was written.
+
+    Raises OSError.
+    """
+    digest, nbytes = hashlib.sha256(), 0
+    with _new(target) as file:
+        for chunk in _chunks(source):
+            file.write(chunk)
+            digest.update(chunk)
+            nbytes += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest(), nbytes
+
+
+def hash_file(path: Path) -> tuple[str, int]:
+    """The sha256 of a file, as hexadecimal text, and its bytes. Raises OSError."""
+    digest, nbytes = hashlib.sha256(), 0
+    for chunk in _chunks(path):
+        digest.update(chunk)
+        nbytes += len(chunk)
+    return digest.hexdigest(), nbytes
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
+
+
+def _new(path: Path) -> BinaryIO:
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, OWNER_READS), "wb")
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,144 @@
+"""What is written down of versions, epochs and swaps: frozen records, and the names that they may carry."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ...experts.errors import DataLoss, InvalidRequest
+
+OPEN, COMMITTED, ABORTED = "open", "committed", "aborted"
+
+_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+_VERSION = re.compile(r"v(0|[1-9][0-9]{0,17})-([0-9a-f]{12})")
+_SWAP_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionRecord:
+    """One immutable version of an expert or gate.
+
+    `digest` and `tensor_digest` are sha256 as hexadecimal text, of the behaviour and of the tensors alone; `origin` is
+    the declaration it came from, as JSON has it; `nbytes` is the size of its weights in bytes; `created` is in seconds
+    since 1970; `parent` is the version that it replaced; `note` says how it came: "declared", "swap <id>".
+
+    Raises InvalidRequest for an id that is not "layer/expert", or a version that is not made of counter and digest.
+    """
+
+    id: str
+    version: str
+    counter: int
+    digest: str
+    tensor_digest: str
+    origin: Mapping[str, Any]
+    nbytes: int
+    created: float
+    parent: str | None
+    ephemeral: bool
+    note: str
+
+    def __post_init__(self) -> None:
+        check_version(self.id, self.version)
+        if type(self.counter) is not int or self.version != f"v{self.counter}-{self.digest[:12]}":
+            raise InvalidRequest(f"version {self.version} of {self.id} is not its counter and 12 digits of its digest")
+
+    def to_json(self) -> str:
+        """The record as one text, the same for equal records. Raises InvalidRequest if `origin` is not plain JSON."""
+        return to_json(asdict(self), f"the origin of {self.id}")
+
+    @classmethod
+    def from_json(cls, text: str) -> VersionRecord:
+        """Read what `to_json` wrote. Raises DataLoss for anything else."""
+        try:
+            return cls(**from_json(text))
+        except (TypeError, InvalidRequest):
+            raise damaged("a version's record is not whole") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRecord:
+    """One immutable map {expert or gate id -> version}, and the swap that made it; `created` in seconds since 1970."""
+
+    number: int
+    versions: Mapping[str, str]
+    created: float
+    swap_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapRecord:
+    """What the journal knows of a swap: "open" from its begin on, then "committed" as `epoch`, or "aborted"."""
+
+    swap_id: str
+    state: str
+    plan: Mapping[str, Any]
+    begun: float
+    ended: float | None
+    epoch: int | None
+    message: str
+
+
+def check_id(id: str) -> None:
+    """Check that an id is "layer/expert" or "layer/gate", and so can be a folder and no way out of one.
+
+    Raises InvalidRequest.
+    """
+    if not isinstance(id, str) or not _ID.fullmatch(id):
+        raise InvalidRequest(f'{id!r} is no id of an expert or gate: write it as "layer/expert" or "layer/gate"')
+
+
+def check_version(id: str, version: str) -> None:
+    """Check an id and the name of a version of it. Raises InvalidRequest."""
+    check_id(id)
+    if not isinstance(version, str) or not _VERSION.fullmatch(version):
+        raise InvalidRequest(f"{version!r} of {id} is no version: they look like v7-3fa1c2d40b9e")
+
+
+def is_version(name: str) -> bool:
+    """Whether a name has the form of a version."""
+    return _VERSION.fullmatch(name) is not None
+
+
+def check_swap_id(swap_id: str) -> None:
+    """Check that a swap's id is 1 to 128 letters, digits, '_', '.', ':' or '-'. Raises InvalidRequest."""
+    if not isinstance(swap_id, str) or not _SWAP_ID.fullmatch(swap_id):
+        raise InvalidRequest(f"swap id {swap_id!r} must be 1 to 128 letters, digits, '_', '.', ':' or '-'")
+
+
+def to_json(value: Mapping[str, Any], what: str) -> str:
+    """One text for equal maps. Raises InvalidRequest that names `what` if a value is none that JSON has."""
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{what} must be plain values (texts, numbers, lists, maps): {error}") from None
+
+
+def from_json(text: str) -> dict[str, Any]:
+    """Read a map that `to_json` wrote. Raises DataLoss for anything else."""
+    try:
+        value = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise damaged("a map in it is not whole")
+    return value
+
+
+def damaged(why: str) -> DataLoss:
+    """The error for a registry that cannot be believed: what to do is the same for every cause."""
+    return DataLoss(
+        f"the registry (registry.sqlite in state_dir) is damaged: {why}. Restore the state folder from a backup, or "
+        "move it away to start again from the configuration"
+    )
+
+
+def names_version(plan: object, version: str) -> bool:
+    """Whether a swap's plan names a version anywhere, also inside a text."""
+    if isinstance(plan, Mapping):
+        return any(names_version(item, version) for pair in plan.items() for item in pair)
+    if isinstance(plan, (list, tuple)):
+        return any(names_version(item, version) for item in plan)
+    return isinstance(plan, str) and version in plan

@@ -1,0 +1,280 @@
+"""The registry: what versions there are, which epoch is current, and which swaps are under way, in one SQLite file.
+
+Each change is one transaction that is on the disk before the call returns. One writer at a time: whoever opens the
+registry raises its `term`, and every change of an earlier writer is refused from then on.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ...experts.errors import Aborted, ConfigError, FailedPrecondition, Fenced, InvalidRequest, Unavailable
+from . import registry_schema, registry_tables
+from .durable_files import private_folder, sync_folder
+from .records import (
+    ABORTED,
+    COMMITTED,
+    EpochRecord,
+    SwapRecord,
+    VersionRecord,
+    check_id,
+    check_swap_id,
+    damaged,
+    to_json,
+)
+
+FILE = "registry.sqlite"
+
+_BUSY_SECONDS = 10.0
+_MESSAGE_CHARACTERS = 2000
+
+
+class Registry:
+    """The durable state of one cluster. Every method may be called from any thread; each waits for the disk.
+
+    `cluster_id` is made once, with the registry; `term` is the number of writers that have opened it so far. `clock`
+    gives seconds since 1970.
+
+    Opening raises FailedPrecondition for a registry of another schema, DataLoss for one that is damaged, or gone
+    while versions are there, ConfigError for a folder that others could write into. Every method may raise Unavailable
+    when the disk fails, and every change Aborted once another writer has opened the registry.
+    """
+
+    def __init__(self, state_dir: str | os.PathLike[str], *, clock: Callable[[], float] = time.time) -> None:
+        folder = private_folder(state_dir)
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        try:
+            with _translated():
+                self._connection = _connect(folder / FILE)
+                new = registry_schema.is_new(self._connection, folder)
+                registry_schema.prepare(self._connection)
+                self.cluster_id, self.term = _take_over(self._connection, new)
+                sync_folder(folder)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the registry; a second time does nothing."""
+        with self._lock, _translated():
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.close()
+
+    def __enter__(self) -> Registry:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def add_version(self, record: VersionRecord) -> None:
+        """Register a version whose folder is stored; an equal record a second time changes nothing.
+
+        Raises DataLoss if another record has that id and version, InvalidRequest for an origin that is not plain JSON.
+        """
+        with self._change() as db:
+            registry_tables.add_version(db, record)
+
+    def version(self, id: str, version: str) -> VersionRecord:
+        """The record of a version. Raises NotFound if there is none, or none any more."""
+        with self._read() as db:
+            return registry_tables.find_version(db, id, version)
+
+    def history(self, id: str) -> list[VersionRecord]:
+        """Every version of an id that is still kept, oldest first; `epochs` tells which of them served when."""
+        with self._read() as db:
+            return registry_tables.history(db, id)
+
+    def known(self) -> set[tuple[str, str]]:
+        """Every version that is still kept, as (id, version): what a sweep of the version folders must leave."""
+        with self._read() as db:
+            return set(db.execute("SELECT id, version FROM versions"))
+
+    def next_counter(self, id: str) -> int:
+        """Take the next counter of an id. No number is given twice, also not after its version was collected."""
+        check_id(id)
+        with self._change() as db:
+            return registry_tables.take_counter(db, id)
+
+    def current(self) -> EpochRecord | None:
+        """The current epoch, or None before the first commit."""
+        with self._read() as db:
+            return registry_tables.current_epoch(db)
+
+    def epoch(self, number: int) -> EpochRecord:
+        """An epoch that is still kept. Raises FailedPrecondition for one that was, NotFound for one that never was."""
+        with self._read() as db:
+            return registry_tables.find_epoch(db, number)
+
+    def epochs(self) -> list[EpochRecord]:
+        """Every epoch that is still kept, oldest first."""
+        with self._read() as db:
+            return registry_tables.all_epochs(db)
+
+    def commit(
+        self, swap_id: str, changes: Mapping[str, str | None], *, expect: Mapping[str, str | None]
+    ) -> EpochRecord:
+        """Make the next epoch out of the current one and `changes`: the point of no return of a swap, once it returns.
+
+        A change to None removes an id; an expected None says that the id is not there. The same swap a second time
+        gets the epoch that it made.
+
+        Raises Aborted, with nothing changed, if the current epoch is not as expected or the swap was aborted; NotFound
+        for a version that is not registered, an id to remove that is not there, or a swap that was not begun;
+        FailedPrecondition if the swap has committed other changes. After Unavailable the outcome is open until a
+        repeated `commit`, or `end_swap`, has returned.
+        """
+        with self._change() as db:
+            swap = registry_tables.begun_swap(db, swap_id)
+            if swap.state == COMMITTED:
+                return registry_tables.made_before(db, swap, changes)
+            if swap.state == ABORTED:
+                raise Aborted(f"swap {swap_id} was aborted ({swap.message or 'no reason given'}): begin another one")
+            current = registry_tables.current_epoch(db)
+            found = {} if current is None else current.versions
+            registry_tables.check_expected(expect, found)
+            versions = registry_tables.changed(db, found, changes)
+            number = 1 if current is None else current.number + 1
+            epoch = EpochRecord(number=number, versions=versions, created=self._clock(), swap_id=swap_id)
+            registry_tables.add_epoch(db, epoch)
+        return epoch
+
+    def begin_swap(self, swap_id: str, plan: Mapping[str, Any]) -> SwapRecord:
+        """Write down that a swap begins, before anything is staged for it; returns what the journal knows of it.
+
+        Versions that `plan` names anywhere, and those registered from now on, are kept until the swap has ended. With
+        an equal plan a second time nothing changes, also when the swap has ended since: look at its state.
+
+        Raises FailedPrecondition if a swap of that id has another plan, InvalidRequest for a bad id or plan.
+        """
+        check_swap_id(swap_id)
+        text = to_json(plan, "the plan of a swap")
+        with self._change() as db:
+            known = registry_tables.find_swap(db, swap_id)
+            if known is None:
+                registry_tables.begin_swap(db, swap_id, text, self._clock())
+            elif to_json(known.plan, "the plan of a swap") != text:
+                raise FailedPrecondition(f"swap id {swap_id} was used for another plan: take a new swap id")
+            return registry_tables.begun_swap(db, swap_id)
+
+    def end_swap(self, swap_id: str, state: str, message: str = "") -> None:
+        """Write down how a swap ended: "aborted", or a message for one that `commit` has made "committed".
+
+        Raises Aborted where the swap has ended the other way, FailedPrecondition for "committed" without a commit,
+        NotFound for a swap that was not begun, InvalidRequest for another state.
+        """
+        if state not in (COMMITTED, ABORTED):
+            raise InvalidRequest(f"a swap ends as {COMMITTED!r} or {ABORTED!r}, not {state!r}")
+        told = message[:_MESSAGE_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
+        with self._change() as db:
+            registry_tables.end_swap(db, registry_tables.begun_swap(db, swap_id), state, told, self._clock())
+
+    def swap(self, swap_id: str) -> SwapRecord | None:
+        """What the journal knows of a swap, or None."""
+        with self._read() as db:
+            return registry_tables.find_swap(db, swap_id)
+
+    def open_swaps(self) -> list[SwapRecord]:
+        """The swaps that were begun and have not ended, oldest first: what a restart must discard."""
+        with self._read() as db:
+            return registry_tables.open_swaps(db)
+
+    def declared(self, id: str) -> str | None:
+        """The digest of what the configuration declared for an id when it was last written down, or None."""
+        with self._read() as db:
+            row = db.execute("SELECT digest FROM declared WHERE id = ?", (id,)).fetchone()
+            return None if row is None else str(row[0])
+
+    def now(self) -> float:
+        """Seconds since 1970 by the registry's clock."""
+        return self._clock()
+
+    def set_declared(self, id: str, digest: str) -> None:
+        """Write down the digest of what the configuration declares for an id."""
+        check_id(id)
+        with self._change() as db:
+            db.execute("INSERT OR REPLACE INTO declared VALUES (?, ?)", (id, digest))
+
+    def collect(self, retain_epochs: int, in_use: Collection[tuple[str, str]]) -> list[VersionRecord]:
+        """Forget epochs older than the current one and its `retain_epochs` predecessors, and versions of no use.
+
+        A version is of use if an epoch that is kept, `in_use` or an open swap names it. Returns those forgotten, whose
+        folders may then be removed; a crash before that leaves folders that `VersionStore.sweep` finds.
+        """
+        if retain_epochs < 0:
+            raise InvalidRequest(f"retain_epochs must be 0 or more, not {retain_epochs}")
+        with self._change() as db:
+            return registry_tables.collect(db, retain_epochs, in_use)
+
+    @contextmanager
+    def _read(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, _translated():
+            if self._connection is None:
+                raise FailedPrecondition("the registry is closed: open it again")
+            yield self._connection
+
+    @contextmanager
+    def _change(self) -> Iterator[sqlite3.Connection]:
+        """One transaction of this writer: all of it is durable, or none of it happened."""
+        with self._read() as db, _transaction(db):
+            term = registry_schema.meta(db, "term")
+            if term != self.term:
+                raise Fenced(f"another controller has taken the registry over (term {term}, ours is {self.term})")
+            yield db
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+    except OSError as error:
+        raise ConfigError(f"cannot open {path} ({error.strerror}): set state_dir to a folder of yours") from None
+    return sqlite3.connect(str(path), timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+
+
+def _take_over(db: sqlite3.Connection, new: bool) -> tuple[str, int]:
+    """Become the one writer: the cluster's id and our term."""
+    with _transaction(db):
+        if new:
+            registry_schema.create(db)
+        db.execute("UPDATE meta SET value = value + 1 WHERE key = 'term'")
+        return str(registry_schema.meta(db, "cluster_id")), int(registry_schema.meta(db, "term"))
+
+
+@contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[None]:
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        with suppress(sqlite3.Error):
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+        raise
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """SQLite's errors as ours: the disk fails, or the file is damaged. Anything else is our bug and stays as it is."""
+    try:
+        yield
+    except (sqlite3.OperationalError, OSError) as error:
+        if "no such table" in str(error) or "no such column" in str(error):
+            raise damaged(str(error)) from None
+        raise Unavailable(f"the registry cannot be read or written ({error}): see to the disk of state_dir") from None
+    except sqlite3.DatabaseError as error:
+        if type(error) is sqlite3.DatabaseError:
+            raise damaged(str(error)) from None
+        raise

@@ -1,0 +1,99 @@
+"""The registry's file: making its tables, and refusing a file that is damaged, newer than we are, or not ours."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any, Protocol
+
+from ...experts.errors import FailedPrecondition
+from .records import damaged
+from .version_folders import has_versions
+
+SCHEMA = 2
+"""2: the digests of versions are made of the digests of their tensors."""
+APPLICATION = 0x45584D52  # "EXMR"
+
+_TABLES = (
+    "CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL)",
+    "CREATE TABLE counters (id TEXT PRIMARY KEY, last INTEGER NOT NULL)",
+    "CREATE TABLE versions (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, version TEXT NOT NULL,"
+    " counter INTEGER NOT NULL, record TEXT NOT NULL, UNIQUE (id, version))",
+    "CREATE TABLE epochs (number INTEGER PRIMARY KEY, created REAL NOT NULL, swap_id TEXT NOT NULL UNIQUE,"
+    " versions TEXT NOT NULL)",
+    # since: the newest version when the swap began
+    "CREATE TABLE swaps (seq INTEGER PRIMARY KEY AUTOINCREMENT, swap_id TEXT NOT NULL UNIQUE, state TEXT NOT NULL,"
+    " plan TEXT NOT NULL, begun REAL NOT NULL, ended REAL, epoch INTEGER, message TEXT NOT NULL,"
+    " since INTEGER NOT NULL)",
+    "CREATE TABLE declared (id TEXT PRIMARY KEY, digest TEXT NOT NULL)",
+)
+
+
+class Database(Protocol):
+    """What executes SQL."""
+
+    def execute(self, sql: str, parameters: tuple[object, ...] = ..., /) -> Any:
+        """Execute one statement; gives its rows."""
+
+
+def is_new(db: Database, folder: Path) -> bool:
+    """Whether the file is still empty.
+
+    Raises DataLoss if it is not a registry, or empty where versions are stored; FailedPrecondition for another schema.
+    """
+    application, schema = _pragma(db, "application_id"), _pragma(db, "user_version")
+    (there,) = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+    if (application, schema, there) == (0, 0, 0):
+        if has_versions(folder):
+            raise damaged("it is empty or was removed, but there are stored versions")
+        return True
+    if application != APPLICATION:
+        raise damaged("it is another program's database")
+    if schema > SCHEMA:
+        raise FailedPrecondition(
+            f"the registry in {folder} was written by a newer expertmesh (schema {schema}, this one knows {SCHEMA}): "
+            "install that version again, or set state_dir to another folder"
+        )
+    if schema < SCHEMA:
+        raise FailedPrecondition(
+            f"the registry in {folder} was written by an older expertmesh (schema {schema}, this one has {SCHEMA}), "
+            "which named versions in another way: set state_dir to another folder, and swap in what you want to keep, "
+            f"from {folder}/versions"
+        )
+    return False
+
+
+def prepare(db: Database) -> None:
+    """Make every commit durable, and see that the file is whole.
+
+    Raises FailedPrecondition on a file system that cannot do that, DataLoss for a damaged file.
+    """
+    if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+        raise FailedPrecondition("state_dir is on a file system without shared memory: set it to a local folder")
+    db.execute("PRAGMA synchronous = FULL")
+    (problem,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    if problem != "ok":
+        raise damaged(" ".join(str(problem).split()))
+
+
+def create(db: Database) -> None:
+    """Make the tables, unless another process just did."""
+    if _pragma(db, "user_version"):
+        return
+    for statement in _TABLES:
+        db.execute(statement)
+    db.execute("INSERT INTO meta VALUES ('cluster_id', ?), ('term', 0)", (str(uuid.uuid4()),))
+    db.execute(f"PRAGMA application_id = {APPLICATION}")
+    db.execute(f"PRAGMA user_version = {SCHEMA}")
+
+
+def meta(db: Database, key: str) -> Any:
+    """A value of the registry itself. Raises DataLoss if it is not there."""
+    row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+    if row is None:
+        raise damaged(f"it has no {key}")
+    return row[0]
+
+
+def _pragma(db: Database, name: str) -> int:
+    return int(db.execute(f"PRAGMA {name}").fetchone()[0])

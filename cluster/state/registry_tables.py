@@ -1,0 +1,214 @@
+"""What is read from and written to the registry's tables; the registry begins and ends the transactions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ...experts.errors import Aborted, DataLoss, FailedPrecondition, NotFound
+from .records import (
+    ABORTED,
+    COMMITTED,
+    OPEN,
+    EpochRecord,
+    SwapRecord,
+    VersionRecord,
+    damaged,
+    from_json,
+    names_version,
+    to_json,
+)
+from .registry_schema import Database
+
+KEPT_SWAPS = 1000
+"""How many of the latest swaps `collect` leaves in the journal, so that a repeated request finds its outcome."""
+
+_EPOCH = "SELECT number, created, swap_id, versions FROM epochs"
+_SWAP = "SELECT swap_id, state, plan, begun, ended, epoch, message FROM swaps"
+
+
+def add_version(db: Database, record: VersionRecord) -> None:
+    """Add a version, unless its equal is there. Raises DataLoss if another record has its id and version."""
+    text = record.to_json()
+    known = _one(db, "SELECT record FROM versions WHERE id = ? AND version = ?", record.id, record.version)
+    if known is None:
+        columns = (record.id, record.version, record.counter, text)
+        db.execute("INSERT INTO versions (id, version, counter, record) VALUES (?, ?, ?, ?)", columns)
+        _count_to(db, record.id, record.counter)
+    elif known[0] != text:
+        raise DataLoss(f"{record.version} of {record.id} is registered as something else: take the next counter")
+
+
+def find_version(db: Database, id: str, version: str) -> VersionRecord:
+    """The record of a version. Raises NotFound."""
+    row = _one(db, "SELECT record FROM versions WHERE id = ? AND version = ?", id, version)
+    if row is None:
+        raise NotFound(f"{version} of {id} is not registered: `expertmesh history {id}` lists what is")
+    return VersionRecord.from_json(row[0])
+
+
+def history(db: Database, id: str) -> list[VersionRecord]:
+    """The versions of an id, oldest first."""
+    rows = db.execute("SELECT record FROM versions WHERE id = ? ORDER BY counter, seq", (id,))
+    return [VersionRecord.from_json(text) for (text,) in rows]
+
+
+def take_counter(db: Database, id: str) -> int:
+    """A counter of an id that was never given before."""
+    row = _one(db, "SELECT last FROM counters WHERE id = ?", id)
+    counter = 1 if row is None else int(row[0]) + 1
+    _count_to(db, id, counter)
+    return counter
+
+
+def current_epoch(db: Database) -> EpochRecord | None:
+    """The newest epoch."""
+    row = _one(db, f"{_EPOCH} ORDER BY number DESC LIMIT 1")
+    return None if row is None else _epoch(row)
+
+
+def find_epoch(db: Database, number: int) -> EpochRecord:
+    """An epoch. Raises FailedPrecondition for one that was collected, NotFound for one that never was."""
+    row = _one(db, f"{_EPOCH} WHERE number = ?", number)
+    if row is not None:
+        return _epoch(row)
+    current = current_epoch(db)
+    if current is None or not 0 < number < current.number:
+        raise NotFound(f"there is no epoch {number} (current: {'none yet' if current is None else current.number})")
+    raise FailedPrecondition(
+        f"epoch {number} is not kept any more (current: {current.number}): retain_epochs says how many are"
+    )
+
+
+def all_epochs(db: Database) -> list[EpochRecord]:
+    """Every epoch, oldest first."""
+    return [_epoch(row) for row in db.execute(f"{_EPOCH} ORDER BY number")]
+
+
+def add_epoch(db: Database, epoch: EpochRecord) -> None:
+    """Add an epoch, and mark its swap committed."""
+    columns = (epoch.number, epoch.created, epoch.swap_id, to_json(epoch.versions, "the epoch"))
+    db.execute("INSERT INTO epochs (number, created, swap_id, versions) VALUES (?, ?, ?, ?)", columns)
+    ended = (COMMITTED, epoch.created, epoch.number, epoch.swap_id)
+    db.execute("UPDATE swaps SET state = ?, ended = ?, epoch = ? WHERE swap_id = ?", ended)
+
+
+def check_expected(expect: Mapping[str, str | None], found: Mapping[str, str]) -> None:
+    """Compare what a writer expects with what there is. Raises Aborted that names the first difference."""
+    for id, version in sorted(expect.items()):
+        if found.get(id) != version:
+            raise Aborted(
+                f"{id}: expected {version or 'no version'}, found {found.get(id) or 'none'}: another change was first"
+            )
+
+
+def changed(db: Database, versions: Mapping[str, str], changes: Mapping[str, str | None]) -> dict[str, str]:
+    """The map after changes. Raises NotFound for a version that is not registered, or an id that is not there."""
+    result = dict(versions)
+    for id, version in changes.items():
+        if version is not None:
+            result[id] = find_version(db, id, version).version
+        elif result.pop(id, None) is None:
+            raise NotFound(f"{id} cannot be removed: the current epoch has none")
+    return result
+
+
+def made_before(db: Database, swap: SwapRecord, changes: Mapping[str, str | None]) -> EpochRecord:
+    """The epoch of a swap that is committed. Raises FailedPrecondition if it has changed other things."""
+    epoch = find_epoch(db, swap.epoch or 0)
+    if any(epoch.versions.get(id) != version for id, version in changes.items()):
+        raise FailedPrecondition(f"swap {swap.swap_id} has committed other changes: take a new swap id")
+    return epoch
+
+
+def begin_swap(db: Database, swap_id: str, plan: str, now: float) -> None:
+    """Add an open swap."""
+    newest = "(SELECT COALESCE(MAX(seq), 0) FROM versions)"
+    columns = (swap_id, OPEN, plan, now)
+    db.execute(
+        f"INSERT INTO swaps (swap_id, state, plan, begun, message, since) VALUES (?, ?, ?, ?, '', {newest})", columns
+    )
+
+
+def end_swap(db: Database, swap: SwapRecord, state: str, message: str, now: float) -> None:
+    """Mark a swap as ended; the first message stays. Raises Aborted or FailedPrecondition if it cannot be."""
+    if swap.state == OPEN and state == COMMITTED:
+        raise FailedPrecondition(f"swap {swap.swap_id} has committed nothing: only `commit` makes it so")
+    if swap.state not in (OPEN, state):
+        raise Aborted(f"swap {swap.swap_id} is {swap.state} already: look at its result")
+    sets = "state = ?, ended = COALESCE(ended, ?), message = CASE message WHEN '' THEN ? ELSE message END"
+    db.execute(f"UPDATE swaps SET {sets} WHERE swap_id = ?", (state, now, message, swap.swap_id))
+
+
+def find_swap(db: Database, swap_id: str) -> SwapRecord | None:
+    """A swap, or None."""
+    row = _one(db, f"{_SWAP} WHERE swap_id = ?", swap_id)
+    return None if row is None else _swap(row)
+
+
+def begun_swap(db: Database, swap_id: str) -> SwapRecord:
+    """A swap. Raises NotFound."""
+    swap = find_swap(db, swap_id)
+    if swap is None:
+        raise NotFound(f"there is no swap {swap_id}: begin it first")
+    return swap
+
+
+def open_swaps(db: Database) -> list[SwapRecord]:
+    """The swaps that have not ended, oldest first."""
+    return [_swap(row) for row in db.execute(f"{_SWAP} WHERE state = ? ORDER BY seq", (OPEN,))]
+
+
+def collect(db: Database, retain_epochs: int, in_use: Collection[tuple[str, str]]) -> list[VersionRecord]:
+    """Delete old epochs, versions that nothing names, and old swaps; returns the versions."""
+    kept = all_epochs(db)[-(retain_epochs + 1) :]
+    if kept:
+        db.execute("DELETE FROM epochs WHERE number < ?", (kept[0].number,))
+    named = {(id, version) for epoch in kept for id, version in epoch.versions.items()} | set(in_use)
+    plans = [swap.plan for swap in open_swaps(db)]
+    # What was registered while a swap is open may be its candidate.
+    since = "(SELECT COALESCE(MIN(since), 9e18) FROM swaps WHERE state = ?)"
+    rows = db.execute(f"SELECT record FROM versions WHERE seq <= {since} ORDER BY seq", (OPEN,)).fetchall()
+    records = [VersionRecord.from_json(text) for (text,) in rows]
+    gone = [record for record in records if (record.id, record.version) not in named]
+    gone = [record for record in gone if not names_version(plans, record.version)]
+    for record in gone:
+        db.execute("DELETE FROM versions WHERE id = ? AND version = ?", (record.id, record.version))
+    db.execute(
+        "DELETE FROM swaps WHERE state != ? AND seq <= (SELECT MAX(seq) FROM swaps) - ?"
+        " AND swap_id NOT IN (SELECT swap_id FROM epochs)",
+        (OPEN, KEPT_SWAPS),
+    )
+    return gone
+
+
+def _count_to(db: Database, id: str, counter: int) -> None:
+    db.execute(
+        "INSERT INTO counters VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET last = MAX(last, excluded.last)",
+        (id, counter),
+    )
+
+
+def _one(db: Database, sql: str, *parameters: object) -> tuple[Any, ...] | None:
+    row: tuple[Any, ...] | None = db.execute(sql, parameters).fetchone()
+    return row
+
+
+def _epoch(row: tuple[Any, ...]) -> EpochRecord:
+    number, created, swap_id, versions = row
+    return EpochRecord(number=number, versions=from_json(versions), created=created, swap_id=swap_id)
+
+
+def _swap(row: tuple[Any, ...]) -> SwapRecord:
+    swap_id, state, plan, begun, ended, epoch, message = row
+    if state not in (OPEN, COMMITTED, ABORTED) or (state == COMMITTED) != (epoch is not None):
+        raise damaged(f"swap {swap_id} is neither open, committed nor aborted")
+    return SwapRecord(
+        swap_id=swap_id,
+        state=state,
+        plan=from_json(plan),
+        begun=begun,
+        ended=ended,
+        epoch=epoch,
+        message=message,
+    )

@@ -1,0 +1,155 @@
+"""From a declared expert to a function over rows: import strings, construction, weights, dtypes and devices."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, ExpertFailed
+from ..identity.canonical import canonical
+from ..spec import Expert
+from ..tensors import DTYPE_NAMES, torch_dtype
+from ..weights.files import load_into, load_tensors, tensors_of
+
+_DRAWING = threading.RLock()
+"""Held while random numbers are drawn: torch has one generator for all threads, and replicas may be built at once; what
+is built may build others in turn."""
+
+_NUMPY_PACKAGES = ("numpy", "scipy")
+
+
+class RowFunction:
+    """An expert that is ready to run: rows [n, ...] in, rows [n, ...] out, on one device.
+
+    Floating rows are cast to the dtype that the expert declares or, for a module, that its parameters have.
+    """
+
+    def __init__(self, function: Callable[[Any], Any], expert: Expert, device: torch.device) -> None:
+        self.module = function if isinstance(function, nn.Module) else None
+        self.expert = expert
+        self.device = device
+        self.function = function
+        self._numpy = (expert.framework or _framework_of(function)) == "numpy"
+        self._dtype = _floating_dtype(self.module, expert)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Compute rows [n, ...]. Raises ExpertFailed when the result is not n rows."""
+        rows = rows.to(self.device)
+        if self._dtype is not None and rows.is_floating_point():
+            rows = rows.to(self._dtype)
+        result = self._call_numpy(rows) if self._numpy else self.function(rows)
+        if isinstance(result, (np.ndarray, np.generic)):
+            result = torch.from_numpy(np.require(result, requirements=["C", "W"]))  # torch takes no reversed strides
+        if not isinstance(result, Tensor):
+            raise ExpertFailed(f"an expert must return a tensor or an array, this one returned {type(result).__name__}")
+        if result.ndim == 0 or result.shape[0] != rows.shape[0]:
+            raise ExpertFailed(f"the expert returned shape {list(result.shape)} for {rows.shape[0]} rows")
+        if result.dtype not in DTYPE_NAMES:
+            raise ExpertFailed(f"the expert returned {result.dtype}, which cannot be sent: return a real dtype")
+        return result.detach()
+
+    def _call_numpy(self, rows: Tensor) -> Any:
+        if rows.dtype == torch.bfloat16:  # numpy has no bfloat16
+            rows = rows.float()
+        return self.function(rows.cpu().numpy())
+
+    def on(self, device: torch.device) -> RowFunction:
+        """The same expert on another device; its module is moved there."""
+        function = self.function.to(device) if isinstance(self.function, nn.Module) else self.function
+        return RowFunction(function, self.expert, device)
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors of the expert by name; empty for a plain function."""
+        return tensors_of(self.module) if self.module is not None else {}
+
+
+def locate(factory: str) -> Any:
+    """Import what "module:attribute" names. Raises ConfigError that says which half is wrong."""
+    module_name, _, attributes = factory.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:
+        raise ConfigError(f"factory {factory!r}: importing {module_name!r} failed: {error}") from error
+    for name in attributes.split("."):
+        if not hasattr(found, name):
+            raise ConfigError(f"factory {factory!r}: {module_name!r} has no attribute {attributes!r}")
+        found = getattr(found, name)
+    if not callable(found):
+        raise ConfigError(f"factory {factory!r} is a {type(found).__name__}, not a class or function")
+    return found
+
+
+def build(expert: Expert, device: str = "cpu", *, load_weights: bool = True) -> RowFunction:
+    """Construct an expert on a device, with its weights.
+
+    Parameters that no file gives are drawn from a seed that follows from the declaration, so that every replica and
+    every restart has the same ones.
+
+    Raises ConfigError, SpecMismatch, NotFound or DataLoss.
+    """
+    place = torch.device(device)
+    declared = f"{expert.factory}|{canonical(expert.args)}|{canonical(dict(expert.kwargs))}"
+    with seeded(declared), torch.device("meta" if place.type == "meta" else "cpu"):
+        function = expert.live if expert.live is not None else _construct(expert)
+    if isinstance(function, nn.Module):
+        if expert.weights is not None and load_weights:
+            load_into(function, load_tensors(expert.weights)[0], f"weights {str(expert.weights)!r}")
+        function = function.to(place).eval().requires_grad_(False)
+    elif expert.weights is not None:
+        raise ConfigError("weights are given for an expert that is a plain function")
+    return RowFunction(function, expert, place)
+
+
+@contextmanager
+def seeded(declared: str) -> Iterator[None]:
+    """Have torch draw on the CPU from a seed that follows from a declaration; the caller's own generator is kept."""
+    with _DRAWING, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int.from_bytes(hashlib.sha256(declared.encode()).digest()[:6], "big"))
+        yield
+
+
+def _construct(expert: Expert) -> Callable[[Any], Any]:
+    factory = expert.factory or ""
+    target = locate(factory)
+    if not (inspect.isclass(target) or expert.args or expert.kwargs or _takes_no_arguments(target)):
+        return target  # type: ignore[no-any-return]
+    try:
+        built = target(*expert.args, **expert.kwargs)
+    except Exception as error:
+        raise ConfigError(f"factory {factory!r} could not be called with its args: {error}") from error
+    if not callable(built):
+        raise ConfigError(f"factory {factory!r} returned a {type(built).__name__}, not a module or function")
+    return built  # type: ignore[no-any-return]
+
+
+def _takes_no_arguments(target: Any) -> bool:
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (ValueError, TypeError):  # builtins and ufuncs have no signature: they are functions over rows
+        return False
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return all(
+        p.default is not p.empty or p.kind is p.KEYWORD_ONLY for p in parameters if p.kind not in kinds
+    ) and not (any(p.kind is p.VAR_POSITIONAL for p in parameters))
+
+
+def _framework_of(function: object) -> str:
+    package = (getattr(function, "__module__", None) or "").partition(".")[0]
+    return "numpy" if isinstance(function, np.ufunc) or package in _NUMPY_PACKAGES else "torch"
+
+
+def _floating_dtype(module: nn.Module | None, expert: Expert) -> torch.dtype | None:
+    if expert.input.dtype is not None:
+        declared = torch_dtype(expert.input.dtype)
+        return declared if declared.is_floating_point else None
+    parameters = module.parameters() if module is not None else ()
+    return next((p.dtype for p in parameters if p.is_floating_point()), None)

@@ -1,0 +1,106 @@
+"""Finds out what rows an expert takes and gives: by its declaration, and else by trying two rows of zeros."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, ExpertMeshError, SpecMismatch
+from ..spec import FLOATING, Expert, TensorSpec
+from ..tensors import dtype_name, torch_dtype
+from ..weights.files import check_fit, describe_tensors
+from ..weights.header import DTYPES
+from .factory import RowFunction, build
+
+
+def complete(function: RowFunction, name: str) -> tuple[TensorSpec, TensorSpec]:
+    """The input and output spec of a built expert; probes the output where the input's shape is known.
+
+    Raises SpecMismatch when the expert refuses such rows or answers otherwise than it declares.
+    """
+    expert = function.expert
+    input_spec = _input_spec(function)
+    if input_spec.shape is None:
+        return input_spec, expert.output
+    dtype = torch_dtype(input_spec.dtype or "float32")
+    rows = torch.zeros((2, *input_spec.shape), dtype=dtype, device=function.device)
+    try:
+        with torch.inference_mode():
+            answer = function(rows)
+    except Exception as error:
+        reason = error.message if isinstance(error, ExpertMeshError) else f"{type(error).__name__}: {error}"
+        raise SpecMismatch(f"{name} does not take rows of {input_spec}: {reason}") from error
+    return input_spec, _output_spec(expert, answer, name)
+
+
+def check_declaration(expert: Expert, name: str, rows: TensorSpec) -> tuple[TensorSpec, TensorSpec]:
+    """Check an expert before any actor starts, without allocating its weights: code, weights header, specs.
+
+    `rows` is what the layer says of its rows, for an expert that declares nothing; of floating dtypes each expert keeps
+    its own. Raises ConfigError, SpecMismatch, NotFound or DataLoss.
+    """
+    function = _without_weights(expert)
+    if function.module is not None and expert.weights is not None:
+        _check_weights(expert, function.module, name)
+    shape = expert.input.shape if expert.input.shape is not None else rows.shape
+    wanted = TensorSpec(shape, expert.input.dtype or (None if rows.dtype in FLOATING else rows.dtype))
+    declared = expert.with_specs(wanted, expert.output)
+    try:
+        return complete(RowFunction(function.function, declared, function.device), name)
+    except SpecMismatch as error:
+        if _needs_data(error.__cause__):  # the replica checks it
+            return wanted, expert.output
+        raise
+
+
+def _without_weights(expert: Expert) -> RowFunction:
+    """The expert to try, with tensors that have shapes and no bytes where its code can do without these."""
+    if expert.live is not None:
+        return build(_copy(expert), load_weights=False)  # building freezes a module: not that of the caller
+    try:
+        function = build(expert, "meta", load_weights=False)
+    except ConfigError as error:
+        if not _needs_data(error.__cause__):
+            raise
+        return build(expert, load_weights=False)
+    if function.module is None:  # a plain function has no weights to allocate, and may not know meta tensors
+        return build(expert)
+    return function
+
+
+def _copy(expert: Expert) -> Expert:
+    try:
+        return copy.deepcopy(expert)
+    except Exception as error:
+        kind = type(expert.live).__name__
+        raise ConfigError(f"the live {kind} cannot be copied, and every replica needs its own: {error}") from error
+
+
+def _needs_data(error: BaseException | None) -> bool:
+    """Whether code failed only because tensors on the device "meta" have no bytes."""
+    return isinstance(error, NotImplementedError) or (
+        isinstance(error, (RuntimeError, TypeError)) and re.search(r"\bmeta\b", str(error)) is not None
+    )
+
+
+def _check_weights(expert: Expert, module: nn.Module, name: str) -> None:
+    path = expert.weights or ""
+    given = {key: (shape, DTYPES.get(dtype, dtype)) for key, (shape, dtype) in describe_tensors(path).items()}
+    wanted = {key: (tuple(value.shape), value.dtype) for key, value in module.state_dict().items()}
+    check_fit(given, wanted, f"{name}: weights {str(path)!r}")
+
+
+def _input_spec(function: RowFunction) -> TensorSpec:
+    declared = function.expert.input
+    if declared.shape is not None or not isinstance(function.module, nn.Linear):
+        return declared
+    return TensorSpec((function.module.in_features,), declared.dtype)
+
+
+def _output_spec(expert: Expert, answer: Tensor, name: str) -> TensorSpec:
+    shape, dtype = tuple(answer.shape[1:]), dtype_name(answer.dtype)
+    expert.output.check(shape, dtype, f"the answer of {name}")
+    return TensorSpec(shape, expert.output.dtype or dtype)

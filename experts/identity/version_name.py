@@ -1,0 +1,39 @@
+"""The identity of behaviour: what a version's 12 hex digits are computed from, the same in every process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..spec import Expert
+from ..weights.files import tensor_digest
+from .canonical import canonical, sha256
+from .code_digest import code_digest
+
+DIGITS = 12
+
+
+def version_name(counter: int, digest: str) -> str:
+    """The name of a version: "v7-3fa1c2d40b9e"."""
+    return f"v{counter}-{digest[:DIGITS]}"
+
+
+def expert_digest(expert: Expert, behaviour: object, tensors: str) -> str:
+    """The sha256 of an expert: factory, canonical arguments, specs, code and tensor bytes, as hexadecimal text.
+
+    `behaviour` is the module or function that runs, `tensors` the `tensor_digest` of what was read back from it.
+    """
+    return sha256(
+        str(expert.factory),
+        canonical(expert.args),
+        canonical(dict(expert.kwargs)),
+        f"{expert.input}|{expert.output}|{expert.framework}",
+        code_digest(behaviour),
+        tensors,
+    )
+
+
+def gate_digest(name: str, gate: object, tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 of a gate: its kind, code with attributes, and tensor bytes, as hexadecimal text."""
+    return sha256(name, code_digest(gate), tensor_digest(tensors))

@@ -1,0 +1,1 @@
+"""A new version is built beside the old one, verified, and kept within memory."""

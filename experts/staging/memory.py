@@ -1,0 +1,129 @@
+"""How much memory a device has left, and what is done when it runs out."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from ..errors import TooLarge
+
+RESERVE = 1.2
+"""How many times its own size must be free before a new version is put beside the old one."""
+
+Result = TypeVar("Result")
+
+
+def check_memory(needed: int, device: str, *, free: Callable[[str], int | None] | None = None) -> None:
+    """Check that `RESERVE` times `needed` bytes are free on a device. `free` takes the place of `free_memory`.
+
+    Raises TooLarge, which offers another way.
+    """
+    left = (free or free_memory)(device)
+    if left is not None and left < RESERVE * needed:
+        raise TooLarge(
+            f"the new version has {needed} bytes; {RESERVE} times that must be free beside the old one, and "
+            f"{device} has {left} left: {_way_out(device)}"
+        )
+
+
+def within_memory(work: Callable[[], Result], device: str) -> Result:
+    """Do work that allocates; where memory runs out, let go of all that the work held.
+
+    Raises TooLarge, which offers another way, and whatever else the work raises.
+    """
+    try:
+        return work()
+    except Exception as error:
+        if not _ran_out(error):
+            raise
+        for link in _chain(error):
+            traceback.clear_frames(link.__traceback__)
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+    raise TooLarge(f"{device} ran out of memory while both versions were held: {_way_out(device)}")
+
+
+def free_memory(device: str, root: Path = Path("/")) -> int | None:
+    """Bytes that can still be allocated on a device; None where that cannot be known.
+
+    On the CPU it is the least of what the machine and the control groups of this process leave; on a GPU it counts what
+    torch holds and does not use.
+    """
+    place = torch.device(device)
+    if place.type == "cuda":
+        unused = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+        return int(torch.cuda.mem_get_info(place)[0]) + unused
+    if place.type != "cpu":
+        return None
+    known = [left for left in (_machine(root), *_control_groups(root)) if left is not None]
+    return min(known, default=None)
+
+
+def _way_out(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return 'stage it with mode="staged_cpu", or retire older versions of this expert first'
+    return "retire older versions first, place fewer experts on this node, or raise its memory limit"
+
+
+def _ran_out(error: BaseException) -> bool:
+    """Whether memory was the cause; torch on the CPU and code around an allocation say so only in their own words."""
+    return any(
+        isinstance(link, (MemoryError, torch.OutOfMemoryError))
+        or (isinstance(link, RuntimeError) and "allocate memory" in str(link))
+        for link in _chain(error)
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _machine(root: Path) -> int | None:
+    for line in _text(root / "proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _control_groups(root: Path) -> Iterator[int | None]:
+    """What each control group that this process is in leaves, version 2 and 1, from its own up to the highest."""
+    base = root / "sys/fs/cgroup"
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        names = ("memory.max", "memory.current", "inactive_file")
+        folder = base
+        if controllers:
+            if "memory" not in controllers.split(","):
+                continue
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            folder = base / "memory"
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for depth in range(len(parts), -1, -1):
+            yield _left_in(folder.joinpath(*parts[:depth]), *names)
+
+
+def _left_in(group: Path, limit: str, used: str, cached: str) -> int | None:
+    most, now = _text(group / limit).strip(), _text(group / used).strip()
+    if not most.isdecimal() or not now.isdecimal():  # "max", or no such group in this container
+        return None
+    pages = (line.split() for line in _text(group / "memory.stat").splitlines())
+    reclaimable = next((int(page[1]) for page in pages if page[0] == cached), 0)
+    return max(int(most) - int(now) + reclaimable, 0)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""

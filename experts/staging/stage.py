@@ -1,0 +1,208 @@
+"""Puts a new version beside the one that serves, verified in full, or refuses it and leaves nothing behind."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from ..construct.factory import RowFunction, build
+from ..construct.probe import complete
+from ..errors import ConfigError, ExpertMeshError, FailedPrecondition, SpecMismatch
+from ..identity.canonical import canonical
+from ..identity.code_digest import code_digest
+from ..identity.version_name import expert_digest, version_name
+from ..spec import ANY, Expert, TensorSpec
+from ..weights.files import described, joined_digest, load_into, load_tensors, tensor_digest
+from ..weights.inspect import LIMITS, ArtefactLimits, Contents, check_described, inspect_artefact, norms_of, survey
+from .memory import check_memory, within_memory
+from .verify import Policy, check_applied, check_drift, check_norms, golden_rows, probe, probe_drift
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """A version to be: its declaration, and the weights that take the place of those declared.
+
+    `weights` is a safetensors file or tensors by name, `sha256` that of the file, `version` the name that the version
+    must turn out to have, where it is known. `input` and `output` are the rows of the layer.
+    """
+
+    id: str
+    counter: int
+    expert: Expert
+    weights: Path | Mapping[str, Tensor] | None = None
+    sha256: str | None = None
+    version: str | None = None
+    input: TensorSpec = ANY
+    output: TensorSpec = ANY
+    policy: Policy = field(default_factory=Policy)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Proof that one incarnation holds a version and has verified it.
+
+    `digest` is the sha256 that the version's digits come from, `tensor_digest` that of its tensors as read back,
+    `nbytes` their size, `drift` the relative L2 distance on golden rows, None where it was not measured.
+    """
+
+    id: str
+    version: str
+    incarnation: str
+    digest: str
+    tensor_digest: str
+    drift: float | None
+    nbytes: int
+    seconds: float
+    input: TensorSpec
+    output: TensorSpec
+
+
+def stage(
+    proposal: Proposal,
+    old: RowFunction | None,
+    *,
+    incarnation: str,
+    device: str = "cpu",
+    limits: ArtefactLimits = LIMITS,
+    free: Callable[[str], int | None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[RowFunction, Receipt]:
+    """Build a version beside `old`, which it replaces, and verify it. Nothing that serves is touched.
+
+    `free` takes the place of `memory.free_memory`.
+
+    Raises NotFound, DataLoss, SpecMismatch, FailedPrecondition, TooLarge or ConfigError; then nothing is left of it.
+    """
+    started = clock()
+
+    def work() -> tuple[RowFunction, Receipt]:
+        contents, tensors = _contents(proposal, old, limits)
+        if contents is not None and old is not None and _same_code(proposal.expert, old.expert):
+            check_norms(contents.norms, norms_of(old.state()), proposal.policy)
+        needed = _size(contents, old)
+        for place in {"cpu", device}:
+            check_memory(needed, place, free=free)
+        function = _built(proposal, contents, tensors, device)
+        receipt = _receipt(proposal, function, contents, old, incarnation)
+        return function, replace(receipt, seconds=clock() - started)
+
+    try:
+        return within_memory(work, device)
+    except ExpertMeshError as error:
+        raise _named(error, proposal.id) from None
+    except Exception as error:  # an expert's constructor, hooks and state are foreign code and may raise anything
+        log.exception("staging failed", extra={"expert": proposal.id})
+        raise FailedPrecondition(
+            f"{proposal.id}: staging raised {type(error).__name__}; see the log of its replica, and mend the expert"
+        ) from None
+
+
+def _contents(
+    proposal: Proposal, old: RowFunction | None, limits: ArtefactLimits
+) -> tuple[Contents | None, Mapping[str, Tensor] | Path | None]:
+    """What the weights are found to hold, before anything is built; and where they are."""
+    weights = proposal.weights if proposal.weights is not None else proposal.expert.weights
+    wanted = described(old.state()) if old is not None and _same_code(proposal.expert, old.expert) else None
+    if weights is None:
+        return None, None
+    if isinstance(weights, Mapping):
+        if wanted is not None:
+            check_described(described(weights), wanted)
+        return survey(weights), weights
+    return inspect_artefact(weights, sha256=proposal.sha256, limits=limits, wanted=wanted), Path(weights)
+
+
+def _built(
+    proposal: Proposal, contents: Contents | None, weights: Mapping[str, Tensor] | Path | None, device: str
+) -> RowFunction:
+    function = build(_own(proposal.expert), device)
+    if contents is None or weights is None:
+        return function
+    if function.module is None:
+        raise SpecMismatch("weights are given for an expert that is a plain function: leave them out")
+    tensors = load_tensors(weights)[0] if isinstance(weights, Path) else weights
+    check_described(described(tensors), described(function.state()))
+    load_into(function.module, tensors, "it")
+    check_applied(function.state(), contents.digests)
+    return function
+
+
+def _receipt(
+    proposal: Proposal, function: RowFunction, contents: Contents | None, old: RowFunction | None, incarnation: str
+) -> Receipt:
+    state = function.state()
+    # Their bytes were read back already, and are those of the contents.
+    tensors = tensor_digest(state) if contents is None else joined_digest(described(state), contents.digests)
+    digest = expert_digest(proposal.expert, function.function, tensors)  # before the probes run its code
+    version = version_name(proposal.counter, digest)
+    if proposal.version is not None and version != proposal.version:
+        raise FailedPrecondition(
+            f"it turned out as {version}, {proposal.version} was expected: code, arguments or weights differ between "
+            "nodes; give all of them the same (runtime_env)"
+        )
+    nbytes = sum(tensor.nbytes for tensor in state.values())
+    input_spec, output_spec = _specs(proposal, function)
+    drift = _drift(proposal, function, old, input_spec)
+    return Receipt(proposal.id, version, incarnation, digest, tensors, drift, nbytes, 0.0, input_spec, output_spec)
+
+
+def _specs(proposal: Proposal, function: RowFunction) -> tuple[TensorSpec, TensorSpec]:
+    found = complete(function, "it")
+    for what, spec, wanted in zip(("takes", "gives"), found, (proposal.input, proposal.output), strict=True):
+        if not spec.agrees(wanted):
+            raise SpecMismatch(f"it {what} rows of {spec}, the layer's are {wanted}: swap in an expert that fits")
+    return found
+
+
+def _drift(proposal: Proposal, function: RowFunction, old: RowFunction | None, rows: TensorSpec) -> float | None:
+    spec = TensorSpec(
+        rows.shape if rows.shape is not None else proposal.input.shape, rows.dtype or proposal.input.dtype
+    )
+    golden = golden_rows(spec, proposal.policy.probe_rows)
+    if golden is None or old is None:
+        if golden is not None:
+            probe(function, golden, proposal.output)
+        drift = None
+    else:
+        drift = probe_drift(function, old, golden, proposal.output)
+    check_drift(drift, proposal.policy)
+    return drift
+
+
+def _own(expert: Expert) -> Expert:
+    """The declaration without its weights, and with a live object of its own: the one that is given may be serving."""
+    try:
+        return replace(expert, weights=None, live=copy.deepcopy(expert.live))
+    except MemoryError:
+        raise
+    except Exception as error:
+        kind = type(expert.live).__name__
+        raise ConfigError(f"the live {kind} cannot be copied, and a new version needs its own: {error}") from error
+
+
+def _same_code(one: Expert, other: Expert) -> bool:
+    """Whether two declarations differ in their weights alone, so that their tensors can be compared by name."""
+    if one.factory != other.factory:
+        return False
+    if one.live is not None:
+        return one.live is other.live or code_digest(one.live) == code_digest(other.live)
+    return canonical([one.args, dict(one.kwargs)]) == canonical([other.args, dict(other.kwargs)])
+
+
+def _size(contents: Contents | None, old: RowFunction | None) -> int:
+    """Bytes that the new version will hold; where it brings no weights, as many as the old."""
+    if contents is not None:
+        return contents.tensor_bytes
+    return sum(tensor.nbytes for tensor in old.state().values()) if old is not None else 0
+
+
+def _named(error: ExpertMeshError, name: str) -> ExpertMeshError:
+    return type(error)(f"{name}: {error.message}")

@@ -1,0 +1,192 @@
+"""A staged version against what it replaces: sizes of its tensors, what was really applied, and golden probe rows."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..construct.factory import RowFunction
+from ..errors import ConfigError, DataLoss, ExpertMeshError, FailedPrecondition
+from ..spec import ANY, FLOATING, TensorSpec
+from ..tensors import dtype_name, torch_dtype
+from ..weights.files import tensor_digests
+from ..weights.header import short
+
+log = logging.getLogger(__name__)
+
+GOLDEN_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What a new version may differ in from the one that it replaces.
+
+    `max_norm_ratio` bounds the L2 norm of each tensor against the old one's, both ways; `allow_norm` lifts that.
+    `max_drift` bounds the relative L2 distance of the answers to `probe_rows` golden rows; without it the drift is
+    only reported. Raises ConfigError for bounds that cannot be meant.
+    """
+
+    max_norm_ratio: float = 1000.0
+    allow_norm: bool = False
+    max_drift: float | None = None
+    probe_rows: int = 8
+
+    def __post_init__(self) -> None:
+        if not _number(self.max_norm_ratio) or not self.max_norm_ratio >= 1:
+            raise ConfigError(f"max_norm_ratio must be a number of at least 1, not {self.max_norm_ratio!r}")
+        if type(self.allow_norm) is not bool:
+            raise ConfigError(f"allow_norm must be true or false, not {self.allow_norm!r}")
+        if self.max_drift is not None and (not _number(self.max_drift) or not self.max_drift >= 0):
+            raise ConfigError(f"max_drift must be a number of at least 0, or left out, not {self.max_drift!r}")
+        if type(self.probe_rows) is not int or not 1 <= self.probe_rows <= 4096:
+            raise ConfigError(f"probe_rows must be a whole number of 1 to 4096, not {self.probe_rows!r}")
+
+
+def check_norms(new: Mapping[str, float], old: Mapping[str, float], policy: Policy) -> None:
+    """Compare the L2 norms of tensors that both versions have; a tensor that was zero may take any norm.
+
+    Raises FailedPrecondition naming the tensor that is furthest off.
+    """
+    ratios = {name: _ratio(new[name], old[name]) for name in new.keys() & old.keys()}
+    if policy.allow_norm or not ratios:
+        return
+    name = max(sorted(ratios), key=ratios.__getitem__)
+    if ratios[name] > policy.max_norm_ratio:
+        raise FailedPrecondition(
+            f"the norm of {short(name)} is {new[name]:.4g} and was {old[name]:.4g}, a factor of {ratios[name]:.4g}, "
+            f"max_norm_ratio is {policy.max_norm_ratio:g}: look at the training run, or allow it with allow_norm"
+        )
+
+
+def check_applied(staged: Mapping[str, Tensor], digests: Mapping[str, str]) -> None:
+    """Compare tensors read back from a staged module with the digests of those that it was given.
+
+    Raises DataLoss naming the first three that were not applied.
+    """
+    there = {name: tensor for name, tensor in staged.items() if not tensor.is_meta}
+    found = tensor_digests({name: there[name] for name in digests if name in there})
+    wrong = sorted({name for name in digests if found.get(name) != digests[name]} | (staged.keys() - digests.keys()))
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise DataLoss(
+            f"read back from the staged module, {', '.join(map(short, wrong[:3]))}{more} is not what was sent: it was "
+            "not applied or holds uninitialised memory; mend the module's own loading code (load_state_dict, hooks)"
+        )
+
+
+def golden_rows(spec: TensorSpec, n: int, seed: int = GOLDEN_SEED) -> Tensor | None:
+    """Rows [n, ...] to probe an expert with, the same in every process; None where the spec has no shape.
+
+    Floating rows are normal, whole numbers are 0 and 1, which are in range of any table with two entries.
+    """
+    if spec.shape is None:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    shape, dtype = (n, *spec.shape), spec.dtype or "float32"
+    if dtype in FLOATING:
+        return torch.randn(shape, generator=generator).to(torch_dtype(dtype))
+    return torch.randint(0, 2, shape, generator=generator).to(torch_dtype(dtype))
+
+
+def probe_drift(new: RowFunction, old: RowFunction, rows: Tensor, output: TensorSpec = ANY) -> float:
+    """The relative L2 distance of two experts' answers to the same rows; infinite where the old answers are all zero.
+
+    Rows that the old expert does not answer with finite numbers do not count. Raises FailedPrecondition where the new
+    one raises, answers with NaN or infinity, or with other shapes or dtypes than it declares, `output` says or the old
+    one gives; and where there is no row to compare.
+    """
+    answer = probe(new, rows, output)
+    try:
+        before = _answer(old, rows)
+    except ExpertMeshError as error:
+        raise FailedPrecondition(f"the version that serves cannot be compared with: {error.message}") from error
+    _check_rows(answer, TensorSpec(tuple(before.shape[1:]), dtype_name(before.dtype)), "the version that it replaces")
+    comparable = _finite(before)
+    if not comparable.any():
+        raise FailedPrecondition(
+            "the version that serves answers none of the probe rows with finite numbers, so nothing can be compared: "
+            "declare input specs that fit, or swap without a bound on drift"
+        )
+    broken = int((comparable & ~_finite(answer)).sum())
+    if broken:
+        raise FailedPrecondition(
+            f"the new version answers {broken} of {len(rows)} probe rows with NaN or infinity, the old one does not: "
+            "look at the training run, or at overflow in the weights' dtype"
+        )
+    return distance(answer[comparable], before[comparable])
+
+
+def probe(function: RowFunction, rows: Tensor, output: TensorSpec = ANY) -> Tensor:
+    """The answer of an expert to probe rows, on the CPU.
+
+    Raises FailedPrecondition where it raises, or answers with other shapes or dtypes than it declares or `output` says.
+    """
+    answer = _answer(function, rows)
+    _check_rows(answer, function.expert.output, "its declaration")
+    _check_rows(answer, output, "the layer")
+    return answer
+
+
+def distance(new: Tensor, old: Tensor) -> float:
+    """The L2 norm of the difference over that of the old, in float64; infinite where only the old is zero."""
+    scale = float(torch.linalg.vector_norm(old.double()))
+    moved = float(torch.linalg.vector_norm(new.double() - old.double()))
+    return moved / scale if scale else (math.inf if moved else 0.0)
+
+
+def check_drift(drift: float | None, policy: Policy) -> None:
+    """Hold a drift against its bound. Raises FailedPrecondition where it is above it, or unknown and bounded."""
+    if policy.max_drift is None:
+        return
+    if drift is None:
+        raise FailedPrecondition(
+            "max_drift is set and drift cannot be measured: declare the expert's input shape, or leave max_drift out"
+        )
+    if not drift <= policy.max_drift:
+        raise FailedPrecondition(
+            f"its answers to {policy.probe_rows} probe rows are off by {drift:.4g} (relative L2), max_drift is "
+            f"{policy.max_drift:g}: look at the training run, or raise max_drift if this is meant"
+        )
+
+
+def _answer(function: RowFunction, rows: Tensor) -> Tensor:
+    try:
+        with torch.inference_mode():
+            return function(rows.clone()).cpu()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except ExpertMeshError as error:
+        raise FailedPrecondition(f"it fails on probe rows: {error.message}") from error
+    except (Exception, SystemExit) as error:  # an expert is foreign code and may raise anything
+        log.exception("an expert raised on probe rows")
+        raise FailedPrecondition(
+            f"it raised {type(error).__name__} on probe rows; see the log of its replica, and mend the expert"
+        ) from error
+
+
+def _check_rows(answer: Tensor, wanted: TensorSpec, whose: str) -> None:
+    given = TensorSpec(tuple(answer.shape[1:]), dtype_name(answer.dtype))
+    if not given.agrees(wanted):
+        raise FailedPrecondition(f"it answers probe rows with {given}, {whose} has {wanted}: swap in one that fits")
+
+
+def _finite(answer: Tensor) -> Tensor:
+    return answer.reshape(len(answer), -1).isfinite().all(dim=1)
+
+
+def _ratio(new: float, old: float) -> float:
+    """How many times larger one norm is than the other; 1 where the old is zero, infinite where only the new is."""
+    if old == 0 or new == old:
+        return 1.0
+    if new == 0 or not math.isfinite(new) or not math.isfinite(old):
+        return math.inf
+    return max(new / old, old / new)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

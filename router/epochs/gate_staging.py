@@ -1,0 +1,114 @@
+"""Puts a gate with new tensors beside the one that serves, verified in full, or refuses them.
+
+Shapes: T rows, D features, E experts.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from os import PathLike
+
+import torch
+from torch import Tensor
+
+from ...experts.errors import ExpertMeshError, FailedPrecondition
+from ...experts.spec import TensorSpec
+from ...experts.staging.memory import within_memory
+from ...experts.staging.verify import Policy, check_applied, check_drift, check_norms, distance, golden_rows
+from ...experts.weights.files import described, load_tensors, tensors_of
+from ...experts.weights.inspect import (
+    LIMITS,
+    ArtefactLimits,
+    Contents,
+    check_described,
+    inspect_artefact,
+    norms_of,
+    survey,
+)
+from ..gates.base import Gate
+
+log = logging.getLogger(__name__)
+
+OWNER = "gate"
+
+
+def stage_gate(
+    gate: Gate,
+    weights: Mapping[str, Tensor] | str | PathLike[str],
+    policy: Policy,
+    *,
+    name: str = OWNER,
+    sha256: str | None = None,
+    limits: ArtefactLimits = LIMITS,
+) -> tuple[Gate, float | None]:
+    """A copy of a gate with other tensors, and the drift of its scores on probe rows (None where it has no width).
+
+    `weights` is a safetensors file, `sha256` what its sender computed, or tensors by name. The gate itself stays as it
+    is. The errors begin with `name`.
+
+    Raises NotFound, DataLoss, SpecMismatch, FailedPrecondition or TooLarge.
+    """
+
+    def work() -> tuple[Gate, float | None]:
+        before = tensors_of(gate)
+        contents, tensors = _contents(weights, before, sha256, limits)
+        check_norms(contents.norms, norms_of(before), policy)
+        staged = copy.deepcopy(gate)
+        staged.load_state_dict(dict(tensors), strict=False)  # a scorer may keep other things than tensors
+        check_applied(tensors_of(staged), contents.digests)
+        drift = _drift(staged, gate, policy)
+        check_drift(drift, policy)
+        return staged, drift
+
+    try:
+        return within_memory(work, "cpu")
+    except ExpertMeshError as error:
+        raise type(error)(f"{name}: {error.message}") from None
+    except Exception as error:  # a custom scorer is foreign code and may raise anything
+        log.exception("staging a gate failed", extra={"gate": name})
+        raise FailedPrecondition(
+            f"{name}: staging raised {type(error).__name__}; see the log of the router, and mend the scorer"
+        ) from None
+
+
+def _contents(
+    weights: Mapping[str, Tensor] | str | PathLike[str],
+    before: Mapping[str, Tensor],
+    sha256: str | None,
+    limits: ArtefactLimits,
+) -> tuple[Contents, Mapping[str, Tensor]]:
+    wanted = described(before)
+    if isinstance(weights, Mapping):
+        check_described(described(weights), wanted, OWNER)
+        return survey(weights), weights
+    contents = inspect_artefact(weights, sha256=sha256, limits=limits, wanted=wanted, owner=OWNER)
+    return contents, load_tensors(weights)[0]
+
+
+def _drift(staged: Gate, gate: Gate, policy: Policy) -> float | None:
+    rows_TD = golden_rows(TensorSpec(None if gate.in_features is None else (gate.in_features,)), policy.probe_rows)
+    if rows_TD is None:
+        return None
+    after_TE, before_TE = _scores(staged, rows_TD), _scores(gate, rows_TD)
+    if after_TE.shape != before_TE.shape or after_TE.dtype != before_TE.dtype:
+        raise FailedPrecondition(
+            f"it scores probe rows with {list(after_TE.shape)} {after_TE.dtype}, the gate that it replaces with "
+            f"{list(before_TE.shape)} {before_TE.dtype}: give weights of the same gate"
+        )
+    broken = int((~after_TE.isfinite().all(dim=1)).sum())
+    if broken:
+        raise FailedPrecondition(
+            f"its scores of {broken} of {len(rows_TD)} probe rows are NaN or infinite: look at the training run, or at "
+            "overflow in the weights' dtype"
+        )
+    with torch.inference_mode():
+        staged.select(after_TE)
+    return distance(after_TE, before_TE) if before_TE.isfinite().all() else None
+
+
+def _scores(gate: Gate, rows_TD: Tensor) -> Tensor:
+    parameter = next(gate.parameters(), rows_TD)
+    with torch.inference_mode():
+        return gate.scores(rows_TD.to(parameter.device)).cpu()

@@ -1,0 +1,87 @@
+"""Leases: an epoch that several calls of one caller share, for as long as the caller goes on using it. A pure decision.
+
+A lease is a pin like that of a request, so what the epoch names stays loaded. It ends when it is given back, when it
+was not used for its time to live, and in any case after `MAX_LIFE`: an old epoch must not be held for ever.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ...experts.errors import FailedPrecondition, InvalidRequest, Overloaded
+from .epochs import Epoch, Epochs
+
+MAX_TTL = 60.0
+MAX_LIFE = 600.0
+MAX_LEASES = 1000
+
+
+@dataclass
+class _Lease:
+    epoch: Epoch
+    ttl: float
+    began: float
+    expires: float
+
+
+class Leases:
+    """The leases on epochs that a router has given out; `clock` is in monotonic seconds."""
+
+    def __init__(self, epochs: Epochs, clock: Callable[[], float], *, new_id: Callable[[], str] | None = None) -> None:
+        self._epochs = epochs
+        self._clock = clock
+        self._new_id = new_id or _random_id
+        self._leases: dict[str, _Lease] = {}
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def lease(self, ttl: float) -> tuple[str, Epoch, float]:
+        """Lease the current epoch; returns the id of the lease, the epoch and the seconds that it lives unused.
+
+        `ttl` is at most 60 seconds; more is cut. Raises InvalidRequest, Unavailable before the first epoch, and
+        Overloaded where there are too many leases.
+        """
+        if not ttl > 0:
+            raise InvalidRequest(f"ttl must be a number of seconds above 0, not {ttl:g}")
+        self.drop_expired()
+        if len(self._leases) >= MAX_LEASES:
+            raise Overloaded(f"{MAX_LEASES} epochs are leased already: give back those that are not needed any more")
+        ttl = min(ttl, MAX_TTL)
+        epoch, now = self._epochs.pin(), self._clock()
+        lease_id = self._new_id()
+        self._leases[lease_id] = _Lease(epoch, ttl, now, now + ttl)
+        return lease_id, epoch, ttl
+
+    def pin(self, lease_id: str) -> Epoch:
+        """Pin the epoch of a lease for one request, which renews the lease.
+
+        Raises FailedPrecondition where it is over.
+        """
+        self.drop_expired()
+        lease = self._leases.get(lease_id)
+        if lease is None:
+            raise FailedPrecondition("this lease on an epoch is over, or its router has restarted: pin again")
+        lease.expires = min(self._clock() + lease.ttl, lease.began + MAX_LIFE)
+        return self._epochs.pin_again(lease.epoch)
+
+    def give_back(self, lease_id: str) -> bool:
+        """End a lease; False where it is over already."""
+        lease = self._leases.pop(lease_id, None)
+        if lease is not None:
+            self._epochs.unpin(lease.epoch)
+        return lease is not None
+
+    def drop_expired(self) -> int:
+        """End the leases whose time is over; returns how many."""
+        now = self._clock()
+        over = [lease_id for lease_id, lease in self._leases.items() if lease.expires <= now]
+        for lease_id in over:
+            self.give_back(lease_id)
+        return len(over)
+
+
+def _random_id() -> str:
+    return uuid.uuid4().hex

@@ -1,0 +1,147 @@
+"""A layer's declaration: a name, a gate, its experts, how their answers are combined, what happens when one is lost."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NoReturn
+
+from ...experts.errors import ConfigError, InvalidRequest
+from ...experts.spec import ANY, Expert, TensorSpec
+from ..gates import Gate
+from .capacity import Capacity
+from .combine import METHODS, ON_DROPPED
+from .missing import OnMissing
+
+GATE = "gate"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A gate and its experts: y = sum of w_i * f_i(x) over the experts that the gate picks for a row.
+
+    Expert number i of the gate is the i-th entry of `experts`. `combine` is "weighted_sum", "mean", "vote" or
+    "residual". `on_missing` says what happens to a row whose expert does not answer: "error", "renormalize",
+    "residual" or "fallback:<expert>"; an answer that lost more than `max_lost_mass` of a row's gate weight is refused.
+    `input` declares the rows of a request; by default that of the experts.
+
+    `shared` experts are always on, and added outside the gate; without one of them there is no answer. `capacity`
+    bounds the rows that an expert takes of one request; a row that loses all its experts by that is zero, or itself
+    with `on_dropped="residual"`.
+
+    Raises ConfigError for a declaration that cannot be right.
+    """
+
+    name: str
+    gate: Gate
+    experts: Mapping[str, Expert] = field(default_factory=dict)
+    combine: str = "weighted_sum"
+    on_missing: str = "error"
+    max_lost_mass: float = 0.5
+    input: TensorSpec = ANY
+    shared: Mapping[str, Expert] = field(default_factory=dict)
+    capacity: Capacity | None = None
+    on_dropped: str = "zero"
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "layer")
+        where = f"layer {self.name}"
+        if not isinstance(self.gate, Gate):
+            raise ConfigError(f"{where}: gate must be one of expertmesh.gates, not {type(self.gate).__name__}")
+        if not self.experts:
+            raise ConfigError(f"{where}: it has no experts")
+        for name in self.experts.keys() & self.shared.keys():
+            raise ConfigError(f"{where}: expert {name} stands both in experts and in shared")
+        for name, expert in self.everyone.items():
+            check_name(name, f"{where}: expert")
+            if name == GATE:
+                raise ConfigError(f'{where}: no expert may be called "{GATE}"')
+            if not isinstance(expert, Expert):
+                raise ConfigError(f"{where}: expert {name} must be an Expert, not {type(expert).__name__}")
+        if self.gate.num_experts != len(self.experts):
+            raise ConfigError(
+                f"{where}: the gate picks among {self.gate.num_experts} experts, {len(self.experts)} given"
+            )
+        if self.combine not in METHODS:
+            raise ConfigError(f"{where}: combine must be one of {', '.join(METHODS)}, not {self.combine!r}")
+        if self.shared and self.combine == "vote":
+            raise ConfigError(f"{where}: shared experts are added to a sum, and combine 'vote' makes none")
+        if self.on_dropped not in ON_DROPPED:
+            raise ConfigError(f"{where}: on_dropped must be one of {', '.join(ON_DROPPED)}, not {self.on_dropped!r}")
+        if not 0.0 <= self.max_lost_mass <= 1.0:
+            raise ConfigError(f"{where}: max_lost_mass must lie between 0 and 1, not {self.max_lost_mass}")
+        try:
+            policy = self.policy(self.on_missing)
+        except InvalidRequest as error:
+            raise ConfigError(f"{where}: {error.message}") from None
+        if policy.kind == "residual" and self.combine == "vote":
+            raise ConfigError(f"{where}: on_missing 'residual' has no meaning for combine 'vote': rows are no votes")
+
+    def policy(self, on_missing: str) -> OnMissing:
+        """Parse a missing-expert policy for this layer. Raises InvalidRequest, also for an unknown fallback expert."""
+        policy = OnMissing.parse(on_missing)
+        if policy.expert is not None and policy.expert not in self.experts:
+            raise InvalidRequest(f"layer {self.name}: the fallback {policy.expert!r} is not one of its experts")
+        return policy
+
+    def without_live_objects(self) -> Layer:
+        """The same layer for a process that does not run its experts: live objects are left where they are."""
+        return self.with_experts(
+            {name: replace(e, live=_elsewhere) if e.ephemeral else e for name, e in self.everyone.items()}
+        )
+
+    def with_experts(self, everyone: Mapping[str, Expert]) -> Layer:
+        """The same layer with other declarations of its experts, shared ones too, by name."""
+        return replace(
+            self,
+            experts={name: everyone[name] for name in self.experts},
+            shared={name: everyone[name] for name in self.shared},
+        )
+
+    @property
+    def everyone(self) -> dict[str, Expert]:
+        """All experts by name: those that the gate chooses from, in its order, then the shared ones."""
+        return {**self.experts, **self.shared}
+
+    @property
+    def everyone_by_id(self) -> dict[str, Expert]:
+        """All experts by their id `layer/expert`."""
+        return {f"{self.name}/{name}": expert for name, expert in self.everyone.items()}
+
+    @cached_property
+    def packs(self) -> tuple[tuple[int, ...], ...]:
+        """The positions of the experts that the gate chooses from, by the replica that they share."""
+        packs: dict[str, list[int]] = {}
+        for position, (name, expert) in enumerate(self.experts.items()):
+            packs.setdefault(f"pack {expert.pack}" if expert.pack else f"expert {name}", []).append(position)
+        return tuple(tuple(positions) for positions in packs.values())
+
+    @cached_property
+    def shared_ids(self) -> tuple[str, ...]:
+        """The ids of the shared experts."""
+        return tuple(f"{self.name}/{expert}" for expert in self.shared)
+
+    @cached_property
+    def expert_ids(self) -> tuple[str, ...]:
+        """The ids of the experts that the gate chooses from, in its order."""
+        return tuple(f"{self.name}/{expert}" for expert in self.experts)
+
+    @property
+    def gate_id(self) -> str:
+        """The id `layer/gate`."""
+        return f"{self.name}/{GATE}"
+
+
+def check_name(name: object, what: str) -> None:
+    """Check the name of a layer, an expert or a cluster. Raises ConfigError."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{what} name {name!r} must be 1 to 64 letters, digits, '_', '-' or '.', not starting with '-' or '.'"
+        )
+
+
+def _elsewhere(rows: object) -> NoReturn:
+    raise ConfigError("this live expert runs in its replica, not here")

@@ -1,0 +1,1 @@
+"""The life of one request: options, admission, gating, and the answer."""

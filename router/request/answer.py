@@ -1,0 +1,223 @@
+"""The last part of a request's life: its rows are under way; wait for them, fill gaps, combine, answer.
+
+Shapes: T rows of the request, K choices a row, N pairs of the batch that carries it.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...experts.errors import (
+    ExpertFailed,
+    ExpertMeshError,
+    InvalidRequest,
+    SpecMismatch,
+    Unavailable,
+    VersionGone,
+)
+from ...experts.protocol import CallOptions, CallSummary
+from ...experts.tensors import torch_dtype
+from ..fanout.fanout import Fanout
+from ..fanout.work import Work
+from ..mixture.combine import Combined, combine, combine_total
+from ..mixture.dispatch import Dispatch
+from ..mixture.missing import lost_pairs
+from ..mixture.presummed import Presummed
+from .gating import GateRequest, Routed
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardRequest:
+    """Rows `x` [T, ...] for one layer, the caller's options, and the time that is left, in seconds.
+
+    `features` [T, ...] is what the gate looks at instead of `x`; `indices` [T, K] and `weights` [T, K] are a routing
+    that the caller already has. `client` says whose rows they are: clients take turns.
+    """
+
+    x: Tensor
+    options: CallOptions
+    timeout: float
+    features: Tensor | None = None
+    indices: Tensor | None = None
+    weights: Tensor | None = None
+    client: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardReply:
+    """The answer: `output` [T, ...], `lost_mass` float32 [T], and on demand the routing [T, K]."""
+
+    summary: CallSummary
+    output: Tensor
+    lost_mass: Tensor
+    indices: Tensor | None = None
+    weights: Tensor | None = None
+
+
+class Answer:
+    """One request whose rows are under way in a batch."""
+
+    def __init__(self, fanout: Fanout, request: ForwardRequest, asked: GateRequest, routed: Routed) -> None:
+        self.fanout = fanout
+        self.request = request
+        self.asked = asked
+        self.batch = routed.batch
+        self.layer = routed.batch.layer
+        self.routed = routed
+        options = request.options
+        self.policy = self.layer.policy(options.on_missing or self.layer.on_missing)
+        self.max_lost_mass = self.layer.max_lost_mass if options.max_lost_mass is None else options.max_lost_mass
+
+    async def complete(self) -> ForwardReply:
+        """Wait for the experts that the rows need, and combine what they answer."""
+        handle = self.routed.handle()
+        experts = handle.experts()
+        shared = tuple(position for position in self.batch.assignment.work if position >= len(self.layer.experts))
+        failed = await self.batch.wait(experts + shared)
+        self._refuse(failed, shared)
+        with torch.inference_mode():
+            whole = None if failed else self._added_up(handle, experts, shared)
+            if whole is not None:
+                return self._reply(handle, experts, whole, None, fell_back=False)
+            outputs_N, answered_N = self.batch.outputs(experts, set(failed))
+        answers_N = self._no_outputs(handle) if outputs_N is None else outputs_N
+        fallback = await self._fallback(handle, answers_N, answered_N)
+        if outputs_N is None and fallback is not None:
+            answers_N = fallback.new_zeros((handle.num_pairs, *fallback.shape[1:]))
+        with torch.inference_mode():
+            shared_T = self.batch.shared_rows(shared, self.routed.start, self.routed.stop)
+            combined = self._combine(handle, answers_N, answered_N, fallback, shared_T)
+            lost_TK = lost_pairs(handle, answers_N, answered_N) if combined.degraded else None
+            return self._reply(handle, experts, combined, lost_TK, fell_back=fallback is not None)
+
+    def _refuse(self, failed: dict[int, ExpertMeshError], shared: tuple[int, ...]) -> None:
+        """Pass on what no policy may cover: a version that is gone, the caller's mistakes, an expert's own error."""
+        for error in failed.values():
+            if isinstance(error, (VersionGone, SpecMismatch, InvalidRequest)):
+                raise error
+        if any(position in failed for position in shared) or (failed and self.policy.kind == "error"):
+            errors = list(failed.values())
+            raise next((error for error in errors if isinstance(error, ExpertFailed)), errors[0])
+
+    def _no_outputs(self, handle: Dispatch) -> Tensor:
+        """Answers of the declared shape for a request of no rows, or one that lost every expert."""
+        expert = next(iter(self.layer.experts.values()))
+        shape = expert.output.shape if expert.output.shape is not None else tuple(self.request.x.shape[1:])
+        return torch.zeros((handle.num_pairs, *shape), dtype=torch_dtype(expert.output.dtype or "float32"))
+
+    async def _fallback(self, handle: Dispatch, outputs_N: Tensor, answered_N: Tensor | None) -> Tensor | None:
+        if self.policy.kind != "fallback":
+            return None
+        lost_TK = lost_pairs(handle, outputs_N, answered_N)
+        if lost_TK is None:
+            return None
+        rows = lost_TK.any(dim=1).nonzero().flatten()
+        expert = f"{self.layer.name}/{self.policy.expert}"
+        version = self.batch.epoch.versions[expert]
+        work = Work(
+            ((expert, version, int(rows.shape[0])),),
+            self.request.x,
+            rows,
+            deadline=self.asked.deadline,
+            client=self.request.client,
+        )
+        (answer,) = (await self.fanout.ask(work)).outputs
+        if not isinstance(answer, Tensor):
+            raise answer or Unavailable(f"{expert} gave no rows")
+        filled = answer.new_zeros((handle.num_rows, *answer.shape[1:]))
+        filled[rows] = answer
+        return filled
+
+    def _added_up(self, handle: Dispatch, experts: tuple[int, ...], shared: tuple[int, ...]) -> Combined | None:
+        """The rows where replicas have added up and nothing is lost: the usual case of packs. None elsewhere."""
+        start, stop = self.routed.start, self.routed.stop
+        total_T = self.batch.total(experts, start, stop)
+        if total_T is None:
+            return None
+        x = self.request.x
+        return combine_total(
+            handle,
+            total_T,
+            method=self.layer.combine,
+            on_dropped=self.layer.on_dropped,
+            x_T=x,
+            shared_T=self.batch.shared_rows(shared, start, stop),
+            out_dtype=x.dtype if x.is_floating_point() else None,
+        )
+
+    def _combine(
+        self,
+        handle: Dispatch,
+        outputs_N: Tensor,
+        answered_N: Tensor | None,
+        fallback_T: Tensor | None,
+        shared_T: Tensor | None,
+    ) -> Combined:
+        x = self.request.x
+        floating = x.is_floating_point() and outputs_N.is_floating_point()
+        try:
+            return combine(
+                handle,
+                outputs_N,
+                answered_N=answered_N,
+                presummed=self._presummed(),
+                method=self.layer.combine,
+                on_missing=self.policy,
+                max_lost_mass=self.max_lost_mass,
+                on_dropped=self.layer.on_dropped,
+                x_T=x,
+                fallback_T=fallback_T,
+                shared_T=shared_T,
+                out_dtype=x.dtype if floating else None,
+            )
+        except Unavailable:
+            if x.is_floating_point() and not bool(x.isfinite().all()):
+                raise InvalidRequest("x holds NaN or infinity, and so does the answer of an expert") from None
+            raise
+
+    def _presummed(self) -> Presummed | None:
+        whole = self.batch.assignment.presummed
+        return None if whole is None else whole.slice(self.routed.start, self.routed.stop)
+
+    def _reply(
+        self,
+        handle: Dispatch,
+        experts: tuple[int, ...],
+        combined: Combined,
+        lost_TK: Tensor | None,
+        *,
+        fell_back: bool,
+    ) -> ForwardReply:
+        ids, versions = self.layer.expert_ids, self.batch.epoch.versions
+        if lost_TK is not None:
+            experts = handle.without(lost_TK).experts()
+        took_part = [*(ids[expert] for expert in experts), *(self.layer.shared_ids if handle.num_rows else ())]
+        if fell_back:
+            took_part.append(f"{self.layer.name}/{self.policy.expert}")
+        if self.asked.given is None:
+            took_part.append(self.layer.gate_id)
+        missing = [] if lost_TK is None else _named(handle, lost_TK, ids)
+        summary = CallSummary(
+            request_id=self.request.options.request_id or uuid.uuid4().hex,
+            epoch=self.batch.epoch.number,
+            versions={name: versions[name] for name in took_part},
+            degraded=combined.degraded,
+            missing=missing,
+            max_lost_mass=float(combined.lost_mass_T.max()) if combined.degraded and handle.num_rows else 0.0,
+            dropped=0 if combined.dropped_T is None else int(combined.dropped_T.sum()),
+            cluster=self.batch.epoch.cluster,
+        )
+        if not self.request.options.return_routing:
+            return ForwardReply(summary, combined.output, combined.lost_mass_T)
+        rows, routing = slice(self.routed.start, self.routed.stop), self.batch.routing
+        indices, weights = routing.indices_TK[rows], routing.weights_TK[rows]
+        return ForwardReply(summary, combined.output, combined.lost_mass_T, indices, weights)
+
+
+def _named(handle: Dispatch, pairs_TK: Tensor, ids: Sequence[str]) -> list[str]:
+    return [ids[expert] for expert in sorted({handle.expert_of(slot) for slot in handle.slots_TK[pairs_TK].tolist()})]

@@ -1,0 +1,314 @@
+"""The command line, as far as it needs no cluster: exit codes, one line for each error, what commands print."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from expertmesh.cluster.cli import connect
+from expertmesh.cluster.cli.down import stop
+from expertmesh.cluster.cli.main import cli
+from expertmesh.cluster.machine.run_files import RunFile, home, run_path, start_time, token_path
+from expertmesh.experts.errors import DeadlineExceeded, NotFound, Unavailable
+
+SWALLOWED: list[signal.Signals] = []
+"""Signals that come while a cluster starts, where somebody swallows what they raise."""
+
+COMMANDS = ("demo", "serve", "status", "swap", "rollback", "history", "bench", "down", "doctor")
+STATUS: dict[str, Any] = {
+    "name": "default",
+    "epoch": 3,
+    "state": "ready",
+    "layers": {
+        "news": {
+            "gate": {"type": "top_k", "version": "v1-0123456789ab"},
+            "experts": {
+                "news/e0": {
+                    "version": "v1-3fa1c2d40b9e",
+                    "replicas": [
+                        {"id": "r0", "node": "n[1]", "pid": 12345, "device": "cpu", "state": "ready"},
+                        {"id": "r1", "node": "n[1]", "pid": 12346, "device": "cpu", "state": "down"},
+                    ],
+                    "rows": 1234567,
+                    "errors": 0,
+                    "ephemeral": True,
+                },
+                "news/e1": {"version": "v2-aaaaaaaaaaaa", "replicas": [], "rows": 0, "errors": 2, "ephemeral": False},
+            },
+        }
+    },
+    "router": {"pid": 7, "queue": {"rows": 0}},
+    "controller": {},
+}
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPERTMESH_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("EXPERTMESH_TOKEN", raising=False)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Puts a cluster that starts nothing in the place of the real one; what happens to it is noted."""
+    events: list[Any] = []
+
+    class FakeCluster:
+        endpoint = "127.0.0.1:50051"
+        metrics_endpoint = "http://127.0.0.1:9090/metrics"
+
+        @classmethod
+        def start(cls, *, config: Any, progress: Any) -> FakeCluster:
+            events.append(config)
+            progress("starting")
+            for number in SWALLOWED:
+                with contextlib.suppress(KeyboardInterrupt):
+                    signal.raise_signal(number)
+            if SWALLOWED:
+                progress("more")
+                events.append("went on")
+            return cls()
+
+        def wait(self) -> None:
+            events.append("waited")
+
+        def __enter__(self) -> FakeCluster:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            events.append("stopped")
+
+    launch = ModuleType("expertmesh.cluster.owner.cluster")
+    launch.Cluster = FakeCluster  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "expertmesh.cluster.owner.cluster", launch)
+    monkeypatch.delitem(sys.modules, "expertmesh.cluster.cli.serve", raising=False)
+    yield events
+    sys.modules.pop("expertmesh.cluster.cli.serve", None)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, arguments, prog_name="expertmesh")
+
+
+def mesh(folder: Path, more: str = "") -> Path:
+    path = folder / "mesh.yaml"
+    layers = 'layers:\n  w:\n    gate: {type: fixed, weights: [1]}\n    experts: {s: {factory: "torch:sin"}}\n'
+    path.write_text(more + layers)
+    path.chmod(0o600)
+    return path
+
+
+def running(child: subprocess.Popen[bytes], name: str = "default") -> RunFile:
+    cluster = RunFile(
+        name=name,
+        endpoint="127.0.0.1:50051",
+        token_path=str(token_path(name)),
+        pid=child.pid,
+        started=start_time(child.pid) or 0,
+        version="0.1.0",
+    )
+    cluster.write()
+    return cluster
+
+
+def sleeper(code: str = "pass") -> subprocess.Popen[bytes]:
+    """A process that is ready and sleeps."""
+    text = f"import signal, time; {code}; print(flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    return child
+
+
+def test_help_lists_every_command_and_is_quick() -> None:
+    code = "import sys; from expertmesh.cluster.cli.main import cli; cli(['--help'], standalone_mode=False); "
+    code += "print(sorted({'torch', 'ray', 'grpc', 'yaml'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(f"  {name} " in done.stdout for name in COMMANDS)
+    assert done.stdout.endswith("[]\n")
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("demo", "serve")])
+def test_the_help_of_a_command_has_an_example(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"  expertmesh {command}" in result.output
+
+
+def test_the_help_of_serve_has_an_example_of_a_file(launched: list[Any]) -> None:
+    result = run("serve", "--help")
+    assert "expertmesh serve mesh.yaml" in result.output
+    assert 'factory: "torch:sin"' in result.output
+
+
+@pytest.mark.parametrize("arguments", [(), ("nosuch",), ("down", "--timeout", "soon"), ("status", "-o", "xml")])
+def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
+    assert run(*arguments).exit_code == 2
+    assert run("status", "--name", "a", "--endpoint", "b:1").exit_code == 2
+
+
+def test_version_is_told() -> None:
+    assert run("--version").output.startswith("expertmesh, version ")
+
+
+def test_an_error_is_one_line_and_debug_shows_where() -> None:
+    result = run("status")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: no cluster of yours runs on this machine")
+    assert len(result.stderr.splitlines()) == 1
+    assert isinstance(run("--debug", "status").exception, NotFound)
+
+
+def test_an_error_of_ours_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connect, "Client", lambda *args, **options: 1 / 0)
+    result = run("status")
+    assert result.exit_code == 1
+    assert result.stderr == "error: ZeroDivisionError: division by zero (`expertmesh --debug ...` shows where)\n"
+    assert isinstance(run("--debug", "status").exception, ZeroDivisionError)
+
+
+def test_a_command_whose_extra_is_missing_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "expertmesh.cluster.cli.doctor", raising=False)
+    monkeypatch.delitem(sys.modules, "expertmesh.cluster.cli.output", raising=False)
+    monkeypatch.delitem(sys.modules, "rich.console", raising=False)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: `expertmesh doctor` needs rich, which is not installed")
+    assert "pip install 'expertmesh[cluster]'" in result.stderr
+
+
+def client_that_says(answer: Any) -> Any:
+    class FakeClient:
+        def __init__(self, endpoint: str | None, **options: Any) -> None:
+            self.options = options
+
+        def __enter__(self) -> FakeClient:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def status(self) -> Any:
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    return FakeClient
+
+
+def test_status_is_a_table_for_people_and_json_for_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connect, "Client", client_that_says(STATUS))
+    lines = run("status").output.splitlines()
+    assert lines[0] == "cluster default: ready, epoch 3"
+    first = next(line.split() for line in lines if line.startswith("news/e0"))
+    assert first[:4] == ["news/e0", "v1-3fa1c2d40b9e", "(ephemeral)", "1,234,567"]
+    assert any("12346" in line and "n[1]" in line and line.rstrip().endswith("down") for line in lines)
+    assert "router: pid 7, queue rows 0" in lines
+    assert json.loads(run("status", "-o", "json").output) == STATUS
+
+
+def test_status_of_a_cluster_that_does_not_answer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connect, "Client", client_that_says(Unavailable("the server cannot be reached")))
+    result = run("status")
+    assert (result.exit_code, result.stderr) == (1, "error: the server cannot be reached\n")
+
+
+def test_serve_starts_says_where_and_waits(launched: list[Any], tmp_path: Path) -> None:
+    result = run("serve", str(mesh(tmp_path)), "--name", "x", "--port", "0", "--set", "log_level=debug")
+    assert result.exit_code == 0, result.output
+    config = launched[0]
+    assert (config.name, config.port, config.log_level) == ("x", 0, "debug")
+    assert launched[1:] == ["waited", "stopped"]
+    assert str(token_path("x")) in result.stdout
+    assert 'Client("127.0.0.1:50051").forward("w", rows)' in result.stdout
+    assert "starting" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_somebody_swallows_still_ends_the_start(
+    launched: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+    monkeypatch.setattr(sys.modules[__name__], "SWALLOWED", [number])
+    result = run("serve", str(mesh(tmp_path)))
+    assert result.exit_code != 0
+    assert len(launched) == 1, "neither went on nor waited"
+    assert signal.getsignal(number) is before
+
+
+def test_serve_tells_every_mistake_and_starts_nothing(launched: list[Any], tmp_path: Path) -> None:
+    result = run("serve", str(mesh(tmp_path, "prot: 5\nport: -1\n")), "--set", "nmae=x")
+    assert result.exit_code == 1
+    lines = result.stderr.splitlines()
+    assert lines[0].endswith("mesh.yaml has 3 mistakes:")
+    assert [word in line for word, line in zip(("'name'", "yaml:1", "yaml:2"), lines[1:], strict=True)] == [True] * 3
+    assert launched == []
+    assert run("serve", str(tmp_path / "nosuch.yaml")).stderr.startswith("error: there is no file ")
+    assert run("serve").exit_code == 2
+
+
+def test_down_stops_the_process_and_waits_for_its_end() -> None:
+    child = sleeper()
+    running(child)
+    result = run("down")
+    assert result.exit_code == 0, result.output
+    assert f"cluster default (pid {child.pid}) has stopped" in result.output
+    assert child.wait() == -signal.SIGTERM
+
+
+def test_down_gives_up_in_time_and_says_what_to_do() -> None:
+    child = sleeper("signal.signal(signal.SIGTERM, signal.SIG_IGN)")
+    now = [0.0]
+    try:
+        with pytest.raises(DeadlineExceeded, match=f"kill -9 {child.pid}"):
+            stop(running(child), 10, clock=lambda: now[0], sleep=lambda _: now.__setitem__(0, now[0] + 1))
+    finally:
+        child.kill()
+        child.wait()
+    assert now[0] == 10
+
+
+def test_down_clears_what_a_dead_cluster_left() -> None:
+    child = sleeper()
+    for name in ("default", "x"):
+        running(child, name)
+    child.kill()
+    child.wait()
+    assert "had died" in run("down", "--name", "x").output
+    assert not run_path("x").exists()
+    assert "had died" in run("down").output
+    assert not run_path("default").exists()
+    assert run("down").exit_code == 1
+
+
+def test_down_never_signals_another_process_with_the_same_pid(monkeypatch: pytest.MonkeyPatch) -> None:
+    home()
+    other = RunFile.of_this_process("x", "127.0.0.1:1", "0.1.0")
+    reused = RunFile(**{**vars(other), "started": other.started - 1})
+    monkeypatch.setattr(os, "kill", lambda *signalled: pytest.fail(f"signalled {signalled}"))
+    with pytest.raises(NotFound):
+        stop(reused, 1)
+
+
+def test_doctor_prints_every_check_and_fails_where_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = json.loads(run("doctor", "-o", "json").output)
+    assert {"name", "state", "found", "mend"} == set(checks[0])
+    names = [check["name"] for check in checks]
+    assert all(name in names for name in ("ray", "torch", "msgpack", "cores", "memory", "/dev/shm", "gpus", "port"))
+    table = run("doctor").output
+    assert all(name in table for name in names)
+    doctor = sys.modules["expertmesh.cluster.cli.doctor"]
+    failed = SimpleNamespace(name="x", state="fail", found="y", mend="z")
+    monkeypatch.setattr(doctor, "examine", lambda machine: [failed])
+    assert run("doctor").exit_code == 1

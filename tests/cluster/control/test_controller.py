@@ -1,0 +1,426 @@
+"""The controller against a router and replicas that can die, lag and forget, with a real registry and no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from expertmesh.cluster.control.controller import Controller, open_controller
+from expertmesh.cluster.control.messages import (
+    Candidate,
+    Change,
+    Desired,
+    RouterReport,
+    RouterUpdate,
+    SwapRequest,
+    proposal_of,
+)
+from expertmesh.cluster.control.ports import StateSettings
+from expertmesh.experts.errors import Aborted, DataLoss, FailedPrecondition, Unavailable
+from expertmesh.experts.host import ExpertHost
+from expertmesh.experts.spec import Expert, TensorSpec
+from expertmesh.experts.staging.stage import Receipt
+from expertmesh.experts.weights.files import save_tensors
+from expertmesh.router import gates
+from expertmesh.router.fanout.replica_view import READY, Replica
+from expertmesh.router.mixture.layer import Layer
+
+E0, GATE = "l/e0", "l/gate"
+
+
+def layer(factory: str = "torch:sin") -> Layer:
+    rows = TensorSpec((2,), "float32")
+    experts = {"e0": Expert(factory, input=rows), "e1": Expert("torch:cos", input=rows)}
+    return Layer("l", gates.Fixed([0.5, 0.5]), experts, input=rows)
+
+
+class FakeRouter:
+    """Adopts what it is told once it has the gates; `restart` forgets everything."""
+
+    def __init__(self) -> None:
+        self.restarts = 0
+        self.syncs = 0
+        self.lost = False
+        self.pinned: int | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        self.restarts += 1
+        self.revision = self.epoch = 0
+        self.gates: set[tuple[str, str]] = set()
+        self.update: RouterUpdate | None = None
+
+    async def declare(self, desired: Desired) -> None:
+        self.revision = desired.revision
+
+    async def sync(self, update: RouterUpdate) -> RouterReport:
+        if self.lost:
+            raise Unavailable("the router is restarting")
+        self.syncs += 1
+        self.update = update
+        wanted = update.epochs.get(update.current, {})
+        if self.revision and (GATE, wanted.get(GATE, "")) in self.gates:
+            self.epoch = max(self.epoch, update.current)
+        return RouterReport(
+            incarnation=f"router-{self.restarts}",
+            revision=self.revision,
+            epoch=self.epoch,
+            oldest_pinned=self.epoch if self.pinned is None else self.pinned,
+            gates=frozenset(self.gates),
+        )
+
+    async def stage(self, candidate: Candidate) -> Receipt:
+        version = candidate.version or f"v{candidate.counter}-{'a' * 12}"
+        self.gates.add((candidate.id, version))
+        digest = version.partition("-")[2] + "0" * 52
+        nothing = TensorSpec()
+        return Receipt(candidate.id, version, "router", digest, digest, None, 0, 0.0, nothing, nothing)
+
+    async def unload(self, id: str, version: str) -> None:
+        self.gates.discard((id, version))
+
+
+class FakeReplicas:
+    """Real hosts that can be killed; `late` ones never answer a probe, `down` ones are not there."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.hosts = {name: ExpertHost() for name in names}
+        self.down: set[str] = set()
+        self.late: set[str] = set()
+        self.hold_back: asyncio.Event | None = None
+
+    def _host(self, name: str) -> ExpertHost:
+        if name in self.down:
+            raise Unavailable(f"{name} is down")
+        return self.hosts[name]
+
+    async def probe(self, name: str, handle: Any) -> Replica:
+        if name in self.late:
+            await asyncio.Event().wait()
+        host = self._host(name)
+        holds = frozenset((loaded.expert, loaded.version) for loaded in host.loaded())
+        return Replica(id=name, incarnation=host.incarnation, holds=holds, state=READY)
+
+    async def stage(self, name: str, handle: Any, candidate: Candidate) -> Receipt:
+        if self.hold_back is not None:
+            await self.hold_back.wait()
+        return self._host(name).stage(proposal_of(candidate), candidate.replaces)
+
+    async def unload(self, name: str, handle: Any, id: str, version: str) -> None:
+        self._host(name).unload(id, version)
+
+    def holds(self, name: str) -> set[tuple[str, str]]:
+        return {(loaded.expert, loaded.version) for loaded in self.hosts[name].loaded()}
+
+
+class World:
+    """A controller with its fakes."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("expertmesh.cluster.control.controller.TURN_SECONDS", 0.0)
+        monkeypatch.setattr("expertmesh.cluster.control.controller.PROBE_TIMEOUT", 0.01)
+        self.folder = folder
+        self.router = FakeRouter()
+        self.replicas = FakeReplicas(["l/e0#0", "l/e0#1", "l/e1#0"])
+        self.revision = 0
+        self.controller = self.open()
+
+    def open(self) -> Controller:
+        settings = StateSettings(state_dir=str(self.folder / "state"), retain_epochs=2)
+        return open_controller(settings, self.router, self.replicas)
+
+    async def declare(self, declared: Layer) -> dict[str, str]:
+        self.revision += 1
+        replicas = {name: (name.partition("#")[0],) for name in self.replicas.hosts}
+        desired = Desired(revision=self.revision, layers={"l": declared}, replicas=replicas)
+        return await self.controller.declare(desired, 5.0)
+
+    async def until(self, done: Callable[[], object]) -> None:
+        for _ in range(500):
+            if done():
+                return
+            await self.controller.turn()
+            await asyncio.sleep(0.001)
+        raise AssertionError("it did not come to pass")
+
+
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, story: Callable[[World], Awaitable[None]]) -> None:
+    async def main() -> None:
+        world = World(folder, monkeypatch)
+        try:
+            await asyncio.wait_for(story(world), 60)
+        finally:
+            world.controller.close()
+
+    asyncio.run(main())
+
+
+def test_declaring_loads_everybody_and_makes_the_first_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(world: World) -> None:
+        versions = await world.declare(layer())
+        assert set(versions) == {E0, "l/e1", GATE}
+        assert world.router.epoch == 1
+        assert world.replicas.holds("l/e0#0") == world.replicas.holds("l/e0#1") == {(E0, versions[E0])}
+        assert await world.declare(layer()) == versions
+        assert world.controller.reconciler.current == 1  # nothing was edited, so nothing changed
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_an_edited_declaration_becomes_a_new_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(world: World) -> None:
+        before = await world.declare(layer())
+        after = await world.declare(layer("torch:tanh"))
+        assert after[E0] != before[E0]
+        assert after["l/e1"] == before["l/e1"]
+        await world.until(lambda: world.replicas.holds("l/e0#0") == {(E0, after[E0])})
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_a_restarted_replica_is_filled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(world: World) -> None:
+        versions = await world.declare(layer())
+        world.replicas.down.add("l/e0#0")
+        await world.until(lambda: world.controller.state().replicas[0].state == "restarting")
+        assert all(holds == frozenset() for holds in [world.controller.state().replicas[0].holds])
+        world.replicas.hosts["l/e0#0"] = ExpertHost()
+        world.replicas.down.clear()
+        await world.until(lambda: world.replicas.holds("l/e0#0") == {(E0, versions[E0])})
+        await world.until(
+            lambda: world.router.update is not None and (E0, versions[E0]) in world.router.update.replicas[0].holds
+        )
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_a_late_replica_is_believed_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(world: World) -> None:
+        await world.declare(layer())
+        world.replicas.late.add("l/e0#1")
+        await world.controller.turn()
+        assert world.controller.state().replicas[1].state == READY
+        await world.until(lambda: world.controller.state().replicas[1].state == "unresponsive")
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_a_restarted_router_is_brought_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(world: World) -> None:
+        await world.declare(layer())
+        world.router.restart()
+        await world.until(lambda: world.router.epoch == 1)
+        assert world.router.revision == world.revision
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_a_lost_router_does_not_end_the_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(world: World) -> None:
+        await world.declare(layer())
+        world.router.lost = True
+        with pytest.raises(Unavailable):
+            await world.controller.turn()
+        world.router.lost = False
+        await world.controller.turn()
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_a_refused_replacement_leaves_everything_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(world: World) -> None:
+        before = await world.declare(layer())
+        with pytest.raises(FailedPrecondition):
+            await world.declare(layer("torch:logical_not"))  # answers with booleans where rows were float
+        assert world.controller.reconciler.current == 1
+        await world.until(lambda: world.replicas.holds("l/e0#0") == {(E0, before[E0])})
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_another_controller_takes_over_and_the_first_is_fenced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(world: World) -> None:
+        versions = await world.declare(layer())
+        first = world.controller
+        world.controller = world.open()
+        assert await world.declare(layer()) == versions
+        request = SwapRequest(swap_id="late", changes={E0: Change(version=versions[E0])}, timeout=1.0)
+        with pytest.raises(Aborted):
+            await first.swap(request)
+        first.close()
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_old_versions_stay_loaded_while_they_are_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(world: World) -> None:
+        before = await world.declare(layer())
+        world.router.pinned = 1
+        after = await world.declare(layer("torch:tanh"))
+        for _ in range(5):
+            await world.controller.turn()
+            await asyncio.sleep(0)
+        assert world.replicas.holds("l/e0#0") == {(E0, before[E0]), (E0, after[E0])}
+        world.router.pinned = None
+        await world.until(lambda: world.replicas.holds("l/e0#0") == {(E0, after[E0])})
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_a_rollback_brings_the_former_version_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(world: World) -> None:
+        before = await world.declare(layer())
+        after = await world.declare(layer("torch:tanh"))
+        await world.until(lambda: world.replicas.holds("l/e0#0") == {(E0, after[E0])})
+        request = SwapRequest(
+            swap_id="back", changes={E0: Change(version=before[E0])}, expect={E0: after[E0]}, timeout=2.0
+        )
+        waiting = asyncio.ensure_future(world.controller.swap(request))
+        await world.until(waiting.done)
+        result = waiting.result()
+        assert result.after == {E0: before[E0]}
+        assert result.epoch == 3
+        assert [entry["version"] for entry in world.controller.history(E0)] == [before[E0], after[E0]]
+        again = await world.controller.swap(request)
+        assert (again.epoch, again.after) == (result.epoch, result.after)
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_two_swaps_of_one_expert_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(world: World) -> None:
+        before = await world.declare(layer())
+        after = await world.declare(layer("torch:tanh"))
+        await world.until(lambda: world.replicas.holds("l/e0#0") == {(E0, after[E0])})
+        world.replicas.hold_back = asyncio.Event()
+        change = {E0: Change(version=before[E0])}
+        first = asyncio.ensure_future(world.controller.swap(SwapRequest(swap_id="1", changes=change, timeout=2.0)))
+        await world.until(lambda: world.controller.reconciler.swaps.find("1") is not None)
+        with pytest.raises(Aborted, match="under way"):
+            await world.controller.swap(SwapRequest(swap_id="2", changes=change, timeout=2.0))
+        world.replicas.hold_back.set()
+        world.replicas.hold_back = None
+        await world.until(first.done)
+        assert first.result().committed
+        stale = SwapRequest(swap_id="3", changes=change, expect={E0: after[E0]}, timeout=2.0)
+        with pytest.raises(Aborted, match="as expected"):
+            await world.controller.swap(stale)
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_turns_follow_in_quick_succession_only_while_a_swap_drains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(world: World) -> None:
+        before = await world.declare(layer())
+        after = await world.declare(layer("torch:tanh"))
+        await world.until(lambda: world.replicas.holds("l/e0#0") == {(E0, after[E0])})
+        monkeypatch.setattr("expertmesh.cluster.control.controller.TURN_SECONDS", 60.0)
+        monkeypatch.setattr("expertmesh.cluster.control.controller.DRAIN_SECONDS", 0.0)
+        turns = asyncio.ensure_future(world.controller.run())
+        held = world.replicas.hold_back = asyncio.Event()
+        request = SwapRequest(swap_id="1", changes={E0: Change(version=before[E0])}, timeout=30.0)
+        swap = asyncio.ensure_future(world.controller.swap(request))
+        while world.controller.reconciler.swaps.find("1") is None:
+            await asyncio.sleep(0.001)
+        told = world.router.syncs
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert world.router.syncs == told  # it only stages
+        world.router.pinned = world.router.epoch
+        held.set()
+        assert (await swap).committed
+        while world.router.syncs < told + 5:  # whoever pins the older epoch is looked after
+            await asyncio.sleep(0)
+        assert world.controller.reconciler.swaps.draining()
+        world.router.pinned = None
+        while world.controller.reconciler.swaps.draining():
+            await asyncio.sleep(0)
+        turns.cancel()
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_a_new_controller_unloads_nothing_before_the_router_has_told_its_pins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(world: World) -> None:
+        before = await world.declare(layer())
+        world.router.pinned = 1
+        after = await world.declare(layer("torch:tanh"))
+        world.controller.close()
+        world.controller = world.open()
+        unloaded: list[str] = []
+        unload = world.replicas.unload
+
+        async def noted(name: str, handle: Any, id: str, version: str) -> None:
+            unloaded.append(version)
+            await unload(name, handle, id, version)
+
+        monkeypatch.setattr(world.replicas, "unload", noted)
+        assert await world.declare(layer("torch:tanh")) == after
+        for _ in range(5):
+            await world.controller.turn()
+            await asyncio.sleep(0)
+        assert unloaded == []
+        assert world.replicas.holds("l/e0#0") == {(E0, before[E0]), (E0, after[E0])}
+        world.router.pinned = None
+        await world.until(lambda: world.replicas.holds("l/e0#0") == {(E0, after[E0])})
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_a_new_controller_asks_for_patience_until_it_is_told_what_is_declared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(world: World) -> None:
+        versions = await world.declare(layer())
+        world.controller.close()
+        world.controller = world.open()
+        with pytest.raises(Unavailable):  # not NotFound: the client asks again
+            await world.controller.swap(SwapRequest(swap_id="1", changes={E0: Change(version=versions[E0])}))
+        with pytest.raises(Unavailable):
+            world.controller.history(E0)
+        await world.declare(layer())
+        assert [entry["version"] for entry in world.controller.history(E0)] == [versions[E0]]
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_a_replica_that_staged_other_tensors_than_were_sent_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the transport takes the file of one expert for that of another: their shapes are the same."""
+
+    async def story(world: World) -> None:
+        rows = TensorSpec((2,), "float32")
+        linear = {name: Expert("torch.nn:Linear", args=(2, 2), input=rows) for name in ("e0", "e1")}
+        await world.declare(Layer("l", gates.Fixed([0.5, 0.5]), linear, input=rows))
+        sent: dict[str, Path] = {}
+        for number, upload in enumerate(("right", "wrong")):
+            sent[upload] = world.controller.transactions.store.upload_path(upload)
+            save_tensors(sent[upload], {"weight": torch.full((2, 2), 2.0 + number), "bias": torch.ones(2)})
+
+        async def stage(name: str, handle: Any, candidate: Candidate) -> Receipt:
+            proposal = replace(proposal_of(candidate), weights=sent[arrives])
+            return world.replicas.hosts[name].stage(proposal, candidate.replaces)
+
+        monkeypatch.setattr(world.replicas, "stage", stage)
+        request = SwapRequest(swap_id="1", changes={E0: Change(upload="right")}, timeout=5.0)
+        arrives = "wrong"
+        with pytest.raises(DataLoss, match="other tensors"):
+            await world.controller.swap(request)
+        assert world.controller.reconciler.current == 1
+        arrives = "right"
+        waiting = asyncio.ensure_future(world.controller.swap(replace(request, swap_id="2")))
+        await world.until(waiting.done)
+        assert waiting.result().committed
+
+    run(tmp_path, monkeypatch, story)

@@ -1,0 +1,184 @@
+"""The metrics page: for those with a token, in a form that Prometheus reads, with every figure of every expert."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from http.client import HTTPConnection
+from typing import Any
+
+import pytest
+import torch
+from helpers.mesh import Mesh, check
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from expertmesh.cluster.gateway.authorise import TokenTable
+from expertmesh.cluster.gateway.metrics import MetricsServer, RouterCollector
+from expertmesh.cluster.machine.tokens import new_token
+from expertmesh.cluster.rpc.methods import Role
+from expertmesh.experts.errors import DeadlineExceeded, ExpertFailed, NotFound
+from expertmesh.experts.spec import Expert
+from expertmesh.router import gates
+from expertmesh.router.fanout.telemetry import LATENCY_BUCKETS
+from expertmesh.router.mixture.layer import Layer
+
+READER, OPERATOR, EXPIRED = new_token(), new_token(), new_token()
+X = torch.ones(3, 2)
+Get = dict[str, Any]
+
+
+def served() -> Layer:
+    """Two good experts, of which a row takes both, and a bad one that only a request's own routing reaches."""
+    experts = {"a": Expert("torch:sin"), "b": Expert("torch:cos"), "bad": Expert("helpers.samples:raises")}
+    return Layer("l", gates.Fixed([0.5, 0.25, 0.125], k=2), experts)
+
+
+@pytest.fixture
+def page() -> Iterator[Any]:
+    """Serves the page of a router that has answered some requests; `get(token, path)` reads it."""
+    servers: list[MetricsServer] = []
+
+    async def main() -> None:
+        async with Mesh(served()) as mesh:
+            for _ in range(2):
+                await mesh.ask(X)
+            with pytest.raises(ExpertFailed):
+                await mesh.ask(X, indices=torch.full((3, 1), 2), weights=torch.ones(3, 1))
+            with pytest.raises(NotFound):
+                await mesh.ask(X, layer='made "up"\n')
+            tokens = TokenTable()
+            tokens.add(READER, Role.READER)
+            tokens.add(OPERATOR, Role.OPERATOR)
+            tokens.add(EXPIRED, Role.READER, expires=1.0)
+            servers.append(MetricsServer(mesh.router, tokens, "127.0.0.1", 0))
+
+    check(main())
+
+    def get(authorization: str | None, path: str = "/metrics") -> tuple[int, str]:
+        connection = HTTPConnection("127.0.0.1", servers[0].port, timeout=20)
+        connection.request("GET", path, headers={} if authorization is None else {"Authorization": authorization})
+        response = connection.getresponse()
+        text = response.read().decode()
+        connection.close()
+        return response.status, text
+
+    yield get
+    servers[0].stop()
+
+
+def families(text: str) -> dict[str, Metric]:
+    return {family.name: family for family in text_string_to_metric_families(text)}
+
+
+def figures(family: Metric, label: str) -> dict[str, float]:
+    return {sample.labels[label]: sample.value for sample in family.samples if not sample.name.endswith("_created")}
+
+
+@pytest.mark.parametrize("token", [READER, OPERATOR])
+def test_the_page_has_every_figure_of_every_expert(page: Any, token: str) -> None:
+    status, text = page(f"Bearer {token}")
+    assert status == 200
+    found = families(text)
+    assert figures(found["expertmesh_expert_rows"], "expert") == {"l/a": 6.0, "l/b": 6.0}
+    assert figures(found["expertmesh_expert_errors"], "expert") == {"l/bad": 1.0}
+    assert figures(found["expertmesh_expert_gate_mass"], "expert") == {"l/a": 3.0, "l/b": 1.5, "l/bad": 3.0}
+    replicas = {"l/a#0", "l/b#0", "l/bad#0"}
+    assert figures(found["expertmesh_replica_queued_rows"], "replica") == dict.fromkeys(replicas, 0.0)
+    assert figures(found["expertmesh_replica_rows_in_flight"], "replica") == dict.fromkeys(replicas, 0.0)
+    assert figures(found["expertmesh_replica_messages"], "replica") == {"l/a#0": 2.0, "l/b#0": 2.0, "l/bad#0": 1.0}
+    assert figures(found["expertmesh_layer_batches"], "layer") == {"l": 3.0}
+    assert [sample.value for sample in found["expertmesh_epoch"].samples] == [1.0]
+    requests = {
+        (sample.labels["layer"], sample.labels["code"]): sample.value
+        for sample in found["expertmesh_requests"].samples
+        if sample.name == "expertmesh_requests_total"
+    }
+    assert requests == {("l", "OK"): 2.0, ("l", "INTERNAL"): 1.0, ("", "NOT_FOUND"): 1.0}
+
+
+def test_histograms_are_whole(page: Any) -> None:
+    found = families(page(f"Bearer {READER}")[1])
+    for name, key, count in [("expert_seconds", {"expert": "l/a"}, 2), ("request_seconds", {"layer": "l"}, 3)]:
+        samples = [s for s in found[f"expertmesh_{name}"].samples if key.items() <= s.labels.items()]
+        buckets = [(float(s.labels["le"]), s.value) for s in samples if s.name.endswith("_bucket")]
+        assert [bound for bound, _ in buckets] == [*LATENCY_BUCKETS, float("inf")]
+        assert [value for _, value in buckets] == sorted(value for _, value in buckets)
+        assert buckets[-1][1] == count
+        assert [s.value for s in samples if s.name.endswith("_count")] == [count]
+        assert next(s.value for s in samples if s.name.endswith("_sum")) > 0
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [None, "", "Bearer", "Bearer ", f"Basic {READER}", READER, f"Bearer {EXPIRED}", f"Bearer {READER}x", "Bearer é"],
+)
+def test_without_a_token_that_is_known_there_is_no_page(page: Any, authorization: str | None) -> None:
+    status, text = page(authorization)
+    assert status == 401
+    assert "expertmesh_" not in text
+    assert str(READER) not in text
+
+
+def test_there_is_one_page(page: Any) -> None:
+    assert page(f"bearer {READER}", "/other")[0] == 404
+    assert page(None, "/other")[0] == 401
+    assert page(f"Bearer {READER}", "/metrics?name[]=expertmesh_epoch")[0] == 200
+
+
+def test_rows_that_wait_are_told() -> None:
+    release = threading.Event()
+
+    def slow(rows: torch.Tensor) -> torch.Tensor:
+        assert release.wait(60)
+        return rows
+
+    async def main() -> None:
+        async with Mesh(Layer("l", gates.Fixed([1.0]), {"e": Expert.from_function(slow)})) as mesh:
+            asked = []
+            for _ in range(4):
+                asked.append(asyncio.ensure_future(mesh.ask(X, timeout=60)))
+                while mesh.router.view.rows_in_flight()["l/e#0"] < 3 * len(asked):
+                    await asyncio.sleep(0)
+                for _ in range(5):
+                    await asyncio.sleep(0)
+            found = {family.name: family for family in RouterCollector(mesh.router).collect()}
+            assert figures(found["expertmesh_replica_rows_in_flight"], "replica") == {"l/e#0": 12.0}
+            assert 0 < figures(found["expertmesh_replica_queued_rows"], "replica")["l/e#0"] <= 6.0
+            assert figures(found["expertmesh_layer_rows_in_flight"], "layer") == {"l": 12.0}
+            release.set()
+            await asyncio.gather(*asked)
+
+    try:
+        check(main())
+    finally:
+        release.set()
+
+
+def test_the_page_can_be_read_at_any_moment() -> None:
+    """The page is made in another thread than that in which the router changes its figures."""
+
+    async def main() -> None:
+        async with Mesh(served()) as mesh:
+            stop, wrong = threading.Event(), list[BaseException]()
+
+            def read() -> None:
+                try:
+                    while not stop.is_set():
+                        assert len(list(RouterCollector(mesh.router).collect())) > 10
+                except BaseException as error:  # noqa: BLE001 (told to the test's own thread)
+                    wrong.append(error)
+
+            thread = threading.Thread(target=read)
+            thread.start()
+            for number in range(30):
+                asked = [mesh.ask(X, timeout=0.0 if n % 3 == 0 else 30.0) for n in range(8)]
+                for error in await asyncio.gather(*asked, return_exceptions=True):
+                    assert not isinstance(error, BaseException) or isinstance(error, DeadlineExceeded)
+                mesh.report(mesh.replica("l/a#0", incarnation=str(number)))
+            stop.set()
+            thread.join(60)
+            assert not wrong
+
+    check(main())

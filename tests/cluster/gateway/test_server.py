@@ -1,0 +1,305 @@
+"""The gateway's life, over real gRPC on loopback: ready, serving, draining, closed; and what it says of what it did."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from helpers.mesh import Mesh, check
+
+from expertmesh.cluster.gateway.authorise import TokenTable
+from expertmesh.cluster.gateway.server import Gateway, GatewaySettings
+from expertmesh.cluster.machine.tokens import new_token
+from expertmesh.cluster.rpc import health
+from expertmesh.cluster.rpc.channel_options import client_options
+from expertmesh.cluster.rpc.health import ServingStatus, decode_response, encode_request
+from expertmesh.cluster.rpc.methods import SERVICE, Role
+from expertmesh.cluster.rpc.status import ERROR_KEY, REQUEST_ID_KEY, RETRY_AFTER_KEY
+from expertmesh.experts import wire
+from expertmesh.experts.errors import Unavailable
+from expertmesh.experts.spec import Expert
+from expertmesh.router import gates
+from expertmesh.router.epochs.epochs import Epoch
+from expertmesh.router.mixture.layer import Layer
+
+TOKEN = new_token()
+X = np.ones((2, 3), np.float32)
+
+
+class Door:
+    """A gateway before a mesh, and a channel to it."""
+
+    def __init__(self, mesh: Mesh, gateway: Gateway) -> None:
+        self.mesh, self.gateway = mesh, gateway
+        address = f"127.0.0.1:{gateway.port}"
+        self.channel = grpc.aio.insecure_channel(address, options=client_options(loopback=True))
+
+    def send(self, method: str, message: bytes, timeout: float | None = 30.0, **metadata: str) -> Any:
+        sent = (("authorization", f"Bearer {TOKEN}"), *((k.replace("_", "-"), v) for k, v in metadata.items()))
+        return self.channel.unary_unary(method)(message, metadata=sent, timeout=timeout, wait_for_ready=True)
+
+    async def forward(self, x: np.ndarray = X, timeout: float | None = 30.0, **options: Any) -> wire.Frame:
+        metadata = {key: options.pop(key) for key in list(options) if key.startswith("x_")}
+        frame = wire.encode("call", {"layer": "l", **options}, {"x": wire.WireTensor.from_numpy(x)})
+        return wire.decode(await self.send(f"/{SERVICE}/Call", frame, timeout, **metadata))
+
+    async def health(self, service: str = "") -> ServingStatus:
+        return decode_response(await self.send(health.CHECK, encode_request(service)))
+
+
+@asynccontextmanager
+async def opened(expert: Expert | None = None, ready: bool = True, **settings: Any) -> AsyncIterator[Door]:
+    layer = Layer("l", gates.Fixed([1.0]), {"e": expert or Expert("torch:sin")})
+    mesh = Mesh(layer, max_rows_in_flight=settings.pop("rows", 1000))
+    tokens = TokenTable()
+    tokens.add(TOKEN, Role.ADMIN)
+
+    async def status() -> dict[str, Any]:
+        return {"name": "here"}
+
+    gateway = Gateway(mesh.router, tokens, GatewaySettings(**settings), status)
+    if ready:
+        await mesh.__aenter__()
+    await gateway.start()
+    door = Door(mesh, gateway)
+    try:
+        yield door
+    finally:
+        await door.channel.close()
+        await gateway.stop()
+        await mesh.__aexit__()
+
+
+def refused(error: grpc.aio.AioRpcError) -> tuple[str, dict[str, str]]:
+    return error.code().name, {key: str(value) for key, value in error.trailing_metadata()}
+
+
+def test_a_call_is_answered_with_its_summary() -> None:
+    async def main() -> None:
+        async with opened() as door:
+            frame = await door.forward(request_id="r-7")
+            assert frame.kind == "reply"
+            assert set(frame.tensors) == {"output"}
+            assert np.allclose(frame.tensors["output"].to_numpy(), np.sin(X))
+            assert frame.meta["request_id"] == "r-7"
+            assert frame.meta["versions"] == {name: door.mesh.versions[name] for name in ("l/e", "l/gate")}
+            routed = await door.forward(return_routing=True, x_request_id="from-metadata")
+            assert routed.tensors["indices"].to_numpy().tolist() == [[0], [0]]
+            assert routed.meta["request_id"] == "from-metadata"
+
+    check(main())
+
+
+def test_what_was_lost_comes_with_the_answer() -> None:
+    def sometimes(rows: torch.Tensor) -> torch.Tensor:
+        return torch.where(rows < 0, torch.nan, rows)
+
+    async def main() -> None:
+        async with opened(Expert.from_function(sometimes)) as door:
+            x = np.array([[1.0], [-2.0]], np.float32)
+            frame = await door.forward(x, on_missing="residual", max_lost_mass=1.0)
+            assert frame.tensors["output"].to_numpy().tolist() == x.tolist()
+            assert frame.tensors["lost_mass"].to_numpy().tolist() == [0.0, 1.0]
+            assert (frame.meta["degraded"], frame.meta["missing"]) == (True, ["l/e"])
+
+    check(main())
+
+
+def test_a_refusal_carries_its_class_and_the_requests_id_and_is_logged_with_it(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("expertmesh"), "propagate", True)
+
+    async def main() -> None:
+        async with opened(rows=4) as door:
+            for options, wanted in [
+                ({"top_k": 5}, ("INVALID_ARGUMENT", "InvalidRequest")),
+                ({"x": np.ones((9, 3), np.float32)}, ("RESOURCE_EXHAUSTED", "TooLarge")),
+            ]:
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await door.forward(**options, x_request_id="r-9")  # type: ignore[arg-type]
+                code, trailers = refused(caught.value)
+                assert (code, trailers[ERROR_KEY]) == wanted
+                assert trailers[REQUEST_ID_KEY] == "r-9"
+            with door.mesh.router.admission.admit("l", 3), pytest.raises(grpc.aio.AioRpcError) as caught:
+                await door.forward()
+            assert int(refused(caught.value)[1][RETRY_AFTER_KEY]) > 0
+
+    with caplog.at_level(logging.INFO, "expertmesh"):
+        check(main())
+    logged = [(vars(record)["code"], vars(record)["request_id"]) for record in caplog.records if "code" in vars(record)]
+    once = list(dict.fromkeys(logged))  # caplog may listen at a logger and at the root
+    assert once[:2] == [("INVALID_ARGUMENT", "r-9"), ("RESOURCE_EXHAUSTED", "r-9")]
+
+
+def test_an_id_is_given_to_who_brings_none() -> None:
+    async def main() -> None:
+        async with opened() as door:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await door.forward(top_k=5)
+            assert len(refused(caught.value)[1][REQUEST_ID_KEY]) == 32
+            assert len((await door.forward()).meta["request_id"]) == 32
+
+    check(main())
+
+
+def test_a_bug_of_ours_is_internal_and_shows_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL, "expertmesh")
+
+    async def main() -> None:
+        async with opened() as door:
+
+            async def broken(request: object) -> None:
+                raise KeyError("/a/path/of/the/server")
+
+            monkeypatch.setattr(door.mesh.router, "forward", broken)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await door.forward()
+            code, trailers = refused(caught.value)
+            assert (code, trailers[ERROR_KEY]) == ("INTERNAL", "ExpertMeshError")
+            assert caught.value.details() == "internal error; the log has the request id"
+
+    check(main())
+
+
+@pytest.mark.parametrize("whose", ["client", "gateway"])
+def test_a_deadline_ends_the_call_and_frees_the_rows(whose: str) -> None:
+    release = threading.Event()
+
+    def slow(rows: torch.Tensor) -> torch.Tensor:
+        assert release.wait(60)
+        return rows
+
+    async def main() -> None:
+        async with opened(Expert.from_function(slow), default_timeout=0.05) as door:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await door.forward(timeout=0.2 if whose == "client" else None)
+            assert refused(caught.value)[0] == "DEADLINE_EXCEEDED"
+            release.set()
+            while door.mesh.router.admission.rows:  # a client that gave up is noticed a moment later
+                await asyncio.sleep(0)
+            await door.mesh.at_rest()
+
+    try:
+        check(main())
+    finally:
+        release.set()
+
+
+def test_it_serves_once_there_are_layers_and_who_watches_is_told() -> None:
+    async def main() -> None:
+        async with opened(ready=False) as door:
+            seen: list[ServingStatus] = []
+            metadata = (("authorization", f"Bearer {TOKEN}"),)
+            watch = door.channel.unary_stream(f"/{health.SERVICE}/Watch")(b"", metadata=metadata, timeout=60)
+
+            async def look() -> None:
+                async for message in watch:
+                    seen.append(decode_response(message))
+
+            looking = asyncio.ensure_future(look())
+            assert await door.health() == ServingStatus.NOT_SERVING
+            assert await door.health("l") == ServingStatus.SERVICE_UNKNOWN
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await door.forward()
+            assert refused(caught.value)[0] == "UNAVAILABLE"
+            while not seen:
+                await asyncio.sleep(0.001)
+            await door.mesh.__aenter__()
+            door.gateway.notify()
+            while len(seen) < 2:
+                await asyncio.sleep(0.001)
+            for service in ("", "l", SERVICE):
+                assert await door.health(service) == ServingStatus.SERVING
+            assert await door.health("m") == ServingStatus.SERVICE_UNKNOWN
+            door.mesh.router.adopt(Epoch(2, {}, {}))
+            door.gateway.notify()  # nothing that this watcher watches has changed
+            door.gateway.drain()
+            while len(seen) < 3:
+                await asyncio.sleep(0.001)
+            assert seen == [ServingStatus.NOT_SERVING, ServingStatus.SERVING, ServingStatus.NOT_SERVING]
+            looking.cancel()
+
+    check(main())
+
+
+def test_a_drain_finishes_what_was_accepted_and_takes_nothing_new() -> None:
+    began, release = threading.Event(), threading.Event()
+
+    def slow(rows: torch.Tensor) -> torch.Tensor:
+        began.set()
+        assert release.wait(60)
+        return rows * 2
+
+    async def main() -> None:
+        async with opened(Expert.from_function(slow)) as door:
+            accepted = asyncio.ensure_future(door.forward())
+            await asyncio.get_running_loop().run_in_executor(None, began.wait, 60)
+            drained = wire.decode(await door.send(f"/{SERVICE}/Drain", wire.encode("drain", {})))
+            assert drained.kind == "status"
+            assert await door.health() == ServingStatus.NOT_SERVING
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await door.forward()
+            assert refused(caught.value)[0] == "UNAVAILABLE"
+            assert "draining" in str(caught.value.details())
+            stopping = asyncio.ensure_future(door.gateway.stop(grace=60))
+            await asyncio.sleep(0)
+            release.set()
+            frame = await accepted
+            assert frame.tensors["output"].to_numpy().tolist() == (X * 2).tolist()
+            await stopping
+
+    try:
+        check(main())
+    finally:
+        release.set()
+
+
+def test_a_port_in_use_is_said_and_the_first_goes_on() -> None:
+    async def main() -> None:
+        async with opened() as door:
+            with pytest.raises(Unavailable, match=f"cannot listen on 127.0.0.1:{door.gateway.port}: is the port in"):
+                async with opened(port=door.gateway.port):
+                    raise AssertionError
+            assert (await door.forward()).kind == "reply"
+
+    check(main())
+
+
+def test_a_port_is_free_again_once_it_is_closed() -> None:
+    async def main() -> int:
+        async with opened() as door:
+            await door.gateway.stop()
+            await door.gateway.stop()
+            return door.gateway.port
+
+    ports: list[int] = []
+
+    async def keep() -> None:
+        ports.append(await main())
+
+    check(keep())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", ports[0]))
+
+
+def test_a_message_that_is_too_large_is_refused_by_the_settings_name() -> None:
+    async def main() -> None:
+        async with opened(max_message_bytes=4096) as door:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await door.forward(np.ones((2000, 3), np.float32))
+            assert refused(caught.value)[0] == "RESOURCE_EXHAUSTED"
+            assert (await door.forward()).kind == "reply"
+
+    check(main())

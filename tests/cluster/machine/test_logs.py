@@ -1,0 +1,93 @@
+"""Logs: one JSON object a line, with the request's id, whatever is logged; and no file left open."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from expertmesh.cluster.machine.logs import JsonFormatter, configure_logs, log_file
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    logger = logging.getLogger("expertmesh")
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    yield
+    for handler in logger.handlers:
+        handler.close()
+    logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
+
+
+def entry_of(message: str, *args: Any, extra: dict[str, Any] | None = None, **record: Any) -> dict[str, Any]:
+    made = logging.makeLogRecord({"name": "expertmesh.router", "msg": message, "args": args, "levelno": 30, **record})
+    made.levelname = "WARNING"
+    for key, value in (extra or {}).items():
+        setattr(made, key, value)
+    line = JsonFormatter("router").format(made)
+    assert "\n" not in line
+    entry: dict[str, Any] = json.loads(line)
+    return entry
+
+
+@given(st.text(), st.dictionaries(st.sampled_from(["request_id", "layer", "seconds"]), st.text() | st.integers()))
+def test_whatever_is_logged_is_one_line_of_json(text: str, extra: dict[str, Any]) -> None:
+    entry = entry_of("%s", text, extra=extra)
+    assert entry["message"] == text
+    assert {key: entry[key] for key in extra} == extra
+    assert (entry["level"], entry["process"], entry["logger"]) == ("warning", "router", "expertmesh.router")
+
+
+def test_the_time_is_utc_with_milliseconds() -> None:
+    assert entry_of("now", created=1_700_000_000.25, msecs=250.0)["time"] == "2023-11-14T22:13:20.250Z"
+
+
+def test_a_traceback_is_carried_and_what_json_lacks_becomes_text() -> None:
+    try:
+        raise ValueError("first\nsecond")
+    except ValueError as error:
+        exc_info = (ValueError, error, error.__traceback__)
+    entry = entry_of("it failed", exc_info=exc_info, extra={"path": Path("/a"), "ids": {1}})
+    assert entry["traceback"].endswith("ValueError: first\nsecond")
+    assert (entry["path"], entry["ids"]) == ("/a", "{1}")
+
+
+def test_everything_of_ours_goes_to_the_file_and_nothing_below_the_level(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXPERTMESH_HOME", str(tmp_path / "home"))
+    path = log_file("news")
+    assert Path(path).parent.stat().st_mode & 0o077 == 0
+    configure_logs("router", "info", path)
+    logging.getLogger("expertmesh.router.request.gating").info("served", extra={"request_id": "r-1"})
+    logging.getLogger("expertmesh.cluster").debug("not this")
+    logging.getLogger("other").warning("not this either")
+    entries = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    assert [(entry["message"], entry["request_id"]) for entry in entries] == [("served", "r-1")]
+    log_file("news")
+    assert Path(path).read_text() == ""
+
+
+def test_a_second_configuration_closes_the_first_and_lines_do_not_double(tmp_path: Path) -> None:
+    configure_logs("one", "info", str(tmp_path / "one.jsonl"))
+    (first,) = logging.getLogger("expertmesh").handlers
+    assert isinstance(first, logging.FileHandler)
+    configure_logs("two", "warning", str(tmp_path / "two.jsonl"))
+    assert first.stream is None or first.stream.closed
+    logging.getLogger("expertmesh.x").warning("once")
+    assert len((tmp_path / "two.jsonl").read_text().splitlines()) == 1
+    assert (tmp_path / "one.jsonl").read_text() == ""
+
+
+def test_without_a_folder_to_write_to_lines_go_to_standard_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logs("expert", "info", str(tmp_path / "missing" / "x.jsonl"))
+    logging.getLogger("expertmesh").warning("here")
+    assert json.loads(capsys.readouterr().err)["message"] == "here"

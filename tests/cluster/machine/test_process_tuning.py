@@ -1,0 +1,18 @@
+"""What a serving process does about itself."""
+
+from __future__ import annotations
+
+import gc
+
+from expertmesh.cluster.machine.process_tuning import settle
+
+
+def test_settled_objects_are_not_looked_at_again() -> None:
+    kept = [{} for _ in range(1000)]
+    before = gc.get_freeze_count()
+    settle()
+    try:
+        assert gc.get_freeze_count() >= before + len(kept)
+        assert not any(one is kept for one in gc.get_objects())
+    finally:
+        gc.unfreeze()

@@ -1,0 +1,52 @@
+"""How weights go to replicas: what is staged together must not be mixed up on its way."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from expertmesh.cluster.runtime.ray_environment import load_backend
+from expertmesh.experts.tensors import from_bytes
+from expertmesh.experts.weights.files import save_tensors
+
+pytestmark = pytest.mark.ray
+
+
+def test_candidates_that_are_staged_together_get_their_own_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_backend(None)  # as a private Ray would have it: with its token, before Ray is imported
+    from expertmesh.cluster.runtime import ray_ports
+
+    puts: list[float] = []
+
+    class Reference:
+        """Lets other threads in when it is dropped, as Ray's references do."""
+
+        def __init__(self, value: float) -> None:
+            self.value = value
+
+        def __del__(self) -> None:
+            threading.Event().wait(0.002)
+
+    def put(packed: dict[str, Any]) -> Reference:
+        puts.append(float(from_bytes(*packed["weight"])[0]))
+        return Reference(puts[-1])
+
+    monkeypatch.setattr(ray_ports.ray, "put", put)
+    paths = [tmp_path / f"{number}.safetensors" for number in range(12)]
+    for number, path in enumerate(paths):
+        save_tensors(path, {"weight": torch.tensor([float(number)])})
+    port = ray_ports.RayReplicaPort()
+    wanted = [number % 12 for number in range(240)]
+    with ThreadPoolExecutor(8) as threads:
+        found = threads.map(lambda number: port._stored(paths[number]).value, wanted)
+        assert list(found) == [float(number) for number in wanted]
+    puts.clear()
+    assert [port._stored(paths[0]).value for _ in range(3)] == [0.0] * 3
+    assert len(puts) <= 1  # once for all replicas

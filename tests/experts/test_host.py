@@ -1,0 +1,173 @@
+"""The host: exactly the version that is asked for, and one part that fails harms no other."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from expertmesh.experts.errors import ConfigError, ExpertMeshError, NotFound, SpecMismatch
+from expertmesh.experts.host import ExpertHost
+from expertmesh.experts.protocol import ExpertCall, Part, PartFailure
+from expertmesh.experts.spec import Expert, TensorSpec
+
+ROWS = torch.arange(12.0).reshape(3, 4)
+FAILING = {
+    "helpers.samples:raises": "raised ZeroDivisionError; see the log",
+    "helpers.samples:leaves": "raised SystemExit; see the log",
+    "helpers.samples:text": "must return a tensor or an array, this one returned str",
+    "helpers.samples:narrow": "returned shape",
+    "helpers.samples:complex_rows": "complex64",
+    "torch:mm": "raised TypeError",
+}
+
+
+def call(*parts: tuple[str, str, list[int]], rows: Tensor = ROWS) -> ExpertCall:
+    start, made, index = 0, [], []
+    for expert, version, chosen in parts:
+        made.append(Part(expert, version, start, start + len(chosen)))
+        index += chosen
+        start += len(chosen)
+    return ExpertCall(1, tuple(made), rows, torch.tensor(index, dtype=torch.int64))
+
+
+def tensor_of(output: Any) -> Tensor:
+    assert isinstance(output, Tensor)
+    return output
+
+
+def host_of(**factories: str) -> tuple[ExpertHost, dict[str, str]]:
+    host = ExpertHost()
+    return host, {name: host.load(name, Expert(factory), 1).version for name, factory in factories.items()}
+
+
+@given(st.lists(st.tuples(st.sampled_from(["a", "b"]), st.lists(st.integers(0, 2), max_size=5)), max_size=4))
+@settings(deadline=None)
+def test_every_part_gets_the_answers_to_its_rows(parts: list[tuple[str, list[int]]]) -> None:
+    host, versions = host_of(a="torch:sin", b="numpy:square")
+    reply = host.compute(call(*((name, versions[name], chosen) for name, chosen in parts)))
+    assert reply.incarnation == host.incarnation
+    for (name, chosen), output in zip(parts, reply.outputs, strict=True):
+        wanted = ROWS[chosen].sin() if name == "a" else ROWS[chosen].square()
+        assert torch.equal(tensor_of(output), wanted)
+
+
+@pytest.mark.parametrize("factory", FAILING)
+def test_a_part_that_fails_harms_no_other_and_tells_no_secret(factory: str) -> None:
+    host, versions = host_of(good="torch:sin", bad=factory)
+    good = ("good", versions["good"], [0, 1, 2])
+    first, failed, last = host.compute(call(good, ("bad", versions["bad"], [0, 2]), good)).outputs
+    assert torch.equal(tensor_of(first), ROWS.sin())
+    assert torch.equal(tensor_of(last), ROWS.sin())
+    assert isinstance(failed, PartFailure)
+    assert failed.error == "ExpertFailed"
+    assert failed.message.startswith("bad")
+    assert FAILING[factory] in failed.message
+    assert "secret" not in failed.message
+
+
+def test_a_version_that_is_not_held_is_refused_and_never_replaced_by_another() -> None:
+    host, versions = host_of(a="torch:sin")
+    for expert, version in (("a", "v2-000000000000"), ("b", versions["a"]), ("a", versions["a"][:-1])):
+        (refused,) = host.compute(call((expert, version, [0]))).outputs
+        assert refused == PartFailure("VersionGone", f"{expert} {version} is not loaded in this replica")
+
+
+def test_two_versions_of_one_expert_are_held_side_by_side() -> None:
+    host = ExpertHost()
+    old = host.load("e", Expert("helpers.samples:Affine", kwargs={"scale": 2.0}), 1)
+    new = host.load("e", Expert("helpers.samples:Affine", kwargs={"scale": 3.0}), 2)
+    assert old.version.startswith("v1-")
+    assert new.version.startswith("v2-")
+    assert [loaded.version for loaded in host.loaded()] == [old.version, new.version]
+    one, two = host.compute(call(("e", old.version, [1]), ("e", new.version, [1]))).outputs
+    assert torch.equal(tensor_of(one), ROWS[[1]] * 2)
+    assert torch.equal(tensor_of(two), ROWS[[1]] * 3)
+    host.unload("e", old.version)
+    one, two = host.compute(call(("e", old.version, [1]), ("e", new.version, [1]))).outputs
+    assert isinstance(one, PartFailure)
+    assert torch.equal(tensor_of(two), ROWS[[1]] * 3)
+    with pytest.raises(NotFound, match=f"e {old.version} is not loaded here"):
+        host.unload("e", old.version)
+
+
+def test_what_is_loaded_is_told_with_its_rows_and_size() -> None:
+    host = ExpertHost()
+    loaded = host.load("l/e", Expert("torch.nn:Linear", args=(4, 2)), 3)
+    assert (loaded.input, loaded.output, loaded.nbytes) == (TensorSpec((4,)), TensorSpec((2,), "float32"), 40)
+    assert host.loaded() == (loaded,)
+
+
+def test_two_hosts_agree_on_a_version_and_have_incarnations_of_their_own() -> None:
+    one, other = ExpertHost(), ExpertHost()
+    declared = Expert("torch.nn:Linear", args=(4, 4))
+    assert one.load("e", declared, 1) == other.load("e", declared, 1)
+    assert one.incarnation != other.incarnation
+
+
+def test_a_module_that_remembers_its_rows_has_one_version_in_every_replica() -> None:
+    class Counting(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, rows: Tensor) -> Tensor:
+            self.calls += 1
+            return rows
+
+    declared = {"input": TensorSpec((4,))}
+    versions = {ExpertHost().load("e", Expert.from_module(Counting(), **declared), 1).version for _ in range(2)}
+    assert len(versions) == 1
+
+
+@pytest.mark.parametrize(
+    ("expert", "kind"),
+    [
+        (Expert("helpers.samples:make_trouble"), ConfigError),
+        (Expert("helpers.samples:raises", input=TensorSpec((4,))), SpecMismatch),
+        (Expert("torch.nn:Linear", args=(4, 4), weights=Path("/nowhere/w.safetensors")), NotFound),
+    ],
+)
+def test_what_cannot_be_loaded_leaves_the_host_as_it_was(expert: Expert, kind: type[ExpertMeshError]) -> None:
+    host, versions = host_of(e="torch:sin")
+    before = host.loaded()
+    with pytest.raises(kind):
+        host.load("e", expert, 2)
+    assert host.loaded() == before
+    assert torch.equal(tensor_of(host.compute(call(("e", versions["e"], [0]))).outputs[0]), ROWS[[0]].sin())
+
+
+def test_answers_of_a_host_need_no_gradient_and_leave_the_rows_alone() -> None:
+    host, versions = host_of(e="torch:exp_")
+    rows = ROWS.clone()
+    (answer,) = host.compute(call(("e", versions["e"], [0, 0]), rows=rows)).outputs
+    assert torch.equal(tensor_of(answer), ROWS[[0, 0]].exp())
+    assert torch.equal(rows, ROWS)
+
+
+def test_experts_come_and_go_while_others_compute() -> None:
+    host, versions = host_of(a="torch:sin")
+    wrong: list[object] = []
+
+    def compute() -> None:
+        for _ in range(200):
+            (answer,) = host.compute(call(("a", versions["a"], [0, 1]))).outputs
+            if not torch.equal(tensor_of(answer), ROWS[:2].sin()):
+                wrong.append(answer)
+
+    threads = [threading.Thread(target=compute) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for counter in range(50):
+        loaded = host.load("b", Expert("helpers.samples:relu"), counter)
+        host.loaded()
+        host.unload("b", loaded.version)
+    for thread in threads:
+        thread.join()
+    assert not wrong

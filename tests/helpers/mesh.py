@@ -1,0 +1,86 @@
+"""A router over hosts in this process, for the tests of whole requests: `async with Mesh(layer) as mesh`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from expertmesh.cluster.placement.plan import plan_layer
+from expertmesh.experts.host import ExpertHost
+from expertmesh.experts.protocol import CallOptions
+from expertmesh.router.epochs.epochs import Epoch
+from expertmesh.router.fanout.replica_view import READY, Replica
+from expertmesh.router.fanout.transport import LocalTransport, Transport
+from expertmesh.router.mixture.layer import Layer
+from expertmesh.router.request.answer import ForwardReply, ForwardRequest
+from expertmesh.router.request.forward import Router
+
+GATE_VERSION = "v1-000000000000"
+
+
+def check(main: Coroutine[Any, Any, None]) -> None:
+    """Run a test's coroutine; fails when it hangs."""
+    asyncio.run(asyncio.wait_for(main, 100))
+
+
+class Mesh:
+    """One layer, one host for every replica of every expert, and a router that knows them all."""
+
+    def __init__(self, layer: Layer, transport: Transport | None = None, **options: Any) -> None:
+        self.layer = layer
+        self.hosts: dict[str, ExpertHost] = {}
+        self.local = LocalTransport()
+        self.router = Router(transport or self.local, **options)
+        self.versions = {layer.gate_id: GATE_VERSION}
+        for planned in plan_layer(layer):
+            host = self.hosts[planned.id] = ExpertHost()
+            for expert_id, expert in planned.experts.items():
+                self.versions[expert_id] = host.load(expert_id, expert, 1).version
+            self.local.add(planned.id, host)
+
+    async def __aenter__(self) -> Mesh:
+        self.report()
+        self.router.adopt(Epoch(1, self.versions, {self.layer.name: self.layer}))
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self.local.close()
+
+    def replica(self, name: str, **changes: Any) -> Replica:
+        host = self.hosts[name]
+        known: Mapping[str, Any] = {
+            "experts": tuple({loaded.expert for loaded in host.loaded()}),
+            "incarnation": host.incarnation,
+            "holds": frozenset((loaded.expert, loaded.version) for loaded in host.loaded()),
+            "state": READY,
+        }
+        return Replica(name, **{**known, **changes})
+
+    def report(self, *others: Replica) -> None:
+        given = {replica.id: replica for replica in others}
+        self.router.update_view([given.get(name, self.replica(name)) for name in self.hosts])
+
+    async def ask(
+        self,
+        x: Tensor,
+        *,
+        timeout: float = 60.0,
+        features: Tensor | None = None,
+        indices: Tensor | None = None,
+        weights: Tensor | None = None,
+        **options: Any,
+    ) -> ForwardReply:
+        asked = CallOptions(layer=options.pop("layer", self.layer.name), **options)
+        return await self.router.forward(ForwardRequest(x, asked, timeout, features, indices, weights))
+
+    async def at_rest(self) -> None:
+        """Check that nothing is pinned, admitted or under way once everything that can run has run."""
+        for _ in range(20):
+            await asyncio.sleep(0)
+        router = self.router
+        assert router.epochs.pins() == {}
+        assert (router.admission.rows, router.admission.by_layer()) == (0, {})
+        assert set(router.view.rows_in_flight().values()) <= {0}

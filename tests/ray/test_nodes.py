@@ -1,0 +1,67 @@
+"""A Ray of two nodes that runs already: join it, and run an expert whose code lives in a folder on the second node."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from expertmesh import Client, Cluster, ConfigError, Expert, Layer, gates
+from expertmesh.cluster.runtime.ray_environment import load_backend
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def two_nodes(nothing_left: None) -> Iterator[Any]:
+    load_backend(None)  # as a private Ray would have it: with its token, before Ray is imported
+    import ray
+    from ray.cluster_utils import Cluster as RayCluster
+
+    nodes = RayCluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    nodes.second = nodes.add_node(num_cpus=1, resources={"second": 1})
+    yield nodes
+    ray.shutdown()
+    nodes.shutdown()
+
+
+def test_code_from_a_folder_runs_on_the_second_node(two_nodes: Any, tmp_path: Path, transport: str) -> None:
+    (tmp_path / "my_experts.py").write_text(
+        textwrap.dedent("""
+            def tripled(rows):
+                return rows * 3
+        """)
+    )
+    layer = Layer(
+        "far",
+        gates.Fixed([1.0, 1.0]),
+        {
+            "here": Expert("numpy:negative"),
+            "there": Expert(
+                "my_experts:tripled",
+                resources={"second": 1},
+                runtime_env={"working_dir": str(tmp_path), "env_vars": {"OMP_NUM_THREADS": "1"}},
+            ),
+        },
+    )
+    with Cluster.start([layer], name="two-nodes", port=0, address=two_nodes.address) as cluster:
+        with Client(cluster.endpoint) as client:
+            x = np.arange(6, dtype=np.float32).reshape(2, 3)
+            np.testing.assert_allclose(client.forward("far", x), 2 * x)
+            status = client.status()
+        carried, experts = status["router"]["rows_carried"], status["layers"]["far"]["experts"]
+        if transport == "channel":  # the other expert may stand on either node
+            assert carried["tcp"] >= 2
+            assert sum(carried.values()) == 4
+        else:
+            assert carried == {"ray": 4}
+        (there,) = experts["far/there"]["replicas"]
+        assert there["node"].endswith(two_nodes.second.node_id[:8])
+    gpu = Layer("gpu", gates.Fixed([1.0]), {"e": Expert("numpy:negative", num_gpus=1)})
+    with pytest.raises(ConfigError, match="num_gpus"):
+        Cluster.start([gpu], name="no-gpu", port=0, address=two_nodes.address)
+    assert len(two_nodes.list_all_nodes()) == 2  # a Ray that was joined is left as it was

@@ -1,0 +1,140 @@
+"""Starting and stopping as a user does, by the command: Ctrl-C, a replica that cannot load, status and down."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import psutil
+import pytest
+
+from expertmesh.cluster.state.registry import FILE, Registry
+
+pytestmark = pytest.mark.ray
+Eventually = Callable[[Callable[[], object], float, str], None]
+MESH = """
+name: {name}
+port: 0
+layers:
+  waves:
+    gate: {{type: fixed, weights: [0.5, 0.5]}}
+    experts:
+      sin: {{factory: "numpy:sin"}}
+      other: {other}
+"""
+
+
+def mesh(folder: Path, name: str, other: str = '{factory: "numpy:cos"}') -> str:
+    path = folder / "mesh.yaml"
+    path.write_text(MESH.format(name=name, other=other))
+    return str(path)
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", "from expertmesh.entry import main; main()", *arguments]
+
+
+def serve(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command("serve", *arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ray_folders() -> set[str]:
+    return {path.name for path in Path("/tmp").glob("expertmesh-*")}
+
+
+def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def read_until(process: subprocess.Popen[str], word: str) -> str:
+    assert process.stdout is not None
+    seen = ""
+    while word not in seen:
+        line = process.stdout.readline()
+        assert line, f"ended without {word!r}:\n{seen}"
+        seen += line
+    return seen
+
+
+def test_interrupt_while_starting_leaves_nothing(tmp_path: Path, eventually: Eventually, nothing_left: None) -> None:
+    before = ray_folders()
+    process = serve(mesh(tmp_path, "interrupted"))
+    eventually(lambda: any("raylet" in p.name() for p in alive(family(process))), 30, "Ray is starting")
+    children = family(process)
+    os.kill(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "Traceback" not in output
+    eventually(lambda: not alive(children), 10, f"its processes ended: {alive(children)}")
+    assert ray_folders() <= before
+
+
+def test_replica_that_cannot_load_is_one_error(tmp_path: Path, eventually: Eventually, nothing_left: None) -> None:
+    before = ray_folders()
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "broken_expert.py").write_text("def make():\n    raise RuntimeError('no such table')\n")
+    other = f'{{factory: "broken_expert:make", runtime_env: {{working_dir: "{code}"}}}}'
+    done = subprocess.run(
+        command("serve", mesh(tmp_path, "broken", other)), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "waves/other" in line
+    assert "no such table" in line
+    assert ray_folders() <= before
+
+
+def test_a_state_folder_of_another_build_is_one_error(tmp_path: Path, nothing_left: None) -> None:
+    with Registry(tmp_path / "state"):
+        pass
+    with closing(sqlite3.connect(tmp_path / "state" / FILE)) as connection:
+        connection.execute("PRAGMA user_version = 1")
+    config = Path(mesh(tmp_path, "older"))
+    config.write_text(f"state_dir: {tmp_path}/state\n" + config.read_text())
+    process = serve(str(config))
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "Traceback" not in said
+    (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "written by an older expertmesh (schema 1" in error
+
+
+def test_serve_status_down(tmp_path: Path, eventually: Eventually, nothing_left: None) -> None:
+    before = ray_folders()
+    process = serve(mesh(tmp_path, "served"))
+    read_until(process, "127.0.0.1:")
+    children = family(process)
+    asked = command("status", "--name", "served", "-o", "json")
+    status = subprocess.run(asked, capture_output=True, text=True, check=True)
+    experts = json.loads(status.stdout)["layers"]["waves"]["experts"]
+    assert {replica["state"] for expert in experts.values() for replica in expert["replicas"]} == {"ready"}
+    table = subprocess.run(command("status", "--name", "served"), capture_output=True, text=True, check=True)
+    assert "waves/sin" in table.stdout
+    down = subprocess.run(command("down", "--name", "served"), capture_output=True, text=True, check=False)
+    assert down.returncode == 0, down.stderr
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    eventually(lambda: not alive(children), 10, f"its processes ended: {alive(children)}")
+    assert ray_folders() <= before
+    gone = subprocess.run(command("status", "--name", "served"), capture_output=True, text=True, check=False)
+    assert gone.returncode == 1
+    assert gone.stderr.startswith("error:")

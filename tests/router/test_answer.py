@@ -1,0 +1,395 @@
+"""Answers to whole requests: equal to the sum written out row by row, also where experts fail, and named exactly."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers.mesh import Mesh, check
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from expertmesh.experts.errors import ExpertFailed, ExpertMeshError, InvalidRequest, SpecMismatch, Unavailable
+from expertmesh.experts.spec import Expert, TensorSpec
+from expertmesh.router import gates
+from expertmesh.router.gates import Routing
+from expertmesh.router.mixture.capacity import Capacity
+from expertmesh.router.mixture.combine import METHODS
+from expertmesh.router.mixture.layer import Layer
+
+E, D = 4, 3
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+DTYPES = list(TOLERANCE)
+
+
+def scaled(by: float) -> Callable[[Tensor], Tensor]:
+    return lambda rows: rows * by
+
+
+def raising(rows: Tensor) -> Tensor:
+    raise ZeroDivisionError
+
+
+def nan_below_zero(by: float) -> Callable[[Tensor], Tensor]:
+    return lambda rows: torch.where(rows[:, :1] < 0, torch.nan, rows * by)
+
+
+def functions_of(kinds: list[str]) -> list[Callable[[Tensor], Tensor]]:
+    makers: dict[str, Callable[[float], Callable[[Tensor], Tensor]]] = {
+        "good": scaled,
+        "raises": lambda by: raising,
+        "NaN": lambda by: lambda rows: torch.full_like(rows, torch.nan),
+        "sometimes": nan_below_zero,
+        "infinite": lambda by: lambda rows: rows / 0,
+    }
+    return [makers[kind](1.0 + number / 2) for number, kind in enumerate(kinds)]
+
+
+def layer_of(kinds: list[str], **options: Any) -> Layer:
+    torch.manual_seed(0)
+    experts = {f"e{n}": Expert.from_function(function) for n, function in enumerate(functions_of(kinds))}
+    gate = options.pop("gate", None) or gates.TopK(D, len(kinds), k=2)
+    return Layer("l", gate, experts, **{"input": TensorSpec((D,)), **options})
+
+
+def some_rows(rows: int, seed: int, dtype: torch.dtype) -> Tensor:
+    return torch.randint(-8, 9, (rows, D), generator=torch.Generator().manual_seed(seed)).to(dtype) / 4 + 1 / 8
+
+
+class Refused(Exception):
+    """What the reference says of a request that must be refused: with the class of the error."""
+
+    def __init__(self, kind: type[ExpertMeshError]) -> None:
+        super().__init__(kind.__name__)
+        self.kind = kind
+
+
+def reference(
+    x: Tensor, kinds: list[str], routing: Routing, policy: str, limit: float
+) -> tuple[Tensor, list[float], set[int], set[int]]:
+    """Rows, lost mass of each, who took part and who is missing, one pair at a time in float64."""
+    functions, kind = functions_of(kinds), policy.partition(":")[0]
+    fallback = int(policy.partition(":e")[2] or 0)
+    output, masses = torch.zeros(x.shape, dtype=torch.float64), []
+    took_part: set[int] = set()
+    missing: set[int] = set()
+    raised = False
+    wanted_fallback: list[int] = []
+    empty = False
+    for row in range(x.shape[0]):
+        pairs = [
+            (expert, weight)
+            for expert, weight in zip(routing.indices_TK[row].tolist(), routing.weights_TK[row].tolist(), strict=True)
+            if expert >= 0
+        ]
+        lost_weight, kept = [], []
+        for expert, weight in pairs:
+            raised |= kinds[expert] == "raises"
+            value = None if kinds[expert] == "raises" else functions[expert](x[row : row + 1])[0].double()
+            if value is None or not bool(value.isfinite().all()):
+                lost_weight.append(weight)
+                missing.add(expert)
+            else:
+                kept.append((weight, value))
+                took_part.add(expert)
+        chosen = sum(abs(weight) for _, weight in pairs)
+        lost = sum(map(abs, lost_weight))
+        masses.append(lost / chosen)
+        total = sum((weight * value for weight, value in kept), torch.zeros(D, dtype=torch.float64))
+        if lost_weight and kind == "renormalize":
+            empty |= not kept
+            total = total * (chosen / max(chosen - lost, 1e-30))
+        elif lost_weight and kind == "residual":
+            total = total + sum(lost_weight) * x[row].double()
+        elif lost_weight and kind == "fallback":
+            wanted_fallback.append(row)
+            if kinds[fallback] != "raises":
+                total = total + sum(lost_weight) * functions[fallback](x[row : row + 1])[0].double()
+        output[row] = total
+    if kind == "error" and raised:
+        raise Refused(ExpertFailed)
+    if kind == "error" and missing:
+        raise Refused(Unavailable)
+    if wanted_fallback and kinds[fallback] == "raises":
+        raise Refused(ExpertFailed)
+    if max(masses, default=0.0) > limit + 1e-6 or empty:
+        raise Refused(Unavailable)
+    if not bool(output.isfinite().all()):
+        raise Refused(Unavailable)
+    if wanted_fallback:
+        took_part.add(fallback)
+    return output, masses, took_part, missing
+
+
+kinds_of_experts = st.lists(
+    st.sampled_from(["good", "good", "good", "raises", "NaN", "sometimes", "infinite"]), min_size=1, max_size=E
+)
+
+
+@given(
+    kinds=kinds_of_experts,
+    rows=st.sampled_from([0, 1, 1, 2, 5]),
+    seed=st.integers(0, 999),
+    dtype=st.sampled_from(DTYPES),
+    policy=st.sampled_from(["error", "renormalize", "residual", "fallback:e0"]),
+    limit=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+    data=st.data(),
+)
+@settings(max_examples=200, deadline=None)
+def test_an_answer_is_the_sum_written_out(
+    kinds: list[str], rows: int, seed: int, dtype: torch.dtype, policy: str, limit: float, data: Any
+) -> None:
+    k = data.draw(st.integers(1, len(kinds)))
+    x = some_rows(rows, seed, dtype)
+    layer = layer_of(kinds, gate=gates.TopK(D, len(kinds), k=k))
+    with torch.no_grad():
+        routing = layer.gate(x)
+
+    async def main() -> None:
+        async with Mesh(layer) as mesh:
+            asked = mesh.ask(x, on_missing=policy, max_lost_mass=limit, return_routing=True)
+            try:
+                output, masses, took_part, missing = reference(x, kinds, routing, policy, limit)
+            except Refused as refused:
+                with pytest.raises(refused.kind):
+                    await asked
+                await mesh.at_rest()
+                return
+            reply = await asked
+            assert reply.output.dtype == dtype
+            assert reply.output.shape == x.shape
+            torch.testing.assert_close(reply.output.double(), output, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+            torch.testing.assert_close(reply.lost_mass.tolist(), masses, rtol=0, atol=1e-5)
+            assert reply.summary.max_lost_mass == pytest.approx(max(masses, default=0.0), abs=1e-5)
+            assert reply.summary.degraded == bool(missing)
+            assert reply.summary.missing == sorted(f"l/e{expert}" for expert in missing)
+            named = {f"l/e{expert}" for expert in took_part} | {"l/gate"}
+            assert reply.summary.versions == {name: mesh.versions[name] for name in named}
+            assert reply.indices is not None
+            assert torch.equal(reply.indices, routing.indices_TK)
+            await mesh.at_rest()
+
+    check(main())
+
+
+@given(
+    sizes=st.lists(st.integers(0, 3), min_size=2, max_size=6),
+    policies=st.lists(st.sampled_from(["renormalize", "residual", "fallback:e0", "error"]), min_size=6, max_size=6),
+    choices=st.lists(st.integers(1, 3), min_size=6, max_size=6),
+    denied=st.lists(st.sampled_from(["e0", "e1", "e2", None]), min_size=6, max_size=6),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=80, deadline=None)
+def test_requests_in_one_batch_keep_their_own_options_and_troubles(
+    sizes: list[int], policies: list[str], choices: list[int], denied: list[str | None], seed: int
+) -> None:
+    kinds = ["good", "raises", "sometimes", "good"]
+    layer = layer_of(kinds)
+
+    async def main() -> None:
+        async with Mesh(layer) as mesh:
+            requests = []
+            for number, size in enumerate(sizes):
+                x = some_rows(size, seed + number, torch.float32)
+                mask = torch.ones(E, dtype=torch.bool)
+                if denied[number] is not None:
+                    mask[int(str(denied[number])[1])] = False
+                options: dict[str, Any] = {
+                    "on_missing": policies[number],
+                    "max_lost_mass": 1.0,
+                    "top_k": choices[number],
+                }
+                if denied[number] is not None:
+                    options["deny"] = [denied[number]]
+                with torch.no_grad():
+                    routing = layer.gate(x, mask_TE=mask, k=choices[number])
+                requests.append((x, options, routing))
+            replies = await asyncio.gather(
+                *(mesh.ask(x, **options) for x, options, _ in requests), return_exceptions=True
+            )
+            assert mesh.router.telemetry.batches["l"] == 1
+            refusals: list[tuple[type, type]] = []
+            for (x, options, routing), reply in zip(requests, replies, strict=True):
+                try:
+                    output, _, took_part, _ = reference(x, kinds, routing, options["on_missing"], 1.0)
+                except Refused as refused:
+                    refusals.append((type(reply), refused.kind))
+                    continue
+                assert not isinstance(reply, BaseException)
+                torch.testing.assert_close(reply.output.double(), output, rtol=1e-5, atol=1e-5)
+                assert set(reply.summary.versions) == {f"l/e{expert}" for expert in took_part} | {"l/gate"}
+            assert all(got is wanted for got, wanted in refusals)
+            await mesh.at_rest()
+
+    check(main())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rows", [0, 1, 4])
+def test_every_way_of_combining(method: str, rows: int) -> None:
+    layer = layer_of(["good"] * E, combine=method)
+    x = some_rows(rows, 5, torch.float32)
+    with torch.no_grad():
+        routing = layer.gate(x)
+    answers = torch.stack([x * (1.0 + n / 2) for n in range(E)], dim=1)[torch.arange(rows)[:, None], routing.indices_TK]
+    weighted = (routing.weights_TK[..., None] * answers).sum(dim=1)
+    wanted = {
+        "weighted_sum": weighted,
+        "residual": x + weighted,
+        "mean": answers.mean(dim=1),
+        "vote": answers.argmax(dim=2).mode(dim=1).values if rows else torch.zeros(0, dtype=torch.int64),
+    }[method]
+
+    async def main() -> None:
+        async with Mesh(layer) as mesh:
+            reply = await mesh.ask(x)
+            assert reply.output.shape == wanted.shape
+            torch.testing.assert_close(reply.output, wanted, check_dtype=method == "vote")
+
+    check(main())
+
+
+OTHER_SHAPES = {
+    "labels": (
+        Expert("helpers.samples:labels", input=TensorSpec((D,)), output=TensorSpec((), "int64")),
+        "vote",
+        (),
+        torch.int64,
+    ),
+    "classes": (Expert("torch.nn:Linear", args=(D, 5)), "weighted_sum", (5,), torch.float32),
+    "a live module": (Expert.from_module(torch.nn.Linear(D, 2)), "mean", (2,), torch.float32),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_SHAPES)
+@pytest.mark.parametrize("rows", [0, 3])
+def test_no_rows_have_the_shape_and_dtype_of_some(case: str, rows: int) -> None:
+    expert, method, shape, dtype = OTHER_SHAPES[case]
+    output = expert.output if expert.output.shape is not None else TensorSpec(shape, "float32")
+    experts = {name: replace(expert, output=output) for name in ("a", "b")}
+    layer = Layer("l", gates.TopK(D, 2, k=1), experts, combine=method)
+
+    async def main() -> None:
+        async with Mesh(layer) as mesh:
+            reply = await mesh.ask(some_rows(rows, 1, torch.float32))
+            assert reply.output.shape == (rows, *shape)
+            assert reply.output.dtype == dtype
+            assert reply.lost_mass.shape == (rows,)
+
+    check(main())
+
+
+def test_a_fallback_answers_alone_though_nothing_says_of_what_shape() -> None:
+    def classes(rows: Tensor) -> Tensor:
+        return torch.cat([rows, rows], dim=1)
+
+    experts = {"bad": Expert.from_function(raising), "good": Expert.from_function(classes)}
+    layer = Layer("l", gates.Fixed([1.0, 0.5], k=1), experts, on_missing="fallback:good", max_lost_mass=1.0)
+
+    async def main() -> None:
+        async with Mesh(layer) as mesh:
+            x = some_rows(3, 1, torch.float32)
+            reply = await mesh.ask(x)
+            torch.testing.assert_close(reply.output, classes(x))
+            assert set(reply.summary.versions) == {"l/good", "l/gate"}
+            assert (reply.summary.missing, reply.summary.max_lost_mass) == (["l/bad"], 1.0)
+
+    check(main())
+
+
+def test_integer_rows_have_floating_answers() -> None:
+    experts = {"e": Expert("torch.nn:Embedding", args=(8, 3), input=TensorSpec((), "int64"))}
+    layer = Layer("l", gates.Fixed([2.0]), experts, input=TensorSpec((), "int64"))
+
+    async def main() -> None:
+        async with Mesh(layer) as mesh:
+            reply = await mesh.ask(torch.tensor([1, 7]))
+            assert reply.output.shape == (2, 3)
+            assert reply.output.dtype == torch.float32
+
+    check(main())
+
+
+def test_experts_of_different_shapes_are_refused() -> None:
+    experts = {"a": Expert("helpers.samples:relu"), "b": Expert.from_function(lambda rows: rows[:, :1])}
+    layer = Layer("l", gates.Fixed([1.0, 1.0]), experts)
+
+    async def main() -> None:
+        async with Mesh(layer) as mesh:
+            with pytest.raises(SpecMismatch, match="their answers cannot be combined"):
+                await mesh.ask(some_rows(2, 1, torch.float32))
+            await mesh.at_rest()
+
+    check(main())
+
+
+def test_a_routing_of_the_callers_names_no_gate() -> None:
+    layer = layer_of(["good"] * E)
+
+    async def main() -> None:
+        async with Mesh(layer) as mesh:
+            x = some_rows(2, 3, torch.float32)
+            indices, weights = torch.tensor([[3, 0], [1, -1]]), torch.tensor([[0.25, 0.5], [2.0, 7.0]])
+            reply = await mesh.ask(x, indices=indices, weights=weights, return_routing=True)
+            wanted = torch.stack([x[0] * (0.25 * 2.5 + 0.5), x[1] * 2.0 * 1.5])
+            torch.testing.assert_close(reply.output, wanted)
+            assert set(reply.summary.versions) == {"l/e0", "l/e1", "l/e3"}
+            assert reply.weights is not None
+            assert reply.weights.tolist() == [[0.25, 0.5], [2.0, 0.0]]
+
+    check(main())
+
+
+def test_nan_of_the_caller_is_the_callers_mistake() -> None:
+    layer = layer_of(["good"] * 2, gate=gates.Fixed([0.5, 0.5]))
+
+    async def main() -> None:
+        async with Mesh(layer) as mesh:
+            with pytest.raises(InvalidRequest, match="x holds NaN or infinity"):
+                await mesh.ask(torch.full((1, D), torch.nan))
+
+    check(main())
+
+
+def test_shared_experts_take_part_in_every_answer_and_no_policy_covers_them() -> None:
+    def layer(shared: str) -> Layer:
+        (function,) = functions_of([shared])
+        return layer_of(["good"] * 2, on_missing="residual", shared={"s": Expert.from_function(function)})
+
+    async def main() -> None:
+        x = some_rows(3, 3, torch.float32)
+        async with Mesh(layer("good")) as mesh:
+            plain = await Mesh(layer_of(["good"] * 2)).__aenter__()
+            reply, without = await mesh.ask(x), await plain.ask(x)
+            torch.testing.assert_close(reply.output, without.output + x)
+            assert set(reply.summary.versions) - set(without.summary.versions) == {"l/s"}
+            assert set((await mesh.ask(x[:0])).summary.versions) == {"l/gate"}
+            await plain.__aexit__()
+        async with Mesh(layer("raises")) as mesh:
+            with pytest.raises(ExpertFailed, match="l/s raised"):
+                await mesh.ask(x, max_lost_mass=1.0)
+        async with Mesh(layer("NaN")) as mesh:
+            with pytest.raises(Unavailable, match="not finite"):
+                await mesh.ask(x, max_lost_mass=1.0)
+
+    check(main())
+
+
+def test_what_capacity_drops_is_degraded_but_nobody_is_missing() -> None:
+    layer = layer_of(["good"] * 2, gate=gates.TopK(D, 2, k=1), capacity=Capacity(factor=0.5), on_dropped="residual")
+
+    async def main() -> None:
+        async with Mesh(layer) as mesh:
+            x = some_rows(1, 1, torch.float32).expand(6, D).contiguous()
+            reply = await mesh.ask(x)
+            assert (reply.summary.degraded, reply.summary.missing) == (True, [])
+            assert reply.summary.dropped == 4
+            assert reply.summary.max_lost_mass == 0.0
+            torch.testing.assert_close(reply.output[2:], x[2:])
+
+    check(main())

@@ -1,0 +1,106 @@
+"""Leases on epochs: they hold what they pin, live by use, and end by themselves; the clock is moved by hand."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from expertmesh.experts.errors import FailedPrecondition, InvalidRequest, Overloaded, Unavailable
+from expertmesh.router.epochs.epochs import Epoch, Epochs
+from expertmesh.router.epochs.leases import MAX_LEASES, MAX_LIFE, MAX_TTL, Leases
+
+
+class World:
+    """Epochs, their leases, and a clock."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.epochs = Epochs()
+        numbers = itertools.count()
+        self.pins = Leases(self.epochs, lambda: self.now, new_id=lambda: f"lease-{next(numbers)}")
+        self.epochs.adopt(Epoch(1, {"l/e": "v1"}))
+
+    def use(self, lease: str) -> int:
+        """What a request does: pin, work, give back."""
+        epoch = self.pins.pin(lease)
+        self.epochs.unpin(epoch)
+        return epoch.number
+
+
+def test_a_lease_holds_its_epoch_while_others_are_adopted() -> None:
+    world = World()
+    lease, epoch, ttl = world.pins.lease(30.0)
+    assert (lease, epoch.number, ttl) == ("lease-0", 1, 30.0)
+    world.epochs.adopt(Epoch(2, {"l/e": "v2"}))
+    assert (world.epochs.oldest_pinned(), world.epochs.pins()) == (1, {1: 1})
+    assert world.epochs.draining() == {"l/e": ["v1"]}
+    assert world.use(lease) == 1
+    assert world.pins.give_back(lease)
+    assert (world.epochs.oldest_pinned(), world.epochs.pins(), world.epochs.draining()) == (2, {}, {})
+    assert not world.pins.give_back(lease)
+    with pytest.raises(FailedPrecondition, match="pin again"):
+        world.use(lease)
+
+
+def test_a_lease_ends_when_it_is_not_used_and_lives_by_use() -> None:
+    world = World()
+    used, unused = world.pins.lease(10.0)[0], world.pins.lease(10.0)[0]
+    for _ in range(5):
+        world.now += 9.0
+        assert world.use(used) == 1
+    with pytest.raises(FailedPrecondition):
+        world.use(unused)
+    assert world.epochs.pins() == {1: 1}
+    world.now += 10.0
+    assert world.pins.drop_expired() == 1
+    assert (len(world.pins), world.epochs.pins()) == (0, {})
+
+
+def test_a_request_that_began_on_a_lease_keeps_the_epoch_when_the_lease_ends() -> None:
+    world = World()
+    lease = world.pins.lease(1.0)[0]
+    epoch = world.pins.pin(lease)
+    world.epochs.adopt(Epoch(2))
+    world.now += 5.0
+    world.pins.drop_expired()
+    assert world.epochs.oldest_pinned() == 1
+    world.epochs.unpin(epoch)
+    assert world.epochs.oldest_pinned() == 2
+
+
+def test_no_lease_lives_for_ever_however_often_it_is_used() -> None:
+    world = World()
+    lease, _, ttl = world.pins.lease(1e9)
+    assert ttl == MAX_TTL
+    began = world.now
+    while world.now + ttl / 2 < began + MAX_LIFE:
+        world.now += ttl / 2
+        world.use(lease)
+    world.now = began + MAX_LIFE
+    with pytest.raises(FailedPrecondition):
+        world.use(lease)
+
+
+@pytest.mark.parametrize("ttl", [0.0, -1.0, float("nan")])
+def test_a_time_to_live_that_is_none_is_refused(ttl: float) -> None:
+    world = World()
+    with pytest.raises(InvalidRequest, match="ttl"):
+        world.pins.lease(ttl)
+    assert world.epochs.pins() == {}
+
+
+def test_leases_are_bounded_and_those_that_are_over_make_room() -> None:
+    world = World()
+    for _ in range(MAX_LEASES):
+        world.pins.lease(5.0)
+    with pytest.raises(Overloaded):
+        world.pins.lease(5.0)
+    world.now += 5.0
+    assert world.pins.lease(5.0)[1].number == 1
+    assert (len(world.pins), world.epochs.pins()) == (1, {1: 1})
+
+
+def test_before_the_first_epoch_nothing_can_be_leased() -> None:
+    with pytest.raises(Unavailable):
+        Leases(Epochs(), lambda: 0.0).lease(1.0)

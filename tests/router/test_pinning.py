@@ -1,0 +1,177 @@
+"""Which epoch a request runs on, over a router in this process: named, leased, at least as new as one that was seen."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+from helpers.mesh import Mesh, check
+
+from expertmesh.experts.errors import FailedPrecondition, InvalidRequest, NotFound, Unavailable, VersionGone
+from expertmesh.experts.spec import Expert
+from expertmesh.router import gates
+from expertmesh.router.epochs.epochs import Epoch
+from expertmesh.router.mixture.layer import Layer
+
+X = torch.ones(2, 3)
+
+
+def scaled(by: float) -> Expert:
+    return Expert("helpers.samples:scaled", kwargs={"by": by})
+
+
+class TwoEpochs(Mesh):
+    """A mesh whose expert doubles in epoch 1 and, once `flip` was called, triples in epoch 2."""
+
+    def __init__(self) -> None:
+        super().__init__(Layer("l", gates.Fixed([1.0]), {"e": Expert.from_function(lambda rows: rows * 2)}))
+        self.recalls: list[int] = []
+        host = self.hosts["l/e#0"]
+        self.old = dict(self.versions)
+        self.new = self.old | {"l/e": host.load("l/e", Expert.from_function(lambda rows: rows * 3), 2).version}
+
+    def epoch(self, number: int, cluster: str = "here") -> Epoch:
+        return Epoch(number, self.old if number == 1 else self.new, {"l": self.layer}, cluster)
+
+    def flip(self) -> None:
+        self.router.adopt(self.epoch(2))
+
+    def recalling(self) -> None:
+        """Let the router have epoch 1 recalled, as a controller that keeps it would."""
+
+        async def recall(number: int) -> None:
+            self.recalls.append(number)
+            await asyncio.sleep(0)
+            if number != 1:
+                raise FailedPrecondition(f"epoch {number} is not kept any more")
+            self.router.epochs.keep([self.epoch(1)])
+
+        self.router.pinning.recall = recall
+
+    async def factor(self, **options: object) -> tuple[int, float]:
+        reply = await self.ask(X, **options)  # type: ignore[arg-type]
+        return reply.summary.epoch, float(reply.output[0, 0])
+
+
+def test_an_epoch_by_number_is_recalled_once_for_all_who_ask() -> None:
+    async def main() -> None:
+        async with TwoEpochs() as mesh:
+            assert await mesh.factor(epoch=1) == (1, 2.0)
+            mesh.flip()
+            assert await mesh.factor() == (2, 3.0)
+            assert await mesh.factor(epoch=2) == (2, 3.0)
+            with pytest.raises(VersionGone, match="epoch 1 is not loaded here"):
+                await mesh.factor(epoch=1)
+            mesh.recalling()
+            answers = await asyncio.gather(*(mesh.factor(epoch=1) for _ in range(5)))
+            assert answers == [(1, 2.0)] * 5
+            assert mesh.recalls == [1]
+            for number in (7, -1, 0):
+                with pytest.raises(FailedPrecondition, match="not kept"):
+                    await mesh.factor(epoch=number)
+            await mesh.at_rest()
+
+    check(main())
+
+
+def test_versions_that_were_unloaded_under_a_named_epoch_are_recalled_and_no_other_epoch_answers() -> None:
+    async def main() -> None:
+        async with TwoEpochs() as mesh:
+            mesh.flip()
+            mesh.recalling()
+            assert await mesh.factor(epoch=1) == (1, 2.0)
+            mesh.hosts["l/e#0"].unload("l/e", mesh.old["l/e"])
+            mesh.report()
+            with pytest.raises(VersionGone, match="epoch 1 cannot be answered"):
+                await mesh.factor(epoch=1)
+            assert mesh.recalls == [1, 1]
+            assert await mesh.factor() == (2, 3.0)
+            await mesh.at_rest()
+
+    check(main())
+
+
+def test_whoever_waits_for_a_recall_still_gets_it_when_the_first_gives_up() -> None:
+    async def main() -> None:
+        async with TwoEpochs() as mesh:
+            mesh.flip()
+            mesh.recalling()
+            first, second = (asyncio.ensure_future(mesh.factor(epoch=1)) for _ in range(2))
+            await asyncio.sleep(0)
+            first.cancel()
+            assert await second == (1, 2.0)
+            await mesh.at_rest()
+
+    check(main())
+
+
+def test_a_lease_answers_from_its_epoch_across_a_flip() -> None:
+    async def main() -> None:
+        async with TwoEpochs() as mesh:
+            lease, _, _ = mesh.router.leases.lease(30.0)
+            mesh.flip()
+            assert await mesh.factor(pin=lease) == (1, 2.0)
+            assert await mesh.factor() == (2, 3.0)
+            assert mesh.router.epochs.oldest_pinned() == 1
+            mesh.router.leases.give_back(lease)
+            with pytest.raises(FailedPrecondition, match="pin again"):
+                await mesh.factor(pin=lease)
+            with pytest.raises(InvalidRequest, match="exclude each other"):
+                await mesh.factor(pin=lease, epoch=1)
+            await mesh.at_rest()
+
+    check(main())
+
+
+def test_a_router_that_is_behind_catches_up_first() -> None:
+    async def main() -> None:
+        async with TwoEpochs() as mesh:
+            waiting = asyncio.ensure_future(mesh.factor(min_epoch=2))
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert not waiting.done()
+            mesh.flip()
+            assert await waiting == (2, 3.0)
+            await mesh.at_rest()
+
+    check(main())
+
+
+def test_a_router_that_stays_behind_says_so_before_the_deadline() -> None:
+    async def main() -> None:
+        async with TwoEpochs() as mesh:
+            with pytest.raises(Unavailable, match=r"this router is at epoch 1, the client has seen epoch 9"):
+                await mesh.factor(min_epoch=9, timeout=0.05)
+            assert await mesh.factor(min_epoch=9, epoch=1) == (1, 2.0)
+            await mesh.at_rest()
+
+    check(main())
+
+
+def test_what_was_seen_of_another_cluster_means_nothing_here() -> None:
+    async def main() -> None:
+        async with TwoEpochs() as mesh:
+            mesh.flip()
+            assert await mesh.factor(min_epoch=9, cluster="there") == (2, 3.0)
+            with pytest.raises(Unavailable):
+                await mesh.factor(min_epoch=9, cluster="here", timeout=0.05)
+            reply = await mesh.ask(X)
+            assert reply.summary.cluster == "here"
+
+    check(main())
+
+
+def test_an_epoch_that_never_was_is_what_the_controller_says() -> None:
+    async def main() -> None:
+        async with TwoEpochs() as mesh:
+
+            async def recall(number: int) -> None:
+                raise NotFound(f"there is no epoch {number}")
+
+            mesh.router.pinning.recall = recall
+            with pytest.raises(NotFound, match="there is no epoch 4"):
+                await mesh.factor(epoch=4)
+            await mesh.at_rest()
+
+    check(main())

@@ -1,0 +1,97 @@
+"""The in-process transport: one thread a host, typed errors, nothing left running."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from expertmesh.experts.errors import ExpertMeshError, Unavailable
+from expertmesh.experts.host import ExpertHost
+from expertmesh.experts.protocol import ExpertCall, ExpertReply, Part
+from expertmesh.experts.spec import Expert
+from expertmesh.router.fanout.replica_view import Replica
+from expertmesh.router.fanout.transport import LocalTransport
+
+ROWS = torch.ones(2, 3)
+
+
+def host_of(expert: Expert) -> tuple[ExpertHost, ExpertCall]:
+    host = ExpertHost()
+    version = host.load("l/e", expert, 1).version
+    return host, ExpertCall(1, (Part("l/e", version, 0, 2),), ROWS, torch.tensor([0, 1]))
+
+
+async def sent(transport: LocalTransport, name: str, call: ExpertCall) -> ExpertReply:
+    answer: asyncio.Future[ExpertReply | ExpertMeshError] = asyncio.get_running_loop().create_future()
+    transport.send(Replica(name), call, answer.set_result)
+    reply = await answer
+    if isinstance(reply, ExpertMeshError):
+        raise reply
+    return reply
+
+
+def answer_of(reply: ExpertReply) -> Tensor:
+    (answer,) = reply.outputs
+    assert isinstance(answer, Tensor)
+    return answer
+
+
+def test_a_message_is_computed_by_its_host() -> None:
+    host, call = host_of(Expert("torch:exp"))
+    transport = LocalTransport({"a": host})
+    reply = asyncio.run(sent(transport, "a", call))
+    assert reply.incarnation == host.incarnation
+    assert torch.equal(answer_of(reply), ROWS.exp())
+    transport.close()
+
+
+def test_a_replica_that_is_gone_or_closed_is_unavailable() -> None:
+    host, call = host_of(Expert("torch:exp"))
+    transport = LocalTransport({"a": host})
+    for name in ("b", "a"):
+        if name == "a":
+            transport.remove("a")
+        with pytest.raises(Unavailable, match="the replica is gone; retry"):
+            asyncio.run(sent(transport, name, call))
+    transport.remove("a")
+    transport.close()
+
+
+def test_a_thread_that_is_shut_down_under_a_message_is_unavailable() -> None:
+    host, call = host_of(Expert("torch:exp"))
+    transport = LocalTransport({"a": host})
+    transport._threads["a"].shutdown()  # as `remove` in another thread does, between the look-up and the call
+    with pytest.raises(Unavailable, match="the replica is gone; retry"):
+        asyncio.run(sent(transport, "a", call))
+
+
+def test_hosts_do_not_wait_for_each_other_and_one_computes_one_message_at_a_time() -> None:
+    meet, inside = threading.Barrier(2, timeout=20), []
+
+    def both(rows: Tensor) -> Tensor:
+        inside.append(1)
+        assert len(inside) <= 2
+        meet.wait()
+        inside.pop()
+        return rows
+
+    host, call = host_of(Expert.from_function(both))
+    other, _ = host_of(Expert.from_function(both))
+    transport = LocalTransport({"a": host, "b": other})
+
+    async def main() -> None:
+        calls = [sent(transport, name, call) for name in ("a", "b", "a", "b")]
+        for reply in await asyncio.gather(*calls):
+            assert torch.equal(answer_of(reply), ROWS)
+
+    asyncio.run(main())
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("expert-")]
+    assert len(threads) == 2
+    transport.close()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
