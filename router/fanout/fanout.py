@@ -1,4 +1,4 @@
-"""Fan-out: work to the replicas that can do it, few messages, and another try elsewhere when a replica is lost.
+"""Fan-out: a batch's work to the replicas that can do it, few messages, and another try when a replica is lost.
 
 Every replica has a lane: at most `WINDOW` messages are under way to it, and what comes in the meantime waits and goes
 together in the next one. So a slow expert holds up only those who need it, and waiting work can still be dropped.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,13 +16,17 @@ from torch import Tensor
 
 from ...experts.errors import BY_NAME, DataLoss, ExpertMeshError, Unavailable, VersionGone
 from ...experts.protocol import ExpertReply, PartFailure
-from .batch import Answered
+from ..epochs.epochs import Epoch
+from ..gates import Routing
+from ..mixture.dispatch import Dispatch
+from ..mixture.layer import Layer
+from .answers import Answered, Answers, Result
 from .fair_queue import FairQueue
 from .message import Place, alike, build_call
 from .replica_view import Replica, View
 from .telemetry import Telemetry
 from .transport import Transport, sending_error
-from .work import Work
+from .work import Assignment, Work, assign
 
 WINDOW = 2
 MAX_ROWS_PER_MESSAGE = 16_384
@@ -30,7 +34,68 @@ MAX_PARTS_PER_MESSAGE = 256
 MAX_ATTEMPTS = 3
 
 
-Result = Answered | ExpertMeshError
+@dataclass(eq=False)
+class Batch:
+    """Rows `x` [T, ...] of one layer on one epoch, on their way to experts and back.
+
+    The batch is held by those who wait for it; when the last one lets go, work that is left is given up by `cancel`.
+    """
+
+    epoch: Epoch
+    layer: Layer
+    x: Tensor
+    routing: Routing
+    handle: Dispatch
+    assignment: Assignment
+    cancel: Callable[[], None] = lambda: None
+    answers: Answers = field(init=False)
+    _waiting: list[tuple[set[int], asyncio.Future[None]]] = field(default_factory=list)
+    _complete: list[Callable[[], None]] = field(default_factory=list)
+    _holders: int = 1
+
+    def __post_init__(self) -> None:
+        self.answers = Answers(self.layer, self.assignment)
+
+    def hold(self) -> None:
+        """Keep the batch's work wanted."""
+        self._holders += 1
+
+    def release(self) -> None:
+        """Let go; the last one gives up the work that is left."""
+        self._holders -= 1
+        if self._holders == 0 and not self.answers.complete:
+            self.cancel()
+            self._end()
+
+    def when_complete(self, call: Callable[[], None]) -> None:
+        """Call something once all work is answered or given up; at once where it is."""
+        if self.answers.complete:
+            call()
+        else:
+            self._complete.append(call)
+
+    def answer(self, key: int, result: Result) -> None:
+        """Take what came of one piece of work, by its key in the assignment."""
+        self.answers.put(key, result)
+        for left, future in self._waiting:
+            left.discard(key)
+            if not left and not future.done():
+                future.set_result(None)
+        if self.answers.complete:
+            self._end()
+
+    async def wait(self, experts: Sequence[int]) -> dict[int, ExpertMeshError]:
+        """Wait until these experts have answered or failed; returns why, for those that failed."""
+        if left := self.answers.lacking(experts):
+            future = asyncio.get_running_loop().create_future()
+            self._waiting.append((left, future))
+            await future
+        return self.answers.errors(experts)
+
+    def _end(self) -> None:
+        calls, self._complete = self._complete, []
+        for call in calls:
+            call()
 
 
 @dataclass(eq=False)
@@ -92,6 +157,22 @@ class Fanout:
         self._filled: dict[str, _Lane] = {}
         self._attempts = itertools.count(1)
 
+    def start(
+        self, epoch: Epoch, layer: Layer, x: Tensor, routing: Routing, handle: Dispatch, *, deadline: float, client: str
+    ) -> Batch:
+        """Send the rows `x` [T, ...] of a batch to the experts that `handle` groups them by. Held once, by the caller.
+
+        `deadline` is on the clock of the event loop; `client` is whose rows they are, "" for those of several.
+        """
+        assignment = assign(layer, epoch.versions, x, handle, deadline=deadline, client=client)
+        batch = Batch(epoch, layer, x, routing, handle, assignment)
+        jobs = [self.submit(work, partial(batch.answer, key)) for key, work in assignment.work.items()]
+        batch.cancel = partial(self._cancel_all, jobs)
+        self.flush()
+        self._telemetry.batches[layer.name] += 1
+        self._telemetry.chosen(layer.expert_ids, handle.mass())
+        return batch
+
     def submit(self, work: Work, done: Callable[[Result], None]) -> Job:
         """Have a replica do some work; `done` gets what came of it.
 
@@ -111,6 +192,10 @@ class Fanout:
         if job.message is not None and all(other.over for other in job.message.jobs):
             job.message.cancel()
             self._ended(job.message)
+
+    def _cancel_all(self, jobs: Iterable[Job]) -> None:
+        for job in jobs:
+            self.cancel(job)
 
     async def ask(self, work: Work) -> Answered:
         """Submit and wait. Raises what `done` would get."""

@@ -1,9 +1,9 @@
 """What each replica is asked for a batch: one piece of work for all its experts, each row once, and who adds up.
 
-Experts of a pack share a replica, so their rows go there in one message. Where it makes the answer smaller, the replica
-adds up the weighted answers of its experts for each row (for `weighted_sum`, `residual` and `mean`).
+Experts of a pack share a replica, so their rows go there in one message. Where it makes the answers smaller, replicas
+add up the weighted answers of their experts for each row (for `weighted_sum`, `residual` and `mean`).
 
-Index arithmetic is numpy's, as in `presummed.py`.
+Index arithmetic on few rows is numpy's, whose calls cost a third of torch's.
 Shapes: T rows of the batch, N pairs of the batch sorted by expert, P pairs of one piece of work, R distinct rows in it.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..mixture.dispatch import Dispatch
 from ..mixture.layer import Layer
-from ..mixture.presummed import Array, Presummed
 
+Array = np.ndarray[Any, Any]
 SUMMED = ("weighted_sum", "residual", "mean")
 SUM_BYTES = 4
 
@@ -58,36 +58,15 @@ class Work:
 class Assignment:
     """All the work of a batch, by the position of its first expert in the layer, and who does which part of it.
 
-    `members` are the experts of a piece of work, `owner` gives its position for every expert that has rows.
+    `members` are the experts of a piece of work, `owner` gives its position for every expert that has rows. With `sums`
+    every piece of work is answered with sums, but for those of shared experts.
     """
 
     handle: Dispatch
     work: Mapping[int, Work]
     members: Mapping[int, tuple[int, ...]]
     owner: Mapping[int, int]
-
-    @cached_property
-    def sums(self) -> bool:
-        """Whether some replica adds up."""
-        return any(work.weights_P is not None for work in self.work.values())
-
-    @cached_property
-    def places(self) -> Mapping[int, Tensor]:
-        """Where replicas add up: the pairs [R] that the sums stand for, the first of each row, by piece of work."""
-        found = {}
-        for key, work in self.work.items():
-            if work.weights_P is not None and work.index_P is not None:
-                pairs = _pairs(self.handle.offsets, self.members[key])
-                found[key] = torch.from_numpy(_first_pairs(pairs, work.index_P.numpy(), work.size))
-        return found
-
-    @cached_property
-    def presummed(self) -> Presummed | None:
-        """What became of the pairs that were added up; None where none were."""
-        if not self.places:
-            return None
-        absorbed = [_pairs(self.handle.offsets, self.members[key]) for key in self.places]
-        return Presummed.of(self.handle, absorbed, [place.numpy() for place in self.places.values()])
+    sums: bool
 
 
 def assign(
@@ -104,25 +83,26 @@ def assign(
     Shared experts come last, each with all rows and by itself.
     """
     ids, offsets, rows_N = layer.expert_ids, handle.offsets, handle.rows_N.numpy()
+    present = [experts for pack in layer.packs if (experts := _with_rows(pack, offsets))]
+    pairs = [_pairs(offsets, experts) for experts in present]
+    rows = [
+        _distinct(rows_N[own], x.shape[0]) if len(experts) > 1 else (rows_N[own], None)
+        for experts, own in zip(present, pairs, strict=True)
+    ]
+    sums = _pays(layer, x, sum(len(rows_R) for rows_R, _ in rows), handle.num_pairs)
+    weights_N = term_weights(layer, handle) if sums else None
     work: dict[int, Work] = {}
-    members: dict[int, tuple[int, ...]] = {}
-    for pack in layer.packs:
-        present = [e for e in pack if offsets[e] < offsets[e + 1]]
-        if not present:
-            continue
-        first = present[0]
-        members[first] = tuple(present)
-        experts = tuple((ids[e], versions[ids[e]], offsets[e + 1] - offsets[e]) for e in present)
-        if len(present) == 1:
-            work[first] = Work(experts, x, handle.rows_N[handle.pairs(first)], deadline=deadline, client=client)
-            continue
-        pairs = _pairs(offsets, present)
-        rows_R, index_P = _distinct(rows_N[pairs], x.shape[0])
-        weights_P = None
-        if _pays(layer, x, len(rows_R), len(index_P)):
-            weights_P = term_weights(layer, handle, pairs)
-        rows, index = torch.from_numpy(rows_R), torch.from_numpy(index_P)
-        work[first] = Work(experts, x, rows, index, weights_P, deadline, client)
+    for experts, own, (rows_R, index_P) in zip(present, pairs, rows, strict=True):
+        work[experts[0]] = Work(
+            tuple((ids[e], versions[ids[e]], offsets[e + 1] - offsets[e]) for e in experts),
+            x,
+            torch.from_numpy(rows_R),
+            None if index_P is None else torch.from_numpy(index_P),
+            None if weights_N is None else weights_N[own],
+            deadline,
+            client,
+        )
+    members = {experts[0]: experts for experts in present}
     if x.shape[0] and layer.shared_ids:
         every = torch.arange(x.shape[0])
         for position, shared in enumerate(layer.shared_ids, start=len(layer.experts)):
@@ -130,7 +110,19 @@ def assign(
             work[position] = Work(whole, x, every, deadline=deadline, client=client)
             members[position] = (position,)
     owner = {expert: first for first, together in members.items() for expert in together}
-    return Assignment(handle, work, members, owner)
+    return Assignment(handle, work, members, owner, sums)
+
+
+def term_weights(layer: Layer, handle: Dispatch) -> Tensor:
+    """What the answer of each pair is multiplied with in the sum of its row: [N], float."""
+    if layer.combine != "mean":
+        return handle.weights_N
+    held_T = torch.bincount(handle.rows_N, minlength=handle.num_rows)
+    return held_T[handle.rows_N].float().reciprocal()
+
+
+def _with_rows(experts: Sequence[int], offsets: Sequence[int]) -> tuple[int, ...]:
+    return tuple(e for e in experts if offsets[e] < offsets[e + 1])
 
 
 def _pays(layer: Layer, x: Tensor, rows: int, pairs: int) -> bool:
@@ -155,20 +147,3 @@ def _distinct(rows_P: Array, num_rows: int) -> tuple[Array, Array]:
     places_T = np.empty(num_rows, dtype=np.int64)
     places_T[rows_R] = np.arange(len(rows_R))
     return rows_R, places_T[rows_P]
-
-
-def term_weights(layer: Layer, handle: Dispatch, pairs: Array | slice) -> Tensor:
-    """What the answers to some pairs are multiplied with in the sum of their row: [P], float."""
-    at = pairs if isinstance(pairs, slice) else torch.from_numpy(pairs)
-    if layer.combine != "mean":
-        return handle.weights_N[at]
-    held_T = torch.bincount(handle.rows_N, minlength=handle.num_rows)
-    return held_T[handle.rows_N[at]].float().reciprocal()
-
-
-def _first_pairs(pairs: Array | slice, index_P: Array, rows: int) -> Array:
-    """The first of the pairs of each distinct row, in the order of the experts: [R]."""
-    order_P = np.arange(pairs.start, pairs.stop) if isinstance(pairs, slice) else pairs
-    first_R = np.empty(rows, dtype=np.int64)
-    first_R[index_P[::-1]] = order_P[::-1]  # of equal indices the last one stays
-    return first_R

@@ -19,7 +19,6 @@ from ...experts.errors import InvalidRequest, SpecMismatch, Unavailable
 from .dispatch import Dispatch
 from .missing import OnMissing, lost_mass, lost_pairs, refuse, renormalization
 from .ordered_sum import ordered_sum
-from .presummed import Presummed
 from .vote import labels_of, majority
 
 METHODS = ("weighted_sum", "mean", "vote", "residual")
@@ -32,21 +31,22 @@ class Combined:
 
     `output` [T, ...]. `lost_mass_T` float32: per row, the share of |gate weight| whose expert did not answer.
     `dropped_T` int64 or None: per row, the choices that capacity took away.
-    `degraded`: some pair was lost or some choice dropped.
+    `degraded`: some pair was lost or some choice dropped. `lost_TK` bool: the pairs that were lost, None without any.
     """
 
     output: Tensor
     lost_mass_T: Tensor
     dropped_T: Tensor | None
     degraded: bool
+    lost_TK: Tensor | None = None
 
 
 def combine(
     handle: Dispatch,
-    outputs_N: Tensor,
+    outputs: Tensor,
     *,
+    added_up: bool = False,
     answered_N: Tensor | None = None,
-    presummed: Presummed | None = None,
     method: str = "weighted_sum",
     on_missing: str | OnMissing = "error",
     max_lost_mass: float = 0.5,
@@ -58,9 +58,9 @@ def combine(
 ) -> Combined:
     """Join the answers of the experts into rows.
 
-    `outputs_N` [N, ...] holds the answers in the order of the handle's pairs; what it holds where `answered_N` (bool
-    [N]; None = all) is False never reaches a result. `presummed` says where it holds sums of several answers already,
-    which leave out what was lost. Methods, over the pairs (w, f) of a row:
+    `outputs` [N, ...] holds the answers in the order of the handle's pairs; what it holds where `answered_N` (bool [N];
+    None = all) is False never reaches a result. With `added_up` it holds the sums [T, ...] that `method` makes of the
+    answered pairs of each row (not for `vote`). Methods, over the pairs (w, f) of a row:
 
     * `weighted_sum`: Σ w·f. `residual`: x + Σ w·f, with the rows `x_T`. `mean`: Σ f / number of pairs.
     * `vote`: the class with most votes, one vote an expert, of equal counts the lower class. Integer answers [N, ...]
@@ -82,86 +82,49 @@ def combine(
     SpecMismatch for shapes that do not fit.
     """
     policy = OnMissing.parse(on_missing)
-    _check(handle, outputs_N, method, on_dropped)
-    finish = _Finish(handle, method, on_dropped, x_T, shared_T, out_dtype or _default_dtype(outputs_N))
+    _check(handle, outputs, method, on_dropped, added_up)
+    finish = _Finish(handle, method, on_dropped, x_T, shared_T, out_dtype or _default_dtype(outputs))
 
     if answered_N is None and method != "vote":
-        whole = finish.whole(
-            _whole_sum(handle, outputs_N, method, presummed, finish.out_dtype if finish.plain else None)
-        )
+        total = outputs
+        if not added_up:
+            term_TK = _term_weights(handle, _gate_weights(handle), method)
+            total = ordered_sum(handle, outputs, term_TK, out_dtype=finish.out_dtype if finish.plain else None)
+        whole = finish.whole(total)
         if whole is not None:
             return whole
 
     weights_TK = _gate_weights(handle)
-    lost_TK = lost_pairs(handle, outputs_N, answered_N)
-    if lost_TK is None:
-        lost_TK = torch.zeros_like(handle.slots_TK, dtype=torch.bool)
-    mass_T = lost_mass(handle, weights_TK, lost_TK)
-    degraded = bool(lost_TK.any())
-    if degraded:
+    lost_TK = lost_pairs(handle, None if added_up else outputs, answered_N)
+    none_TK = torch.zeros_like(handle.slots_TK, dtype=torch.bool)
+    mass_T = lost_mass(handle, weights_TK, none_TK if lost_TK is None else lost_TK)
+    if lost_TK is not None:
         refuse(handle, lost_TK, mass_T, policy, max_lost_mass)
-    instead_T = _instead(policy, x_T, fallback_T, needed=degraded)
+    instead_T = _instead(policy, x_T, fallback_T, needed=lost_TK is not None)
     if method == "vote":
-        output = _vote(handle, outputs_N, lost_TK, policy, instead_T)
+        output = _vote(handle, outputs, none_TK if lost_TK is None else lost_TK, policy, instead_T)
     else:
         term_TK = _term_weights(handle, weights_TK, method)
-        output = finish(_degraded_sum(handle, outputs_N, term_TK, lost_TK, instead_T, presummed))
+        survivors = handle if lost_TK is None else handle.without(lost_TK)
+        total = outputs if added_up else ordered_sum(survivors, outputs, term_TK)
+        output = finish(total if lost_TK is None else _compensated(total, term_TK, lost_TK, instead_T))
     if output.is_floating_point() and not _finite(output):
         raise Unavailable(
             "the combined rows are not finite though every expert's answer is: a shared, residual or fallback row is "
             f"not, or the sum overflows {output.dtype} (then ask for a wider out_dtype)"
         )
-    return Combined(output, mass_T, handle.dropped_T, degraded or finish.dropped)
+    return Combined(output, mass_T, handle.dropped_T, lost_TK is not None or finish.dropped, lost_TK)
 
 
-def combine_total(
-    handle: Dispatch,
-    total_T: Tensor,
-    *,
-    method: str = "weighted_sum",
-    on_dropped: str = "zero",
-    x_T: Tensor | None = None,
-    shared_T: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Combined | None:
-    """Like `combine` of answers that are added up already: `total_T` [T, ...] is Σ w·f (Σ f / number for `mean`).
-
-    None where the rows are not finite: `combine` then finds out which answers were not. Raises InvalidRequest and
-    SpecMismatch as `combine` does.
-    """
-    return _Finish(handle, method, on_dropped, x_T, shared_T, out_dtype or total_T.dtype).whole(total_T)
-
-
-def _whole_sum(
-    handle: Dispatch, outputs_N: Tensor, method: str, presummed: Presummed | None, out_dtype: torch.dtype | None
-) -> Tensor:
-    if presummed is None:
-        return ordered_sum(handle, outputs_N, _term_weights(handle, _gate_weights(handle), method), out_dtype=out_dtype)
-    weights_TK = _term_weights(handle, _gate_weights(handle), method) if presummed.single else None
-    return presummed.sum(outputs_N, weights_TK)
-
-
-def _degraded_sum(
-    handle: Dispatch,
-    outputs_N: Tensor,
-    weights_TK: Tensor,
-    lost_TK: Tensor,
-    instead_T: Tensor | None,
-    presummed: Presummed | None,
-) -> Tensor:
-    survivors, terms_TK = handle.without(lost_TK), weights_TK
-    if presummed is not None:
-        first_TK, absorbed_TK = presummed.at(handle)
-        survivors = handle.without((lost_TK & ~first_TK) | absorbed_TK)
-        terms_TK = weights_TK.masked_fill(first_TK, 1)
+def _compensated(total_T: Tensor, weights_TK: Tensor, lost_TK: Tensor, instead_T: Tensor | None) -> Tensor:
+    """The sum of the answered pairs, with what the policy puts in the place of the lost ones."""
+    column = (-1,) + (1,) * (total_T.dim() - 1)
     if instead_T is None:
-        return ordered_sum(survivors, outputs_N, terms_TK * renormalization(weights_TK, lost_TK))
-    total = ordered_sum(survivors, outputs_N, terms_TK)
-    lost_weight_T = (weights_TK * lost_TK).sum(dim=1).to(total.dtype)
-    if instead_T.shape != total.shape:
-        raise SpecMismatch(f"rows of shape {tuple(instead_T.shape)} cannot stand in for answers {tuple(total.shape)}")
-    column = (-1,) + (1,) * (total.dim() - 1)
-    return torch.where(lost_TK.any(dim=1).view(column), total + lost_weight_T.view(column) * instead_T, total)
+        return total_T * renormalization(weights_TK, lost_TK).to(total_T.dtype).view(column)
+    if instead_T.shape != total_T.shape:
+        raise SpecMismatch(f"rows of shape {tuple(instead_T.shape)} cannot stand in for answers {tuple(total_T.shape)}")
+    lost_weight_T = (weights_TK * lost_TK).sum(dim=1).to(total_T.dtype)
+    return torch.where(lost_TK.any(dim=1).view(column), total_T + lost_weight_T.view(column) * instead_T, total_T)
 
 
 def _vote(handle: Dispatch, outputs_N: Tensor, lost_TK: Tensor, policy: OnMissing, instead_T: Tensor | None) -> Tensor:
@@ -259,17 +222,21 @@ def _term_weights(handle: Dispatch, weights_TK: Tensor, method: str) -> Tensor:
     return held_TK / held_TK.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def _check(handle: Dispatch, outputs_N: Tensor, method: str, on_dropped: str) -> None:
+def _check(handle: Dispatch, outputs: Tensor, method: str, on_dropped: str, added_up: bool) -> None:
     if method not in METHODS or on_dropped not in ON_DROPPED:
         raise InvalidRequest(
             f"method is {method!r} and on_dropped {on_dropped!r}, but must be one of {METHODS} and of {ON_DROPPED}"
         )
-    if outputs_N.dim() == 0 or outputs_N.shape[0] != handle.num_pairs:
-        raise SpecMismatch(f"outputs have shape {tuple(outputs_N.shape)}, but the handle has {handle.num_pairs} pairs")
+    if added_up and method == "vote":
+        raise InvalidRequest("votes are counted, not added up: 'vote' needs the answer of every pair")
+    wanted = handle.num_rows if added_up else handle.num_pairs
+    if outputs.dim() == 0 or outputs.shape[0] != wanted:
+        kind = "rows" if added_up else "pairs"
+        raise SpecMismatch(f"outputs have shape {tuple(outputs.shape)}, but the handle has {wanted} {kind}")
 
 
-def _default_dtype(outputs_N: Tensor) -> torch.dtype:
-    return outputs_N.dtype if outputs_N.is_floating_point() else torch.float32
+def _default_dtype(outputs: Tensor) -> torch.dtype:
+    return outputs.dtype if outputs.is_floating_point() else torch.float32
 
 
 def _finite(rows: Tensor) -> bool:

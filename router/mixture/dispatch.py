@@ -1,4 +1,4 @@
-"""Rows to experts: (row, expert) pairs sorted by expert, in a handle that only combine reads.
+"""Rows to experts: (row, expert) pairs sorted by expert, in a handle by which work is split and answers are combined.
 
 Shapes: T rows, K choices a row, E experts, N pairs (at most T·K).
 """

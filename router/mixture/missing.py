@@ -39,15 +39,16 @@ class OnMissing:
         return self.kind if self.expert is None else f"{self.kind}:{self.expert}"
 
 
-def lost_pairs(handle: Dispatch, outputs_N: Tensor, answered_N: Tensor | None = None) -> Tensor | None:
+def lost_pairs(handle: Dispatch, outputs_N: Tensor | None, answered_N: Tensor | None = None) -> Tensor | None:
     """Bool [T, K]: the slots of this handle that were not answered (`answered_N` False) or not with finite numbers.
 
-    None where nothing is lost. The pairs of other requests in a merged batch are not looked at.
+    None where nothing is lost. The pairs of other requests in a merged batch are not looked at. With `outputs_N` None
+    all that was answered is finite.
     """
     held_TK = handle.slots_TK >= 0
     slots = handle.slots_TK[held_TK]
     good = torch.ones_like(slots, dtype=torch.bool) if answered_N is None else answered_N[slots]
-    if outputs_N.is_floating_point():
+    if outputs_N is not None and outputs_N.is_floating_point():
         finite = outputs_N.detach()[slots].isfinite()
         good = good & (finite.flatten(1).all(dim=1) if finite.dim() > 1 else finite)
     if good.all():

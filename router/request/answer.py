@@ -24,10 +24,9 @@ from ...experts.protocol import CallOptions, CallSummary
 from ...experts.tensors import torch_dtype
 from ..fanout.fanout import Fanout
 from ..fanout.work import Work
-from ..mixture.combine import Combined, combine, combine_total
+from ..mixture.combine import Combined, combine
 from ..mixture.dispatch import Dispatch
 from ..mixture.missing import lost_pairs
-from ..mixture.presummed import Presummed
 from .gating import GateRequest, Routed
 
 
@@ -75,25 +74,22 @@ class Answer:
 
     async def complete(self) -> ForwardReply:
         """Wait for the experts that the rows need, and combine what they answer."""
-        handle = self.routed.handle()
+        handle, rows = self.routed.handle(), (self.routed.start, self.routed.stop)
         experts = handle.experts()
         shared = tuple(position for position in self.batch.assignment.work if position >= len(self.layer.experts))
-        failed = await self.batch.wait(experts + shared)
-        self._refuse(failed, shared)
+        self._refuse(await self.batch.wait(experts + shared), shared)
+        answers, added_up = self.batch.answers, self.batch.assignment.sums
         with torch.inference_mode():
-            whole = None if failed else self._added_up(handle, experts, shared)
-            if whole is not None:
-                return self._reply(handle, experts, whole, None, fell_back=False)
-            outputs_N, answered_N = self.batch.outputs(experts, set(failed))
-        answers_N = self._no_outputs(handle) if outputs_N is None else outputs_N
-        fallback = await self._fallback(handle, answers_N, answered_N)
-        if outputs_N is None and fallback is not None:
-            answers_N = fallback.new_zeros((handle.num_pairs, *fallback.shape[1:]))
+            answered_N = answers.answered(experts)
+            outputs = answers.total(experts, *rows) if added_up else answers.outputs(experts)
+        fallback_T = await self._fallback(handle, None if added_up else outputs, answered_N)
         with torch.inference_mode():
-            shared_T = self.batch.shared_rows(shared, self.routed.start, self.routed.stop)
-            combined = self._combine(handle, answers_N, answered_N, fallback, shared_T)
-            lost_TK = lost_pairs(handle, answers_N, answered_N) if combined.degraded else None
-            return self._reply(handle, experts, combined, lost_TK, fell_back=fallback is not None)
+            if outputs is None:
+                outputs = self._no_outputs(handle.num_rows if added_up else handle.num_pairs, fallback_T)
+            combined = self._combine(
+                handle, outputs, added_up, answered_N, fallback_T, answers.shared_rows(shared, *rows)
+            )
+            return self._reply(handle, experts, combined, fell_back=fallback_T is not None)
 
     def _refuse(self, failed: dict[int, ExpertMeshError], shared: tuple[int, ...]) -> None:
         """Pass on what no policy may cover: a version that is gone, the caller's mistakes, an expert's own error."""
@@ -104,13 +100,15 @@ class Answer:
             errors = list(failed.values())
             raise next((error for error in errors if isinstance(error, ExpertFailed)), errors[0])
 
-    def _no_outputs(self, handle: Dispatch) -> Tensor:
-        """Answers of the declared shape for a request of no rows, or one that lost every expert."""
+    def _no_outputs(self, size: int, fallback_T: Tensor | None) -> Tensor:
+        """What stands for the answers to a request of no rows, or one that lost every expert."""
+        if fallback_T is not None:
+            return fallback_T.new_zeros((size, *fallback_T.shape[1:]))
         expert = next(iter(self.layer.experts.values()))
         shape = expert.output.shape if expert.output.shape is not None else tuple(self.request.x.shape[1:])
-        return torch.zeros((handle.num_pairs, *shape), dtype=torch_dtype(expert.output.dtype or "float32"))
+        return torch.zeros((size, *shape), dtype=torch_dtype(expert.output.dtype or "float32"))
 
-    async def _fallback(self, handle: Dispatch, outputs_N: Tensor, answered_N: Tensor | None) -> Tensor | None:
+    async def _fallback(self, handle: Dispatch, outputs_N: Tensor | None, answered_N: Tensor | None) -> Tensor | None:
         if self.policy.kind != "fallback":
             return None
         lost_TK = lost_pairs(handle, outputs_N, answered_N)
@@ -133,39 +131,23 @@ class Answer:
         filled[rows] = answer
         return filled
 
-    def _added_up(self, handle: Dispatch, experts: tuple[int, ...], shared: tuple[int, ...]) -> Combined | None:
-        """The rows where replicas have added up and nothing is lost: the usual case of packs. None elsewhere."""
-        start, stop = self.routed.start, self.routed.stop
-        total_T = self.batch.total(experts, start, stop)
-        if total_T is None:
-            return None
-        x = self.request.x
-        return combine_total(
-            handle,
-            total_T,
-            method=self.layer.combine,
-            on_dropped=self.layer.on_dropped,
-            x_T=x,
-            shared_T=self.batch.shared_rows(shared, start, stop),
-            out_dtype=x.dtype if x.is_floating_point() else None,
-        )
-
     def _combine(
         self,
         handle: Dispatch,
-        outputs_N: Tensor,
+        outputs: Tensor,
+        added_up: bool,
         answered_N: Tensor | None,
         fallback_T: Tensor | None,
         shared_T: Tensor | None,
     ) -> Combined:
         x = self.request.x
-        floating = x.is_floating_point() and outputs_N.is_floating_point()
+        floating = x.is_floating_point() and outputs.is_floating_point()
         try:
             return combine(
                 handle,
-                outputs_N,
+                outputs,
+                added_up=added_up,
                 answered_N=answered_N,
-                presummed=self._presummed(),
                 method=self.layer.combine,
                 on_missing=self.policy,
                 max_lost_mass=self.max_lost_mass,
@@ -180,20 +162,15 @@ class Answer:
                 raise InvalidRequest("x holds NaN or infinity, and so does the answer of an expert") from None
             raise
 
-    def _presummed(self) -> Presummed | None:
-        whole = self.batch.assignment.presummed
-        return None if whole is None else whole.slice(self.routed.start, self.routed.stop)
-
     def _reply(
         self,
         handle: Dispatch,
         experts: tuple[int, ...],
         combined: Combined,
-        lost_TK: Tensor | None,
         *,
         fell_back: bool,
     ) -> ForwardReply:
-        ids, versions = self.layer.expert_ids, self.batch.epoch.versions
+        ids, versions, lost_TK = self.layer.expert_ids, self.batch.epoch.versions, combined.lost_TK
         if lost_TK is not None:
             experts = handle.without(lost_TK).experts()
         took_part = [*(ids[expert] for expert in experts), *(self.layer.shared_ids if handle.num_rows else ())]

@@ -10,9 +10,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-
-from torch import Tensor
 
 from ...experts.errors import (
     DeadlineExceeded,
@@ -24,14 +21,10 @@ from ...experts.errors import (
 from ..epochs.epochs import Epoch, Epochs
 from ..epochs.leases import Leases
 from ..epochs.pinning import Pinning, refuse_restart
-from ..fanout.batch import Batch
-from ..fanout.fanout import Fanout, Job
+from ..fanout.fanout import Fanout
 from ..fanout.replica_view import Replica, View
 from ..fanout.telemetry import Telemetry
 from ..fanout.transport import Transport
-from ..fanout.work import assign
-from ..gates import Routing
-from ..mixture.dispatch import Dispatch
 from ..mixture.layer import Layer
 from .admission import Admission
 from .answer import Answer, ForwardReply, ForwardRequest
@@ -58,7 +51,7 @@ class Router:
         self.admission = Admission(max_rows_in_flight)
         self.transport = transport
         self.fanout = Fanout(transport, self.view, self.telemetry)
-        self._gating = Gating(self._start_batch)
+        self._gating = Gating(self.fanout)
 
     def adopt(self, epoch: Epoch) -> bool:
         """Make an epoch the current one; requests under way keep theirs."""
@@ -134,22 +127,6 @@ class Router:
             return await Answer(self.fanout, request, asked, routed).complete()
         finally:
             routed.batch.release()
-
-    def _start_batch(
-        self, epoch: Epoch, layer: Layer, x: Tensor, routing: Routing, handle: Dispatch, deadline: float, client: str
-    ) -> Batch:
-        self.telemetry.batches[layer.name] += 1
-        assignment = assign(layer, epoch.versions, x, handle, deadline=deadline, client=client)
-        batch = Batch(epoch, layer, x, routing, handle, assignment)
-        jobs = [self.fanout.submit(work, partial(batch.answer, key)) for key, work in assignment.work.items()]
-        batch.cancel = partial(self._give_up, jobs)
-        self.fanout.flush()
-        self.telemetry.chosen(layer.expert_ids, handle.mass())
-        return batch
-
-    def _give_up(self, jobs: list[Job]) -> None:
-        for job in jobs:
-            self.fanout.cancel(job)
 
 
 def _layer(epoch: Epoch, name: str) -> Layer:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ...experts.errors import ExpertFailed, ExpertMeshError
 from ..epochs.epochs import Epoch
-from ..fanout.batch import Batch
 from ..fanout.fair_queue import FairQueue
+from ..fanout.fanout import Batch, Fanout
 from ..gates import Gate, Routing
 from ..gates.routing import join
 from ..mixture.capacity import Capacity
@@ -29,9 +29,6 @@ from .batch_timing import BatchTiming
 
 MAX_BATCH_ROWS = 4_096
 log = logging.getLogger(__name__)
-
-StartBatch = Callable[[Epoch, Layer, Tensor, Routing, Dispatch, float, str], Batch]
-"""Sends a batch: epoch, layer, rows [T, ...], routing, dispatch, deadline and client."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,10 +97,10 @@ class _Line:
 
 
 class Gating:
-    """Collects requests by (layer, epoch, kind of rows) and runs the gate once over all that wait."""
+    """Collects requests by (layer, epoch, kind of rows), runs the gate once over all that wait, and has them sent."""
 
-    def __init__(self, start_batch: StartBatch) -> None:
-        self._start_batch = start_batch
+    def __init__(self, fanout: Fanout) -> None:
+        self._fanout = fanout
         self._lines: dict[tuple[Any, ...], _Line] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._timings: defaultdict[str, BatchTiming] = defaultdict(BatchTiming)
@@ -181,7 +178,7 @@ class Gating:
         clients = {request.client for request in requests}
         deadline = max(request.deadline for request in requests)
         client = clients.pop() if len(clients) == 1 else ""
-        batch = self._start_batch(epoch, layer, x, routing, handle, deadline, client)
+        batch = self._fanout.start(epoch, layer, x, routing, handle, deadline=deadline, client=client)
         self._watch(batch)
         start = 0
         for waiting in taken:
@@ -193,18 +190,18 @@ class Gating:
         batch.release()
 
     def _watch(self, batch: Batch) -> None:
-        """Keep the layer's pace: know when the batch has all its answers. One without work says nothing of that."""
-        if batch.complete:
+        """Time the layer's batches: note when this one has all its answers. One without work says nothing of that."""
+        if batch.answers.complete:
             return
         loop, name = asyncio.get_running_loop(), batch.layer.name
-        pace, begun = self._timings[name], loop.time()
+        timing, begun = self._timings[name], loop.time()
 
         def ended() -> None:
-            pace.ended(loop.time() - begun)
+            timing.ended(loop.time() - begun)
             if name in self._room:
                 self._room[name].set()
 
-        pace.begun(batch.handle.num_rows)
+        timing.begun(batch.handle.num_rows)
         batch.when_complete(ended)
 
 

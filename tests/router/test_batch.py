@@ -15,7 +15,8 @@ from expertmesh.experts.errors import SpecMismatch, Unavailable
 from expertmesh.experts.spec import Expert
 from expertmesh.router import gates
 from expertmesh.router.epochs.epochs import Epoch
-from expertmesh.router.fanout.batch import Answered, Batch
+from expertmesh.router.fanout.answers import Answered
+from expertmesh.router.fanout.fanout import Batch
 from expertmesh.router.fanout.work import assign
 from expertmesh.router.gates import Routing
 from expertmesh.router.mixture.dispatch import dispatch
@@ -65,7 +66,7 @@ def test_each_request_reads_its_own_answers(
             experts = handle.experts()
             failed = await batch.wait(experts)
             assert set(failed) == {expert for expert in experts if expert in failing}
-            outputs_N, answered_N = batch.outputs(experts, set(failed))
+            outputs_N, answered_N = batch.answers.outputs(experts), batch.answers.answered(experts)
             assert (answered_N is None) == (not failed)
             for row in range(start, stop):
                 for slot in handle.slots_TK[row - start].tolist():
@@ -84,12 +85,12 @@ def test_answers_of_different_dtypes_are_promoted_and_of_different_shapes_refuse
         batch.answer(0, answer(batch, 0, torch.float16))
         batch.answer(1, answer(batch, 1, torch.float64))
         batch.answer(2, Answered((torch.zeros(1, 2),)))
-        outputs_N, _ = batch.outputs((0, 1), set())
+        outputs_N = batch.answers.outputs((0, 1))
         assert outputs_N is not None
         assert outputs_N.dtype == torch.float64
         assert outputs_N[:3].flatten().tolist() == [0.0, 1.0, 11.0]
         with pytest.raises(SpecMismatch, match=r"l/e2 answers with rows of shape \[2\], another expert .* with \[1\]"):
-            batch.outputs((1, 2), set())
+            batch.answers.outputs((1, 2))
 
     check(main())
 
@@ -98,10 +99,10 @@ def test_nothing_is_there_when_nobody_answered_or_nothing_was_asked() -> None:
     async def main() -> None:
         batch = batch_of([[0, 1]])
         assert await batch.wait(()) == {}
-        assert batch.outputs((), set()) == (None, None)
+        assert (batch.answers.outputs(()), batch.answers.answered(())) == (None, None)
         batch.answer(0, Unavailable("down"))
         batch.answer(1, Unavailable("down"))
-        outputs_N, answered_N = batch.outputs((0, 1), {0, 1})
+        outputs_N, answered_N = batch.answers.outputs((0, 1)), batch.answers.answered((0, 1))
         assert outputs_N is None
         assert answered_N is not None
         assert not answered_N.any()
@@ -147,7 +148,7 @@ def test_the_last_one_to_let_go_gives_up_what_is_left(holders: int, answered: bo
 
 
 def packed_batch(indices: list[list[int]]) -> tuple[Batch, Answered]:
-    """e0 and e1 share a replica that adds up, e2 answers alone with 1, 2, ...; and what the replica answered."""
+    """e0 and e1 share a replica that adds up, e2 has one alone with the sums 1, 2, ...; and what the first answered."""
     names = {"e0": "p", "e1": "p", "e2": None}
     layer = Layer("l", gates.Fixed([1.0] * E), {name: Expert("torch:sin", pack=pack) for name, pack in names.items()})
     indices_TK = torch.tensor(indices)
@@ -158,25 +159,25 @@ def packed_batch(indices: list[list[int]]) -> tuple[Batch, Answered]:
     sums = Answered((None, None), torch.full((assignment.work[0].size, 1), 10.0))
     batch.answer(0, sums)
     if 2 in assignment.work:
-        batch.answer(2, Answered((torch.arange(1.0, 1 + assignment.work[2].size)[:, None],)))
+        batch.answer(2, Answered((None,), torch.arange(1.0, 1 + assignment.work[2].size)[:, None]))
     return batch, sums
 
 
 def test_a_row_that_an_expert_has_twice_counts_twice() -> None:
     batch, _ = packed_batch([[2, 2], [0, 1]])
-    total = batch.total((0, 1, 2), 0, 2)
+    total = batch.answers.total((0, 1, 2), 0, 2)
     assert total is not None
     assert total.tolist() == [[3.0], [10.0]]
 
 
 def test_a_sum_of_a_message_is_never_written_to_and_not_kept_for_a_part_of_it() -> None:
     batch, sums = packed_batch([[0, 1], [0, 1], [0, 1]])
-    part = batch.total((0, 1), 1, 2)
+    part = batch.answers.total((0, 1), 1, 2)
     assert part is not None
     assert sums.total is not None
     assert part.untyped_storage().data_ptr() != sums.total.untyped_storage().data_ptr()
     batch, sums = packed_batch([[0, 1, 2], [0, 1, 2]])
-    total = batch.total((0, 1, 2), 0, 2)
+    total = batch.answers.total((0, 1, 2), 0, 2)
     assert total is not None
     assert total.tolist() == [[11.0], [12.0]]
     assert sums.total is not None

@@ -27,7 +27,7 @@ from expertmesh.experts.errors import (
 )
 from expertmesh.experts.protocol import ExpertCall, ExpertReply, PartFailure
 from expertmesh.router.fanout import fanout as module
-from expertmesh.router.fanout.batch import Answered
+from expertmesh.router.fanout.answers import Answered
 from expertmesh.router.fanout.fanout import MAX_ATTEMPTS, WINDOW, Fanout, Result
 from expertmesh.router.fanout.replica_view import READY, Replica, View
 from expertmesh.router.fanout.telemetry import Telemetry

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,7 +18,8 @@ from expertmesh.experts.errors import ExpertFailed, InvalidRequest, SpecMismatch
 from expertmesh.experts.spec import Expert
 from expertmesh.router import gates
 from expertmesh.router.epochs.epochs import Epoch
-from expertmesh.router.fanout.batch import Answered, Batch
+from expertmesh.router.fanout.answers import Answered
+from expertmesh.router.fanout.fanout import Batch, Fanout
 from expertmesh.router.fanout.work import assign
 from expertmesh.router.gates import Gate, Routing
 from expertmesh.router.mixture.capacity import Capacity
@@ -37,7 +38,7 @@ def layer_of(gate: Gate, name: str = "l", **options: Any) -> Layer:
 
 @dataclass
 class Bench:
-    """A gating that computes at once and keeps its batches; `before` runs when a batch begins."""
+    """A gating, with a stand-in for its fan-out that keeps the batches; `before` runs when a batch begins."""
 
     gating: Gating = field(init=False)
     batches: list[Batch] = field(default_factory=list)
@@ -47,10 +48,10 @@ class Bench:
     before: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
-        self.gating = Gating(self._start)
+        self.gating = Gating(cast(Fanout, self))
 
-    def _start(
-        self, epoch: Epoch, layer: Layer, x: Tensor, routing: Routing, handle: Dispatch, deadline: float, client: str
+    def start(
+        self, epoch: Epoch, layer: Layer, x: Tensor, routing: Routing, handle: Dispatch, *, deadline: float, client: str
     ) -> Batch:
         assignment = assign(layer, dict.fromkeys(layer.expert_ids, "v1"), x, handle)
         batch = Batch(epoch, layer, x, routing, handle, assignment)
