@@ -22,7 +22,7 @@ from ..config.loader import load_config
 from ..config.preflight import check_gpus, check_layer
 from ..control.messages import Desired
 from ..control.ports import StateSettings
-from ..gateway.server import GatewaySettings
+from ..gateway.gateway import GatewaySettings
 from ..gateway.streams import StreamLimits
 from ..machine.name_lock import NameLock, lock_name
 from ..machine.ports import check_port, free_port

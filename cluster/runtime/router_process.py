@@ -26,8 +26,9 @@ from ...router.request.forward import Router
 from ..control.messages import Candidate, Desired, RouterReport, RouterUpdate
 from ..control.ports import ControlPort
 from ..gateway.authorise import TokenTable
+from ..gateway.gateway import Gateway, GatewaySettings
+from ..gateway.grpc_server import GrpcServer
 from ..gateway.metrics import MetricsServer
-from ..gateway.server import Gateway, GatewaySettings
 from ..gateway.swaps import SwapMethods
 from ..rpc.methods import Role
 from ..state.uploads import UploadLimits, Uploads
@@ -80,6 +81,7 @@ class RouterService:
         )
         handlers = self.swaps.handlers()
         self.gateway = Gateway(self.router, self._tokens, settings.gateway, self.status, handlers, run=self._thread.run)
+        self._server = GrpcServer(self.gateway)
         self._metrics: MetricsServer | None = None
         self._revision = 0
         self._layers: dict[str, Layer] = {}
@@ -90,7 +92,7 @@ class RouterService:
         """Listen; returns the ports of the gateway and of the metrics page."""
         here = asyncio.get_running_loop()
         self.router.pinning.recall = lambda number: elsewhere(here, lambda: self.control.recall(number, RECALL_SECONDS))
-        port = await self.gateway.start()
+        port = await self._server.start()
         wanted = self._settings.metrics_port
         if wanted is not None:
             try:
@@ -101,7 +103,7 @@ class RouterService:
 
     async def stop(self, grace: float = 0.0) -> None:
         """Drain, then close everything; idempotent."""
-        await self.gateway.stop(grace)
+        await self._server.stop(grace)
         if self._metrics is not None:
             self._metrics.stop()
             self._metrics = None

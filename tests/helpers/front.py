@@ -12,7 +12,8 @@ from helpers.mesh import Mesh
 
 from expertmesh.cluster.client.client import AsyncClient
 from expertmesh.cluster.gateway.authorise import TokenTable
-from expertmesh.cluster.gateway.server import Gateway, GatewaySettings
+from expertmesh.cluster.gateway.gateway import Gateway, GatewaySettings
+from expertmesh.cluster.gateway.grpc_server import GrpcServer
 from expertmesh.cluster.gateway.streams import StreamLimits
 from expertmesh.cluster.machine.tokens import new_token
 from expertmesh.cluster.rpc.channel_options import client_options
@@ -28,9 +29,9 @@ METADATA = (("authorization", f"Bearer {TOKEN}"),)
 class Front:
     """The gateway of one layer `l`, whose one expert answers every row; counts the requests that are inside."""
 
-    def __init__(self, mesh: Mesh, gateway: Gateway) -> None:
-        self.mesh, self.gateway = mesh, gateway
-        self.endpoint = f"127.0.0.1:{gateway.port}"
+    def __init__(self, mesh: Mesh, gateway: Gateway, server: GrpcServer) -> None:
+        self.mesh, self.gateway, self.server = mesh, gateway, server
+        self.endpoint = f"127.0.0.1:{server.port}"
         self.inside = self.most_inside = self.answered = 0
         self.hold: asyncio.Event | None = None
         self._forward = mesh.router.forward
@@ -74,11 +75,12 @@ async def opened(
 
     async with Mesh(layer, max_rows_in_flight=10**9) as mesh:
         gateway = Gateway(mesh.router, tokens, GatewaySettings(streams=limits or StreamLimits(), **settings), status)
-        await gateway.start()
+        server = GrpcServer(gateway)
+        await server.start()
         try:
-            yield Front(mesh, gateway)
+            yield Front(mesh, gateway, server)
         finally:
-            await gateway.stop()
+            await server.stop()
 
 
 async def until(condition: Any) -> None:

@@ -28,7 +28,7 @@ ORDER = (  # a folder, or a file beside the folders, imports only from its own a
 )  # fmt: skip
 FENCES = {  # who alone may import what
     "ray": ("cluster/runtime/ray_actors.py", "cluster/runtime/ray_backend.py", "cluster/runtime/ray_ports.py"),
-    "grpc": ("cluster/gateway/server.py", "cluster/client/client.py"),
+    "grpc": ("cluster/gateway/grpc_server.py", "cluster/client/client.py"),
     "msgpack": ("experts/wire.py",),
     "sqlite3": ("cluster/state/registry.py",),
     "safetensors": ("experts/weights/files.py",),
@@ -109,7 +109,7 @@ def test_an_upward_import_is_noticed() -> None:
         found = [module for module, _ in modules(ast.parse(line), ("expertmesh", *package))]
         assert upward("/".join((*package, "errors.py" if len(package) == 1 else "files.py")), found), line
     assert not upward(
-        "cluster/gateway/server.py", ["expertmesh.cluster.control.ports", "expertmesh.experts.wire", "grpc"]
+        "cluster/gateway/gateway.py", ["expertmesh.cluster.control.ports", "expertmesh.experts.wire", "grpc"]
     )
 
 

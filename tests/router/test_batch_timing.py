@@ -12,33 +12,33 @@ ROWS = st.integers(0, 5_000)
 
 @given(ROWS)
 def test_a_batch_begins_at_once_while_none_is_under_way(rows: int) -> None:
-    pace = BatchTiming()
-    assert pace.wait(rows) == 0.0
-    pace.begun(7)
-    pace.ended(0.004)
-    assert pace.wait(rows) == 0.0
+    timing = BatchTiming()
+    assert timing.wait(rows) == 0.0
+    timing.begun(7)
+    timing.ended(0.004)
+    assert timing.wait(rows) == 0.0
 
 
 @given(ROWS, ROWS, ROWS)
 def test_a_second_batch_is_as_large_as_the_last_that_began(first: int, second: int, rows: int) -> None:
-    pace = BatchTiming()
-    pace.begun(1)
-    pace.ended(0.004)
-    pace.begun(first)
-    assert (pace.wait(rows) == 0.0) == (rows >= first)
-    pace.begun(second)
-    assert pace.wait(5_000) > 0.0  # a third one waits for one of them to end
-    pace.ended(0.002)
-    assert (pace.wait(rows) == 0.0) == (rows >= second)
+    timing = BatchTiming()
+    timing.begun(1)
+    timing.ended(0.004)
+    timing.begun(first)
+    assert (timing.wait(rows) == 0.0) == (rows >= first)
+    timing.begun(second)
+    assert timing.wait(5_000) > 0.0  # a third one waits for one of them to end
+    timing.ended(0.002)
+    assert (timing.wait(rows) == 0.0) == (rows >= second)
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=30), ROWS)
 def test_the_wait_follows_what_batches_take_and_is_bounded(seconds: list[float], rows: int) -> None:
-    pace = BatchTiming()
+    timing = BatchTiming()
     for _ in range(AT_ONCE):
-        pace.begun(1)
+        timing.begun(1)
     for taken in seconds:
-        pace.begun(1)
-        pace.ended(taken)
-        assert 0.0 <= pace.wait(rows) <= min(LONGEST_WAIT, max(seconds))
-    assert pace.under_way == AT_ONCE
+        timing.begun(1)
+        timing.ended(taken)
+        assert 0.0 <= timing.wait(rows) <= min(LONGEST_WAIT, max(seconds))
+    assert timing.under_way == AT_ONCE

@@ -19,7 +19,7 @@ X = np.arange(-8, 8, dtype=np.float32).reshape(4, 4)
 def connections(front: Front) -> set[int]:
     """The local ports of connections of this process to the gateway."""
     found = psutil.Process().net_connections("tcp")
-    return {c.laddr.port for c in found if c.raddr and c.raddr.port == front.gateway.port}
+    return {c.laddr.port for c in found if c.raddr and c.raddr.port == front.server.port}
 
 
 def test_64_calls_of_1_mebibyte_are_inside_at_once_over_one_connection() -> None:

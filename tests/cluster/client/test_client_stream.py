@@ -160,7 +160,7 @@ def test_a_server_that_goes_away_in_the_middle_is_unavailable(kind: type) -> Non
             front.hold = asyncio.Event()
             call = asyncio.ensure_future(client("forward", "l", X, stream=True))
             await until(lambda: front.inside)
-            await front.gateway.stop()
+            await front.server.stop()
             with pytest.raises(Unavailable):
                 await call
             await client("close")
@@ -172,8 +172,8 @@ def test_a_server_that_goes_away_while_it_receives_is_unavailable(kind: type) ->
     async def main() -> None:
         async with opened() as front:
             client = client_of(kind, front)
-            door, arrived = front.gateway.streams, 0
-            read = door._read
+            streams, arrived = front.gateway.streams, 0
+            read = streams._read
 
             async def slow(context: Any) -> bytes | None:
                 nonlocal arrived
@@ -181,13 +181,13 @@ def test_a_server_that_goes_away_while_it_receives_is_unavailable(kind: type) ->
                 await asyncio.sleep(100 if arrived == 4 else 0)
                 return await read(context)
 
-            door._read = slow  # type: ignore[method-assign]
+            streams._read = slow  # type: ignore[method-assign]
             call = asyncio.ensure_future(client("forward", "l", np.ones((64, MIB // 4), np.float32)))
             await until(lambda: arrived == 4)
-            await front.gateway.stop()
+            await front.server.stop()
             with pytest.raises(Unavailable):
                 await call
-            assert len(door) == 0
+            assert len(streams) == 0
             await client("close")
 
     check(main())

@@ -17,7 +17,8 @@ import torch
 from helpers.mesh import Mesh, check
 
 from expertmesh.cluster.gateway.authorise import TokenTable
-from expertmesh.cluster.gateway.server import Gateway, GatewaySettings
+from expertmesh.cluster.gateway.gateway import Gateway, GatewaySettings
+from expertmesh.cluster.gateway.grpc_server import GrpcServer
 from expertmesh.cluster.machine.tokens import new_token
 from expertmesh.cluster.rpc import health
 from expertmesh.cluster.rpc.channel_options import client_options
@@ -35,12 +36,12 @@ TOKEN = new_token()
 X = np.ones((2, 3), np.float32)
 
 
-class Door:
+class Served:
     """A gateway before a mesh, and a channel to it."""
 
-    def __init__(self, mesh: Mesh, gateway: Gateway) -> None:
-        self.mesh, self.gateway = mesh, gateway
-        address = f"127.0.0.1:{gateway.port}"
+    def __init__(self, mesh: Mesh, gateway: Gateway, server: GrpcServer) -> None:
+        self.mesh, self.gateway, self.server = mesh, gateway, server
+        address = f"127.0.0.1:{server.port}"
         self.channel = grpc.aio.insecure_channel(address, options=client_options(loopback=True))
 
     def send(self, method: str, message: bytes, timeout: float | None = 30.0, **metadata: str) -> Any:
@@ -57,7 +58,7 @@ class Door:
 
 
 @asynccontextmanager
-async def opened(expert: Expert | None = None, ready: bool = True, **settings: Any) -> AsyncIterator[Door]:
+async def opened(expert: Expert | None = None, ready: bool = True, **settings: Any) -> AsyncIterator[Served]:
     layer = Layer("l", gates.Fixed([1.0]), {"e": expert or Expert("torch:sin")})
     mesh = Mesh(layer, max_rows_in_flight=settings.pop("rows", 1000))
     tokens = TokenTable()
@@ -69,13 +70,14 @@ async def opened(expert: Expert | None = None, ready: bool = True, **settings: A
     gateway = Gateway(mesh.router, tokens, GatewaySettings(**settings), status)
     if ready:
         await mesh.__aenter__()
-    await gateway.start()
-    door = Door(mesh, gateway)
+    server = GrpcServer(gateway)
+    await server.start()
+    served = Served(mesh, gateway, server)
     try:
-        yield door
+        yield served
     finally:
-        await door.channel.close()
-        await gateway.stop()
+        await served.channel.close()
+        await server.stop()
         await mesh.__aexit__()
 
 
@@ -85,14 +87,14 @@ def refused(error: grpc.aio.AioRpcError) -> tuple[str, dict[str, str]]:
 
 def test_a_call_is_answered_with_its_summary() -> None:
     async def main() -> None:
-        async with opened() as door:
-            frame = await door.forward(request_id="r-7")
+        async with opened() as served:
+            frame = await served.forward(request_id="r-7")
             assert frame.kind == "reply"
             assert set(frame.tensors) == {"output"}
             assert np.allclose(frame.tensors["output"].to_numpy(), np.sin(X))
             assert frame.meta["request_id"] == "r-7"
-            assert frame.meta["versions"] == {name: door.mesh.versions[name] for name in ("l/e", "l/gate")}
-            routed = await door.forward(return_routing=True, x_request_id="from-metadata")
+            assert frame.meta["versions"] == {name: served.mesh.versions[name] for name in ("l/e", "l/gate")}
+            routed = await served.forward(return_routing=True, x_request_id="from-metadata")
             assert routed.tensors["indices"].to_numpy().tolist() == [[0], [0]]
             assert routed.meta["request_id"] == "from-metadata"
 
@@ -104,9 +106,9 @@ def test_what_was_lost_comes_with_the_answer() -> None:
         return torch.where(rows < 0, torch.nan, rows)
 
     async def main() -> None:
-        async with opened(Expert.from_function(sometimes)) as door:
+        async with opened(Expert.from_function(sometimes)) as served:
             x = np.array([[1.0], [-2.0]], np.float32)
-            frame = await door.forward(x, on_missing="residual", max_lost_mass=1.0)
+            frame = await served.forward(x, on_missing="residual", max_lost_mass=1.0)
             assert frame.tensors["output"].to_numpy().tolist() == x.tolist()
             assert frame.tensors["lost_mass"].to_numpy().tolist() == [0.0, 1.0]
             assert (frame.meta["degraded"], frame.meta["missing"]) == (True, ["l/e"])
@@ -120,18 +122,18 @@ def test_a_refusal_carries_its_class_and_the_requests_id_and_is_logged_with_it(
     monkeypatch.setattr(logging.getLogger("expertmesh"), "propagate", True)
 
     async def main() -> None:
-        async with opened(rows=4) as door:
+        async with opened(rows=4) as served:
             for options, wanted in [
                 ({"top_k": 5}, ("INVALID_ARGUMENT", "InvalidRequest")),
                 ({"x": np.ones((9, 3), np.float32)}, ("RESOURCE_EXHAUSTED", "TooLarge")),
             ]:
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
-                    await door.forward(**options, x_request_id="r-9")  # type: ignore[arg-type]
+                    await served.forward(**options, x_request_id="r-9")  # type: ignore[arg-type]
                 code, trailers = refused(caught.value)
                 assert (code, trailers[ERROR_KEY]) == wanted
                 assert trailers[REQUEST_ID_KEY] == "r-9"
-            with door.mesh.router.admission.admit("l", 3), pytest.raises(grpc.aio.AioRpcError) as caught:
-                await door.forward()
+            with served.mesh.router.admission.admit("l", 3), pytest.raises(grpc.aio.AioRpcError) as caught:
+                await served.forward()
             assert int(refused(caught.value)[1][RETRY_AFTER_KEY]) > 0
 
     with caplog.at_level(logging.INFO, "expertmesh"):
@@ -143,11 +145,11 @@ def test_a_refusal_carries_its_class_and_the_requests_id_and_is_logged_with_it(
 
 def test_an_id_is_given_to_who_brings_none() -> None:
     async def main() -> None:
-        async with opened() as door:
+        async with opened() as served:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await door.forward(top_k=5)
+                await served.forward(top_k=5)
             assert len(refused(caught.value)[1][REQUEST_ID_KEY]) == 32
-            assert len((await door.forward()).meta["request_id"]) == 32
+            assert len((await served.forward()).meta["request_id"]) == 32
 
     check(main())
 
@@ -158,14 +160,14 @@ def test_a_bug_of_ours_is_internal_and_shows_nothing(
     caplog.set_level(logging.CRITICAL, "expertmesh")
 
     async def main() -> None:
-        async with opened() as door:
+        async with opened() as served:
 
             async def broken(request: object) -> None:
                 raise KeyError("/a/path/of/the/server")
 
-            monkeypatch.setattr(door.mesh.router, "forward", broken)
+            monkeypatch.setattr(served.mesh.router, "forward", broken)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await door.forward()
+                await served.forward()
             code, trailers = refused(caught.value)
             assert (code, trailers[ERROR_KEY]) == ("INTERNAL", "ExpertMeshError")
             assert caught.value.details() == "internal error; the log has the request id"
@@ -182,14 +184,14 @@ def test_a_deadline_ends_the_call_and_frees_the_rows(whose: str) -> None:
         return rows
 
     async def main() -> None:
-        async with opened(Expert.from_function(slow), default_timeout=0.05) as door:
+        async with opened(Expert.from_function(slow), default_timeout=0.05) as served:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await door.forward(timeout=0.2 if whose == "client" else None)
+                await served.forward(timeout=0.2 if whose == "client" else None)
             assert refused(caught.value)[0] == "DEADLINE_EXCEEDED"
             release.set()
-            while door.mesh.router.admission.rows:  # a client that gave up is noticed a moment later
+            while served.mesh.router.admission.rows:  # a client that gave up is noticed a moment later
                 await asyncio.sleep(0)
-            await door.mesh.at_rest()
+            await served.mesh.at_rest()
 
     try:
         check(main())
@@ -199,33 +201,33 @@ def test_a_deadline_ends_the_call_and_frees_the_rows(whose: str) -> None:
 
 def test_it_serves_once_there_are_layers_and_who_watches_is_told() -> None:
     async def main() -> None:
-        async with opened(ready=False) as door:
+        async with opened(ready=False) as served:
             seen: list[ServingStatus] = []
             metadata = (("authorization", f"Bearer {TOKEN}"),)
-            watch = door.channel.unary_stream(f"/{health.SERVICE}/Watch")(b"", metadata=metadata, timeout=60)
+            watch = served.channel.unary_stream(f"/{health.SERVICE}/Watch")(b"", metadata=metadata, timeout=60)
 
             async def look() -> None:
                 async for message in watch:
                     seen.append(decode_response(message))
 
             looking = asyncio.ensure_future(look())
-            assert await door.health() == ServingStatus.NOT_SERVING
-            assert await door.health("l") == ServingStatus.SERVICE_UNKNOWN
+            assert await served.health() == ServingStatus.NOT_SERVING
+            assert await served.health("l") == ServingStatus.SERVICE_UNKNOWN
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await door.forward()
+                await served.forward()
             assert refused(caught.value)[0] == "UNAVAILABLE"
             while not seen:
                 await asyncio.sleep(0.001)
-            await door.mesh.__aenter__()
-            door.gateway.notify()
+            await served.mesh.__aenter__()
+            served.gateway.notify()
             while len(seen) < 2:
                 await asyncio.sleep(0.001)
             for service in ("", "l", SERVICE):
-                assert await door.health(service) == ServingStatus.SERVING
-            assert await door.health("m") == ServingStatus.SERVICE_UNKNOWN
-            door.mesh.router.adopt(Epoch(2, {}, {}))
-            door.gateway.notify()  # nothing that this watcher watches has changed
-            door.gateway.drain()
+                assert await served.health(service) == ServingStatus.SERVING
+            assert await served.health("m") == ServingStatus.SERVICE_UNKNOWN
+            served.mesh.router.adopt(Epoch(2, {}, {}))
+            served.gateway.notify()  # nothing that this watcher watches has changed
+            served.gateway.drain()
             while len(seen) < 3:
                 await asyncio.sleep(0.001)
             assert seen == [ServingStatus.NOT_SERVING, ServingStatus.SERVING, ServingStatus.NOT_SERVING]
@@ -243,17 +245,17 @@ def test_a_drain_finishes_what_was_accepted_and_takes_nothing_new() -> None:
         return rows * 2
 
     async def main() -> None:
-        async with opened(Expert.from_function(slow)) as door:
-            accepted = asyncio.ensure_future(door.forward())
+        async with opened(Expert.from_function(slow)) as served:
+            accepted = asyncio.ensure_future(served.forward())
             await asyncio.get_running_loop().run_in_executor(None, began.wait, 60)
-            drained = wire.decode(await door.send(f"/{SERVICE}/Drain", wire.encode("drain", {})))
+            drained = wire.decode(await served.send(f"/{SERVICE}/Drain", wire.encode("drain", {})))
             assert drained.kind == "status"
-            assert await door.health() == ServingStatus.NOT_SERVING
+            assert await served.health() == ServingStatus.NOT_SERVING
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await door.forward()
+                await served.forward()
             assert refused(caught.value)[0] == "UNAVAILABLE"
             assert "draining" in str(caught.value.details())
-            stopping = asyncio.ensure_future(door.gateway.stop(grace=60))
+            stopping = asyncio.ensure_future(served.server.stop(grace=60))
             await asyncio.sleep(0)
             release.set()
             frame = await accepted
@@ -268,21 +270,21 @@ def test_a_drain_finishes_what_was_accepted_and_takes_nothing_new() -> None:
 
 def test_a_port_in_use_is_said_and_the_first_goes_on() -> None:
     async def main() -> None:
-        async with opened() as door:
-            with pytest.raises(Unavailable, match=f"cannot listen on 127.0.0.1:{door.gateway.port}: is the port in"):
-                async with opened(port=door.gateway.port):
+        async with opened() as served:
+            with pytest.raises(Unavailable, match=f"cannot listen on 127.0.0.1:{served.server.port}: is the port in"):
+                async with opened(port=served.server.port):
                     raise AssertionError
-            assert (await door.forward()).kind == "reply"
+            assert (await served.forward()).kind == "reply"
 
     check(main())
 
 
 def test_a_port_is_free_again_once_it_is_closed() -> None:
     async def main() -> int:
-        async with opened() as door:
-            await door.gateway.stop()
-            await door.gateway.stop()
-            return door.gateway.port
+        async with opened() as served:
+            await served.server.stop()
+            await served.server.stop()
+            return served.server.port
 
     ports: list[int] = []
 
@@ -296,10 +298,10 @@ def test_a_port_is_free_again_once_it_is_closed() -> None:
 
 def test_a_message_that_is_too_large_is_refused_by_the_settings_name() -> None:
     async def main() -> None:
-        async with opened(max_message_bytes=4096) as door:
+        async with opened(max_message_bytes=4096) as served:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await door.forward(np.ones((2000, 3), np.float32))
+                await served.forward(np.ones((2000, 3), np.float32))
             assert refused(caught.value)[0] == "RESOURCE_EXHAUSTED"
-            assert (await door.forward()).kind == "reply"
+            assert (await served.forward()).kind == "reply"
 
     check(main())

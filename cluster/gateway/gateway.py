@@ -1,0 +1,229 @@
+"""What every front end of a router decides alike: who may call, what is taken, what is answered, and draining.
+
+It knows no gRPC: a front end brings bytes and what it knows of a call, and carries back the answer or the error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from ...experts.errors import ExpertMeshError, InvalidRequest, Unavailable
+from ...experts.wire import Frame, decode
+from ...router.request.forward import Router
+from ..rpc import health
+from ..rpc.documents import encode_document
+from ..rpc.health import ServingStatus
+from ..rpc.methods import SERVICE, Role
+from ..rpc.streams import Buffer
+from .authorise import TokenTable
+from .frames import forward_request, one_message, reply_parts
+from .streams import StreamContext, StreamedCalls, StreamLimits
+from .swaps import FrameHandler
+
+log = logging.getLogger(__name__)
+NOT_WHILE_DRAINING = ("Upload", "Swap", "Pin")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewaySettings:
+    """Where the gateway listens and what it takes. `tls` is (private key, certificate chain), both PEM."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    max_message_bytes: int = 64 * 1024 * 1024
+    streams: StreamLimits = field(default_factory=StreamLimits)
+    default_timeout: float = 30.0
+    tls: tuple[bytes, bytes] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallInfo:
+    """What a front end knows of a call. `timeout` are the seconds left, None where the caller set no deadline.
+
+    `client` tells callers apart, who take turns.
+    """
+
+    request_id: str
+    token: str | None = field(repr=False)
+    timeout: float | None = None
+    client: str = ""
+
+
+class Run(Protocol):
+    """Runs a coroutine where the router is, and waits for it."""
+
+    def __call__(self, work: Coroutine[Any, Any, T]) -> Awaitable[T]: ...
+
+
+async def _here(work: Coroutine[Any, Any, T]) -> T:
+    return await work
+
+
+class Gateway:
+    """Answers calls to a router: Call, CallStream, Status, Drain, health, and the methods of `more`.
+
+    `run` runs what is the router's on its event loop: all that needs torch. Each call of torch lets other threads go
+    first, so that two threads which both use it wait for each other all the time.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        tokens: TokenTable,
+        settings: GatewaySettings,
+        status: Callable[[], Awaitable[dict[str, Any]]],
+        more: Mapping[str, FrameHandler] | None = None,
+        run: Run = _here,
+    ) -> None:
+        self.settings = settings
+        self.streams = StreamedCalls(settings.streams, settings.max_message_bytes)
+        self._router = router
+        self._run = run
+        self._tokens = tokens
+        self._status = status
+        self._draining = False
+        self._changed = asyncio.Event()
+        self._unary: dict[str, Callable[[bytes, Role, CallInfo], Awaitable[bytes]]] = {
+            "Call": self._call,
+            "Status": self._get_status,
+            "Drain": self._drain,
+            "Check": self._check,
+        }
+        self._unary |= {method: self._framed(method, handler) for method, handler in (more or {}).items()}
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that `unary` answers."""
+        return tuple(self._unary)
+
+    def authorise(self, method: str, token: str | None) -> Role:
+        """The role in which a token may call a method. Raises Unauthenticated or PermissionDenied."""
+        return self._tokens.authorise(method, token, time.time())
+
+    async def unary(self, method: str, request: bytes, call: CallInfo) -> bytes:
+        """Authorise a call of one message and answer it. Raises an ExpertMeshError."""
+        return await self._unary[method](request, self.authorise(method, call.token), call)
+
+    async def stream(self, context: StreamContext, call: CallInfo) -> None:
+        """Authorise a call in chunks, then read and answer it through `context`. Raises an ExpertMeshError.
+
+        What a stream holds is given back also where it is cancelled.
+        """
+        self.authorise("CallStream", call.token)
+        self._check_accepting()
+        await self.streams.serve(context, self._seconds(call), lambda frame: self.answer(frame, call))
+
+    async def answer(self, frame: Frame, call: CallInfo) -> list[Buffer]:
+        """The reply to an authorised call, as the buffers of its frame. Raises an ExpertMeshError."""
+        return await self._run(self._forward(frame, call, self._seconds(call)))
+
+    async def watch(self, request: bytes, call: CallInfo) -> AsyncIterator[bytes]:
+        """The health of a service now, and whenever it changes. Raises Unauthenticated or PermissionDenied."""
+        self.authorise("Watch", call.token)
+        service, last = health.decode_request(request), None
+        while True:
+            changed, now = self._changed, self.health_of(service)
+            if now != last:
+                yield health.encode_response(now)
+                last = now
+            await changed.wait()
+
+    def health_of(self, service: str) -> ServingStatus:
+        """The health of the whole ("" or the service's name), or of a layer."""
+        if service in ("", SERVICE):
+            return self.state
+        known = self._router.epochs.number > 0 and service in self._router.epochs.current.layers
+        return self.state if known else ServingStatus.SERVICE_UNKNOWN
+
+    @property
+    def state(self) -> ServingStatus:
+        """SERVING once there are layers and the gateway does not drain."""
+        ready = not self._draining and self._router.epochs.number > 0
+        return ServingStatus.SERVING if ready else ServingStatus.NOT_SERVING
+
+    def drain(self) -> None:
+        """Answer NOT_SERVING and refuse new calls; those that were accepted are finished."""
+        self._draining = True
+        self.notify()
+
+    def notify(self) -> None:
+        """Tell those who watch the health that it may have changed."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def refusal(self, method: str, error: Exception, request_id: str) -> ExpertMeshError:
+        """The error that a caller is told, logged with the id of the request; a bug of ours is told as one."""
+        if not isinstance(error, ExpertMeshError):
+            log.error("internal error", exc_info=error, extra={"method": method, "request_id": request_id})
+            return ExpertMeshError("internal error; the log has the request id", request_id=request_id)
+        error.request_id = error.request_id or request_id
+        level = logging.WARNING if error.code in ("INTERNAL", "UNAVAILABLE", "DATA_LOSS") else logging.INFO
+        details = {"method": method, "code": error.code, "request_id": error.request_id}
+        log.log(level, error.message, extra=details)
+        return error
+
+    def _framed(self, method: str, handler: FrameHandler) -> Callable[[bytes, Role, CallInfo], Awaitable[bytes]]:
+        """A method whose handler takes a frame."""
+
+        async def framed(request: bytes, role: Role, call: CallInfo) -> bytes:
+            if self._draining and method in NOT_WHILE_DRAINING:
+                raise Unavailable("this cluster is draining: it takes no changes")
+            return await handler(decode(request, max_bytes=self.settings.max_message_bytes), role)
+
+        return framed
+
+    async def _call(self, request: bytes, role: Role, call: CallInfo) -> bytes:
+        self._check_accepting()
+        parts = await self.answer(decode(request, max_bytes=self.settings.max_message_bytes), call)
+        return one_message(parts, self.settings.max_message_bytes)
+
+    def _check_accepting(self) -> None:
+        if self._draining:
+            raise Unavailable("this cluster is draining: it takes no new requests")
+
+    def _seconds(self, call: CallInfo) -> float:
+        return self.settings.default_timeout if call.timeout is None else max(0.0, call.timeout)
+
+    async def _forward(self, frame: Frame, call: CallInfo, timeout: float) -> list[Buffer]:
+        forward = forward_request(frame, call.request_id, timeout, call.client)
+        request_id = forward.options.request_id or call.request_id
+        started = time.perf_counter()
+        try:
+            reply = await self._router.forward(forward)
+        except ExpertMeshError as error:
+            error.request_id = request_id
+            raise
+        if log.isEnabledFor(logging.DEBUG):
+            seconds = time.perf_counter() - started
+            log.debug("call", extra={"request_id": request_id, "layer": forward.options.layer, "seconds": seconds})
+        return reply_parts(reply)
+
+    async def _get_status(self, request: bytes, role: Role, call: CallInfo) -> bytes:
+        _expect(decode(request), "status")
+        return await self._document()
+
+    async def _drain(self, request: bytes, role: Role, call: CallInfo) -> bytes:
+        _expect(decode(request), "drain")
+        log.warning("draining: asked for by a client")
+        self.drain()
+        return await self._document()
+
+    async def _document(self) -> bytes:
+        status = await self._status()
+        status["state"] = "draining" if self._draining else self.state.name.lower()
+        return encode_document("status", status)
+
+    async def _check(self, request: bytes, role: Role, call: CallInfo) -> bytes:
+        return health.encode_response(self.health_of(health.decode_request(request)))
+
+
+def _expect(frame: Frame, kind: str) -> None:
+    if frame.kind != kind or frame.meta or frame.tensors:
+        raise InvalidRequest(f"an empty {kind} frame was expected")
