@@ -65,7 +65,7 @@ class ChannelServer:
         host: ExpertHost,
         replica_id: str,
         secret: bytes,
-        gate: CoreSlots | None = None,
+        slots: CoreSlots | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.counted: Counter[str] = Counter()
@@ -73,7 +73,7 @@ class ChannelServer:
         self._host = host
         self._replica_id = replica_id
         self._secret = secret
-        self._gate = gate
+        self._slots = slots
         self._clock = clock
         self._selector = selectors.DefaultSelector()
         self._peers: deque[_Peer] = deque()
@@ -210,7 +210,7 @@ class ChannelServer:
 
     def _serve(self, peer: _Peer, call: ExpertCall, arrived: float) -> None:
         try:
-            if self._gate is not None and self._host.computes(call) and self._gate.take():
+            if self._slots is not None and self._host.computes(call) and self._slots.take():
                 self._turn(0.0)  # it may have been cancelled in the meantime
                 if not peer.waiting or peer.waiting[0][0] is not call:
                     return
@@ -223,8 +223,8 @@ class ChannelServer:
                 self.counted["computed"] += 1
                 reply = self._computed(call)
         finally:
-            if self._gate is not None:
-                self._gate.give_back()
+            if self._slots is not None:
+                self._slots.give_back()
         self._send(peer, encode_reply(call.attempt, reply, queued))
 
     def _computed(self, call: ExpertCall) -> ExpertReply:

@@ -38,8 +38,8 @@ def open_channel(
         folder_of(settings.run) if settings.folder is None or node != settings.router_node else Path(settings.folder)
     )
     hold(folder)  # for as long as this process lives
-    gate = CoreSlots(folder, cores()) if host.device == "cpu" else None
-    server = ChannelServer(host, replica_id, settings.secret, gate)
+    slots = CoreSlots(folder, cores()) if host.device == "cpu" else None
+    server = ChannelServer(host, replica_id, settings.secret, slots)
     if node == settings.router_node:
         server.listen_unix(socket_path(folder, replica_id, host.incarnation))
     else:
