@@ -158,11 +158,8 @@ def test_a_file_outside_the_list_is_noticed() -> None:
     with profiled() as recorder:
         recorder.on = True
         Reconciler().restore({})
-    assert strangers(recorder.entered, spine()) == [
-        "cluster/control/reconciler.py",
-        "cluster/control/swap.py",
-        "cluster/control/retention.py",
-    ]
+    planted = ["cluster/control/reconciler.py", "cluster/control/swap.py", "cluster/control/retention.py"]
+    assert strangers(recorder.entered, spine()) == planted
 
 
 @pytest.mark.parametrize("pattern", HELPERS)
