@@ -1,4 +1,4 @@
-"""The Ray shells: expert, router and controller actors, and the transport that carries rows through Ray's calls.
+"""The Ray shells: actors for experts, router and controller.
 
 Each class here only wraps an object that knows no Ray. Health and control calls have a concurrency group of their own,
 so that a long computation does not delay them.

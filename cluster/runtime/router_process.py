@@ -1,4 +1,4 @@
-"""The router's process, without Ray: router, gateway and metrics page on one event loop."""
+"""The router's process, without Ray: the gateway on this event loop, the router on one in a thread of its own."""
 
 from __future__ import annotations
 
