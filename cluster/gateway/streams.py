@@ -6,6 +6,7 @@ No gRPC in here. A call is refused early where its announced length exceeds a se
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,6 +15,11 @@ from ...experts.errors import DeadlineExceeded, ExpertMeshError, Overloaded, Too
 from ...experts.wire import Frame, decode
 from ..rpc.channel_options import MAX_MESSAGE_BYTES
 from ..rpc.streams import ADMITTED, CHUNK_BYTES, MAX_REQUEST_BYTES, Assembly, Buffer, Opening, Streamed, read_opening
+
+if sys.version_info >= (3, 11):
+    from asyncio import timeout as deadline
+else:
+    from async_timeout import timeout as deadline
 
 RETRY_AFTER = 1.0
 """Seconds after which a client that was refused for want of memory may try again."""
@@ -74,7 +80,8 @@ class StreamedCalls:
         """
         stream = object()
         try:
-            await asyncio.wait_for(self._serve(stream, context, answer), timeout)
+            async with deadline(timeout):  # in the call's own task: what it raises as it is cancelled, gRPC takes
+                await self._serve(stream, context, answer)
         except ExpertMeshError:  # DeadlineExceeded is a TimeoutError too
             raise
         except (TimeoutError, asyncio.TimeoutError):
