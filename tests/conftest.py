@@ -1,17 +1,15 @@
-"""What all tests share: a home folder of their own, and proof that a test module leaves no process or file behind."""
+"""What all tests share: folders of their own, and proof that a test module leaves no process or file behind."""
 
 from __future__ import annotations
 
 import os
-import threading
-import time
-from collections.abc import Callable, Iterator
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
-
-from expertmesh.cluster.config.cluster_config import ClusterConfig
+from helpers.leftovers import Session
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Set before grpc is imported: its fork handlers run in what Ray forks, and may crash it.
@@ -22,65 +20,41 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--transport", default="channel", help="how rows travel in clusters on Ray: channel or ray")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def transport(request: pytest.FixtureRequest) -> str:
-    """How rows travel in clusters that do not say so; the whole suite can be run over either way."""
+    """How rows travel in the clusters of tests/ray, which can be run over either way."""
     chosen: str = request.config.getoption("--transport")
-    ClusterConfig.__init__.__kwdefaults__["transport"] = chosen
     return chosen
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Run files, tokens and logs of all tests go to a folder that is not the user's."""
-    folder = tmp_path_factory.mktemp("home")
-    before = os.environ.get("EXPERTMESH_HOME")
-    os.environ["EXPERTMESH_HOME"] = str(folder)
-    yield folder
-    if before is None:
-        del os.environ["EXPERTMESH_HOME"]
-    else:
-        os.environ["EXPERTMESH_HOME"] = before
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    """Run files, tokens, logs and temporary files of all tests go to folders that are this session's alone.
+
+    No setting of the user's environment reaches a test. The temporary folder has a short path, which sockets need.
+    """
+    made = Session(home=tmp_path_factory.mktemp("home"), folder=Path(tempfile.mkdtemp(prefix="t-")))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("EXPERTMESH_")]:
+            patch.delenv(name)
+        patch.setenv("EXPERTMESH_HOME", str(made.home))
+        patch.setenv("TMPDIR", str(made.folder))
+        patch.setattr(tempfile, "tempdir", None)
+        yield made
+    shutil.rmtree(made.folder, ignore_errors=True)
 
 
-def eventually(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Wait for something that other processes do, with a deadline; fails with `what` when it does not happen."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        threading.Event().wait(0.05)
-
-
-@pytest.fixture(name="eventually")
-def _eventually() -> Callable[[Callable[[], object], float, str], None]:
-    return eventually
+@pytest.fixture
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder, still to be made, for one test alone."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("EXPERTMESH_HOME", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="module")
-def nothing_left() -> Iterator[None]:
-    """Proves that a module ends with the child processes, shared memory and cluster files that it began with."""
-    children, shared, files = _children(), _shared_memory(), _run_files()
+def nothing_left(session: Session) -> Iterator[None]:
+    """Proves that a module ends with the processes, shared memory and files that it began with."""
+    before = session.traces()
     yield
-    eventually(lambda: _children() <= children, 15, f"child processes ended: {_children() - children}")
-    eventually(lambda: _shared_memory() <= shared, 5, f"shared memory released: {_shared_memory() - shared}")
-    assert _run_files() <= files
-
-
-def _children() -> set[str]:
-    found = set()
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if process.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(process.cmdline()):
-                found.add(f"{process.pid} {process.name()}")
-        except psutil.NoSuchProcess:
-            continue
-    return found
-
-
-def _shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
-
-
-def _run_files() -> set[str]:
-    run = Path(os.environ["EXPERTMESH_HOME"]) / "run"
-    return {path.name for path in run.glob("*") if path.suffix != ".lock"}
+    before.check_nothing_came()

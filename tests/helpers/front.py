@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
-from helpers.mesh import Mesh
+from helpers.router_in_process import RouterInProcess
 
 from expertmesh.cluster.client.client import AsyncClient
 from expertmesh.cluster.gateway.authorise import TokenTable
@@ -29,7 +29,7 @@ METADATA = (("authorization", f"Bearer {TOKEN}"),)
 class Front:
     """The gateway of one layer `l`, whose one expert answers every row; counts the requests that are inside."""
 
-    def __init__(self, mesh: Mesh, gateway: Gateway, server: GrpcServer) -> None:
+    def __init__(self, mesh: RouterInProcess, gateway: Gateway, server: GrpcServer) -> None:
         self.mesh, self.gateway, self.server = mesh, gateway, server
         self.endpoint = f"127.0.0.1:{server.port}"
         self.inside = self.most_inside = self.answered = 0
@@ -73,7 +73,7 @@ async def opened(
     async def status() -> dict[str, Any]:
         return {}
 
-    async with Mesh(layer, max_rows_in_flight=10**9) as mesh:
+    async with RouterInProcess(layer, max_rows_in_flight=10**9) as mesh:
         gateway = Gateway(mesh.router, tokens, GatewaySettings(streams=limits or StreamLimits(), **settings), status)
         server = GrpcServer(gateway)
         await server.start()
@@ -81,9 +81,3 @@ async def opened(
             yield Front(mesh, gateway, server)
         finally:
             await server.stop()
-
-
-async def until(condition: Any) -> None:
-    """Let the loop turn until something holds; the test's own deadline ends it otherwise."""
-    while not condition():
-        await asyncio.sleep(0.001)

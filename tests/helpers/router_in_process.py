@@ -1,11 +1,11 @@
-"""A router over hosts in this process, for the tests of whole requests: `async with Mesh(layer) as mesh`."""
+"""A router over hosts in this process, for the tests of whole requests: `async with RouterInProcess(layer) as mesh`."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from helpers.waiting import settle
 from torch import Tensor
 
 from expertmesh.cluster.placement.plan import plan_layer
@@ -21,12 +21,7 @@ from expertmesh.router.request.forward import Router
 GATE_VERSION = "v1-000000000000"
 
 
-def check(main: Coroutine[Any, Any, None]) -> None:
-    """Run a test's coroutine; fails when it hangs."""
-    asyncio.run(asyncio.wait_for(main, 100))
-
-
-class Mesh:
+class RouterInProcess:
     """One layer, one host for every replica of every expert, and a router that knows them all."""
 
     def __init__(self, layer: Layer, transport: Transport | None = None, **options: Any) -> None:
@@ -41,7 +36,7 @@ class Mesh:
                 self.versions[expert_id] = host.load(expert_id, expert, 1).version
             self.local.add(planned.id, host)
 
-    async def __aenter__(self) -> Mesh:
+    async def __aenter__(self) -> RouterInProcess:
         self.report()
         self.router.adopt(Epoch(1, self.versions, {self.layer.name: self.layer}))
         return self
@@ -78,8 +73,7 @@ class Mesh:
 
     async def at_rest(self) -> None:
         """Check that nothing is pinned, admitted or under way once everything that can run has run."""
-        for _ in range(20):
-            await asyncio.sleep(0)
+        await settle()
         router = self.router
         assert router.epochs.pins() == {}
         assert (router.admission.rows, router.admission.by_layer()) == (0, {})

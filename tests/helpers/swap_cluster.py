@@ -92,7 +92,7 @@ def layer(weights: Weights, replicas: int = 1) -> Layer:
     return Layer("l", gate, experts)
 
 
-class Mesh:
+class SwapCluster:
     """A running cluster, a client of an admin, and the weights of its versions."""
 
     def __init__(self, cluster: Cluster, weights: Weights) -> None:
@@ -127,12 +127,14 @@ class Mesh:
 
 
 @contextmanager
-def mesh(folder: Path, replicas: int = 1, weights: Weights | None = None, **settings: Any) -> Iterator[Mesh]:
+def swap_cluster(
+    folder: Path, replicas: int = 1, weights: Weights | None = None, **settings: Any
+) -> Iterator[SwapCluster]:
     """Start the cluster; `weights` of an earlier start are still known."""
     made = weights or Weights(folder)
     options = {"transport": "local", "port": 0, "metrics_port": None, "name": NAME, "state_dir": folder / "state"}
     with Cluster.start([layer(made, replicas)], **(options | settings)) as cluster:
-        running = Mesh(cluster, made)
+        running = SwapCluster(cluster, made)
         if weights is None:
             made.became(running.current(), {GATE: 0, "l/a": 1, "l/b": 2, "l/c": 3})
         with running.client:

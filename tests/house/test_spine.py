@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.mesh import Mesh
+from helpers.router_in_process import RouterInProcess
 
 from expertmesh.cluster.channel.core_slots import CoreSlots
 from expertmesh.cluster.channel.replica_end import ChannelServer, socket_path
@@ -98,7 +98,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         experts = {name: Expert("torch:sin", pack="p" if name in ("a", "b") else None) for name in ("a", "b", "c", "d")}
-        self.mesh = Mesh(Layer("l", gates.TopK(3, 4, 2), experts), ChannelTransport(SECRET))
+        self.mesh = RouterInProcess(Layer("l", gates.TopK(3, 4, 2), experts), ChannelTransport(SECRET))
         self.servers: dict[str, ChannelServer] = {}
         for name, host in self.mesh.hosts.items():
             self.servers[name] = ChannelServer(host, name, SECRET, CoreSlots(folder, 2))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.artefacts import bad_artefacts, sha256_of
-from helpers.swap_samples import GATE, Mesh, Weights, X, matrix, mesh
+from helpers.swap_cluster import GATE, SwapCluster, Weights, X, matrix, swap_cluster
+from helpers.waiting import eventually
 
 from expertmesh import AsyncClient, Cluster, Expert, Layer, gates
 from expertmesh.cluster.client.upload_file import LocalFile
@@ -32,20 +32,16 @@ from expertmesh.experts.errors import (
 from expertmesh.experts.host import ExpertHost
 from expertmesh.experts.weights.files import save_tensors
 
-
-@pytest.fixture(autouse=True)
-def _home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    monkeypatch.setenv("EXPERTMESH_HOME", str(tmp_path_factory.mktemp("home")))
-    monkeypatch.delenv("EXPERTMESH_TOKEN", raising=False)
+pytestmark = pytest.mark.usefixtures("own_home")
 
 
 @pytest.fixture
 def running(tmp_path: Path) -> Any:
-    with mesh(tmp_path, replicas=2) as made:
+    with swap_cluster(tmp_path, replicas=2) as made:
         yield made
 
 
-def holds(made: Mesh) -> dict[str, set[str]]:
+def holds(made: SwapCluster) -> dict[str, set[str]]:
     """Every version that any replica of an expert holds."""
     experts = made.client.status()["layers"]["l"]["experts"]
     return {
@@ -54,7 +50,7 @@ def holds(made: Mesh) -> dict[str, set[str]]:
     }
 
 
-def test_one_expert_and_then_a_set_with_the_gate(running: Mesh) -> None:
+def test_one_expert_and_then_a_set_with_the_gate(running: SwapCluster) -> None:
     before, told = running.current(), []
     outcome = running.swap({"l/b": 10}, progress=lambda *seen: told.append(seen))
     assert (outcome.committed, outcome.flipped, outcome.pending) == (True, True, [])
@@ -72,7 +68,7 @@ def test_one_expert_and_then_a_set_with_the_gate(running: Mesh) -> None:
     assert running.uploads() == []
 
 
-def test_what_is_expected_and_what_is_not(running: Mesh) -> None:
+def test_what_is_expected_and_what_is_not(running: SwapCluster) -> None:
     before = running.current()
     outcome = running.swap({"l/a": 10}, expect={"l/a": before["l/a"], "l/b": before["l/b"]})
     with pytest.raises(Aborted, match=f"l/a is at {outcome.after['l/a']}, not at {before['l/a']}"):
@@ -82,7 +78,7 @@ def test_what_is_expected_and_what_is_not(running: Mesh) -> None:
     assert running.uploads() == []
 
 
-def test_of_swaps_that_race_one_wins_and_the_others_are_told(running: Mesh) -> None:
+def test_of_swaps_that_race_one_wins_and_the_others_are_told(running: SwapCluster) -> None:
     before = running.current()
     ended: list[Any] = []
 
@@ -106,7 +102,7 @@ def test_of_swaps_that_race_one_wins_and_the_others_are_told(running: Mesh) -> N
 
 
 def test_every_bad_file_is_refused_with_its_code_and_nothing_changes(
-    running: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    running: SwapCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "bad"
     folder.mkdir()
@@ -130,7 +126,7 @@ def test_every_bad_file_is_refused_with_its_code_and_nothing_changes(
     assert running.swap({"l/b": 10}).epoch == 2
 
 
-def test_a_bad_gate_is_refused_too(running: Mesh) -> None:
+def test_a_bad_gate_is_refused_too(running: SwapCluster) -> None:
     answer = running.call()
     with pytest.raises(SpecMismatch, match="gate"):
         running.client.swap({GATE: running.weights.file("l/a", 10)})
@@ -139,7 +135,7 @@ def test_a_bad_gate_is_refused_too(running: Mesh) -> None:
     assert running.call().versions == answer.versions
 
 
-def test_what_cannot_be_asked_for(running: Mesh, tmp_path: Path) -> None:
+def test_what_cannot_be_asked_for(running: SwapCluster, tmp_path: Path) -> None:
     file = running.weights.file("l/a", 10)
     for changes, kind, said in [
         ({"l/z": file}, NotFound, "there is no expert or gate 'l/z'"),
@@ -168,7 +164,7 @@ def test_what_cannot_be_asked_for(running: Mesh, tmp_path: Path) -> None:
     assert running.uploads() == []
 
 
-def test_a_swap_that_is_asked_for_again_happens_once(running: Mesh) -> None:
+def test_a_swap_that_is_asked_for_again_happens_once(running: SwapCluster) -> None:
     outcome = running.swap({"l/a": 10}, swap_id="mine-1")
     again = running.client.swap({"l/a": running.weights.file("l/a", 10)}, swap_id="mine-1")
     assert (again.epoch, again.after, again.committed) == (outcome.epoch, outcome.after, True)
@@ -184,7 +180,7 @@ def test_a_swap_that_is_asked_for_again_happens_once(running: Mesh) -> None:
     assert running.uploads() == []
 
 
-def test_a_rehearsal_changes_nothing(running: Mesh, eventually: Callable[..., None]) -> None:
+def test_a_rehearsal_changes_nothing(running: SwapCluster) -> None:
     before = running.current()
     outcome = running.client.swap(running.weights.files({"l/a": 10, GATE: 11}), dry_run=True)
     assert (outcome.committed, outcome.flipped, outcome.epoch) == (False, False, 0)
@@ -200,11 +196,11 @@ def test_a_rehearsal_changes_nothing(running: Mesh, eventually: Callable[..., No
 
 
 def test_rollback_and_history(tmp_path: Path) -> None:
-    with mesh(tmp_path, retain_epochs=10) as made:
+    with swap_cluster(tmp_path, retain_epochs=10) as made:
         check_rollback_and_history(made)
 
 
-def check_rollback_and_history(running: Mesh) -> None:
+def check_rollback_and_history(running: SwapCluster) -> None:
     first = running.current()
     second = running.swap({"l/a": 10, "l/b": 11}).after
     third = running.swap({"l/a": 12}).after
@@ -236,7 +232,9 @@ def check_rollback_and_history(running: Mesh) -> None:
     assert running.call().epoch == 6
 
 
-def test_weights_of_another_magnitude_come_only_if_they_are_allowed_and_go_back_without_asking(running: Mesh) -> None:
+def test_weights_of_another_magnitude_come_only_if_they_are_allowed_and_go_back_without_asking(
+    running: SwapCluster,
+) -> None:
     large = running.weights.folder / "large.safetensors"
     save_tensors(large, {"weight": torch.from_numpy(matrix(10) * 1e6)})
     with pytest.raises(FailedPrecondition, match="allow_norm"):
@@ -246,10 +244,8 @@ def test_weights_of_another_magnitude_come_only_if_they_are_allowed_and_go_back_
     running.call()
 
 
-def test_an_epoch_is_answered_again_bit_for_bit_while_it_is_kept(
-    tmp_path: Path, eventually: Callable[..., None]
-) -> None:
-    with mesh(tmp_path, retain_epochs=2) as made:
+def test_an_epoch_is_answered_again_bit_for_bit_while_it_is_kept(tmp_path: Path) -> None:
+    with swap_cluster(tmp_path, retain_epochs=2) as made:
         first = made.call()
         made.swap({"l/a": 10, GATE: 11})
         second = made.call()
@@ -263,7 +259,7 @@ def test_an_epoch_is_answered_again_bit_for_bit_while_it_is_kept(
 
 
 def test_an_epoch_that_is_not_kept_or_never_was(tmp_path: Path) -> None:
-    with mesh(tmp_path, retain_epochs=1) as made:
+    with swap_cluster(tmp_path, retain_epochs=1) as made:
         first = made.swap({"l/a": 10})
         old = made.call()
         made.swap({"l/b": 11})
@@ -279,7 +275,7 @@ def test_an_epoch_that_is_not_kept_or_never_was(tmp_path: Path) -> None:
         assert first.after["l/a"] in {item["version"] for item in made.client.history("l/a")}
 
 
-def test_a_lease_holds_an_epoch_across_swaps_of_other_experts(running: Mesh) -> None:
+def test_a_lease_holds_an_epoch_across_swaps_of_other_experts(running: SwapCluster) -> None:
     with running.client.pin() as lease:
         old = running.call(pin=lease)
         outcome = running.swap({"l/a": 10, GATE: 11})
@@ -299,7 +295,7 @@ def test_a_lease_holds_an_epoch_across_swaps_of_other_experts(running: Mesh) -> 
     assert running.swap({"l/c": 14}).epoch == 4
 
 
-def test_a_lease_that_nobody_uses_ends_by_itself(running: Mesh, eventually: Callable[..., None]) -> None:
+def test_a_lease_that_nobody_uses_ends_by_itself(running: SwapCluster) -> None:
     with running.client.pin(ttl=0.05) as lease:
         outcome = running.swap({"l/a": 10})
         eventually(lambda: running.client.status()["draining"] == {}, 20, "the lease has ended")
@@ -309,11 +305,11 @@ def test_a_lease_that_nobody_uses_ends_by_itself(running: Mesh, eventually: Call
 
 
 def test_a_cold_restart_serves_what_was_swapped_in_with_the_same_bits(tmp_path: Path) -> None:
-    with mesh(tmp_path) as made:
+    with swap_cluster(tmp_path) as made:
         made.swap({"l/a": 10, GATE: 11})
         made.swap({"l/b": 12})
         versions, answer, weights = made.current(), made.call(), made.weights
-    with mesh(tmp_path, weights=weights) as made:
+    with swap_cluster(tmp_path, weights=weights) as made:
         assert made.current() == versions
         again = made.call()
         assert (again.epoch, again.cluster) == (answer.epoch, answer.cluster)
@@ -326,17 +322,17 @@ def test_a_cold_restart_serves_what_was_swapped_in_with_the_same_bits(tmp_path: 
 def test_a_client_forgets_what_it_saw_of_another_cluster_at_the_same_place(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
-    with mesh(one) as made:
+    with swap_cluster(one) as made:
         made.swap({"l/a": 10})
         seen = made.client._calls.seen_epoch
         assert seen.options()["min_epoch"] == 2
-    with mesh(two) as made:
+    with swap_cluster(two) as made:
         object.__setattr__(made.client._calls, "seen_epoch", seen)
         assert made.call(timeout=5.0).epoch == 1
         assert seen.options()["min_epoch"] == 1
 
 
-def test_roles(running: Mesh) -> None:
+def test_roles(running: SwapCluster) -> None:
     file = running.weights.file("l/a", 10)
     with running.as_role(Role.READER) as reader:
         for change in (lambda: reader.swap({"l/a": file}), lambda: reader.rollback("l/a", to=running.current()["l/a"])):
@@ -351,19 +347,19 @@ def test_roles(running: Mesh) -> None:
 
 
 def test_limits_of_uploads_are_said_by_their_names(tmp_path: Path) -> None:
-    with mesh(tmp_path, max_upload_bytes=100) as made:
+    with swap_cluster(tmp_path, max_upload_bytes=100) as made:
         with pytest.raises(TooLarge, match="max_upload_bytes is 100"):
             made.swap({"l/a": 10})
         assert made.call().epoch == 1
     other = tmp_path / "other"
     other.mkdir()
-    with mesh(other, max_uploads_bytes=100) as made:
+    with swap_cluster(other, max_uploads_bytes=100) as made:
         with pytest.raises(TooLarge, match="max_uploads_bytes is 100"):
             made.swap({"l/a": 10})
         assert made.uploads() == []
 
 
-def test_a_large_file_goes_in_chunks(running: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_file_goes_in_chunks(running: SwapCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("expertmesh.cluster.client.swap_calls.CHUNK_BYTES", 50)
     told: list[tuple[str, int, int]] = []
     running.swap({"l/a": 10}, progress=lambda *seen: told.append(seen))
@@ -372,7 +368,7 @@ def test_a_large_file_goes_in_chunks(running: Mesh, monkeypatch: pytest.MonkeyPa
     running.call()
 
 
-def test_a_file_that_changes_while_it_is_sent_is_refused(running: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_changes_while_it_is_sent_is_refused(running: SwapCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     file = running.weights.file("l/a", 10)
     monkeypatch.setattr("expertmesh.cluster.client.swap_calls.CHUNK_BYTES", 100)
 
@@ -392,7 +388,7 @@ def test_a_file_that_changes_while_it_is_sent_is_refused(running: Mesh, monkeypa
     assert running.call().epoch == 1
 
 
-def test_the_asynchronous_client_does_the_same(running: Mesh) -> None:
+def test_the_asynchronous_client_does_the_same(running: SwapCluster) -> None:
     async def drained(client: AsyncClient) -> Any:
         """Roll back as soon as the controller has heard that the lease is over."""
         while True:
@@ -417,7 +413,7 @@ def test_the_asynchronous_client_does_the_same(running: Mesh) -> None:
     asyncio.run(main())
 
 
-def test_a_swap_goes_on_when_its_caller_has_gone(running: Mesh) -> None:
+def test_a_swap_goes_on_when_its_caller_has_gone(running: SwapCluster) -> None:
     with pytest.raises(DeadlineExceeded, match=r"outcome of swap gone-1 may be open.*swap_id='gone-1'"):
         _impatient(running).swap(running.weights.files({"l/a": 10}), swap_id="gone-1")
     outcome = running.swap({"l/a": 10}, swap_id="gone-1")
@@ -425,7 +421,7 @@ def test_a_swap_goes_on_when_its_caller_has_gone(running: Mesh) -> None:
     assert running.call().epoch == 2
 
 
-def test_a_swap_that_is_not_staged_in_time_is_undone(running: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_swap_that_is_not_staged_in_time_is_undone(running: SwapCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     release, stage = threading.Event(), ExpertHost.stage
 
     def late(host: ExpertHost, *arguments: Any, **options: Any) -> Any:
@@ -443,7 +439,7 @@ def test_a_swap_that_is_not_staged_in_time_is_undone(running: Mesh, monkeypatch:
     running.call()
 
 
-def _impatient(made: Mesh) -> Any:
+def _impatient(made: SwapCluster) -> Any:
     """A client whose swaps end long before any answer can come."""
     client = made.as_role(Role.ADMIN)
     calls = client._calls
@@ -460,7 +456,7 @@ def _impatient(made: Mesh) -> Any:
 
 def test_another_factory_for_the_same_rows_serves_and_survives_a_restart(tmp_path: Path) -> None:
     options: dict[str, Any] = {"allowed_factories": ["helpers.samples:Affine", "helpers.samples:narrow"]}
-    with mesh(tmp_path, **options) as made:
+    with swap_cluster(tmp_path, **options) as made:
         with pytest.raises(PermissionDenied, match="allowed_factories"):
             made.client.swap({"l/a": {"factory": "torch.nn:Linear", "args": [4, 4]}})
         with pytest.raises(ExpertMeshError):
@@ -473,7 +469,7 @@ def test_another_factory_for_the_same_rows_serves_and_survives_a_restart(tmp_pat
         made.weights.known["l/a", outcome.after["l/a"]] = np.eye(4, dtype=np.float32) * 3
         answer, weights = made.call(), made.weights
         assert answer.epoch == 2
-    with mesh(tmp_path, weights=weights, **options) as made:
+    with swap_cluster(tmp_path, weights=weights, **options) as made:
         assert np.array_equal(made.call().output, answer.output)
         assert made.client.rollback("l/a").epoch == 3
         made.call()
@@ -483,6 +479,6 @@ def test_an_expert_without_tensors_takes_no_weights(tmp_path: Path) -> None:
     layer = Layer("l", gates.Fixed([1.0]), {"a": Expert("torch:sin")})
     weights = Weights(tmp_path)
     with Cluster.start([layer], transport="local", port=0, name="swaps", state_dir=tmp_path / "state") as cluster:
-        made = Mesh(cluster, weights)
+        made = SwapCluster(cluster, weights)
         with made.client as client, pytest.raises(FailedPrecondition, match="no tensors"):
             client.swap({"l/a": weights.file("l/a", 1)})

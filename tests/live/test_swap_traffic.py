@@ -7,19 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.swap_samples import EXPERTS, GATE, Mesh, Weights, X, mesh
+from helpers.swap_cluster import EXPERTS, GATE, SwapCluster, Weights, X, swap_cluster
 
 from expertmesh import Client, Reply
 from expertmesh.experts.errors import Aborted, ExpertMeshError
 
 SWAPS = 50
 CALLERS = 3
-
-
-@pytest.fixture(autouse=True)
-def _home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    monkeypatch.setenv("EXPERTMESH_HOME", str(tmp_path_factory.mktemp("home")))
-    monkeypatch.delenv("EXPERTMESH_TOKEN", raising=False)
+pytestmark = pytest.mark.usefixtures("own_home")
 
 
 class Callers:
@@ -68,7 +63,7 @@ def seeds_of(number: int) -> dict[str, int]:
     return seeds
 
 
-def swap_until_drained(made: Mesh, seeds: dict[str, int]) -> Any:
+def swap_until_drained(made: SwapCluster, seeds: dict[str, int]) -> Any:
     """A swap; while the one before it still drains, it is asked for again."""
     while True:
         try:
@@ -81,7 +76,7 @@ def swap_until_drained(made: Mesh, seeds: dict[str, int]) -> Any:
 
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_no_call_fails_and_every_answer_is_that_of_the_versions_it_names(tmp_path: Path, replicas: int) -> None:
-    with mesh(tmp_path, replicas=replicas, retain_epochs=2) as made:
+    with swap_cluster(tmp_path, replicas=replicas, retain_epochs=2) as made:
         with Callers(made.cluster.endpoint) as callers:
             for number in range(SWAPS):
                 seeds = seeds_of(number)
@@ -105,7 +100,7 @@ def check_replies(weights: Weights, replies: list[Reply]) -> None:
 
 
 def test_a_checker_that_is_told_of_other_versions_finds_it(tmp_path: Path) -> None:
-    with mesh(tmp_path) as made:
+    with swap_cluster(tmp_path) as made:
         reply = made.call()
         made.weights.known["l/a", reply.versions["l/a"]] += 1
         with pytest.raises(AssertionError):

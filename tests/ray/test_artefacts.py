@@ -22,7 +22,7 @@ MOST_GROWTH_MB = 20.0
 
 
 @pytest.fixture(scope="module")
-def cluster(nothing_left: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(nothing_left: None, transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("weights")
     rows = TensorSpec((WIDTH,), "float32")
     experts = {}
@@ -32,7 +32,7 @@ def cluster(nothing_left: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
         save_module(path, torch.nn.Linear(WIDTH, WIDTH))
         experts[f"e{number}"] = Expert("torch.nn:Linear", args=(WIDTH, WIDTH), weights=path, replicas=2, input=rows)
     layer = Layer("bad", gates.Fixed([0.5, 0.5]), experts)
-    with Cluster.start([layer], name="artefacts", port=0) as running:
+    with Cluster.start([layer], name="artefacts", port=0, transport=transport) as running:
         yield running
 
 

@@ -9,19 +9,19 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+from helpers.waiting import eventually
 
 from expertmesh import Client, Cluster, Expert, Layer, errors, gates
 from expertmesh.cluster.machine import run_files
 from expertmesh.cluster.machine.name_lock import lock_name
 
 pytestmark = pytest.mark.ray
-Eventually = Callable[[Callable[[], object], float, str], None]
 TIMEOUT = 5.0
 BACK = 15.0
 X = np.array([0.25, 0.5, 1.0])
@@ -32,12 +32,12 @@ def functions(**replicas: int) -> dict[str, Expert]:
 
 
 @pytest.fixture(scope="module")
-def cluster(nothing_left: None) -> Iterator[Cluster]:
+def cluster(nothing_left: None, transport: str) -> Iterator[Cluster]:
     layers = [
         Layer("lone", gates.Fixed([0.5, 0.5]), functions(sin=1, cos=1)),
         Layer("twin", gates.Fixed([1.0]), functions(tan=2)),
     ]
-    with Cluster.start(layers, name="faults", port=0) as running:
+    with Cluster.start(layers, name="faults", port=0, transport=transport) as running:
         yield running
 
 
@@ -110,7 +110,7 @@ def pid_of_actor(word: str) -> int:
     return pid
 
 
-def test_lone_expert_is_killed(client: Client, eventually: Eventually) -> None:
+def test_lone_expert_is_killed(client: Client) -> None:
     expected = 0.5 * (np.sin(X) + np.cos(X))
     (pid,) = pids_of(client, "lone/sin")
     with Traffic(client, "lone", expected) as traffic:
@@ -123,7 +123,7 @@ def test_lone_expert_is_killed(client: Client, eventually: Eventually) -> None:
     assert pids_of(client, "lone/sin") != [pid]
 
 
-def test_one_of_two_replicas_is_killed(client: Client, eventually: Eventually) -> None:
+def test_one_of_two_replicas_is_killed(client: Client) -> None:
     eventually(lambda: len(pids_of(client, "twin/tan")) == 2, BACK, "both replicas are ready")
     with Traffic(client, "twin", np.tan(X)) as traffic:
         eventually(lambda: traffic.count("right") > 20, BACK, "traffic before the kill")
@@ -134,7 +134,7 @@ def test_one_of_two_replicas_is_killed(client: Client, eventually: Eventually) -
     assert {name for name, _ in traffic.outcomes} == {"right"}
 
 
-def test_policy_covers_a_lost_expert(client: Client, eventually: Eventually) -> None:
+def test_policy_covers_a_lost_expert(client: Client) -> None:
     (pid,) = pids_of(client, "lone/cos")
     os.kill(pid, signal.SIGKILL)
     seen = []
@@ -152,7 +152,7 @@ def test_policy_covers_a_lost_expert(client: Client, eventually: Eventually) -> 
     eventually(lambda: not client.call("lone", X, on_missing="renormalize").degraded, BACK, "cos is back")
 
 
-def test_controller_is_killed(client: Client, eventually: Eventually) -> None:
+def test_controller_is_killed(client: Client) -> None:
     pid = pid_of_actor("ControllerActor")
     with Traffic(client, "twin", np.tan(X)) as traffic:
         os.kill(pid, signal.SIGKILL)
@@ -161,7 +161,7 @@ def test_controller_is_killed(client: Client, eventually: Eventually) -> None:
     assert {name for name, _ in traffic.outcomes} == {"right"}
 
 
-def test_router_is_killed(client: Client, eventually: Eventually) -> None:
+def test_router_is_killed(client: Client) -> None:
     pid = pid_of_actor("RouterActor")
     with Traffic(client, "twin", np.tan(X)) as traffic:
         eventually(lambda: traffic.count("right") > 20, BACK, "traffic before the kill")
@@ -172,7 +172,7 @@ def test_router_is_killed(client: Client, eventually: Eventually) -> None:
     assert_typed_and_in_time(traffic)
 
 
-def test_replacement_under_traffic_fails_nobody(cluster: Cluster, client: Client, eventually: Eventually) -> None:
+def test_replacement_under_traffic_fails_nobody(cluster: Cluster, client: Client) -> None:
     eventually(lambda: len(pids_of(client, "twin/tan")) == 2, BACK, "both replicas are ready")
     before = client.status()["layers"]["twin"]["experts"]["twin/tan"]["version"]
     seen: dict[str, int] = {}
@@ -215,17 +215,17 @@ def test_second_start_is_refused_and_the_first_unharmed(cluster: Cluster, client
     client.forward("twin", X)
 
 
-def test_killed_driver_leaves_no_process(eventually: Eventually) -> None:
+def test_killed_driver_leaves_no_process(transport: str) -> None:
     script = """
         import sys, threading
         from expertmesh import Cluster, Expert, Layer, gates
         layer = Layer("a", gates.Fixed([1.0]), {"sin": Expert("numpy:sin")})
-        with Cluster.start([layer], name="orphan", port=0) as cluster:
+        with Cluster.start([layer], name="orphan", port=0, transport=sys.argv[1]) as cluster:
             print("ready", flush=True)
             threading.Event().wait()
     """
     driver = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)],
+        [sys.executable, "-c", textwrap.dedent(script), transport],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,

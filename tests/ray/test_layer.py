@@ -81,8 +81,8 @@ def layers() -> list[Layer]:
 
 
 @pytest.fixture(scope="module")
-def cluster(nothing_left: None) -> Iterator[Cluster]:
-    with Cluster.start(layers(), name="ray-layer", port=0) as running:
+def cluster(nothing_left: None, transport: str) -> Iterator[Cluster]:
+    with Cluster.start(layers(), name="ray-layer", port=0, transport=transport) as running:
         yield running
 
 

@@ -48,7 +48,8 @@ def test_code_from_a_folder_runs_on_the_second_node(two_nodes: Any, tmp_path: Pa
             ),
         },
     )
-    with Cluster.start([layer], name="two-nodes", port=0, address=two_nodes.address) as cluster:
+    options = {"port": 0, "transport": transport, "address": two_nodes.address}
+    with Cluster.start([layer], name="two-nodes", **options) as cluster:
         with Client(cluster.endpoint) as client:
             x = np.arange(6, dtype=np.float32).reshape(2, 3)
             np.testing.assert_allclose(client.forward("far", x), 2 * x)
@@ -63,5 +64,5 @@ def test_code_from_a_folder_runs_on_the_second_node(two_nodes: Any, tmp_path: Pa
         assert there["node"].endswith(two_nodes.second.node_id[:8])
     gpu = Layer("gpu", gates.Fixed([1.0]), {"e": Expert("numpy:negative", num_gpus=1)})
     with pytest.raises(ConfigError, match="num_gpus"):
-        Cluster.start([gpu], name="no-gpu", port=0, address=two_nodes.address)
+        Cluster.start([gpu], name="no-gpu", **options)
     assert len(two_nodes.list_all_nodes()) == 2  # a Ray that was joined is left as it was

@@ -8,17 +8,17 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import psutil
 import pytest
+from helpers.leftovers import Session
+from helpers.waiting import eventually
 
 from expertmesh.cluster.state.registry import FILE, Registry
 
 pytestmark = pytest.mark.ray
-Eventually = Callable[[Callable[[], object], float, str], None]
 MESH = """
 name: {name}
 port: 0
@@ -29,6 +29,11 @@ layers:
       sin: {{factory: "numpy:sin"}}
       other: {other}
 """
+
+
+@pytest.fixture(autouse=True)
+def _transport_of_the_command(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPERTMESH_TRANSPORT", transport)
 
 
 def mesh(folder: Path, name: str, other: str = '{factory: "numpy:cos"}') -> str:
@@ -51,10 +56,6 @@ def serve(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def ray_folders() -> set[str]:
-    return {path.name for path in Path("/tmp").glob("expertmesh-*")}
-
-
 def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
@@ -73,8 +74,8 @@ def read_until(process: subprocess.Popen[str], word: str) -> str:
     return seen
 
 
-def test_interrupt_while_starting_leaves_nothing(tmp_path: Path, eventually: Eventually, nothing_left: None) -> None:
-    before = ray_folders()
+def test_interrupt_while_starting_leaves_nothing(tmp_path: Path, session: Session, nothing_left: None) -> None:
+    before = session.files()
     process = serve(mesh(tmp_path, "interrupted"))
     eventually(lambda: any("raylet" in p.name() for p in alive(family(process))), 30, "Ray is starting")
     children = family(process)
@@ -83,11 +84,11 @@ def test_interrupt_while_starting_leaves_nothing(tmp_path: Path, eventually: Eve
     assert process.returncode != 0
     assert "Traceback" not in output
     eventually(lambda: not alive(children), 10, f"its processes ended: {alive(children)}")
-    assert ray_folders() <= before
+    assert session.files() <= before
 
 
-def test_replica_that_cannot_load_is_one_error(tmp_path: Path, eventually: Eventually, nothing_left: None) -> None:
-    before = ray_folders()
+def test_replica_that_cannot_load_is_one_error(tmp_path: Path, session: Session, nothing_left: None) -> None:
+    before = session.files()
     code = tmp_path / "code"
     code.mkdir()
     (code / "broken_expert.py").write_text("def make():\n    raise RuntimeError('no such table')\n")
@@ -100,7 +101,7 @@ def test_replica_that_cannot_load_is_one_error(tmp_path: Path, eventually: Event
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "waves/other" in line
     assert "no such table" in line
-    assert ray_folders() <= before
+    assert session.files() <= before
 
 
 def test_a_state_folder_of_another_build_is_one_error(tmp_path: Path, nothing_left: None) -> None:
@@ -118,8 +119,8 @@ def test_a_state_folder_of_another_build_is_one_error(tmp_path: Path, nothing_le
     assert "written by an older expertmesh (schema 1" in error
 
 
-def test_serve_status_down(tmp_path: Path, eventually: Eventually, nothing_left: None) -> None:
-    before = ray_folders()
+def test_serve_status_down(tmp_path: Path, session: Session, nothing_left: None) -> None:
+    before = session.files()
     process = serve(mesh(tmp_path, "served"))
     read_until(process, "127.0.0.1:")
     children = family(process)
@@ -134,7 +135,7 @@ def test_serve_status_down(tmp_path: Path, eventually: Eventually, nothing_left:
     process.communicate(timeout=30)
     assert process.returncode == 0
     eventually(lambda: not alive(children), 10, f"its processes ended: {alive(children)}")
-    assert ray_folders() <= before
+    assert session.files() <= before
     gone = subprocess.run(command("status", "--name", "served"), capture_output=True, text=True, check=False)
     assert gone.returncode == 1
     assert gone.stderr.startswith("error:")

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.mesh import Mesh, check
+from helpers.router_in_process import RouterInProcess
+from helpers.row_functions import nan_below_zero, raising, times
+from helpers.waiting import run_async
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -27,21 +29,9 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 4e-3, torc
 DTYPES = list(TOLERANCE)
 
 
-def scaled(by: float) -> Callable[[Tensor], Tensor]:
-    return lambda rows: rows * by
-
-
-def raising(rows: Tensor) -> Tensor:
-    raise ZeroDivisionError
-
-
-def nan_below_zero(by: float) -> Callable[[Tensor], Tensor]:
-    return lambda rows: torch.where(rows[:, :1] < 0, torch.nan, rows * by)
-
-
 def functions_of(kinds: list[str]) -> list[Callable[[Tensor], Tensor]]:
     makers: dict[str, Callable[[float], Callable[[Tensor], Tensor]]] = {
-        "good": scaled,
+        "good": times,
         "raises": lambda by: raising,
         "NaN": lambda by: lambda rows: torch.full_like(rows, torch.nan),
         "sometimes": nan_below_zero,
@@ -151,7 +141,7 @@ def test_an_answer_is_the_sum_written_out(
         routing = layer.gate(x)
 
     async def main() -> None:
-        async with Mesh(layer) as mesh:
+        async with RouterInProcess(layer) as mesh:
             asked = mesh.ask(x, on_missing=policy, max_lost_mass=limit, return_routing=True)
             try:
                 output, masses, took_part, missing = reference(x, kinds, routing, policy, limit)
@@ -174,7 +164,7 @@ def test_an_answer_is_the_sum_written_out(
             assert torch.equal(reply.indices, routing.indices_TK)
             await mesh.at_rest()
 
-    check(main())
+    run_async(main())
 
 
 @given(
@@ -192,7 +182,7 @@ def test_requests_in_one_batch_keep_their_own_options_and_troubles(
     layer = layer_of(kinds)
 
     async def main() -> None:
-        async with Mesh(layer) as mesh:
+        async with RouterInProcess(layer) as mesh:
             requests = []
             for number, size in enumerate(sizes):
                 x = some_rows(size, seed + number, torch.float32)
@@ -226,7 +216,7 @@ def test_requests_in_one_batch_keep_their_own_options_and_troubles(
             assert all(got is wanted for got, wanted in refusals)
             await mesh.at_rest()
 
-    check(main())
+    run_async(main())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -246,12 +236,12 @@ def test_every_way_of_combining(method: str, rows: int) -> None:
     }[method]
 
     async def main() -> None:
-        async with Mesh(layer) as mesh:
+        async with RouterInProcess(layer) as mesh:
             reply = await mesh.ask(x)
             assert reply.output.shape == wanted.shape
             torch.testing.assert_close(reply.output, wanted, check_dtype=method == "vote")
 
-    check(main())
+    run_async(main())
 
 
 OTHER_SHAPES = {
@@ -275,13 +265,13 @@ def test_no_rows_have_the_shape_and_dtype_of_some(case: str, rows: int) -> None:
     layer = Layer("l", gates.TopK(D, 2, k=1), experts, combine=method)
 
     async def main() -> None:
-        async with Mesh(layer) as mesh:
+        async with RouterInProcess(layer) as mesh:
             reply = await mesh.ask(some_rows(rows, 1, torch.float32))
             assert reply.output.shape == (rows, *shape)
             assert reply.output.dtype == dtype
             assert reply.lost_mass.shape == (rows,)
 
-    check(main())
+    run_async(main())
 
 
 def test_a_fallback_answers_alone_though_nothing_says_of_what_shape() -> None:
@@ -292,14 +282,14 @@ def test_a_fallback_answers_alone_though_nothing_says_of_what_shape() -> None:
     layer = Layer("l", gates.Fixed([1.0, 0.5], k=1), experts, on_missing="fallback:good", max_lost_mass=1.0)
 
     async def main() -> None:
-        async with Mesh(layer) as mesh:
+        async with RouterInProcess(layer) as mesh:
             x = some_rows(3, 1, torch.float32)
             reply = await mesh.ask(x)
             torch.testing.assert_close(reply.output, classes(x))
             assert set(reply.summary.versions) == {"l/good", "l/gate"}
             assert (reply.summary.missing, reply.summary.max_lost_mass) == (["l/bad"], 1.0)
 
-    check(main())
+    run_async(main())
 
 
 def test_integer_rows_have_floating_answers() -> None:
@@ -307,12 +297,12 @@ def test_integer_rows_have_floating_answers() -> None:
     layer = Layer("l", gates.Fixed([2.0]), experts, input=TensorSpec((), "int64"))
 
     async def main() -> None:
-        async with Mesh(layer) as mesh:
+        async with RouterInProcess(layer) as mesh:
             reply = await mesh.ask(torch.tensor([1, 7]))
             assert reply.output.shape == (2, 3)
             assert reply.output.dtype == torch.float32
 
-    check(main())
+    run_async(main())
 
 
 def test_experts_of_different_shapes_are_refused() -> None:
@@ -320,19 +310,19 @@ def test_experts_of_different_shapes_are_refused() -> None:
     layer = Layer("l", gates.Fixed([1.0, 1.0]), experts)
 
     async def main() -> None:
-        async with Mesh(layer) as mesh:
+        async with RouterInProcess(layer) as mesh:
             with pytest.raises(SpecMismatch, match="their answers cannot be combined"):
                 await mesh.ask(some_rows(2, 1, torch.float32))
             await mesh.at_rest()
 
-    check(main())
+    run_async(main())
 
 
 def test_a_routing_of_the_callers_names_no_gate() -> None:
     layer = layer_of(["good"] * E)
 
     async def main() -> None:
-        async with Mesh(layer) as mesh:
+        async with RouterInProcess(layer) as mesh:
             x = some_rows(2, 3, torch.float32)
             indices, weights = torch.tensor([[3, 0], [1, -1]]), torch.tensor([[0.25, 0.5], [2.0, 7.0]])
             reply = await mesh.ask(x, indices=indices, weights=weights, return_routing=True)
@@ -342,18 +332,18 @@ def test_a_routing_of_the_callers_names_no_gate() -> None:
             assert reply.weights is not None
             assert reply.weights.tolist() == [[0.25, 0.5], [2.0, 0.0]]
 
-    check(main())
+    run_async(main())
 
 
 def test_nan_of_the_caller_is_the_callers_mistake() -> None:
     layer = layer_of(["good"] * 2, gate=gates.Fixed([0.5, 0.5]))
 
     async def main() -> None:
-        async with Mesh(layer) as mesh:
+        async with RouterInProcess(layer) as mesh:
             with pytest.raises(InvalidRequest, match="x holds NaN or infinity"):
                 await mesh.ask(torch.full((1, D), torch.nan))
 
-    check(main())
+    run_async(main())
 
 
 def test_shared_experts_take_part_in_every_answer_and_no_policy_covers_them() -> None:
@@ -363,28 +353,28 @@ def test_shared_experts_take_part_in_every_answer_and_no_policy_covers_them() ->
 
     async def main() -> None:
         x = some_rows(3, 3, torch.float32)
-        async with Mesh(layer("good")) as mesh:
-            plain = await Mesh(layer_of(["good"] * 2)).__aenter__()
+        async with RouterInProcess(layer("good")) as mesh:
+            plain = await RouterInProcess(layer_of(["good"] * 2)).__aenter__()
             reply, without = await mesh.ask(x), await plain.ask(x)
             torch.testing.assert_close(reply.output, without.output + x)
             assert set(reply.summary.versions) - set(without.summary.versions) == {"l/s"}
             assert set((await mesh.ask(x[:0])).summary.versions) == {"l/gate"}
             await plain.__aexit__()
-        async with Mesh(layer("raises")) as mesh:
+        async with RouterInProcess(layer("raises")) as mesh:
             with pytest.raises(ExpertFailed, match="l/s raised"):
                 await mesh.ask(x, max_lost_mass=1.0)
-        async with Mesh(layer("NaN")) as mesh:
+        async with RouterInProcess(layer("NaN")) as mesh:
             with pytest.raises(Unavailable, match="not finite"):
                 await mesh.ask(x, max_lost_mass=1.0)
 
-    check(main())
+    run_async(main())
 
 
 def test_what_capacity_drops_is_degraded_but_nobody_is_missing() -> None:
     layer = layer_of(["good"] * 2, gate=gates.TopK(D, 2, k=1), capacity=Capacity(factor=0.5), on_dropped="residual")
 
     async def main() -> None:
-        async with Mesh(layer) as mesh:
+        async with RouterInProcess(layer) as mesh:
             x = some_rows(1, 1, torch.float32).expand(6, D).contiguous()
             reply = await mesh.ask(x)
             assert (reply.summary.degraded, reply.summary.missing) == (True, [])
@@ -392,4 +382,4 @@ def test_what_capacity_drops_is_degraded_but_nobody_is_missing() -> None:
             assert reply.summary.max_lost_mass == 0.0
             torch.testing.assert_close(reply.output[2:], x[2:])
 
-    check(main())
+    run_async(main())

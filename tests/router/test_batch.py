@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 from typing import Any
 
 import pytest
 import torch
+from helpers.waiting import run_async
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,10 +33,6 @@ def batch_of(indices: list[list[int]]) -> Batch:
     x = torch.arange(float(len(indices)))[:, None]
     assignment = assign(LAYER, dict.fromkeys(LAYER.expert_ids, "v1"), x, handle)
     return Batch(Epoch(1), LAYER, x, routing, handle, assignment)
-
-
-def check(main: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(main, 60))
 
 
 def answer(batch: Batch, expert: int, dtype: torch.dtype = torch.float32) -> Answered:
@@ -76,7 +72,7 @@ def test_each_request_reads_its_own_answers(
                         assert outputs_N is not None
                         assert outputs_N[slot].tolist() == [row * 10 + expert]
 
-    check(main())
+    run_async(main())
 
 
 def test_answers_of_different_dtypes_are_promoted_and_of_different_shapes_refused() -> None:
@@ -92,7 +88,7 @@ def test_answers_of_different_dtypes_are_promoted_and_of_different_shapes_refuse
         with pytest.raises(SpecMismatch, match=r"l/e2 answers with rows of shape \[2\], another expert .* with \[1\]"):
             batch.answers.outputs((1, 2))
 
-    check(main())
+    run_async(main())
 
 
 def test_nothing_is_there_when_nobody_answered_or_nothing_was_asked() -> None:
@@ -107,7 +103,7 @@ def test_nothing_is_there_when_nobody_answered_or_nothing_was_asked() -> None:
         assert answered_N is not None
         assert not answered_N.any()
 
-    check(main())
+    run_async(main())
 
 
 def test_who_waits_for_some_experts_does_not_wait_for_the_others() -> None:
@@ -122,7 +118,7 @@ def test_who_waits_for_some_experts_does_not_wait_for_the_others() -> None:
         batch.answer(2, Unavailable("down"))
         assert set(await waiting) == {2}
 
-    check(main())
+    run_async(main())
 
 
 @given(holders=st.integers(0, 5), answered=st.booleans())
@@ -144,7 +140,7 @@ def test_the_last_one_to_let_go_gives_up_what_is_left(holders: int, answered: bo
         batch.release()
         assert told == (["complete"] if answered else ["given up", "complete"])
 
-    check(main())
+    run_async(main())
 
 
 def packed_batch(indices: list[list[int]]) -> tuple[Batch, Answered]:

@@ -6,12 +6,13 @@ import asyncio
 import logging
 import random
 from collections import Counter
-from collections.abc import Coroutine, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from helpers.waiting import run_async, settle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -94,7 +95,7 @@ class Wire:
 
 
 @dataclass(eq=False)
-class Mesh:
+class FanoutOverWire:
     """A fan-out, its view and its wire."""
 
     wire: Wire
@@ -131,35 +132,18 @@ class Mesh:
         return answer
 
 
-def mesh_of(*names: str, experts: tuple[str, ...] = ("l/a",)) -> Mesh:
+def fanout_of(*names: str, experts: tuple[str, ...] = ("l/a",)) -> FanoutOverWire:
     held = frozenset((expert, V) for expert in experts)
     replicas = {name: Replica(name, experts, "1", held, READY) for name in names}
     wire, view, telemetry = Wire(), View(random.Random(0)), Telemetry()
-    mesh = Mesh(wire, view, telemetry, Fanout(wire, view, telemetry), replicas)
+    mesh = FanoutOverWire(wire, view, telemetry, Fanout(wire, view, telemetry), replicas)
     mesh.report()
     return mesh
 
 
-async def settle() -> None:
-    """Let everything run that can run without an answer."""
-    for _ in range(20):
-        await asyncio.sleep(0)
-
-
-def check(main: Coroutine[Any, Any, None]) -> None:
-    async def guarded() -> None:
-        broken: list[Any] = []
-        asyncio.get_running_loop().set_exception_handler(lambda loop, context: broken.append(context))
-        await main
-        await settle()
-        assert not broken
-
-    asyncio.run(asyncio.wait_for(guarded(), 60))
-
-
 def test_what_is_submitted_together_goes_together() -> None:
     async def main() -> None:
-        mesh = mesh_of("r")
+        mesh = fanout_of("r")
         jobs = [mesh.submit("l/a", row, row + 1) for row in range(4)]
         await settle()
         (sent,) = mesh.wire.sent
@@ -173,12 +157,12 @@ def test_what_is_submitted_together_goes_together() -> None:
         assert mesh.telemetry.rows["l/a"] == 8
         assert mesh.telemetry.messages["r"] == 1
 
-    check(main())
+    run_async(main())
 
 
 def test_what_comes_while_the_window_is_full_waits_and_goes_in_one_message() -> None:
     async def main() -> None:
-        mesh = mesh_of("r")
+        mesh = fanout_of("r")
         jobs = []
         for row in range(6):
             jobs.append(mesh.submit("l/a", row))
@@ -195,12 +179,12 @@ def test_what_comes_while_the_window_is_full_waits_and_goes_in_one_message() -> 
         for row, job in enumerate(jobs):
             assert torch.equal(await job, X[[row]] * 2)
 
-    check(main())
+    run_async(main())
 
 
 def test_experts_of_a_pack_get_each_row_once() -> None:
     async def main() -> None:
-        mesh = mesh_of("pack", "other", experts=("l/a", "l/b", "l/c"))
+        mesh = fanout_of("pack", "other", experts=("l/a", "l/b", "l/c"))
         wanted = {"l/a": (0, 1, 3), "l/b": (1, 3, 5), "l/c": (0, 5)}
         pairs = torch.tensor([row for rows in wanted.values() for row in rows])
         rows_R, index_P = pairs.unique(return_inverse=True)
@@ -213,14 +197,14 @@ def test_experts_of_a_pack_get_each_row_once() -> None:
         for (expert, rows), output in zip(wanted.items(), (await together).outputs, strict=True):
             assert torch.equal(output, X[list(rows)] * FACTORS[expert])
 
-    check(main())
+    run_async(main())
 
 
 def test_unlike_rows_and_too_many_rows_do_not_share_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_ROWS_PER_MESSAGE", 4)
 
     async def main() -> None:
-        mesh = mesh_of("r")
+        mesh = fanout_of("r")
         kinds = [X, X.double(), X.reshape(6, 2, 1), X, X, X]
         sizes = [1, 1, 1, 3, 2, 6]
         jobs = [mesh.submit("l/a", *range(size), x=kind) for kind, size in zip(kinds, sizes, strict=True)]
@@ -235,12 +219,12 @@ def test_unlike_rows_and_too_many_rows_do_not_share_a_message(monkeypatch: pytes
         assert max(int(sent.call.rows.shape[0]) for sent in mesh.wire.sent) == 6  # alone, since larger than 4
         assert len(mesh.wire.sent) == 6
 
-    check(main())
+    run_async(main())
 
 
 def test_a_lost_message_goes_to_another_replica_and_the_lost_one_is_a_suspect() -> None:
     async def main() -> None:
-        mesh = mesh_of("r", "s")
+        mesh = fanout_of("r", "s")
         job = mesh.submit("l/a", 2)
         await settle()
         (first,) = mesh.wire.sent
@@ -255,12 +239,12 @@ def test_a_lost_message_goes_to_another_replica_and_the_lost_one_is_a_suspect() 
         assert mesh.telemetry.retries == 1
         assert mesh.telemetry.errors["l/a"] == 1
 
-    check(main())
+    run_async(main())
 
 
 def test_attempts_are_bounded_and_the_last_error_is_told() -> None:
     async def main() -> None:
-        mesh = mesh_of("r", "s", "t", "u", "v")
+        mesh = fanout_of("r", "s", "t", "u", "v")
         job = mesh.submit()
         for attempt in range(MAX_ATTEMPTS):
             await settle()
@@ -272,12 +256,12 @@ def test_attempts_are_bounded_and_the_last_error_is_told() -> None:
         await settle()
         assert set(mesh.view.rows_in_flight().values()) == {0}
 
-    check(main())
+    run_async(main())
 
 
 def test_with_nobody_else_the_error_comes_at_once() -> None:
     async def main() -> None:
-        mesh = mesh_of("r")
+        mesh = fanout_of("r")
         job = mesh.submit()
         await settle()
         mesh.wire.sent[0].fail(Unavailable("gone"))
@@ -288,12 +272,12 @@ def test_with_nobody_else_the_error_comes_at_once() -> None:
         with pytest.raises(Unavailable, match="no replica of l/x is ready"):
             await mesh.submit("l/x")
 
-    check(main())
+    run_async(main())
 
 
 def test_a_replica_that_lost_the_version_is_passed_over_and_is_no_suspect() -> None:
     async def main() -> None:
-        mesh = mesh_of("r", "s")
+        mesh = fanout_of("r", "s")
         job = mesh.submit()
         await settle()
         first = mesh.wire.sent[0]
@@ -304,12 +288,12 @@ def test_a_replica_that_lost_the_version_is_passed_over_and_is_no_suspect() -> N
         mesh.wire.sent[1].answer()
         assert torch.equal(await job, X[[0]] * 2)
 
-    check(main())
+    run_async(main())
 
 
 def test_a_version_that_is_gone_everywhere_is_told_as_such() -> None:
     async def main() -> None:
-        mesh = mesh_of("r", "s")
+        mesh = fanout_of("r", "s")
         job = mesh.submit()
         await settle()
         for name in ("r", "s"):
@@ -319,12 +303,12 @@ def test_a_version_that_is_gone_everywhere_is_told_as_such() -> None:
         with pytest.raises(VersionGone, match="no replica holds l/a v1-a any more"):
             await job
 
-    check(main())
+    run_async(main())
 
 
 def test_the_experts_own_failure_is_not_tried_again_and_harms_no_other_part() -> None:
     async def main() -> None:
-        mesh = mesh_of("r")
+        mesh = fanout_of("r")
         bad, good = mesh.submit("l/a", 0), mesh.submit("l/a", 1)
         await settle()
         (sent,) = mesh.wire.sent
@@ -335,12 +319,12 @@ def test_the_experts_own_failure_is_not_tried_again_and_harms_no_other_part() ->
         assert len(mesh.wire.sent) == 1
         assert mesh.telemetry.retries == 0
 
-    check(main())
+    run_async(main())
 
 
 def test_an_error_of_an_unknown_kind_is_an_internal_one() -> None:
     async def main() -> None:
-        mesh = mesh_of("r")
+        mesh = fanout_of("r")
         job = mesh.submit()
         await settle()
         mesh.wire.sent[0].answer(PartFailure("NoSuchClass", "odd"))
@@ -348,13 +332,13 @@ def test_an_error_of_an_unknown_kind_is_an_internal_one() -> None:
             await job
         assert type(caught.value) is ExpertMeshError
 
-    check(main())
+    run_async(main())
 
 
 @pytest.mark.parametrize("raised", [SpecMismatch("no"), ExpertMeshError("odd")])
 def test_whatever_a_transport_tells_nobody_waits_for_ever(raised: ExpertMeshError, caplog: Any) -> None:
     async def main() -> None:
-        mesh = mesh_of("r")
+        mesh = fanout_of("r")
         job = mesh.submit()
         await settle()
         mesh.wire.sent[0].fail(raised)
@@ -367,13 +351,13 @@ def test_whatever_a_transport_tells_nobody_waits_for_ever(raised: ExpertMeshErro
         assert torch.equal(await again, X[[0]] * 2)
 
     with caplog.at_level(logging.CRITICAL):
-        check(main())
+        run_async(main())
 
 
 @pytest.mark.parametrize("outputs", [0, 1, 3])
 def test_a_reply_with_another_number_of_parts_is_refused(outputs: int) -> None:
     async def main() -> None:
-        mesh = mesh_of("r")
+        mesh = fanout_of("r")
         jobs = [mesh.submit("l/a", 0), mesh.submit("l/a", 1)]
         await settle()
         sent = mesh.wire.sent[0]
@@ -382,12 +366,12 @@ def test_a_reply_with_another_number_of_parts_is_refused(outputs: int) -> None:
             with pytest.raises(DataLoss, match=f"answered {outputs} of 2 parts"):
                 await asyncio.wait_for(job, 20)
 
-    check(main())
+    run_async(main())
 
 
 def test_what_cannot_be_written_as_a_message_is_told_and_the_lane_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
-        mesh = mesh_of("r")
+        mesh = fanout_of("r")
 
         def refuse(replica: Replica, call: ExpertCall, done: Done) -> Cancel:
             raise TooLarge("the message's header has too many bytes")
@@ -403,12 +387,12 @@ def test_what_cannot_be_written_as_a_message_is_told_and_the_lane_goes_on(monkey
         assert torch.equal(await again, X[[0]] * 2)
         assert mesh.view.rows_in_flight() == {"r": 0}
 
-    check(main())
+    run_async(main())
 
 
 def test_work_that_nobody_waits_for_is_not_sent() -> None:
     async def main() -> None:
-        mesh = mesh_of("r")
+        mesh = fanout_of("r")
         first = [mesh.submit() for _ in range(2)]
         mesh.fanout.cancel(mesh.jobs[first[1]])  # before it was sent at all
         await settle()
@@ -430,12 +414,12 @@ def test_work_that_nobody_waits_for_is_not_sent() -> None:
         await settle()
         assert mesh.view.rows_in_flight() == {"r": 0}
 
-    check(main())
+    run_async(main())
 
 
 def test_a_new_incarnation_gets_what_the_old_one_had_and_late_answers_land_nowhere() -> None:
     async def main() -> None:
-        mesh = mesh_of("r")
+        mesh = fanout_of("r")
         jobs = [mesh.submit("l/a", 0)]
         await settle()
         jobs += [mesh.submit("l/a", 1)]
@@ -459,12 +443,12 @@ def test_a_new_incarnation_gets_what_the_old_one_had_and_late_answers_land_nowhe
         await settle()
         assert mesh.view.rows_in_flight() == {"r": 0}
 
-    check(main())
+    run_async(main())
 
 
 def test_a_replica_that_restarts_for_ever_does_not_hold_a_job_for_ever() -> None:
     async def main() -> None:
-        mesh = mesh_of("r")
+        mesh = fanout_of("r")
         job = mesh.submit()
         for number in range(2, 10):
             await settle()
@@ -475,12 +459,12 @@ def test_a_replica_that_restarts_for_ever_does_not_hold_a_job_for_ever() -> None
             await job
         assert len(mesh.wire.sent) == MAX_ATTEMPTS
 
-    check(main())
+    run_async(main())
 
 
 def test_a_replica_that_is_no_more_hands_its_rows_on() -> None:
     async def main() -> None:
-        mesh = mesh_of("r", "s")
+        mesh = fanout_of("r", "s")
         jobs = [mesh.submit("l/a", row) for row in range(4)]
         await settle()
         del mesh.replicas[mesh.wire.sent[0].replica]
@@ -493,14 +477,14 @@ def test_a_replica_that_is_no_more_hands_its_rows_on() -> None:
             assert torch.equal(await job, X[[row]] * 2)
         assert set(mesh.view.rows_in_flight().values()) == {0}
 
-    check(main())
+    run_async(main())
 
 
 def test_figures_are_read_while_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the thread of the metrics page does; here the change comes, for certain, in the middle of the reading."""
 
     async def main() -> None:
-        mesh = mesh_of("r", "s")
+        mesh = fanout_of("r", "s")
         jobs = [mesh.submit("l/a", row) for row in range(6)]
         size = Work.size.fget  # type: ignore[attr-defined]
 
@@ -521,7 +505,7 @@ def test_figures_are_read_while_they_change(monkeypatch: pytest.MonkeyPatch) -> 
             for sent in mesh.wire.open():
                 sent.answer()
 
-    check(main())
+    run_async(main())
 
 
 actions = st.lists(
@@ -552,7 +536,7 @@ actions = st.lists(
 def test_whatever_happens_each_job_ends_once_with_its_own_rows(happens: list[tuple[str, int]]) -> None:
     async def main() -> None:
         experts = ("l/a", "l/b")
-        mesh = mesh_of("r", "s", experts=experts)
+        mesh = fanout_of("r", "s", experts=experts)
         incarnations = 1
         jobs: list[tuple[str, tuple[int, ...], asyncio.Future[Tensor]]] = []
         for action, number in happens:
@@ -601,4 +585,4 @@ def test_whatever_happens_each_job_ends_once_with_its_own_rows(happens: list[tup
         assert mesh.view.rows_in_flight() == {"r": 0, "s": 0}
         assert set(mesh.fanout.waiting().values()) <= {0}
 
-    check(main())
+    run_async(main())

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.mesh import Mesh, check
+from helpers.router_in_process import RouterInProcess
+from helpers.waiting import run_async
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ def test_unlike_experts_answer_as_in_one_process(
     requests = [torch.randn(size, *SHAPE).to(dtype) for size in sizes]
 
     async def main() -> None:
-        async with Mesh(layer) as mesh:
+        async with RouterInProcess(layer) as mesh:
             replies = await asyncio.gather(*(mesh.ask(x, request_id=f"r{n}") for n, x in enumerate(requests)))
             for number, (x, reply) in enumerate(zip(requests, replies, strict=True)):
                 with torch.no_grad():
@@ -109,7 +110,7 @@ def test_unlike_experts_answer_as_in_one_process(
             assert mesh.router.telemetry.requests == {("mixed", "OK"): len(requests)}
             await mesh.at_rest()
 
-    check(main())
+    run_async(main())
 
 
 def one_expert(expert: Expert, **options: Any) -> Layer:
@@ -128,7 +129,7 @@ def test_a_deadline_leaves_no_pin_no_rows_and_nothing_under_way() -> None:
         return rows
 
     async def main() -> None:
-        async with Mesh(one_expert(Expert.from_function(slow))) as mesh:
+        async with RouterInProcess(one_expert(Expert.from_function(slow))) as mesh:
             asked = [asyncio.ensure_future(mesh.ask(X * n, timeout=0.05)) for n in range(6)]
             found = await asyncio.gather(*asked, return_exceptions=True)
             assert {type(error) for error in found} == {DeadlineExceeded}
@@ -143,7 +144,7 @@ def test_a_deadline_leaves_no_pin_no_rows_and_nothing_under_way() -> None:
             assert mesh.router.fanout.waiting() == {"l/e#0": 0}
             await mesh.at_rest()
 
-    check(main())
+    run_async(main())
     release.set()
 
 
@@ -170,7 +171,7 @@ def test_no_deadline_ever_leaves_anything(timeouts: list[float], top_k: int) -> 
 
     async def main() -> None:
         wire = Never()
-        async with Mesh(layer, wire) as mesh:
+        async with RouterInProcess(layer, wire) as mesh:
             asked = [mesh.ask(X, timeout=timeout, top_k=top_k) for timeout in timeouts]
             found = await asyncio.gather(*asked, return_exceptions=True)
             assert {type(error) for error in found} == {DeadlineExceeded}
@@ -181,12 +182,12 @@ def test_no_deadline_ever_leaves_anything(timeouts: list[float], top_k: int) -> 
             await mesh.at_rest()
             assert len(wire.sent) == before  # nobody waits any more, so nothing is sent again
 
-    check(main())
+    run_async(main())
 
 
 def test_a_caller_that_goes_away_is_counted_as_such_and_leaves_nothing() -> None:
     async def main() -> None:
-        async with Mesh(one_expert(Expert("torch:sin")), Never()) as mesh:
+        async with RouterInProcess(one_expert(Expert("torch:sin")), Never()) as mesh:
             asked = asyncio.ensure_future(mesh.ask(X))
             while not mesh.router.view.rows_in_flight()["l/e#0"]:
                 await asyncio.sleep(0)
@@ -196,12 +197,14 @@ def test_a_caller_that_goes_away_is_counted_as_such_and_leaves_nothing() -> None
             assert mesh.router.telemetry.requests == {("l", "CANCELLED"): 1}
             await mesh.at_rest()
 
-    check(main())
+    run_async(main())
 
 
 def test_what_is_refused_is_counted_by_its_code_and_never_by_a_strangers_name() -> None:
     async def main() -> None:
-        async with Mesh(one_expert(Expert("torch:sin"), input=TensorSpec((2,))), max_rows_in_flight=8) as mesh:
+        async with RouterInProcess(
+            one_expert(Expert("torch:sin"), input=TensorSpec((2,))), max_rows_in_flight=8
+        ) as mesh:
             refused: list[tuple[type[ExpertMeshError], dict[str, Any]]] = [
                 (NotFound, {"x": X, "layer": "made up by a caller"}),
                 (SpecMismatch, {"x": torch.ones(1, 3)}),
@@ -220,7 +223,7 @@ def test_what_is_refused_is_counted_by_its_code_and_never_by_a_strangers_name() 
                 ("l", "RESOURCE_EXHAUSTED"): 1,
             }
 
-    check(main())
+    run_async(main())
 
 
 def test_before_the_first_epoch_a_request_is_unavailable_and_its_layer_is_not_counted() -> None:
@@ -230,12 +233,12 @@ def test_before_the_first_epoch_a_request_is_unavailable_and_its_layer_is_not_co
             await router.forward(ForwardRequest(X, CallOptions(layer="made up"), 1.0))
         assert router.telemetry.requests == {("", "UNAVAILABLE"): 1}
 
-    check(main())
+    run_async(main())
 
 
 def test_rows_above_the_bound_are_refused_early() -> None:
     async def main() -> None:
-        async with Mesh(one_expert(Expert("torch:sin")), Never(), max_rows_in_flight=8) as mesh:
+        async with RouterInProcess(one_expert(Expert("torch:sin")), Never(), max_rows_in_flight=8) as mesh:
             held = [asyncio.ensure_future(mesh.ask(X)) for _ in range(2)]
             await asyncio.sleep(0)
             with pytest.raises(Overloaded):
@@ -245,7 +248,7 @@ def test_rows_above_the_bound_are_refused_early() -> None:
             await asyncio.wait(held)
             await mesh.at_rest()
 
-    check(main())
+    run_async(main())
 
 
 class Replacing(LocalTransport):
@@ -253,7 +256,7 @@ class Replacing(LocalTransport):
 
     def __init__(self, everywhere: bool = True) -> None:
         super().__init__()
-        self.mesh: Mesh | None = None
+        self.mesh: RouterInProcess | None = None
         self.calls: list[ExpertCall] = []
         self.everywhere = everywhere
 
@@ -278,7 +281,7 @@ class Replacing(LocalTransport):
 def test_a_version_that_is_gone_begins_again_from_the_gate_on_the_current_epoch() -> None:
     async def main() -> None:
         wire = Replacing()
-        async with Mesh(one_expert(Expert("helpers.samples:Affine", args=(2, 3.0))), wire) as mesh:
+        async with RouterInProcess(one_expert(Expert("helpers.samples:Affine", args=(2, 3.0))), wire) as mesh:
             wire.mesh = mesh
             reply = await mesh.ask(X)
             assert torch.equal(reply.output, X * 5)
@@ -287,19 +290,19 @@ def test_a_version_that_is_gone_begins_again_from_the_gate_on_the_current_epoch(
             assert reply.summary.versions["l/gate"] == "v2-000000000000"
             await mesh.at_rest()
 
-    check(main())
+    run_async(main())
 
 
 def test_a_version_that_is_gone_with_no_newer_epoch_is_told() -> None:
     async def main() -> None:
         wire = Replacing(everywhere=False)
-        async with Mesh(one_expert(Expert("helpers.samples:Affine", args=(2, 3.0))), wire) as mesh:
+        async with RouterInProcess(one_expert(Expert("helpers.samples:Affine", args=(2, 3.0))), wire) as mesh:
             wire.mesh = mesh
             with pytest.raises(VersionGone, match="no replica holds l/e v1-"):
                 await mesh.ask(X)
             await mesh.at_rest()
 
-    check(main())
+    run_async(main())
 
 
 def test_a_request_keeps_its_epoch_though_another_is_adopted_meanwhile() -> None:
@@ -311,7 +314,7 @@ def test_a_request_keeps_its_epoch_though_another_is_adopted_meanwhile() -> None
         return rows * 3
 
     async def main() -> None:
-        async with Mesh(one_expert(Expert.from_function(slow))) as mesh:
+        async with RouterInProcess(one_expert(Expert.from_function(slow))) as mesh:
             first = asyncio.ensure_future(mesh.ask(X))
             await asyncio.get_running_loop().run_in_executor(None, began.wait, 60)
             host = mesh.hosts["l/e#0"]
@@ -330,24 +333,24 @@ def test_a_request_keeps_its_epoch_though_another_is_adopted_meanwhile() -> None
             assert mesh.router.epochs.oldest_pinned() == 2
             await mesh.at_rest()
 
-    check(main())
+    run_async(main())
 
 
 def test_a_layer_that_is_no_more_is_not_found() -> None:
     async def main() -> None:
-        async with Mesh(one_expert(Expert("torch:sin"))) as mesh:
+        async with RouterInProcess(one_expert(Expert("torch:sin"))) as mesh:
             mesh.router.adopt(Epoch(2, {}, {}))
             with pytest.raises(NotFound, match="there is no layer 'l'; known are"):
                 await mesh.ask(X)
 
-    check(main())
+    run_async(main())
 
 
 def test_many_requests_at_once_are_not_mixed_up() -> None:
     layer = Layer("l", gates.TopK(2, 3, k=2), {name: Expert(f"torch:{name}") for name in ("sin", "cos", "tanh")})
 
     async def main() -> None:
-        async with Mesh(layer) as mesh:
+        async with RouterInProcess(layer) as mesh:
             rows = [torch.full((1 + n % 3, 2), n / 50) for n in range(200)]
             replies = await asyncio.gather(*(mesh.ask(x) for x in rows))
             local = LocalLayer(layer.gate, [torch.sin, torch.cos, torch.tanh])
@@ -356,4 +359,4 @@ def test_many_requests_at_once_are_not_mixed_up() -> None:
             assert sum(mesh.router.telemetry.messages.values()) <= 3 * 3  # not 200 · 2: what waits goes together
             await mesh.at_rest()
 
-    check(main())
+    run_async(main())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import pytest
 import torch
+from helpers.waiting import run_async
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -63,10 +64,6 @@ class Bench:
                 batch.answer(key, Answered((x[work.rows_R],)))
         self.before()
         return batch
-
-
-def check(main: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(main, 60))
 
 
 def rows_of(routed: Routed) -> tuple[Tensor, Tensor]:
@@ -133,7 +130,7 @@ def test_each_request_is_routed_as_if_it_were_alone(data: Any, gate_number: int,
             assert bool((indices[:, width:] == -1).all())
             assert torch.equal(found.batch.x[found.start : found.stop], request.x)
 
-    check(main())
+    run_async(main())
 
 
 def plain(rows: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32, width: int = D) -> GateRequest:
@@ -159,7 +156,7 @@ def test_only_requests_of_one_layer_epoch_and_kind_of_rows_share_a_batch() -> No
         assert [found.batch.epoch.number for found in routed] == [1, 1, 2, 1, 1]
         assert routed[3].batch.layer is other
 
-    check(main())
+    run_async(main())
 
 
 def test_a_batch_has_a_limit_but_a_large_request_goes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +170,7 @@ def test_a_batch_has_a_limit_but_a_large_request_goes_alone(monkeypatch: pytest.
         assert [batch.x.shape[0] for batch in bench.batches] == [5, 1, 9, 5, 1]
         assert [found.stop - found.start for found in routed] == sizes
 
-    check(main())
+    run_async(main())
 
 
 def test_what_comes_during_a_run_goes_together_in_the_next() -> None:
@@ -192,7 +189,7 @@ def test_what_comes_during_a_run_goes_together_in_the_next() -> None:
         assert len({id(found.batch) for found in routed}) == 1
         assert len(bench.batches) == 2
 
-    check(main())
+    run_async(main())
 
 
 def bad_requests() -> dict[str, tuple[GateRequest, type[Exception], str]]:
@@ -227,7 +224,7 @@ def test_one_bad_request_does_not_spoil_the_others(case: str, place: int) -> Non
             assert isinstance(routed, Routed)
             assert torch.equal(rows_of(routed)[0], alone(gate, plain(seed=number)).indices_TK)
 
-    check(main())
+    run_async(main())
 
 
 def test_features_of_another_width_are_refused_alone() -> None:
@@ -240,7 +237,7 @@ def test_features_of_another_width_are_refused_alone() -> None:
         assert isinstance(found[0], Routed)
         assert isinstance(found[1], SpecMismatch)
 
-    check(main())
+    run_async(main())
 
 
 def test_a_gate_of_foreign_code_that_raises_is_a_typed_error_without_its_words(caplog: Any) -> None:
@@ -254,7 +251,7 @@ def test_a_gate_of_foreign_code_that_raises_is_a_typed_error_without_its_words(c
             await bench.gating.route(EPOCH, layer, plain())
         assert caught.value.message == "the gate of layer l raised ZeroDivisionError; see the log of the router"
 
-    check(main())
+    run_async(main())
 
 
 def test_a_batch_is_wanted_while_somebody_holds_it() -> None:
@@ -267,7 +264,7 @@ def test_a_batch_is_wanted_while_somebody_holds_it() -> None:
         routed[1].batch.release()
         assert bench.given_up == bench.batches
 
-    check(main())
+    run_async(main())
 
 
 @pytest.mark.parametrize("moment", ["waiting", "as the answer comes"])
@@ -289,7 +286,7 @@ def test_who_goes_away_holds_nothing(moment: str) -> None:
         assert len(bench.batches) == (0 if moment == "waiting" else 1)
         await bench.gating.route(EPOCH, layer, plain())  # and the gating goes on
 
-    check(main())
+    run_async(main())
 
 
 def test_without_rows_there_is_a_routing_too() -> None:
@@ -336,7 +333,7 @@ def test_a_small_batch_gathers_until_it_is_as_large_or_alone(monkeypatch: pytest
         await asyncio.gather(*waiting)
         assert [batch.x.shape[0] for batch in bench.batches] == [4, 4 if more == "rows" else 3]
 
-    check(main())
+    run_async(main())
 
 
 def test_lines_of_a_layer_wait_each_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +350,7 @@ def test_lines_of_a_layer_wait_each_for_themselves(monkeypatch: pytest.MonkeyPat
         bench.finish(bench.batches[1])
         await small
 
-    check(main())
+    run_async(main())
 
 
 def test_nobody_gathers_for_longer_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,7 +361,7 @@ def test_nobody_gathers_for_longer_than_the_bound(monkeypatch: pytest.MonkeyPatc
         assert [batch.x.shape[0] for batch in bench.batches] == [4, 1, 1, 1]
         assert bench.gating._timings["l"].under_way == 4
 
-    check(main())
+    run_async(main())
 
 
 def test_a_batch_without_work_says_nothing_of_the_pace() -> None:
@@ -374,4 +371,4 @@ def test_a_batch_without_work_says_nothing_of_the_pace() -> None:
         await bench.gating.route(EPOCH, layer, plain(0))
         assert (bench.gating._timings["l"].under_way, bench.gating._timings["l"].seconds) == (0, 60.0)
 
-    check(main())
+    run_async(main())

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.mesh import Mesh, check
+from helpers.router_in_process import RouterInProcess
+from helpers.row_functions import nan_below_zero, raising, times
+from helpers.waiting import run_async
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,20 +23,8 @@ from expertmesh.router.mixture.layer import Layer
 E, D = 6, 4
 
 
-def scaled(by: float) -> Callable[[Tensor], Tensor]:
-    return lambda rows: rows * by
-
-
-def nan_below_zero(by: float) -> Callable[[Tensor], Tensor]:
-    return lambda rows: torch.where(rows[:, :1] < 0, torch.nan, rows * by)
-
-
-def raising(rows: Tensor) -> Tensor:
-    raise ZeroDivisionError
-
-
 KINDS: dict[str, Callable[[float], Callable[[Tensor], Tensor]]] = {
-    "good": scaled,
+    "good": times,
     "sometimes": nan_below_zero,
     "raises": lambda by: raising,
 }
@@ -51,7 +41,7 @@ def layer_of(packs: list[str | None], kinds: list[str], **options: Any) -> Layer
 
 
 async def answers(layer: Layer, x: Tensor, **options: Any) -> Any:
-    async with Mesh(layer) as mesh:
+    async with RouterInProcess(layer) as mesh:
         try:
             reply = await mesh.ask(x, return_routing=True, **options)
         except (ExpertFailed, Unavailable) as error:
@@ -99,7 +89,7 @@ def test_packs_change_no_answer(
         assert set(mesh.router.telemetry.messages.values()) <= {1}, "one message for each replica"
         assert len(replicas) <= len(mesh.hosts)
 
-    check(main())
+    run_async(main())
 
 
 def test_a_replica_sends_fewer_rows_than_its_experts_answer() -> None:
@@ -107,7 +97,7 @@ def test_a_replica_sends_fewer_rows_than_its_experts_answer() -> None:
 
     async def main() -> None:
         layer = layer_of(["p"] * E, ["good"] * E)
-        async with Mesh(layer) as mesh:
+        async with RouterInProcess(layer) as mesh:
             sent: list[Any] = []
             (host,) = mesh.hosts.values()
             compute = host.compute
@@ -121,7 +111,7 @@ def test_a_replica_sends_fewer_rows_than_its_experts_answer() -> None:
             assert answer.sums[0].shape == (64, D)
             torch.testing.assert_close(reply.output, answer.sums[0])
 
-    check(main())
+    run_async(main())
 
 
 @given(
@@ -138,29 +128,29 @@ def test_requests_of_one_batch_each_get_their_own_sums(
     requests = [torch.randn(size, D, generator=generator) for size in sizes]
 
     async def main() -> None:
-        async with Mesh(layer_of([None] * E, ["good"] * E, combine=method)) as plain:
+        async with RouterInProcess(layer_of([None] * E, ["good"] * E, combine=method)) as plain:
             expected = [(await plain.ask(x)).output for x in requests]
-        async with Mesh(layer_of(packs, ["good"] * E, combine=method)) as mesh:
+        async with RouterInProcess(layer_of(packs, ["good"] * E, combine=method)) as mesh:
             replies = await asyncio.gather(*(mesh.ask(x) for x in requests))
             assert mesh.router.telemetry.batches["l"] < len(requests)
         for reply, rows in zip(replies, expected, strict=True):
             torch.testing.assert_close(reply.output, rows)
 
-    check(main())
+    run_async(main())
 
 
 def test_bytes_copied_are_those_of_the_rows_that_are_sent() -> None:
     x = torch.randn(64, D, generator=torch.Generator().manual_seed(0))
 
     async def main() -> None:
-        async with Mesh(layer_of([None] * E, ["good"] * E)) as mesh:
+        async with RouterInProcess(layer_of([None] * E, ["good"] * E)) as mesh:
             await mesh.ask(x)
             assert mesh.router.telemetry.copied == 3 * x.nbytes  # a row for each of its three experts, and no more
-        async with Mesh(layer_of(["p"] * E, ["good"] * E)) as mesh:
+        async with RouterInProcess(layer_of(["p"] * E, ["good"] * E)) as mesh:
             await mesh.ask(x)
             assert mesh.router.telemetry.copied == 0  # it takes all rows: they are sent from where they lie
 
-    check(main())
+    run_async(main())
 
 
 def test_experts_of_a_pack_that_answer_with_unlike_rows_are_refused() -> None:
@@ -171,25 +161,25 @@ def test_experts_of_a_pack_that_answer_with_unlike_rows_are_refused() -> None:
     layer = Layer("l", gates.Fixed([0.5, 0.5]), experts, input=TensorSpec((D,)))
 
     async def main() -> None:
-        async with Mesh(layer) as mesh:
+        async with RouterInProcess(layer) as mesh:
             with pytest.raises(SpecMismatch, match="rows of different shapes"):
                 await mesh.ask(torch.ones(2, D))
 
-    check(main())
+    run_async(main())
 
 
 def test_a_pack_goes_to_one_replica_that_holds_all_of_it() -> None:
     layer = layer_of(["p"] * E, ["good"] * E)
     two = layer.with_experts(
-        {name: Expert.from_function(scaled(n + 1.0), pack="p", replicas=2) for n, name in enumerate(layer.experts)}
+        {name: Expert.from_function(times(n + 1.0), pack="p", replicas=2) for n, name in enumerate(layer.experts)}
     )
     x = torch.ones(3, D)
 
     async def main() -> None:
-        async with Mesh(two) as mesh:
+        async with RouterInProcess(two) as mesh:
             for _ in range(20):
                 await mesh.ask(x)
             assert sum(mesh.router.telemetry.messages.values()) == 20
             assert len(mesh.router.telemetry.messages) == 2
 
-    check(main())
+    run_async(main())

@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 import torch
-from helpers.mesh import Mesh, check
+from helpers.router_in_process import RouterInProcess
+from helpers.waiting import run_async
 
 from expertmesh.experts.errors import FailedPrecondition, InvalidRequest, NotFound, Unavailable, VersionGone
 from expertmesh.experts.spec import Expert
@@ -17,11 +18,7 @@ from expertmesh.router.mixture.layer import Layer
 X = torch.ones(2, 3)
 
 
-def scaled(by: float) -> Expert:
-    return Expert("helpers.samples:scaled", kwargs={"by": by})
-
-
-class TwoEpochs(Mesh):
+class TwoEpochs(RouterInProcess):
     """A mesh whose expert doubles in epoch 1 and, once `flip` was called, triples in epoch 2."""
 
     def __init__(self) -> None:
@@ -72,7 +69,7 @@ def test_an_epoch_by_number_is_recalled_once_for_all_who_ask() -> None:
                     await mesh.factor(epoch=number)
             await mesh.at_rest()
 
-    check(main())
+    run_async(main())
 
 
 def test_versions_that_were_unloaded_under_a_named_epoch_are_recalled_and_no_other_epoch_answers() -> None:
@@ -89,7 +86,7 @@ def test_versions_that_were_unloaded_under_a_named_epoch_are_recalled_and_no_oth
             assert await mesh.factor() == (2, 3.0)
             await mesh.at_rest()
 
-    check(main())
+    run_async(main())
 
 
 def test_whoever_waits_for_a_recall_still_gets_it_when_the_first_gives_up() -> None:
@@ -103,7 +100,7 @@ def test_whoever_waits_for_a_recall_still_gets_it_when_the_first_gives_up() -> N
             assert await second == (1, 2.0)
             await mesh.at_rest()
 
-    check(main())
+    run_async(main())
 
 
 def test_a_lease_answers_from_its_epoch_across_a_flip() -> None:
@@ -121,7 +118,7 @@ def test_a_lease_answers_from_its_epoch_across_a_flip() -> None:
                 await mesh.factor(pin=lease, epoch=1)
             await mesh.at_rest()
 
-    check(main())
+    run_async(main())
 
 
 def test_a_router_that_is_behind_catches_up_first() -> None:
@@ -135,7 +132,7 @@ def test_a_router_that_is_behind_catches_up_first() -> None:
             assert await waiting == (2, 3.0)
             await mesh.at_rest()
 
-    check(main())
+    run_async(main())
 
 
 def test_a_router_that_stays_behind_says_so_before_the_deadline() -> None:
@@ -146,7 +143,7 @@ def test_a_router_that_stays_behind_says_so_before_the_deadline() -> None:
             assert await mesh.factor(min_epoch=9, epoch=1) == (1, 2.0)
             await mesh.at_rest()
 
-    check(main())
+    run_async(main())
 
 
 def test_what_was_seen_of_another_cluster_means_nothing_here() -> None:
@@ -159,7 +156,7 @@ def test_what_was_seen_of_another_cluster_means_nothing_here() -> None:
             reply = await mesh.ask(X)
             assert reply.summary.cluster == "here"
 
-    check(main())
+    run_async(main())
 
 
 def test_an_epoch_that_never_was_is_what_the_controller_says() -> None:
@@ -174,4 +171,4 @@ def test_an_epoch_that_never_was_is_what_the_controller_says() -> None:
                 await mesh.factor(epoch=4)
             await mesh.at_rest()
 
-    check(main())
+    run_async(main())

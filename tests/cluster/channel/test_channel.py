@@ -10,12 +10,13 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.waiting import run_async
 from torch import Tensor
 
 from expertmesh.cluster.channel import replica_end as module
@@ -110,10 +111,6 @@ class Router:
         return output
 
 
-def check(main: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(main, 60))
-
-
 def connect(address: str) -> socket.socket:
     kind, _, where = address.partition(":")
     if kind == "unix":
@@ -159,7 +156,7 @@ def test_rows_come_back_computed_and_the_way_is_counted(served: Served) -> None:
         assert router.transport.carried == {kind: 3 + 5000 + 3 + 3}
         router.transport.close()
 
-    check(main())
+    run_async(main())
 
 
 def test_a_wrong_secret_is_refused_by_both_ends_and_harms_nobody(served: Served) -> None:
@@ -173,7 +170,7 @@ def test_a_wrong_secret_is_refused_by_both_ends_and_harms_nobody(served: Served)
         for router in (good, bad):
             router.transport.close()
 
-    check(main())
+    run_async(main())
 
 
 def test_a_listener_without_the_secret_gets_no_row(tmp_path: Path) -> None:
@@ -196,7 +193,7 @@ def test_a_listener_without_the_secret_gets_no_row(tmp_path: Path) -> None:
         assert b"prove" in got[0]
         assert got[1:] == [b""]
 
-    check(main())
+    run_async(main())
 
 
 def test_another_incarnation_is_not_spoken_to(served: Served) -> None:
@@ -207,7 +204,7 @@ def test_another_incarnation_is_not_spoken_to(served: Served) -> None:
         assert served.server.counted["computed"] == 0
         router.transport.close()
 
-    check(main())
+    run_async(main())
 
 
 def test_an_actor_that_was_replaced_but_still_answers_is_not_heard(tmp_path: Path) -> None:
@@ -222,7 +219,7 @@ def test_an_actor_that_was_replaced_but_still_answers_is_not_heard(tmp_path: Pat
             assert isinstance(await asyncio.wait_for(answer, 20), Unavailable)
             router.transport.close()
 
-    check(main())
+    run_async(main())
 
 
 @pytest.mark.parametrize("garbage", [b"\0" * 64, b"GET / HTTP/1.1\r\n\r\n", LENGTH.pack(2**63), LENGTH.pack(0), b"x"])
@@ -238,7 +235,7 @@ def test_garbage_is_closed_without_harm(served: Served, garbage: bytes) -> None:
         assert torch.equal(await router.ask(served.call(2)), ROWS.sin())
         router.transport.close()
 
-    check(main())
+    run_async(main())
 
 
 def test_who_does_not_prove_itself_in_time_is_closed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +251,7 @@ def test_who_does_not_prove_itself_in_time_is_closed(served: Served, monkeypatch
         assert torch.equal(await router.ask(served.call(2)), ROWS.sin())
         router.transport.close()
 
-    check(main())
+    run_async(main())
 
 
 def test_strangers_take_only_so_many_places(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +268,7 @@ def test_strangers_take_only_so_many_places(served: Served, monkeypatch: pytest.
             stranger.close()
         router.transport.close()
 
-    check(main())
+    run_async(main())
 
 
 def test_who_does_not_read_is_closed_and_the_others_are_served(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +286,7 @@ def test_who_does_not_read_is_closed_and_the_others_are_served(served: Served, m
         lazy.close()
         router.transport.close()
 
-    check(main())
+    run_async(main())
 
 
 def test_more_calls_than_credits_close_the_connection(tmp_path: Path) -> None:
@@ -333,7 +330,7 @@ def test_what_was_cancelled_or_came_too_late_is_not_computed(tmp_path: Path) -> 
             assert made.server.counted == {"computed": 1, "cancelled": 1, "expired": 1}
             router.transport.close()
 
-    check(main())
+    run_async(main())
 
 
 def test_a_late_answer_never_lands_in_another_requests_rows(tmp_path: Path) -> None:
@@ -352,7 +349,7 @@ def test_a_late_answer_never_lands_in_another_requests_rows(tmp_path: Path) -> N
             assert not gone.done()
             router.transport.close()
 
-    check(main())
+    run_async(main())
 
 
 def test_a_failure_of_the_expert_is_told_and_the_connection_stays(tmp_path: Path) -> None:
@@ -365,7 +362,7 @@ def test_a_failure_of_the_expert_is_told_and_the_connection_stays(tmp_path: Path
         router.transport.close()
         made.server.close()
 
-    check(main())
+    run_async(main())
 
 
 def test_a_reply_that_cannot_be_read_ends_the_call_and_the_connection(tmp_path: Path) -> None:
@@ -391,7 +388,7 @@ def test_a_reply_that_cannot_be_read_ends_the_call_and_the_connection(tmp_path: 
                 await router.ask(ExpertCall(1, (Part("l/e", "v1", 0, 3),), ROWS))
             assert router.lost == ["i"]
 
-    check(main())
+    run_async(main())
 
 
 REPLICA = """
@@ -425,7 +422,7 @@ def test_a_killed_replica_is_noticed_by_its_socket_while_nobody_asks(tmp_path: P
                 await router.ask(ExpertCall(2, (Part("l/e", "v1", 0, 3),), ROWS))
             router.transport.close()
 
-        check(main())
+        run_async(main())
 
 
 def test_a_connection_that_broke_is_made_again_at_the_next_report(served: Served) -> None:
@@ -441,4 +438,4 @@ def test_a_connection_that_broke_is_made_again_at_the_next_report(served: Served
         assert torch.equal(await router.ask(served.call(2)), ROWS.sin())
         router.transport.close()
 
-    check(main())
+    run_async(main())

@@ -21,6 +21,7 @@ from expertmesh.cluster.cli.main import cli
 from expertmesh.cluster.machine.run_files import RunFile, home, run_path, start_time, token_path
 from expertmesh.experts.errors import DeadlineExceeded, NotFound, Unavailable
 
+pytestmark = pytest.mark.usefixtures("own_home")
 SWALLOWED: list[signal.Signals] = []
 """Signals that come while a cluster starts, where somebody swallows what they raise."""
 
@@ -50,12 +51,6 @@ STATUS: dict[str, Any] = {
     "router": {"pid": 7, "queue": {"rows": 0}},
     "controller": {},
 }
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EXPERTMESH_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("EXPERTMESH_TOKEN", raising=False)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from helpers.swap_samples import GATE, NAME, Mesh, X, mesh
+from helpers.swap_cluster import GATE, NAME, SwapCluster, X, swap_cluster
 
 from expertmesh.cluster.cli.main import cli
 from expertmesh.cluster.cli.outcome import phase_line, told
@@ -17,10 +17,8 @@ from expertmesh.cluster.rpc.swaps import SwapOutcome
 
 
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mesh]:
-    monkeypatch.setenv("EXPERTMESH_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("EXPERTMESH_TOKEN", raising=False)
-    with mesh(tmp_path) as running:
+def made(tmp_path: Path, own_home: Path) -> Iterator[SwapCluster]:
+    with swap_cluster(tmp_path) as running:
         yield running
 
 
@@ -33,11 +31,11 @@ def documents(result: Result) -> Any:
     return json.loads(result.stdout)
 
 
-def change(made: Mesh, id: str, seed: int) -> str:
+def change(made: SwapCluster, id: str, seed: int) -> str:
     return f"{id}={made.weights.file(id, seed)}"
 
 
-def test_a_set_is_swapped_listed_and_rolled_back(made: Mesh) -> None:
+def test_a_set_is_swapped_listed_and_rolled_back(made: SwapCluster) -> None:
     before = made.current()
     result = run("swap", change(made, "l/a", 10), change(made, GATE, 11), "--max-drift", 5)
     assert result.exit_code == 0, result.stderr
@@ -60,7 +58,7 @@ def test_a_set_is_swapped_listed_and_rolled_back(made: Mesh) -> None:
     assert made.current() == before | {"l/a": after["l/a"]}
 
 
-def test_what_machines_read(made: Mesh) -> None:
+def test_what_machines_read(made: SwapCluster) -> None:
     result = run("swap", change(made, "l/a", 10), "-o", "json", "--expect", f"l/a={made.current()['l/a']}")
     outcome = documents(result)
     assert (outcome["epoch"], outcome["committed"], outcome["pending"]) == (2, True, [])
@@ -72,7 +70,7 @@ def test_what_machines_read(made: Mesh) -> None:
     assert back["after"] == outcome["before"]
 
 
-def test_a_rehearsal_says_so_and_changes_nothing(made: Mesh) -> None:
+def test_a_rehearsal_says_so_and_changes_nothing(made: SwapCluster) -> None:
     before = made.current()
     result = run("swap", change(made, "l/a", 10), "--dry-run")
     assert result.exit_code == 0, result.stderr
@@ -82,7 +80,7 @@ def test_a_rehearsal_says_so_and_changes_nothing(made: Mesh) -> None:
     assert not documents(run("swap", change(made, "l/a", 10), "--dry-run", "-o", "json"))["committed"]
 
 
-def test_a_refusal_is_one_line_and_an_exit_code(made: Mesh, tmp_path: Path) -> None:
+def test_a_refusal_is_one_line_and_an_exit_code(made: SwapCluster, tmp_path: Path) -> None:
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(b"no weights")
     for arguments, said in [
@@ -134,7 +132,7 @@ def test_help_teaches(command: str) -> None:
     assert f"expertmesh {command} news/e3" in result.stdout
 
 
-def test_status_shows_the_epoch_and_what_drains(made: Mesh) -> None:
+def test_status_shows_the_epoch_and_what_drains(made: SwapCluster) -> None:
     assert "epoch 1" in run("status").stdout
     assert "draining" not in run("status").stdout
     with made.client.pin() as lease:

@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -448,8 +449,7 @@ def test_the_token_file_of_the_users_own_cluster_is_found(
         Client("127.0.0.1:1")
 
 
-def test_without_a_cluster_and_without_an_endpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setenv("EXPERTMESH_HOME", str(tmp_path))
+def test_without_a_cluster_and_without_an_endpoint(own_home: Path) -> None:
     with pytest.raises(NotFound):
         Client()
 

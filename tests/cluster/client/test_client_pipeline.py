@@ -7,8 +7,8 @@ import asyncio
 import numpy as np
 import psutil
 import pytest
-from helpers.front import TOKEN, Front, opened, until
-from helpers.mesh import check
+from helpers.front import TOKEN, Front, opened
+from helpers.waiting import run_async, until
 
 from expertmesh.cluster.client.client import Client
 from expertmesh.experts.errors import DeadlineExceeded
@@ -36,7 +36,7 @@ def test_64_calls_of_1_mebibyte_are_inside_at_once_over_one_connection() -> None
                 assert (y.min(), y.max()) == (n, n)
             assert front.most_inside == 64
 
-    check(main())
+    run_async(main())
 
 
 def test_1000_calls_take_one_connection() -> None:
@@ -51,7 +51,7 @@ def test_1000_calls_take_one_connection() -> None:
             assert len(first) == 1
             assert front.answered == 1001
 
-    check(main())
+    run_async(main())
 
 
 def test_threads_share_the_one_connection_of_a_blocking_client() -> None:
@@ -69,7 +69,7 @@ def test_threads_share_the_one_connection_of_a_blocking_client() -> None:
                 assert connections(front) == first
                 assert len(first) == 1
 
-    check(main())
+    run_async(main())
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -90,7 +90,7 @@ def test_one_of_many_is_cancelled_and_the_others_are_answered(stream: bool) -> N
             assert front.answered == 10
             assert len(connections(front)) == 1
 
-    check(main())
+    run_async(main())
 
 
 def test_the_first_error_of_a_gather_leaves_nothing_behind() -> None:
@@ -106,4 +106,4 @@ def test_the_first_error_of_a_gather_leaves_nothing_behind() -> None:
             await until(lambda: front.inside == 0)  # closing the client has ended the others
             await until(lambda: len(front.gateway.streams) == 0)
 
-    check(main())
+    run_async(main())

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import copies
-from helpers.front import TOKEN, Front, opened, until
-from helpers.mesh import check
+from helpers.front import TOKEN, Front, opened
+from helpers.waiting import run_async, until
 
 from expertmesh.cluster.client.calls import Calls
 from expertmesh.cluster.client.client import AsyncClient, Client
@@ -76,7 +76,7 @@ def test_small_goes_in_one_message_and_large_in_chunks_by_itself(kind: type) -> 
                 assert len(seen) == wanted
             await client("close")
 
-    check(main())
+    run_async(main())
 
 
 def test_100_mebibytes_cross_with_default_settings(kind: type) -> None:
@@ -90,7 +90,7 @@ def test_100_mebibytes_cross_with_default_settings(kind: type) -> None:
             assert (reply.request_id, reply.indices.shape) == ("large-1", (25, 1))
             await client("close")
 
-    check(main())
+    run_async(main())
 
 
 def test_a_stream_is_tried_again_when_it_was_unavailable_and_only_then(kind: type) -> None:
@@ -115,7 +115,7 @@ def test_a_stream_is_tried_again_when_it_was_unavailable_and_only_then(kind: typ
             assert (len(errors), caught.value.request_id) == (1, "mine")
             await client("close")
 
-    check(main())
+    run_async(main())
 
 
 def test_limits_of_this_end_and_of_the_other_name_the_setting(kind: type) -> None:
@@ -137,7 +137,7 @@ def test_limits_of_this_end_and_of_the_other_name_the_setting(kind: type) -> Non
             await narrow("close")
             await until(lambda: not len(front.gateway.streams))
 
-    check(main())
+    run_async(main())
 
 
 def test_the_deadline_holds_for_a_stream(kind: type) -> None:
@@ -150,7 +150,7 @@ def test_the_deadline_holds_for_a_stream(kind: type) -> None:
             await until(lambda: not front.inside and not len(front.gateway.streams))
             await client("close")
 
-    check(main())
+    run_async(main())
 
 
 def test_a_server_that_goes_away_in_the_middle_is_unavailable(kind: type) -> None:
@@ -165,7 +165,7 @@ def test_a_server_that_goes_away_in_the_middle_is_unavailable(kind: type) -> Non
                 await call
             await client("close")
 
-    check(main())
+    run_async(main())
 
 
 def test_a_server_that_goes_away_while_it_receives_is_unavailable(kind: type) -> None:
@@ -190,7 +190,7 @@ def test_a_server_that_goes_away_while_it_receives_is_unavailable(kind: type) ->
             assert len(streams) == 0
             await client("close")
 
-    check(main())
+    run_async(main())
 
 
 def test_a_cancelled_task_ends_its_stream() -> None:
@@ -204,7 +204,7 @@ def test_a_cancelled_task_ends_its_stream() -> None:
                 await call
             await until(lambda: not len(front.gateway.streams))
 
-    check(main())
+    run_async(main())
 
 
 class BadReplies(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc has no types
@@ -241,7 +241,7 @@ def test_a_reply_that_is_none_is_data_loss(kind: type) -> None:
         await client("close")
         await server.stop(None)
 
-    check(main())
+    run_async(main())
 
 
 # half the bytes
@@ -272,7 +272,7 @@ def test_rows_cross_in_half_the_bytes_and_come_back_as_they_were(kind: type, pay
             np.testing.assert_array_equal(await plain("forward", "l", x, payload_dtype=payload), rounded)
             await plain("close")
 
-    check(main())
+    run_async(main())
 
 
 def test_what_is_sent_is_the_half() -> None:

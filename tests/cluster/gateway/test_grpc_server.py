@@ -14,7 +14,8 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from helpers.mesh import Mesh, check
+from helpers.router_in_process import RouterInProcess
+from helpers.waiting import run_async
 
 from expertmesh.cluster.gateway.authorise import TokenTable
 from expertmesh.cluster.gateway.gateway import Gateway, GatewaySettings
@@ -39,7 +40,7 @@ X = np.ones((2, 3), np.float32)
 class Served:
     """A gateway before a mesh, and a channel to it."""
 
-    def __init__(self, mesh: Mesh, gateway: Gateway, server: GrpcServer) -> None:
+    def __init__(self, mesh: RouterInProcess, gateway: Gateway, server: GrpcServer) -> None:
         self.mesh, self.gateway, self.server = mesh, gateway, server
         address = f"127.0.0.1:{server.port}"
         self.channel = grpc.aio.insecure_channel(address, options=client_options(loopback=True))
@@ -60,7 +61,7 @@ class Served:
 @asynccontextmanager
 async def opened(expert: Expert | None = None, ready: bool = True, **settings: Any) -> AsyncIterator[Served]:
     layer = Layer("l", gates.Fixed([1.0]), {"e": expert or Expert("torch:sin")})
-    mesh = Mesh(layer, max_rows_in_flight=settings.pop("rows", 1000))
+    mesh = RouterInProcess(layer, max_rows_in_flight=settings.pop("rows", 1000))
     tokens = TokenTable()
     tokens.add(TOKEN, Role.ADMIN)
 
@@ -98,7 +99,7 @@ def test_a_call_is_answered_with_its_summary() -> None:
             assert routed.tensors["indices"].to_numpy().tolist() == [[0], [0]]
             assert routed.meta["request_id"] == "from-metadata"
 
-    check(main())
+    run_async(main())
 
 
 def test_what_was_lost_comes_with_the_answer() -> None:
@@ -113,7 +114,7 @@ def test_what_was_lost_comes_with_the_answer() -> None:
             assert frame.tensors["lost_mass"].to_numpy().tolist() == [0.0, 1.0]
             assert (frame.meta["degraded"], frame.meta["missing"]) == (True, ["l/e"])
 
-    check(main())
+    run_async(main())
 
 
 def test_a_refusal_carries_its_class_and_the_requests_id_and_is_logged_with_it(
@@ -137,7 +138,7 @@ def test_a_refusal_carries_its_class_and_the_requests_id_and_is_logged_with_it(
             assert int(refused(caught.value)[1][RETRY_AFTER_KEY]) > 0
 
     with caplog.at_level(logging.INFO, "expertmesh"):
-        check(main())
+        run_async(main())
     logged = [(vars(record)["code"], vars(record)["request_id"]) for record in caplog.records if "code" in vars(record)]
     once = list(dict.fromkeys(logged))  # caplog may listen at a logger and at the root
     assert once[:2] == [("INVALID_ARGUMENT", "r-9"), ("RESOURCE_EXHAUSTED", "r-9")]
@@ -151,7 +152,7 @@ def test_an_id_is_given_to_who_brings_none() -> None:
             assert len(refused(caught.value)[1][REQUEST_ID_KEY]) == 32
             assert len((await served.forward()).meta["request_id"]) == 32
 
-    check(main())
+    run_async(main())
 
 
 def test_a_bug_of_ours_is_internal_and_shows_nothing(
@@ -172,7 +173,7 @@ def test_a_bug_of_ours_is_internal_and_shows_nothing(
             assert (code, trailers[ERROR_KEY]) == ("INTERNAL", "ExpertMeshError")
             assert caught.value.details() == "internal error; the log has the request id"
 
-    check(main())
+    run_async(main())
 
 
 @pytest.mark.parametrize("whose", ["client", "gateway"])
@@ -194,7 +195,7 @@ def test_a_deadline_ends_the_call_and_frees_the_rows(whose: str) -> None:
             await served.mesh.at_rest()
 
     try:
-        check(main())
+        run_async(main())
     finally:
         release.set()
 
@@ -233,7 +234,7 @@ def test_it_serves_once_there_are_layers_and_who_watches_is_told() -> None:
             assert seen == [ServingStatus.NOT_SERVING, ServingStatus.SERVING, ServingStatus.NOT_SERVING]
             looking.cancel()
 
-    check(main())
+    run_async(main())
 
 
 def test_a_drain_finishes_what_was_accepted_and_takes_nothing_new() -> None:
@@ -263,7 +264,7 @@ def test_a_drain_finishes_what_was_accepted_and_takes_nothing_new() -> None:
             await stopping
 
     try:
-        check(main())
+        run_async(main())
     finally:
         release.set()
 
@@ -276,7 +277,7 @@ def test_a_port_in_use_is_said_and_the_first_goes_on() -> None:
                     raise AssertionError
             assert (await served.forward()).kind == "reply"
 
-    check(main())
+    run_async(main())
 
 
 def test_a_port_is_free_again_once_it_is_closed() -> None:
@@ -291,7 +292,7 @@ def test_a_port_is_free_again_once_it_is_closed() -> None:
     async def keep() -> None:
         ports.append(await main())
 
-    check(keep())
+    run_async(keep())
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", ports[0]))
 
@@ -304,4 +305,4 @@ def test_a_message_that_is_too_large_is_refused_by_the_settings_name() -> None:
             assert refused(caught.value)[0] == "RESOURCE_EXHAUSTED"
             assert (await served.forward()).kind == "reply"
 
-    check(main())
+    run_async(main())

@@ -47,14 +47,11 @@ Ask = Callable[..., tuple[str, str, dict[str, str]]]
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     experts = {name: Expert(f"torch:{name}") for name in ("sin", "cos", "tan")}
     layer = Layer("trig", gate=gates.Fixed([0.5, 0.5, 0.5]), experts=experts)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EXPERTMESH_HOME", str(tmp_path_factory.mktemp("home")))
-        patch.delenv("EXPERTMESH_TOKEN", raising=False)
-        with Cluster.start([layer], transport="local", port=0, name=NAME) as running:
-            yield running
+    with Cluster.start([layer], transport="local", port=0, name=NAME) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +78,7 @@ def ask(cluster: Cluster, tokens: dict[Role, str]) -> Iterator[Ask]:
         yield send
 
 
-def check(answer: tuple[str, str, dict[str, str]], codes: set[str] = OF_THE_CALLER) -> None:
+def check_answer(answer: tuple[str, str, dict[str, str]], codes: set[str] = OF_THE_CALLER) -> None:
     """An answer has one of these codes; an error names its class and its request, and nothing of the server."""
     code, text, metadata = answer
     assert code in codes, answer
@@ -106,7 +103,7 @@ def test_5000_mutated_frames_and_valid_calls_between_them(cluster: Cluster, ask:
         before = process.memory_info().rss
         for number in range(5_000):
             answer = ask(mutate(chance.choice((VALID, VALID_CALL)), chance))
-            check(answer, OF_THE_CALLER | ({"UNAVAILABLE"} if "NaN" in answer[1] else set()))
+            check_answer(answer, OF_THE_CALLER | ({"UNAVAILABLE"} if "NaN" in answer[1] else set()))
             counts[answer[0]] = counts.get(answer[0], 0) + 1
             if number % 100 == 0:
                 check_valid_calls(client)
@@ -120,7 +117,7 @@ def test_5000_mutated_frames_and_valid_calls_between_them(cluster: Cluster, ask:
 @pytest.mark.parametrize("case", [*REFUSED, *BOMBS])
 def test_every_malformed_frame_and_bomb_has_its_code(case: str, cluster: Cluster, ask: Ask) -> None:
     frame, expected = REFUSED[case] if case in REFUSED else (BOMBS[case], None)
-    check(ask(frame), OF_THE_CALLER - {"OK"} if expected is None else {expected.code})
+    check_answer(ask(frame), OF_THE_CALLER - {"OK"} if expected is None else {expected.code})
     with Client(cluster.endpoint) as client:
         check_valid_calls(client)
 
@@ -176,7 +173,7 @@ WRONG_CALLS: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("case", WRONG_CALLS)
 def test_every_senseless_call_has_its_code(case: str, ask: Ask) -> None:
     frame, codes = WRONG_CALLS[case]
-    check(ask(frame), set(codes.split()))
+    check_answer(ask(frame), set(codes.split()))
 
 
 def random_call(chance: random.Random) -> bytes:
@@ -271,7 +268,7 @@ def code_of(cluster: Cluster, method: str, authorization: str | None) -> str:
             else:
                 channel.unary_unary(path(method))(payload, timeout=20, metadata=metadata)
         except grpc.RpcError as error:
-            check((error.code().name, error.details(), dict(error.trailing_metadata())), {error.code().name})
+            check_answer((error.code().name, error.details(), dict(error.trailing_metadata())), {error.code().name})
             return str(error.code().name)
     return "OK"
 
@@ -313,7 +310,7 @@ def test_a_factory_is_for_admins_and_must_be_one_of_the_start(
     method, authorization = f"/{SERVICE}/Swap", f"Bearer {tokens[role]}"
     answer = ask(encode_document("swap", swap), method=method, authorization=authorization)
     declared = factory.startswith("torch:")
-    check(answer, {"OK" if role is Role.ADMIN and declared else "PERMISSION_DENIED"})
+    check_answer(answer, {"OK" if role is Role.ADMIN and declared else "PERMISSION_DENIED"})
     with Client(cluster.endpoint) as client:
         check_valid_calls(client)
 
@@ -328,7 +325,7 @@ def test_2000_mutated_frames_of_the_other_methods_and_valid_calls_between_them(
         for number in range(2_000):
             method = chance.choice(("Upload", "Swap", "SwapProgress", "History", "Pin", "Unpin"))
             answer = ask(mutate(PAYLOADS[method], chance), method=path(method), authorization=authorization)
-            check(answer, codes)
+            check_answer(answer, codes)
             if number % 100 == 0:
                 check_valid_calls(client)
         check_valid_calls(client)
@@ -353,8 +350,7 @@ def test_the_client_says_it_in_its_own_classes(cluster: Cluster, tokens: dict[Ro
         assert client.status()["layers"]
 
 
-def test_an_operator_may_drain(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EXPERTMESH_HOME", str(tmp_path_factory.mktemp("home")))
+def test_an_operator_may_drain() -> None:
     layer = Layer("one", gate=gates.Fixed([1.0]), experts={"sin": Expert("torch:sin")})
     with Cluster.start([layer], transport="local", port=0, name="drained") as cluster:
         token = read_token(token_path("drained"), Role.OPERATOR)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.mesh import Mesh, check
+from helpers.router_in_process import RouterInProcess
+from helpers.waiting import run_async
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -41,7 +42,7 @@ def page() -> Iterator[Any]:
     servers: list[MetricsServer] = []
 
     async def main() -> None:
-        async with Mesh(served()) as mesh:
+        async with RouterInProcess(served()) as mesh:
             for _ in range(2):
                 await mesh.ask(X)
             with pytest.raises(ExpertFailed):
@@ -54,7 +55,7 @@ def page() -> Iterator[Any]:
             tokens.add(EXPIRED, Role.READER, expires=1.0)
             servers.append(MetricsServer(mesh.router, tokens, "127.0.0.1", 0))
 
-    check(main())
+    run_async(main())
 
     def get(authorization: str | None, path: str = "/metrics") -> tuple[int, str]:
         connection = HTTPConnection("127.0.0.1", servers[0].port, timeout=20)
@@ -135,7 +136,7 @@ def test_rows_that_wait_are_told() -> None:
         return rows
 
     async def main() -> None:
-        async with Mesh(Layer("l", gates.Fixed([1.0]), {"e": Expert.from_function(slow)})) as mesh:
+        async with RouterInProcess(Layer("l", gates.Fixed([1.0]), {"e": Expert.from_function(slow)})) as mesh:
             asked = []
             for _ in range(4):
                 asked.append(asyncio.ensure_future(mesh.ask(X, timeout=60)))
@@ -151,7 +152,7 @@ def test_rows_that_wait_are_told() -> None:
             await asyncio.gather(*asked)
 
     try:
-        check(main())
+        run_async(main())
     finally:
         release.set()
 
@@ -160,7 +161,7 @@ def test_the_page_can_be_read_at_any_moment() -> None:
     """The page is made in another thread than that in which the router changes its figures."""
 
     async def main() -> None:
-        async with Mesh(served()) as mesh:
+        async with RouterInProcess(served()) as mesh:
             stop, wrong = threading.Event(), list[BaseException]()
 
             def read() -> None:
@@ -181,4 +182,4 @@ def test_the_page_can_be_read_at_any_moment() -> None:
             thread.join(60)
             assert not wrong
 
-    check(main())
+    run_async(main())

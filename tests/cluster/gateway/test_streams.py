@@ -10,8 +10,8 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from helpers.front import Front, opened, raw_stream, until
-from helpers.mesh import check
+from helpers.front import Front, opened, raw_stream
+from helpers.waiting import run_async, until
 
 from expertmesh.cluster.gateway.frames import one_message, reply_parts
 from expertmesh.cluster.gateway.streams import StreamedCalls, StreamLimits
@@ -78,7 +78,7 @@ def test_a_reply_comes_as_it_was_made_in_chunks_that_both_ends_take() -> None:
             assert [len(message) for message in context.written[1:-1]] == [chunk] * (len(context.written) - 2)
             assert received(context.written).tensors["output"].shape == (500_000, 1)
 
-    check(main())
+    run_async(main())
 
 
 def test_what_all_streams_hold_is_bounded_and_given_back() -> None:
@@ -105,7 +105,7 @@ def test_what_all_streams_hold_is_bounded_and_given_back() -> None:
         assert isinstance(results[0], asyncio.CancelledError)
         assert (len(calls), calls.reserved) == (0, 0)
 
-    check(main())
+    run_async(main())
 
 
 def test_a_reply_takes_the_place_of_its_request_and_may_be_too_large() -> None:
@@ -125,7 +125,7 @@ def test_a_reply_takes_the_place_of_its_request_and_may_be_too_large() -> None:
             await calls.serve(Context(*streamed()), 10.0, answering(20_000))
         assert calls.reserved == 0
 
-    check(main())
+    run_async(main())
 
 
 def test_memory_that_the_machine_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_memory_that_the_machine_does_not_have_is_refused(monkeypatch: pytest.Mo
             await calls.serve(Context(Opening(total=1000).encode()), 10.0, answering())
         assert calls.reserved == 0
 
-    check(main())
+    run_async(main())
 
 
 @pytest.mark.parametrize("sent", [0, 1, 2])
@@ -156,7 +156,7 @@ def test_a_silent_stream_is_ended(sent: int) -> None:
                 await calls.serve(Context(*messages, silence), timeout, answering())
             assert calls.reserved == 0
 
-    check(main())
+    run_async(main())
 
 
 def test_a_reply_in_one_message_names_the_setting_and_how_to_mend_it() -> None:
@@ -194,7 +194,7 @@ def test_a_stream_is_answered_and_its_refusals_are_those_of_other_calls() -> Non
             assert (await refusal(raw_stream(channel)))[0] == "UNAVAILABLE"
             assert len(front.gateway.streams) == 0
 
-    check(main())
+    run_async(main())
 
 
 def test_a_stream_that_was_accepted_is_finished_when_the_gateway_drains() -> None:
@@ -210,7 +210,7 @@ def test_a_stream_that_was_accepted_is_finished_when_the_gateway_drains() -> Non
             await stream.done_writing()
             assert received([message async for message in stream]).kind == "reply"
 
-    check(main())
+    run_async(main())
 
 
 async def cancelled_while_sending(front: Front, stream: Any) -> None:
@@ -248,7 +248,7 @@ def test_cancelling_ends_the_stream_and_frees_its_memory(when: Callable[[Front, 
             assert front.inside == 0
             await front.mesh.at_rest()
 
-    check(main())
+    run_async(main())
 
 
 def test_40_streams_that_announce_a_gibibyte_and_send_nothing() -> None:
@@ -267,7 +267,7 @@ def test_40_streams_that_announce_a_gibibyte_and_send_nothing() -> None:
             np.testing.assert_array_equal(await client.forward("l", X, stream=True), np.abs(X))
             assert len(front.gateway.streams) == 0
 
-    check(main())
+    run_async(main())
 
 
 def test_a_refusal_comes_while_the_client_still_sends() -> None:
@@ -276,7 +276,7 @@ def test_a_refusal_comes_while_the_client_still_sends() -> None:
             with pytest.raises(TooLarge, match="max_request_bytes of this cluster is 33554432"):
                 await client.forward("l", np.ones((40 * MIB, 1), np.float32))
 
-    check(main())
+    run_async(main())
 
 
 def test_an_expert_that_makes_much_of_little_needs_a_stream() -> None:
@@ -292,4 +292,4 @@ def test_an_expert_that_makes_much_of_little_needs_a_stream() -> None:
             np.testing.assert_array_equal(y, np.tile(X, (1, 5000)))
             assert front.answered == answered + 1
 
-    check(main())
+    run_async(main())

@@ -12,8 +12,8 @@ import grpc
 import numpy as np
 import psutil
 import pytest
-from helpers.front import Front, opened, raw_stream, until
-from helpers.mesh import check
+from helpers.front import Front, opened, raw_stream
+from helpers.waiting import run_async, until
 
 from expertmesh.cluster.client.client import AsyncClient
 from expertmesh.cluster.gateway.streams import StreamLimits
@@ -88,7 +88,7 @@ def test_every_wrong_stream_has_its_code() -> None:
                 await check_valid_calls(client)
             assert (len(front.gateway.streams), front.gateway.streams.reserved) == (0, 0)
 
-    check(main())
+    run_async(main())
 
 
 def mutations(chance: random.Random) -> Iterator[tuple[list[bytes], bool]]:
@@ -137,7 +137,7 @@ def test_1500_mutated_streams_and_valid_calls_between_them() -> None:
         assert set(counts) <= OF_THE_CALLER | {"CUT", "CANCELLED", "UNAVAILABLE"}, counts  # NaN has no other expert
         assert min(counts[code] for code in ("OK", "INVALID_ARGUMENT", "DATA_LOSS", "CANCELLED")) > 50, counts
 
-    check(main())
+    run_async(main())
 
 
 @pytest.mark.parametrize("sent", [0, 1, 20])
@@ -169,7 +169,7 @@ def test_40_streams_that_stop_in_the_middle_hold_no_memory_that_they_have_not_se
                 assert (await stream.code()).name == "DEADLINE_EXCEEDED"
             await check_valid_calls(client)
 
-    check(main())
+    run_async(main())
 
 
 async def check_valid_calls_beside(client: AsyncClient) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.mesh import check
+from helpers.waiting import run_async
 
 from expertmesh.cluster.control.messages import SwapRequest, SwapResult
 from expertmesh.cluster.gateway.swaps import MAX_DOCUMENT_BYTES, SwapMethods, swap_request
@@ -118,7 +118,7 @@ def run(tmp_path: Path, main: Any) -> None:
             world.methods.close()
 
     work: Coroutine[Any, Any, None] = whole()
-    check(work)
+    run_async(work)
 
 
 def test_a_swap_reaches_the_controller_as_it_was_asked_for(tmp_path: Path) -> None:

@@ -92,15 +92,14 @@ def test_versions_compare_by_their_numbers(text: str, numbers: tuple[int, ...]) 
     assert release("2.10") > release("2.9.1")
 
 
-def test_a_look_at_this_machine_finds_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EXPERTMESH_HOME", str(tmp_path / "home"))
+def test_a_look_at_this_machine_finds_its_parts(own_home: Path) -> None:
     machine = look(("numpy", "no-such-package"), 0)
     assert machine.versions["numpy"]
     assert machine.versions["no-such-package"] is None
     assert machine.cores >= 1
     assert machine.memory
     assert machine.memory_free
-    assert not (tmp_path / "home").exists()
+    assert not own_home.exists()
 
 
 def test_a_container_has_what_its_limits_leave(tmp_path: Path) -> None:

@@ -58,10 +58,7 @@ def test_a_traceback_is_carried_and_what_json_lacks_becomes_text() -> None:
     assert (entry["path"], entry["ids"]) == ("/a", "{1}")
 
 
-def test_everything_of_ours_goes_to_the_file_and_nothing_below_the_level(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("EXPERTMESH_HOME", str(tmp_path / "home"))
+def test_everything_of_ours_goes_to_the_file_and_nothing_below_the_level(own_home: Path) -> None:
     path = log_file("news")
     assert Path(path).parent.stat().st_mode & 0o077 == 0
     configure_logs("router", "info", path)

@@ -28,12 +28,7 @@ from expertmesh.cluster.machine.tokens import create_token_file
 from expertmesh.cluster.rpc.methods import Role
 from expertmesh.experts.errors import ConfigError, DataLoss, FailedPrecondition, NotFound
 
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "home"
-    monkeypatch.setenv("EXPERTMESH_HOME", str(folder))
-    return folder
+pytestmark = pytest.mark.usefixtures("own_home")
 
 
 def make(name: str = "default", endpoint: str = "127.0.0.1:50051", **more: object) -> RunFile:

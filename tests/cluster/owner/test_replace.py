@@ -16,21 +16,16 @@ from expertmesh import Client, Cluster, Expert, Layer, gates
 from expertmesh.experts.errors import ConfigError, ExpertMeshError, NotFound, SpecMismatch
 from expertmesh.experts.spec import TensorSpec
 
+pytestmark = pytest.mark.usefixtures("own_home")
 X = np.arange(6, dtype=np.float32).reshape(2, 3) + 1
 
 
-@pytest.fixture(autouse=True)
-def _home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    monkeypatch.setenv("EXPERTMESH_HOME", str(tmp_path_factory.mktemp("home")))
-    monkeypatch.delenv("EXPERTMESH_TOKEN", raising=False)
-
-
-def scaled(by: float, **options: Any) -> Expert:
+def affine(by: float, **options: Any) -> Expert:
     return Expert("helpers.samples:Affine", kwargs={"width": 3, "scale": by}, **options)
 
 
 def layer_of(replicas: int, pack: str | None = None) -> Layer:
-    experts = {name: scaled(by, replicas=replicas, pack=pack) for name, by in (("a", 1.0), ("b", 100.0))}
+    experts = {name: affine(by, replicas=replicas, pack=pack) for name, by in (("a", 1.0), ("b", 100.0))}
     return Layer("l", gates.Fixed([1.0, 1.0]), experts, input=TensorSpec((3,)))
 
 
@@ -100,7 +95,7 @@ def test_nobody_fails_and_nothing_is_mixed(replicas: int, pack: str | None) -> N
         callers, made = Callers(cluster.endpoint), []
         with callers.calling():
             for expert, by in (("l/a", 2.0), ("l/b", 200.0), ("l/a", 3.0)):
-                made.append(cluster.replace(expert, scaled(by, replicas=5)))
+                made.append(cluster.replace(expert, affine(by, replicas=5)))
                 factors[made[-1]] = by
                 callers.wait_for_more()
         callers.check(factors)
@@ -132,7 +127,7 @@ def test_what_cannot_be_loaded_leaves_the_old_one_serving(case: str, replicas: i
             callers.wait_for_more()
             assert first_versions(cluster.endpoint) == versions
             assert len(cluster.status()["replicas"]) == 2 * replicas
-            version = cluster.replace("l/a", scaled(2.0))
+            version = cluster.replace("l/a", affine(2.0))
             callers.wait_for_more()
         callers.check({versions["l/a"]: 1.0, versions["l/b"]: 100.0, version: 2.0})
 
@@ -141,7 +136,7 @@ def test_an_expert_that_is_not_there() -> None:
     with Cluster.start([layer_of(1)], transport="local", port=0, name="replace") as cluster:
         for name in ("l/z", "m/a", "l", "l/gate", ""):
             with pytest.raises(NotFound, match="there is no expert"):
-                cluster.replace(name, scaled(2.0))
+                cluster.replace(name, affine(2.0))
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
@@ -154,7 +149,7 @@ def test_a_request_that_began_on_the_old_version_ends_on_it(replicas: int) -> No
             assert release.wait(60)
         return rows
 
-    experts = {"a": Expert.from_function(slow, replicas=replicas), "b": scaled(100.0)}
+    experts = {"a": Expert.from_function(slow, replicas=replicas), "b": affine(100.0)}
     layer = Layer("l", gates.Fixed([1.0, 1.0]), experts, input=TensorSpec((3,)))
     with Cluster.start([layer], transport="local", port=0, name="replace") as cluster:
         old = first_versions(cluster.endpoint)
@@ -168,7 +163,7 @@ def test_a_request_that_began_on_the_old_version_ends_on_it(replicas: int) -> No
         thread.start()
         try:
             assert began.wait(60)
-            version = cluster.replace("l/a", scaled(7.0), timeout=20.0)
+            version = cluster.replace("l/a", affine(7.0), timeout=20.0)
             assert not held
             if replicas == 2:  # a lone host in this process has one thread, which is held
                 assert first_versions(cluster.endpoint)["l/a"] == version
