@@ -18,6 +18,8 @@ from ...router.request.forward import Router
 from .authorise import TokenTable
 
 StartResponse = Callable[[str, list[tuple[str, str]]], Any]
+STOP_POLL_SECONDS = 0.05
+"""How often the server looks whether it is to stop: a cluster waits for that."""
 
 
 class RouterCollector:
@@ -63,7 +65,9 @@ class MetricsServer:
         server_class = _Server6 if ":" in host else WSGIServer
         self._server = make_server(host.strip("[]"), port, _guarded(page, tokens), server_class, _QuietHandler)
         self.port: int = self._server.server_port
-        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(STOP_POLL_SECONDS,), name="metrics", daemon=True
+        )
         self._thread.start()
 
     def stop(self) -> None:
