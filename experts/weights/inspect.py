@@ -24,11 +24,14 @@ CHUNK = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class ArtefactLimits:
-    """What a weights file may be at most: `max_bytes` and `max_header_bytes` in bytes, `max_tensors` by count."""
+    """What a weights file may be at most: `max_bytes` and `max_header_bytes` in bytes, `max_tensors` by count.
+
+    A header has 100 to 150 bytes for a tensor, so `max_tensors` of them fit into `max_header_bytes`.
+    """
 
     max_bytes: int = 8 * 2**30
     max_tensors: int = 10_000
-    max_header_bytes: int = 8 * 2**20
+    max_header_bytes: int = 2 * 2**20
 
 
 LIMITS = ArtefactLimits()
