@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cluster,demo,dev]'
 	@touch $@
 
-# What the peers of the benchmark need beside it: Ray Serve, psutil, matplotlib.
+# What the peers of the benchmark need beside it: Ray Serve, matplotlib.
 $(BENCH_STAMP): $(STAMP) pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	@touch $@

@@ -20,6 +20,7 @@ CLUSTER: Mapping[str, str] = {
     "rich": "13.7",
     "pyyaml": "6.0",
     "prometheus-client": "0.20",
+    "psutil": "6.0",
 }
 DEMO: Mapping[str, str] = {"scikit-learn": "1.5"}
 PACKAGES = (*BASE, *CLUSTER, *DEMO)

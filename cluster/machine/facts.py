@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import psutil
+
+from ...experts.staging.machine_memory import memory_bytes, read_text
 from .run_files import RunFile, list_all
 
 
@@ -63,30 +66,17 @@ def version_of(package: str) -> str | None:
 def cores(root: Path = Path("/")) -> int:
     """The cores that this process may use: its affinity, or less where a container's quota says so."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = _read(root / "sys/fs/cgroup/cpu.max").partition(" ")
+    quota, _, period = read_text(root / "sys/fs/cgroup/cpu.max").partition(" ")
     if quota.isdigit() and period.strip().isdigit():
         count = min(count, max(1, int(quota) // int(period)))
     return count
-
-
-def memory_bytes(root: Path = Path("/")) -> tuple[int | None, int | None]:
-    """Memory in all and free, within what a container may take; None where it cannot be found out."""
-    lines = [line.split() for line in _read(root / "proc/meminfo").splitlines()]
-    sizes = {words[0]: int(words[1]) * 1024 for words in lines if len(words) > 1 and words[1].isdigit()}
-    total, free = sizes.get("MemTotal:"), sizes.get("MemAvailable:")
-    limit = _read(root / "sys/fs/cgroup/memory.max").strip()
-    if limit.isdigit() and (total is None or int(limit) < total):
-        used = _read(root / "sys/fs/cgroup/memory.current").strip()
-        left = int(limit) - int(used) if used.isdigit() else None
-        total, free = int(limit), left if free is None or (left is not None and left < free) else free
-    return total, free
 
 
 def gpus(root: Path = Path("/")) -> tuple[str, ...]:
     """The models of the NVIDIA GPUs that the driver shows."""
     found = []
     for path in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
-        models = [line.partition(":")[2].strip() for line in _read(path).splitlines() if line.startswith("Model:")]
+        models = [line.partition(":")[2].strip() for line in read_text(path).splitlines() if line.startswith("Model:")]
         found.append(models[0] if models else "NVIDIA GPU")
     return tuple(found)
 
@@ -102,17 +92,16 @@ def port_is_free(host: str, port: int) -> bool:
     return True
 
 
-def ray_processes(root: Path = Path("/"), environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
+def ray_processes(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """Ray clusters that `address="auto"` might join: RAY_ADDRESS, and head processes on this machine."""
-    address = (os.environ if environ is None else environ).get("RAY_ADDRESS")
+    address = environ.get("RAY_ADDRESS")
     found = [f"RAY_ADDRESS={address}"] if address else []
-    for path in sorted((root / "proc").glob("[0-9]*/cmdline")):
-        words = _read(path).split("\0")
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        words = process.info["cmdline"] or [""]
         if words[0].endswith("gcs_server"):
             logs = next((word.partition("=")[2] for word in words if word.startswith("--log_dir=")), "unknown")
-            settings = _read(path.parent / "environ").split("\0")
-            nice = next((text.partition("=")[2] for text in settings if text.startswith("RAY_worker_niceness=")), "15")
-            found.append(f"pid {path.parent.name}, logs {logs}, workers at nice {nice}")
+            nice = (process.info["environ"] or {}).get("RAY_worker_niceness", "15")
+            found.append(f"pid {process.pid}, logs {logs}, workers at nice {nice}")
     return tuple(found)
 
 
@@ -122,10 +111,3 @@ def _size(folder: Path) -> int | None:
     except OSError:
         return None
     return status.f_frsize * status.f_blocks
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

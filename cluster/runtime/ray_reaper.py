@@ -1,7 +1,8 @@
 """Ends what a private Ray leaves when its owner dies: a small process that waits for the owner's end of a pipe.
 
 Run as `python -m expertmesh.cluster.runtime.ray_reaper FOLDER`, with the pipe as standard input. All processes
-of that Ray carry the folder in their environment. Standard library only, and no Ray: it must outlive both.
+of that Ray carry the folder in their environment. No Ray is imported here, and nothing later than at the start: it
+must outlive both.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 MODULE = "expertmesh.cluster.runtime.ray_reaper"
 MARKER = "EXPERTMESH_RAY_DIR"
@@ -44,31 +47,21 @@ def marked_processes(folder: str, spare: int = 0) -> list[int]:
 
     This process, reapers, and `spare` are left out.
     """
-    wanted = f"{MARKER}={folder}".encode()
     found = []
-    for process in Path("/proc").iterdir():
-        if not process.name.isdigit() or int(process.name) in (os.getpid(), spare):
+    for process in psutil.process_iter():
+        if process.pid in (os.getpid(), spare):
             continue
-        try:
-            carries = wanted in (process / "environ").read_bytes().split(b"\0") or _has_open(process, folder)
-            alive = (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-            reaper = MODULE.encode() in (process / "cmdline").read_bytes().split(b"\0")
-        except OSError:  # it is gone, or another user's
+        try:  # one that changed its title has lost its environment
+            carries = process.environ().get(MARKER) == folder or _has_open(process, folder)
+            if carries and process.status() != psutil.STATUS_ZOMBIE and MODULE not in process.cmdline():
+                found.append(process.pid)
+        except (psutil.Error, OSError):  # it is gone, or another user's
             continue
-        if carries and alive and not reaper:
-            found.append(int(process.name))
     return found
 
 
-def _has_open(process: Path, folder: str) -> bool:
-    """Whether a process has a file of the folder open: one that changed its title has lost its environment."""
-    for descriptor in (process / "fd").iterdir():
-        try:
-            if os.readlink(descriptor).startswith(f"{folder}/"):
-                return True
-        except OSError:  # it was closed meanwhile
-            continue
-    return False
+def _has_open(process: psutil.Process, folder: str) -> bool:
+    return any(file.path.startswith(f"{folder}/") for file in process.open_files())
 
 
 def main(folder: str) -> None:

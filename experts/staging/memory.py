@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from ..errors import TooLarge
+from .machine_memory import memory_bytes
 
 RESERVE = 1.2
 """How many times its own size must be free before a new version is put beside the old one."""
@@ -61,8 +62,7 @@ def free_memory(device: str, root: Path = Path("/")) -> int | None:
         return int(torch.cuda.mem_get_info(place)[0]) + unused
     if place.type != "cpu":
         return None
-    known = [left for left in (_machine(root), *_control_groups(root)) if left is not None]
-    return min(known, default=None)
+    return memory_bytes(root)[1]
 
 
 def _way_out(device: str) -> str:
@@ -86,44 +86,3 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _machine(root: Path) -> int | None:
-    for line in _text(root / "proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _control_groups(root: Path) -> Iterator[int | None]:
-    """What each control group that this process is in leaves, version 2 and 1, from its own up to the highest."""
-    base = root / "sys/fs/cgroup"
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        names = ("memory.max", "memory.current", "inactive_file")
-        folder = base
-        if controllers:
-            if "memory" not in controllers.split(","):
-                continue
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            folder = base / "memory"
-        parts = [part for part in path.split("/") if part not in ("", "..")]
-        for depth in range(len(parts), -1, -1):
-            yield _left_in(folder.joinpath(*parts[:depth]), *names)
-
-
-def _left_in(group: Path, limit: str, used: str, cached: str) -> int | None:
-    most, now = _text(group / limit).strip(), _text(group / used).strip()
-    if not most.isdecimal() or not now.isdecimal():  # "max", or no such group in this container
-        return None
-    pages = (line.split() for line in _text(group / "memory.stat").splitlines())
-    reclaimable = next((int(page[1]) for page in pages if page[0] == cached), 0)
-    return max(int(most) - int(now) + reclaimable, 0)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,14 +123,25 @@ def test_gpus_are_those_that_the_driver_shows(tmp_path: Path) -> None:
     assert gpus(tmp_path) == ("NVIDIA H200",)
 
 
-def test_a_ray_that_runs_is_seen(tmp_path: Path) -> None:
-    assert ray_processes(tmp_path, {}) == ()
-    write(tmp_path, "proc/42/cmdline", "/x/gcs_server\0--log_dir=/y/logs\0")
-    write(tmp_path, "proc/43/cmdline", "python\0gcs_server\0")
-    assert ray_processes(tmp_path, {"RAY_ADDRESS": "auto"}) == (
-        "RAY_ADDRESS=auto",
-        "pid 42, logs /y/logs, workers at nice 15",
-    )
+def test_a_ray_that_runs_is_seen() -> None:
+    def running(*words: str, **environ: str) -> subprocess.Popen[bytes]:
+        command = [words[0], "-c", "import time; time.sleep(60)", *words[1:]]
+        return subprocess.Popen(command, executable=sys.executable, env=environ)
+
+    with (
+        running("/x/gcs_server", "--log_dir=/y/logs") as plain,
+        running("gcs_server", RAY_worker_niceness="0") as nice,
+        running("python", "gcs_server") as other,
+    ):
+        try:
+            first, *seen = ray_processes({"RAY_ADDRESS": "auto"})
+            assert first == "RAY_ADDRESS=auto"
+            assert f"pid {plain.pid}, logs /y/logs, workers at nice 15" in seen
+            assert f"pid {nice.pid}, logs unknown, workers at nice 0" in seen
+            assert not [text for text in ray_processes({}) if f"pid {other.pid}," in text or "RAY_ADDRESS" in text]
+        finally:
+            for process in (plain, nice, other):
+                process.kill()
 
 
 def test_a_port_in_use_is_seen() -> None:
