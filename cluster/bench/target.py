@@ -15,7 +15,8 @@ import numpy as np
 
 from ...experts.errors import ConfigError, ExpertMeshError, InvalidRequest, NotFound
 from ...experts.spec import ANY, TensorSpec
-from ..config.value_tree import Located, Mistakes, suggestion
+from ...experts.suggestion import suggestion
+from ..config.value_tree import Located, Mistakes
 from ..config.yaml_file import parse_tree, read_trusted
 from ..machine.run_files import DEFAULT_NAME, find
 
@@ -130,7 +131,7 @@ def targets(
     made = []
     for name in dict.fromkeys(wanted or declared or serving):
         if name not in serving:
-            hint = suggestion(name, serving).replace("; it takes", "; it serves")
+            hint = suggestion(name, serving, "it serves")
             raise NotFound(f"cluster {status.get('name')} serves no layer {name!r}{hint}")
         spec = _filled(_spec(serving[name].get("input")), declared.get(name, ANY))
         if spec.shape is None and width is None:

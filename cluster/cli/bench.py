@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from ...experts.errors import MissingExtra, Unauthenticated, Unavailable
+from ...experts.errors import MissingExtra, Unavailable
 from ...experts.wire import ITEM_SIZES
 from ..bench.load import MOST_IN_FLIGHT, LoadClient, LoadSettings
 from ..bench.report import Report
@@ -20,6 +20,7 @@ from ..bench.schedule import ARRIVALS
 from ..bench.session import Bench, Found
 from ..bench.target import MeshFile, Target, check_running, read_mesh, targets
 from ..client.client import Client
+from ..client.endpoint import resolve
 from ..machine.process_tuning import settle
 from ..machine.tokens import read_token
 from .bench_view import LoadView, found_line, print_report, step_line
@@ -94,11 +95,12 @@ def bench(
         file, given = MeshFile(name=name or file.name, layers=file.layers), name
         check_running(file.name, mesh, given)
         name = file.name
-    reach: dict[str, Any] = {"name": name, "token": token_of(endpoint, token_file), "ca_cert": ca_cert}
-    status = look(endpoint, reach)
+    token = None if token_file is None else read_token(token_file)
+    there = resolve(endpoint, token=token, name=name, ca_cert=ca_cert, token_option="--token-file")
+    connect = partial(LoadClient, there.address, token=there.token, ca_cert=ca_cert)
+    status = look(Client(there.address, token=there.token, ca_cert=ca_cert, timeout=STATUS_SECONDS))
     aims = targets(layers, status, file, width=width, dtype=dtype)
     settings = LoadSettings(seconds=load.pop("duration"), most_in_flight=load.pop("max_in_flight"), **load)
-    connect = partial(LoadClient, endpoint, **reach)
     job = Bench(connect=connect, connections=connections, targets=aims, settings=settings, slo_ms=slo_ms)
     with LoadView(quiet=output == "json") as view:
 
@@ -114,21 +116,13 @@ def bench(
     check_answered(found.report, aims)
 
 
-def token_of(endpoint: str | None, token_file: Path | None) -> str | None:
-    """The token of a token file, or None for that which a client finds by itself."""
-    return None if token_file is None else read_token(token_file)
-
-
-def look(endpoint: str | None, reach: dict[str, Any]) -> dict[str, Any]:
-    """The status of the cluster that is meant. Raises what a client raises, told for the command line."""
-    try:
-        with Client(endpoint, timeout=STATUS_SECONDS, **reach) as client:
-            try:
-                return client.status()
-            except Unavailable as error:
-                raise Unavailable(f"no cluster answers at {client.endpoint}: {error.message}") from None
-    except Unauthenticated as error:
-        raise Unauthenticated(error.message.replace("Give token=, or set", "Give --token-file, or set")) from None
+def look(client: Client) -> dict[str, Any]:
+    """The status of the cluster that a client is of; closes the client. Raises what a client raises."""
+    with client:
+        try:
+            return client.status()
+        except Unavailable as error:
+            raise Unavailable(f"no cluster answers at {client.endpoint}: {error.message}") from None
 
 
 def plotting(path: Path) -> ModuleType:

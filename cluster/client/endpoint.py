@@ -27,9 +27,16 @@ class Endpoint:
 
 
 def resolve(
-    endpoint: str | None, *, token: str | None, name: str | None, ca_cert: str | os.PathLike[str] | None
+    endpoint: str | None,
+    *,
+    token: str | None,
+    name: str | None,
+    ca_cert: str | os.PathLike[str] | None,
+    token_option: str = "token=",
 ) -> Endpoint:
     """Find what was not given: the endpoint in the run file of the cluster `name`, the token in its token file.
+
+    `token_option` is what a caller who has no token is told to give.
 
     Raises NotFound when there is no such cluster, Unauthenticated when no token is found, InvalidRequest for an
     address that is none, or one beyond loopback without TLS.
@@ -42,7 +49,7 @@ def resolve(
     if not loopback and ca_cert is None:
         raise InvalidRequest(f"{endpoint} is not loopback, so the token would travel in the clear: give ca_cert=")
     if token is None:
-        token = os.environ.get(TOKEN_VARIABLE) or _token_in_file(endpoint, token_path)
+        token = os.environ.get(TOKEN_VARIABLE) or _token_in_file(endpoint, token_path, token_option)
     return Endpoint(address=endpoint, token=token, loopback=loopback, ca_cert=_read(ca_cert))
 
 
@@ -57,11 +64,11 @@ def _is_loopback(endpoint: str) -> bool:
         return host == "localhost"
 
 
-def _token_in_file(endpoint: str, token_path: Path | None) -> str:
+def _token_in_file(endpoint: str, token_path: Path | None, option: str) -> str:
     path = token_path or token_for_endpoint(endpoint)
     if path is None:
         raise Unauthenticated(
-            f"no token for {endpoint}: no running cluster of this user is there. Give token=, or set {TOKEN_VARIABLE}"
+            f"no token for {endpoint}: no running cluster of this user is there. Give {option}, or set {TOKEN_VARIABLE}"
         )
     return read_token(path)
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
-from ...experts.errors import DataLoss, ExpertMeshError
+from ...experts.errors import DataLoss
 from ...experts.wire import Frame, WireTensor, encode
 
 NAME = "json"
@@ -47,5 +47,5 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _no_constant(name: str) -> ExpertMeshError:
+def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from typing import Any
 
 from ...experts.errors import ConfigError
+from ...experts.suggestion import suggestion
 from .adaptive import Threshold, TopP
 from .base import Gate
 from .cosine import Cosine
@@ -30,13 +30,13 @@ GATES: dict[str, type[Gate]] = {
 def build(name: str, **arguments: Any) -> Gate:
     """Build a gate by its name in YAML. Raises ConfigError for an unknown name or argument, with a suggestion."""
     if name not in GATES:
-        raise ConfigError(f"unknown gate {name!r}{_suggest(name, GATES)}; known: {', '.join(sorted(GATES))}")
+        raise ConfigError(f"unknown gate {name!r}{suggestion(name, GATES)}; known: {', '.join(sorted(GATES))}")
     parameters = inspect.signature(GATES[name]).parameters
     for argument in arguments:
         if argument not in parameters:
             known = ", ".join(parameters)
             raise ConfigError(
-                f"gate {name!r} has no argument {argument!r}{_suggest(argument, parameters)}; it takes {known}"
+                f"gate {name!r} has no argument {argument!r}{suggestion(argument, parameters)}; it takes {known}"
             )
     missing = [key for key, value in parameters.items() if value.default is value.empty and key not in arguments]
     if missing:
@@ -45,11 +45,6 @@ def build(name: str, **arguments: Any) -> Gate:
         return GATES[name](**arguments)
     except TypeError as error:
         raise ConfigError(f"gate {name!r}: an argument has the wrong type: {error}") from error
-
-
-def _suggest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 __all__ = [
