@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from .errors import ConfigError, SpecMismatch
 from .wire import ITEM_SIZES
@@ -47,6 +47,10 @@ class TensorSpec:
         if self.dtype is None or other.dtype is None or self.dtype == other.dtype:
             return shapes
         return shapes and self.dtype in FLOATING and other.dtype in FLOATING
+
+    def filled(self, other: TensorSpec) -> TensorSpec:
+        """The same spec, with what another one says where this one says nothing."""
+        return TensorSpec(self.shape if self.shape is not None else other.shape, self.dtype or other.dtype)
 
     def __str__(self) -> str:
         shape = "any shape" if self.shape is None else str(list(self.shape))
@@ -97,8 +101,7 @@ class Expert:
             raise ConfigError(f"replicas must be a whole number of at least 1, not {self.replicas!r}")
         for name in ("num_gpus", "num_cpus"):
             value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if value is not None and not (number and 0 <= value < math.inf):
+            if value is not None and not (is_number(value) and 0 <= value < math.inf):
                 raise ConfigError(f"{name} must be a number of at least 0, not {value!r}")
         if self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
             raise ConfigError(f"num_gpus above 1 must be whole, not {self.num_gpus}")
@@ -132,6 +135,11 @@ class Expert:
     def with_specs(self, input: TensorSpec, output: TensorSpec) -> Expert:
         """The same expert with its specs filled in."""
         return replace(self, input=input, output=output)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is an int or a float; a bool is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def is_import_string(text: object) -> bool:

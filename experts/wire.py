@@ -91,7 +91,7 @@ def bfloat16_to_float32(bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return widened.view(np.float32)
 
 
-def encode_parts(kind: str, meta: Mapping[str, Any], tensors: Mapping[str, WireTensor]) -> list[bytes | memoryview]:
+def encode_parts(kind: str, meta: Mapping[str, Any], tensors: Mapping[str, WireTensor]) -> list[Buffer]:
     """Encode a message as a list of buffers for a vectored write; no tensor is copied."""
     return encode_scattered(kind, meta, {name: (t.dtype, t.shape, (t.data,)) for name, t in tensors.items()})
 
@@ -125,7 +125,7 @@ def encode(kind: str, meta: Mapping[str, Any], tensors: Mapping[str, WireTensor]
     return b"".join(encode_parts(kind, meta, tensors or {}))
 
 
-def decode(frame: bytes | memoryview, *, max_bytes: int = MAX_FRAME_BYTES) -> Frame:
+def decode(frame: Buffer, *, max_bytes: int = MAX_FRAME_BYTES) -> Frame:
     """Decode and check one frame.
 
     Raises InvalidRequest for anything malformed, DataLoss for a frame whose length is not what its header says, and

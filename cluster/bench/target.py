@@ -84,7 +84,7 @@ def _declared(layer: Located) -> TensorSpec:
     spec = ANY
     for node in (layer, *experts):
         given = _spec(dict(node.items()).get("input", Located(None, node.where)).plain())
-        spec = _filled(spec, given)
+        spec = spec.filled(given)
     return spec
 
 
@@ -96,10 +96,6 @@ def _spec(plain: object) -> TensorSpec:
         return TensorSpec(plain.get("shape"), plain.get("dtype"))
     except (ExpertMeshError, TypeError):
         return ANY
-
-
-def _filled(spec: TensorSpec, other: TensorSpec) -> TensorSpec:
-    return TensorSpec(spec.shape if spec.shape is not None else other.shape, spec.dtype or other.dtype)
 
 
 def check_running(name: str, path: Path, named: str | None) -> None:
@@ -133,7 +129,7 @@ def targets(
         if name not in serving:
             hint = suggestion(name, serving, "it serves")
             raise NotFound(f"cluster {status.get('name')} serves no layer {name!r}{hint}")
-        spec = _filled(_spec(serving[name].get("input")), declared.get(name, ANY))
+        spec = _spec(serving[name].get("input")).filled(declared.get(name, ANY))
         if spec.shape is None and width is None:
             raise InvalidRequest(
                 f"the rows of layer {name} have no declared shape: give --width, "

@@ -21,7 +21,8 @@ from pathlib import Path
 from ...experts.errors import ExpertMeshError, InvalidRequest, Unauthenticated
 from ...experts.host import ExpertHost
 from ...experts.protocol import ExpertCall, ExpertReply, PartFailure
-from ...experts.wire import Frame, decode
+from ...experts.wire import Buffer, Frame, decode
+from ..machine.ports import family_of
 from .core_slots import CoreSlots
 from .framed_socket import MAX_MESSAGE_BYTES, FramedSocket, tuned
 from .messages import (
@@ -92,7 +93,7 @@ class ChannelServer:
 
     def listen_tcp(self, host: str) -> None:
         """Listen on any free port of an address that other nodes reach, and begin to serve."""
-        listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener = socket.create_server((host, 0), family=family_of(host))
         self._begin(listener, f"tcp:{host}:{listener.getsockname()[1]}")
 
     def close(self) -> None:
@@ -234,7 +235,7 @@ class ChannelServer:
             log.exception("a call failed", extra={"attempt": call.attempt})
             return _failed(self._host, call, "ExpertFailed", f"the replica raised {type(error).__name__}; see its log")
 
-    def _send(self, peer: _Peer, parts: list[bytes | memoryview]) -> None:
+    def _send(self, peer: _Peer, parts: list[Buffer]) -> None:
         if peer.framed.fileno() < 0:
             return
         try:

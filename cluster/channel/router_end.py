@@ -20,6 +20,7 @@ from ...experts.protocol import ExpertCall
 from ...experts.wire import Buffer, Frame, decode
 from ...router.fanout.replica_view import Replica
 from ...router.fanout.transport import Cancel, Done, Lost
+from ..machine.ports import family_of
 from .framed_socket import MAX_MESSAGE_BYTES, FramedSocket, tuned
 from .messages import (
     NONCE_BYTES,
@@ -101,8 +102,9 @@ class Channel:
         """Connect and prove the secret both ways; what fails closes the connection."""
         connection = None
         try:
-            connection = tuned(socket.socket(*self._family()))
-            await asyncio.wait_for(self._loop.sock_connect(connection, self._target()), CONNECT_SECONDS)
+            family, target = self._target()
+            connection = tuned(socket.socket(family, socket.SOCK_STREAM))
+            await asyncio.wait_for(self._loop.sock_connect(connection, target), CONNECT_SECONDS)
             self._framed = FramedSocket(connection)
             self._loop.add_reader(self._framed.fileno(), self._readable)
             await asyncio.wait_for(self._opened, CONNECT_SECONDS)
@@ -145,16 +147,11 @@ class Channel:
         if not self._opened.done():
             self._opened.set_result(None)
 
-    def _family(self) -> tuple[int, int]:
+    def _target(self) -> tuple[socket.AddressFamily, str | tuple[str, int]]:
         if self.kind == "unix":
-            return socket.AF_UNIX, socket.SOCK_STREAM
-        return (socket.AF_INET6 if self._where.count(":") > 1 else socket.AF_INET), socket.SOCK_STREAM
-
-    def _target(self) -> str | tuple[str, int]:
-        if self.kind == "unix":
-            return self._where
+            return socket.AF_UNIX, self._where
         host, _, port = self._where.rpartition(":")
-        return host, int(port)
+        return family_of(host), (host, int(port))
 
     def _readable(self) -> None:
         framed = self._framed
@@ -178,7 +175,7 @@ class Channel:
         except OSError as error:
             self._broken(error)
 
-    def _write(self, parts: list[bytes | memoryview]) -> None:
+    def _write(self, parts: list[Buffer]) -> None:
         framed = self._framed
         if framed is None or self.closed:
             return

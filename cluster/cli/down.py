@@ -31,7 +31,7 @@ def down(name: str | None, timeout: float) -> None:
     """
     dead = _dead(name)
     if dead is not None:
-        lock_name(dead.name).release()
+        lock_name(dead.name).close()
         click.echo(f"cluster {dead.name} (pid {dead.pid}) had died; what it left is cleared")
         return
     cluster = find(name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from dataclasses import asdict
-from types import TracebackType
 from typing import Any
 
 import click
@@ -37,7 +36,7 @@ class SwapView:
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._done.set()
         if self._thread.is_alive():
             self._thread.join()

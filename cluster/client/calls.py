@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 
 from ...experts.errors import DataLoss, ExpertMeshError, InvalidRequest, TooLarge
 from ...experts.protocol import CallOptions, from_mapping
-from ...experts.wire import Frame, WireTensor, decode, encode_parts
+from ...experts.spec import is_number
+from ...experts.wire import Buffer, Frame, WireTensor, decode, encode_parts
 from ..rpc import health
 from ..rpc.channel_options import MAX_MESSAGE_BYTES
 from ..rpc.documents import decode_document
 from ..rpc.methods import SERVICE, new_request_id
 from ..rpc.status import REQUEST_ID_KEY, is_request_id
-from ..rpc.streams import MAX_REQUEST_BYTES, Buffer, Streamed
+from ..rpc.streams import MAX_REQUEST_BYTES, Streamed
 from ..rpc.swaps import Lease
 from .arrays import to_wire
 from .half_precision import AS_IT_IS, check_payload_dtype
@@ -202,9 +203,7 @@ class Calls:
         answer = yield from self._send(self.retries, f"/{SERVICE}/CallStream", streamed, timeout, request_id)
         return _decoded(answer, self.max_request_bytes, request_id)
 
-    def _ask_once(
-        self, method: str, parts: list[bytes | memoryview], timeout: float | None, request_id: Any
-    ) -> Flow[Frame]:
+    def _ask_once(self, method: str, parts: list[Buffer], timeout: float | None, request_id: Any) -> Flow[Frame]:
         """Ask with one message, joined from its parts: the only copy of them that is made here."""
         size = sum(len(part) for part in parts)
         if size > self.max_message_bytes:
@@ -244,7 +243,7 @@ def _narrow(payload_dtype: object) -> str | None:
 
 
 def _check_timeout(timeout: float) -> float:
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+    if not is_number(timeout):
         raise InvalidRequest("timeout must be a number of seconds")
     if not (math.isfinite(timeout) and timeout > 0):
         raise InvalidRequest(f"timeout must be a finite number of seconds above 0, not {timeout}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...experts.errors import InvalidRequest, NotFound, Unauthenticated
+from ..machine.ports import is_loopback
 from ..machine.run_files import find, token_for_endpoint
 from ..machine.tokens import read_token
 
@@ -57,11 +57,7 @@ def _is_loopback(endpoint: str) -> bool:
     match = _ADDRESS.fullmatch(endpoint)
     if match is None or not 0 < int(match[2]) < 65536:
         raise InvalidRequest(f"endpoint {endpoint!r} is not of the form host:port, such as 127.0.0.1:50051")
-    host = match[1].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return is_loopback(match[1])
 
 
 def _token_in_file(endpoint: str, token_path: Path | None, option: str) -> str:

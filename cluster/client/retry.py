@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ...experts.errors import DeadlineExceeded, ExpertMeshError, Unavailable
-from ..rpc.streams import Buffer, Streamed
+from ...experts.wire import Buffer
+from ..rpc.streams import Streamed
 
 T = TypeVar("T")
 

@@ -7,7 +7,8 @@ from contextlib import suppress
 from typing import Any
 
 from ...experts.errors import ExpertMeshError
-from ..rpc.streams import ADMITTED, Buffer, Streamed, StreamedAnswer
+from ...experts.wire import Buffer
+from ..rpc.streams import ADMITTED, Streamed, StreamedAnswer
 
 
 def exchange(stream: Any, most: int) -> Buffer | ExpertMeshError:

@@ -10,10 +10,9 @@ from torch import Tensor
 from ...experts.errors import InvalidRequest, TooLarge
 from ...experts.protocol import CallOptions, from_mapping
 from ...experts.tensors import from_wire, to_wire
-from ...experts.wire import Frame, WireTensor, encode_parts
+from ...experts.wire import Buffer, Frame, WireTensor, encode_parts
 from ...router.request.answer import ForwardReply, ForwardRequest
 from ..rpc.status import is_request_id
-from ..rpc.streams import Buffer
 
 CALL_TENSORS = ("x", "gate_input", "top_k_index", "top_k_weights")
 

@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from ...experts.errors import ExpertMeshError, InvalidRequest, Unavailable
-from ...experts.wire import Frame, decode
+from ...experts.wire import Buffer, Frame, decode
 from ...router.request.forward import Router
 from ..rpc import health
 from ..rpc.documents import encode_document
 from ..rpc.health import ServingStatus
 from ..rpc.methods import SERVICE, Role
-from ..rpc.streams import Buffer
 from .authorise import TokenTable
 from .frames import forward_request, one_message, reply_parts
 from .streams import StreamContext, StreamedCalls, StreamLimits

@@ -8,6 +8,7 @@ import grpc
 import grpc.aio
 
 from ...experts.errors import ExpertMeshError, Unavailable
+from ..machine.ports import with_port
 from ..rpc import health
 from ..rpc.channel_options import server_options
 from ..rpc.methods import SERVICE, new_request_id
@@ -28,8 +29,7 @@ class GrpcServer:
         settings = self._gateway.settings
         server = grpc.aio.server(options=server_options(settings.max_message_bytes))
         server.add_generic_rpc_handlers((self._handlers(),))
-        host = f"[{settings.host}]" if settings.host.count(":") > 1 and settings.host[0] != "[" else settings.host
-        address = f"{host}:{settings.port}"
+        address = with_port(settings.host, settings.port)
         try:
             if settings.tls is None:
                 self.port = server.add_insecure_port(address)

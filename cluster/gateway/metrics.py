@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from ...experts.errors import ExpertMeshError
 from ...router.fanout.telemetry import LATENCY_BUCKETS, Histogram
 from ...router.request.forward import Router
+from ..machine.ports import family_of
 from .authorise import TokenTable
 
 StartResponse = Callable[[str, list[tuple[str, str]]], Any]
@@ -62,8 +63,9 @@ class MetricsServer:
         registry = CollectorRegistry()
         registry.register(RouterCollector(router))
         page = make_wsgi_app(registry)
-        server_class = _Server6 if ":" in host else WSGIServer
-        self._server = make_server(host.strip("[]"), port, _guarded(page, tokens), server_class, _QuietHandler)
+        server_class = type("_Server", (WSGIServer,), {"address_family": family_of(host)})
+        served = _guarded(page, tokens)
+        self._server: WSGIServer = make_server(host.strip("[]"), port, served, server_class, _QuietHandler)
         self.port: int = self._server.server_port
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(STOP_POLL_SECONDS,), name="metrics", daemon=True
@@ -74,10 +76,6 @@ class MetricsServer:
         """Close the port."""
         self._server.shutdown()
         self._server.server_close()
-
-
-class _Server6(WSGIServer):
-    address_family = socket.AF_INET6
 
 
 class _QuietHandler(WSGIRequestHandler):
@@ -103,18 +101,14 @@ def _guarded(page: Callable[..., Iterable[bytes]], tokens: TokenTable) -> Callab
     return app
 
 
-def _counter(name: str, text: str, label: str, values: Any) -> Metric:
-    family = CounterMetricFamily(f"expertmesh_{name}", text, labels=[label])
+def _family(kind: Any, name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+    family: Metric = kind(f"expertmesh_{name}", text, labels=[label])
     for key, value in list(values.items()):
-        family.add_metric([key], value)
+        family.add_metric([key], value)  # type: ignore[attr-defined]
     return family
 
 
-def _gauge(name: str, text: str, label: str, values: dict[str, int]) -> Metric:
-    family = GaugeMetricFamily(f"expertmesh_{name}", text, labels=[label])
-    for key, value in values.items():
-        family.add_metric([key], value)
-    return family
+_counter, _gauge = partial(_family, CounterMetricFamily), partial(_family, GaugeMetricFamily)
 
 
 def _histogram(name: str, text: str, label: str, values: dict[str, Histogram]) -> Metric:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...experts.errors import DeadlineExceeded, ExpertMeshError, Overloaded, TooLarge
-from ...experts.wire import Frame, decode
+from ...experts.wire import Buffer, Frame, decode
 from ..rpc.channel_options import MAX_MESSAGE_BYTES
-from ..rpc.streams import ADMITTED, CHUNK_BYTES, MAX_REQUEST_BYTES, Assembly, Buffer, Opening, Streamed, read_opening
+from ..rpc.streams import ADMITTED, CHUNK_BYTES, MAX_REQUEST_BYTES, Assembly, Opening, Streamed, read_opening
 
 if sys.version_info >= (3, 11):
     from asyncio import timeout as deadline

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from ...experts.staging.machine_memory import memory_bytes, read_text
+from .ports import is_free
 from .run_files import RunFile, list_all
 
 
@@ -50,7 +50,7 @@ def look(packages: Iterable[str], port: int) -> Machine:
         clusters=tuple(cluster for cluster in found if cluster not in stale),
         stale=stale,
         port=port,
-        port_free=port_is_free("127.0.0.1", port),
+        port_free=is_free("127.0.0.1", port),
         ray=ray_processes(),
     )
 
@@ -79,17 +79,6 @@ def gpus(root: Path = Path("/")) -> tuple[str, ...]:
         models = [line.partition(":")[2].strip() for line in read_text(path).splitlines() if line.startswith("Model:")]
         found.append(models[0] if models else "NVIDIA GPU")
     return tuple(found)
-
-
-def port_is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            trial.bind((host, port))
-        except OSError:
-            return False
-    return True
 
 
 def ray_processes(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:

@@ -6,56 +6,35 @@ import fcntl
 import os
 import shutil
 from pathlib import Path
-from types import TracebackType
+from typing import IO
 
 from ...experts.errors import DataLoss, FailedPrecondition, NotFound
 from .run_files import RunFile, home, lock_path, run_path, token_path
 
 
-class NameLock:
-    """The hold of this process on a cluster name, until `release` or the end of the process."""
-
-    def __init__(self, name: str, descriptor: int) -> None:
-        self.name = name
-        self._descriptor: int | None = descriptor
-
-    def release(self) -> None:
-        """Give the name back; a second time does nothing."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def __enter__(self) -> NameLock:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
-
-
-def lock_name(name: str) -> NameLock:
+def lock_name(name: str) -> IO[bytes]:
     """Take a cluster name for this process, and clear what a dead cluster of that name left.
 
-    Raises FailedPrecondition while another cluster runs under the name.
+    The name is given back when the file that is returned is closed, or the process ends. Raises FailedPrecondition
+    while another cluster runs under the name.
     """
     home()
-    descriptor = os.open(lock_path(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    held = os.fdopen(os.open(lock_path(name), flags, 0o600), "r+b")
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         left = _left(name)
         if left is not None and left.pid != os.getpid() and not left.is_stale():
             raise BlockingIOError  # the lock file was removed under a cluster that still runs
         clear(name, left)
-    except BlockingIOError:
-        os.close(descriptor)
+    except BaseException as error:
+        held.close()
+        if not isinstance(error, BlockingIOError):
+            raise
         raise FailedPrecondition(
             f"cluster {name!r} already runs{_where(name)}: choose another --name or run `expertmesh down --name {name}`"
         ) from None
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return NameLock(name, descriptor)
+    return held
 
 
 def clear(name: str, left: RunFile | None) -> None:

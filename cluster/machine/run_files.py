@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import secrets
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ...experts.errors import ConfigError, DataLoss, NotFound
+from ...experts.names import is_name
+from ...experts.protocol import from_mapping
+from .durable_files import private_folder, write_private
 
 DEFAULT_NAME = "default"
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,9 @@ class RunFile:
         """Read the run file of a name. Raises NotFound if there is none and DataLoss if it is damaged."""
         path = run_path(name)
         try:
-            return cls(**_fields(json.loads(path.read_text(encoding="utf-8"))))
+            values = json.loads(path.read_text(encoding="utf-8"))
+            ours = {item.name: values[item.name] for item in fields(cls) if item.name in values}
+            return from_mapping(cls, ours)  # without what a later version may add
         except FileNotFoundError:
             raise NotFound(f"no cluster {name!r} of yours runs here") from None
         except (ValueError, TypeError):
@@ -65,16 +67,7 @@ class RunFile:
     def write(self) -> None:
         """Write the run file, for this user alone; a reader never sees half of it."""
         home()
-        target = run_path(self.name)
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(asdict(self), file, indent=1)
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_private(run_path(self.name), json.dumps(asdict(self), indent=1))
 
     def remove(self) -> None:
         """Remove the run file and the token file, as a cluster that stops does."""
@@ -91,16 +84,8 @@ def home() -> Path:
 
     Raises ConfigError if it cannot be made, or if others could write into it.
     """
-    folder = _folder()
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (folder / "run").mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot make {folder} ({error.strerror}): set EXPERTMESH_HOME to another") from None
-    for path in (folder, folder / "run"):
-        status = path.stat()
-        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-            raise ConfigError(f"others can write into {path}: chmod 700 it, or set EXPERTMESH_HOME to another")
+    folder = private_folder(_folder(), "EXPERTMESH_HOME")
+    private_folder(folder / "run", "EXPERTMESH_HOME")
     return folder
 
 
@@ -121,8 +106,7 @@ def lock_path(name: str) -> Path:
 
 def state_path(name: str) -> Path:
     """Where a cluster of this name keeps its versions and epochs, unless its configuration says otherwise."""
-    if not _NAME.fullmatch(name):
-        raise ConfigError(f"cluster name {name!r} cannot be a folder")
+    lock_path(name)
     return home() / "state" / name
 
 
@@ -173,7 +157,7 @@ def _folder() -> Path:
 
 
 def _in_run(name: str, suffix: str) -> Path:
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise ConfigError(f"cluster name {name!r} must be 1 to 64 letters, digits, '_', '-' or '.'")
     return _folder() / "run" / f"{name}.{suffix}"
 
@@ -181,18 +165,6 @@ def _in_run(name: str, suffix: str) -> Path:
 def _address(endpoint: str) -> tuple[str, str]:
     host, _, port = endpoint.rpartition("/")[2].rpartition(":")
     return "127.0.0.1" if host.lower() == "localhost" else host.lower(), port
-
-
-def _fields(values: object) -> dict[str, Any]:
-    """The fields of a run file, checked; those that a later version may add are left out."""
-    if not isinstance(values, dict):
-        raise ValueError("not a map")
-    known = {item.name: values[item.name] for item in fields(RunFile) if item.name in values}
-    for name, value in known.items():
-        kind = int if name in ("pid", "started") else str
-        if type(value) is not kind and not (value is None and name in ("metrics_endpoint", "ray_temp_dir")):
-            raise ValueError(name)
-    return known
 
 
 def start_time(pid: int) -> int | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ...experts.errors import ConfigError, NotFound
 from ..rpc.methods import Role
+from .durable_files import write_private
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LABELS = tuple(role.label for role in Role)
@@ -40,19 +41,8 @@ def create_token_file(path: str | os.PathLike[str]) -> dict[Role, str]:
 
     The file appears whole or not at all, and replaces one that an earlier cluster left.
     """
-    target = Path(path)
     tokens: dict[Role, str] = {role: new_token() for role in Role}
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    try:
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.writelines(f"{role.label} {token!s}\n" for role, token in tokens.items())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_private(Path(path), "".join(f"{role.label} {token!s}\n" for role, token in tokens.items()))
     return tokens
 
 

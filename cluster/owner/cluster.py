@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
+from typing import IO, Any
 
 from ...experts.errors import ExpertMeshError, NotFound, Unavailable
 from ...experts.spec import Expert
@@ -24,8 +24,8 @@ from ..control.messages import Desired
 from ..control.ports import StateSettings
 from ..gateway.gateway import GatewaySettings
 from ..gateway.streams import StreamLimits
-from ..machine.name_lock import NameLock, lock_name
-from ..machine.ports import check_port, free_port
+from ..machine.name_lock import lock_name
+from ..machine.ports import check_port, free_port, with_port
 from ..machine.run_files import RunFile, state_path, token_path
 from ..machine.tokens import create_token_file, token_digest
 from ..placement.plan import PlannedReplica, plan_layer
@@ -39,6 +39,9 @@ SUPERVISE_SECONDS = 0.5
 STOP_GRACE = 5.0
 BEHAVIOUR = ("factory", "args", "kwargs", "weights", "input", "output", "framework", "live")
 """What of an expert says what it does; the rest says where and how often it runs."""
+
+_HERE = {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}
+"""How clients on this machine reach a gateway that listens on every address."""
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +57,7 @@ class Cluster:
         self.endpoint = ""
         self.metrics_endpoint = ""
         self._say = progress or (lambda message: None)
-        self._name_lock: NameLock | None = None
+        self._name_lock: IO[bytes] | None = None
         self._run_file: RunFile | None = None
         self._backend: Backend | None = None
         self._desired = Desired()
@@ -101,9 +104,7 @@ class Cluster:
     def __enter__(self) -> Cluster:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.stop()
 
     def status(self) -> dict[str, Any]:
@@ -159,7 +160,7 @@ class Cluster:
             self._run_file.remove()
             self._run_file = None
         if self._name_lock is not None:
-            self._name_lock.release()
+            self._name_lock.close()
             self._name_lock = None
 
     def wait(self) -> None:
@@ -239,9 +240,9 @@ class Cluster:
         return self.config.state_dir or state_path(self.config.name)
 
     def _announce(self, port: int, metrics_port: int | None) -> None:
-        host = _reachable(self.config.host)
-        self.endpoint = f"{host}:{port}"
-        self.metrics_endpoint = f"http://{host}:{metrics_port}/metrics" if metrics_port is not None else ""
+        host = _HERE.get(self.config.host, self.config.host)
+        self.endpoint = with_port(host, port)
+        self.metrics_endpoint = "" if metrics_port is None else f"http://{with_port(host, metrics_port)}/metrics"
         temp_dir = self._running().temp_dir
         self._run_file = RunFile.of_this_process(
             self.config.name,
@@ -285,9 +286,3 @@ class Cluster:
         if self._backend is None:
             raise Unavailable("the cluster is not running")
         return self._backend
-
-
-def _reachable(host: str) -> str:
-    """How clients on this machine reach a gateway that listens there."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}.get(host, host)
-    return f"[{host}]" if host.count(":") > 1 and host[0] != "[" else host

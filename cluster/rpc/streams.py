@@ -15,7 +15,7 @@ import numpy as np
 
 from ...experts.errors import DataLoss, InvalidRequest, TooLarge
 from ...experts.protocol import from_mapping
-from ...experts.wire import decode, encode
+from ...experts.wire import Buffer, decode, encode
 from .channel_options import MAX_MESSAGE_BYTES
 
 KIND = "stream"
@@ -25,8 +25,6 @@ MAX_OPENING_BYTES = 1024
 MAX_REQUEST_BYTES = 2**30
 ADMITTED = ("expertmesh-stream", "admitted")
 """What the server's initial metadata hold once there is room for what was announced."""
-
-Buffer = bytes | memoryview
 
 
 @dataclass(frozen=True, kw_only=True)

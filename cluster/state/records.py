@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...experts.errors import DataLoss, InvalidRequest
+from ...experts.names import is_name
 
 OPEN, COMMITTED, ABORTED = "open", "committed", "aborted"
 
-_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _VERSION = re.compile(r"v(0|[1-9][0-9]{0,17})-([0-9a-f]{12})")
 _SWAP_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
@@ -86,7 +86,7 @@ def check_id(id: str) -> None:
 
     Raises InvalidRequest.
     """
-    if not isinstance(id, str) or not _ID.fullmatch(id):
+    if not isinstance(id, str) or id.count("/") != 1 or not all(map(is_name, id.split("/"))):
         raise InvalidRequest(f'{id!r} is no id of an expert or gate: write it as "layer/expert" or "layer/gate"')
 
 

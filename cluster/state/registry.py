@@ -13,12 +13,11 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from ...experts.errors import Aborted, ConfigError, FailedPrecondition, Fenced, InvalidRequest, Unavailable
+from ..machine.durable_files import private_folder, sync_folder
 from . import registry_schema, registry_tables
-from .durable_files import private_folder, sync_folder
 from .records import (
     ABORTED,
     COMMITTED,
@@ -74,9 +73,7 @@ class Registry:
     def __enter__(self) -> Registry:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def add_version(self, record: VersionRecord) -> None:

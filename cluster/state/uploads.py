@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ...experts.errors import DataLoss, FailedPrecondition, TooLarge
+from ..machine.durable_files import hash_file
 from ..rpc.swaps import UploadChunk, UploadState
-from .durable_files import hash_file
 from .version_folders import VersionStore
 
 STALE_SECONDS = 3600.0

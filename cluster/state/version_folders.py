@@ -22,7 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from ...experts.errors import DataLoss, FailedPrecondition, InvalidRequest, NotFound
-from .durable_files import OWNER_READS, copy_file, hash_file, private_folder, sync_file, sync_folder, write_file
+from ..machine.durable_files import (
+    OWNER_READS,
+    copy_file,
+    hash_file,
+    private_folder,
+    sync_file,
+    sync_folder,
+    write_file,
+)
 from .records import check_version, is_version
 
 VERSIONS = "versions"

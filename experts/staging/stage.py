@@ -163,10 +163,7 @@ def _specs(proposal: Proposal, function: RowFunction) -> tuple[TensorSpec, Tenso
 
 
 def _drift(proposal: Proposal, function: RowFunction, old: RowFunction | None, rows: TensorSpec) -> float | None:
-    spec = TensorSpec(
-        rows.shape if rows.shape is not None else proposal.input.shape, rows.dtype or proposal.input.dtype
-    )
-    golden = golden_rows(spec, proposal.policy.probe_rows)
+    golden = golden_rows(rows.filled(proposal.input), proposal.policy.probe_rows)
     if golden is None or old is None:
         if golden is not None:
             probe(function, golden, proposal.output)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..construct.factory import RowFunction
 from ..errors import ConfigError, DataLoss, ExpertMeshError, FailedPrecondition
-from ..spec import ANY, FLOATING, TensorSpec
+from ..spec import ANY, FLOATING, TensorSpec, is_number
 from ..tensors import dtype_name, torch_dtype
 from ..weights.files import tensor_digests
 from ..weights.header import short
@@ -37,11 +37,11 @@ class Policy:
     probe_rows: int = 8
 
     def __post_init__(self) -> None:
-        if not _number(self.max_norm_ratio) or not self.max_norm_ratio >= 1:
+        if not is_number(self.max_norm_ratio) or not self.max_norm_ratio >= 1:
             raise ConfigError(f"max_norm_ratio must be a number of at least 1, not {self.max_norm_ratio!r}")
         if type(self.allow_norm) is not bool:
             raise ConfigError(f"allow_norm must be true or false, not {self.allow_norm!r}")
-        if self.max_drift is not None and (not _number(self.max_drift) or not self.max_drift >= 0):
+        if self.max_drift is not None and (not is_number(self.max_drift) or not self.max_drift >= 0):
             raise ConfigError(f"max_drift must be a number of at least 0, or left out, not {self.max_drift!r}")
         if type(self.probe_rows) is not int or not 1 <= self.probe_rows <= 4096:
             raise ConfigError(f"probe_rows must be a whole number of 1 to 4096, not {self.probe_rows!r}")
@@ -186,7 +186,3 @@ def _ratio(new: float, old: float) -> float:
     if new == 0 or not math.isfinite(new) or not math.isfinite(old):
         return math.inf
     return max(new / old, old / new)
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NoReturn
 
 from ...experts.errors import ConfigError, InvalidRequest
+from ...experts.names import is_name
 from ...experts.spec import ANY, Expert, TensorSpec
 from ..gates import Gate
 from .capacity import Capacity
@@ -16,7 +16,6 @@ from .combine import METHODS, ON_DROPPED
 from .missing import OnMissing
 
 GATE = "gate"
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ class Layer:
 
 def check_name(name: object, what: str) -> None:
     """Check the name of a layer, an expert or a cluster. Raises ConfigError."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not is_name(name):
         raise ConfigError(
             f"{what} name {name!r} must be 1 to 64 letters, digits, '_', '-' or '.', not starting with '-' or '.'"
         )

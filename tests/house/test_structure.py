@@ -18,9 +18,10 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 ALL_FILES = [*FILES, *sorted(FACADE.glob("*.py"))]
 
 ORDER = (  # a folder, or a file beside the folders, imports only from its own and from those before it
-    "experts/errors", "experts/optional_imports", "experts/version", "experts/suggestion", "experts/wire",
-    "experts/spec", "experts/protocol", "experts/tensors", "experts/weights", "experts/identity", "experts/construct",
-    "experts/sums", "experts/staging", "experts/grouped", "experts/modules", "experts/chaos", "experts/host",
+    "experts/errors", "experts/optional_imports", "experts/version", "experts/names", "experts/suggestion",
+    "experts/wire", "experts/spec", "experts/protocol", "experts/tensors", "experts/weights", "experts/identity",
+    "experts/construct", "experts/sums", "experts/staging", "experts/grouped", "experts/modules",
+    "experts/chaos", "experts/host",
     "router/gates", "router/mixture", "router/epochs", "router/fanout", "router/request",
     "cluster/rpc", "cluster/machine", "cluster/client", "cluster/placement", "cluster/config", "cluster/state",
     "cluster/control", "cluster/channel", "cluster/gateway", "cluster/runtime", "cluster/owner",

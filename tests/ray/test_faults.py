@@ -248,6 +248,6 @@ def test_killed_driver_leaves_no_process(transport: str) -> None:
     folder = run_files.RunFile.read("orphan").ray_temp_dir
     assert folder is not None
     eventually(lambda: not Path(folder).exists(), 5, "its folder is cleared")
-    lock_name("orphan").release()  # what a second start does first
+    lock_name("orphan").close()  # what a second start does first
     with pytest.raises(errors.NotFound):
         run_files.RunFile.read("orphan")

@@ -16,7 +16,7 @@ from helpers.waiting import run_async, until
 from expertmesh.cluster.gateway.frames import one_message, reply_parts
 from expertmesh.cluster.gateway.streams import StreamedCalls, StreamLimits
 from expertmesh.cluster.rpc.status import ERROR_KEY, REQUEST_ID_KEY, RETRY_AFTER_KEY
-from expertmesh.cluster.rpc.streams import ADMITTED, Buffer, Opening, Streamed, StreamedAnswer
+from expertmesh.cluster.rpc.streams import ADMITTED, Opening, Streamed, StreamedAnswer
 from expertmesh.experts import wire
 from expertmesh.experts.errors import DeadlineExceeded, Overloaded, TooLarge
 from expertmesh.experts.protocol import CallSummary
@@ -51,8 +51,8 @@ def reply_of(rows: int) -> ForwardReply:
     return ForwardReply(output=torch.ones(rows, 1), summary=summary, lost_mass=torch.zeros(rows))
 
 
-def answering(rows: int = 1) -> Callable[[wire.Frame], Awaitable[list[Buffer]]]:
-    async def answer(frame: wire.Frame) -> list[Buffer]:
+def answering(rows: int = 1) -> Callable[[wire.Frame], Awaitable[list[wire.Buffer]]]:
+    async def answer(frame: wire.Frame) -> list[wire.Buffer]:
         return reply_parts(reply_of(rows))
 
     return answer

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from expertmesh.cluster.machine.doctor import BASE, CLUSTER, DEMO, GIB, PACKAGES, PYTHON, Check, examine, release
-from expertmesh.cluster.machine.facts import Machine, cores, gpus, look, memory_bytes, port_is_free, ray_processes
+from expertmesh.cluster.machine.facts import Machine, cores, gpus, look, memory_bytes, ray_processes
+from expertmesh.cluster.machine.ports import is_free
 from expertmesh.cluster.machine.run_files import RunFile
 
 PROJECT = Path(__file__).parents[3] / "pyproject.toml"
@@ -149,8 +150,8 @@ def test_a_port_in_use_is_seen() -> None:
         server.bind(("127.0.0.1", 0))
         server.listen()
         port = server.getsockname()[1]
-        assert not port_is_free("127.0.0.1", port)
-    assert port_is_free("127.0.0.1", port)
+        assert not is_free("127.0.0.1", port)
+    assert is_free("127.0.0.1", port)
 
 
 def write(root: Path, name: str, text: str) -> None:

@@ -158,8 +158,8 @@ def test_a_second_claim_is_refused_and_says_who_holds_the_name() -> None:
             pass
         assert RunFile.read("x") == make("x")
     with lock_name("x") as again:
-        again.release()
-        again.release()
+        again.close()
+        again.close()
 
 
 def test_a_claim_holds_against_another_process_and_ends_with_it() -> None:
@@ -174,7 +174,7 @@ def test_a_claim_holds_against_another_process_and_ends_with_it() -> None:
         lock_name("x")
     child.kill()
     child.communicate()
-    lock_name("x").release()
+    lock_name("x").close()
 
 
 def test_a_cluster_that_lives_keeps_its_name_even_without_its_lock_file() -> None:
@@ -183,7 +183,7 @@ def test_a_cluster_that_lives_keeps_its_name_even_without_its_lock_file() -> Non
     with pytest.raises(FailedPrecondition):
         lock_name("x")
     child.communicate(b"\n")
-    lock_name("x").release()
+    lock_name("x").close()
 
 
 def test_a_claim_clears_what_a_dead_cluster_left(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
-"""What makes a write survive a crash: private folders, hashed copies, and the syncs that make a rename last."""
+"""Files and folders for this user alone that survive a crash: hashed copies, and the syncs that make a rename last."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -14,10 +15,10 @@ CHUNK = 1 << 20
 OWNER_READS = 0o400
 
 
-def private_folder(path: str | os.PathLike[str]) -> Path:
+def private_folder(path: str | os.PathLike[str], setting: str = "state_dir") -> Path:
     """A folder for this user alone, with its parents; made, durably, with mode 0700 where it is missing.
 
-    Raises ConfigError if it cannot be made, or if others could write into it.
+    Raises ConfigError, naming the setting that chose it, if it cannot be made, or if others could write into it.
     """
     folder = Path(path).absolute()
     missing = [part for part in (folder, *folder.parents) if not part.exists()]
@@ -27,11 +28,11 @@ def private_folder(path: str | os.PathLike[str]) -> Path:
             sync_folder(part.parent)
         status = folder.stat()
     except OSError as error:
-        raise ConfigError(f"cannot make {folder} ({error.strerror}): set state_dir to another folder") from None
+        raise ConfigError(f"cannot make {folder} ({error.strerror}): set {setting} to another folder") from None
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder: set state_dir to another")
+        raise ConfigError(f"{folder} is not a folder: set {setting} to another")
     if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise ConfigError(f"others can write into {folder}: chmod 700 it, or set state_dir to another folder")
+        raise ConfigError(f"others can write into {folder}: chmod 700 it, or set {setting} to another folder")
     return folder
 
 
@@ -51,6 +52,23 @@ def write_file(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file for this user alone, in the place of one that is there; a reader sees all of it or nothing.
+
+    Raises OSError.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with _new(temporary, 0o600) as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def copy_file(source: Path, target: Path) -> tuple[str, int]:
@@ -84,8 +102,8 @@ def _chunks(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def _new(path: Path) -> BinaryIO:
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, OWNER_READS), "wb")
+def _new(path: Path, mode: int = OWNER_READS) -> BinaryIO:
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb")
 
 
 def _sync(path: Path, flags: int) -> None:

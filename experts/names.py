@@ -1,0 +1,12 @@
+"""Names of clusters, layers and experts, which stand in ids, files and folders."""
+
+from __future__ import annotations
+
+import re
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+
+
+def is_name(value: object) -> bool:
+    """Whether a value may be a name: 1 to 64 letters, digits, '_', '-' or '.', not starting with '-' or '.'."""
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None
