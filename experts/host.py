@@ -7,34 +7,18 @@ import threading
 import time
 import uuid
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .construct.factory import RowFunction, build
-from .construct.probe import complete
+from .construct.factory import RowFunction
 from .errors import ExpertMeshError, NotFound
-from .identity.version_name import expert_digest, version_name
 from .protocol import ExpertCall, ExpertReply, Part, PartFailure
-from .spec import Expert, TensorSpec
 from .staging.stage import Proposal, Receipt, stage
 from .sums.device_rows import to_device, to_host_all
 from .sums.partial_sum import add_up
-from .weights.files import tensor_digest
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What a host says of a version that it has loaded: its name, its rows, its size in bytes."""
-
-    expert: str
-    version: str
-    input: TensorSpec
-    output: TensorSpec
-    nbytes: int
 
 
 class ExpertHost:
@@ -48,26 +32,8 @@ class ExpertHost:
         self._on_gpu = device.startswith("cuda")
         self.incarnation = uuid.uuid4().hex
         self._slots: dict[tuple[str, str], RowFunction] = {}
-        self._loaded: dict[tuple[str, str], Loaded] = {}
         self._receipts: dict[tuple[str, str], Receipt] = {}
         self._lock = threading.Lock()
-
-    def load(self, expert_id: str, expert: Expert, counter: int) -> Loaded:
-        """Build an expert and put it in a slot; its version follows from what was built, read back from the slot.
-
-        Raises ConfigError, SpecMismatch, NotFound or DataLoss; then nothing has changed.
-        """
-        function = build(expert, self.device)
-        state = function.state()
-        digest = expert_digest(expert, function.function, tensor_digest(state))  # before the probe runs its code
-        input_spec, output_spec = complete(function, expert_id)
-        version = version_name(counter, digest)
-        size = sum(tensor.nbytes for tensor in state.values())
-        loaded = Loaded(expert_id, version, input_spec, output_spec, size)
-        with self._lock:
-            self._slots[expert_id, version] = function
-            self._loaded[expert_id, version] = loaded
-        return loaded
 
     def stage(self, proposal: Proposal, replaces: str | None = None, mode: str = "double") -> Receipt:
         """Build and verify a version beside those that serve, compared with the one that it replaces if that is here.
@@ -84,7 +50,6 @@ class ExpertHost:
         key = (receipt.id, receipt.version)
         with self._lock:
             self._slots[key] = function
-            self._loaded[key] = Loaded(*key, receipt.input, receipt.output, receipt.nbytes)
             self._receipts[key] = receipt
         return receipt
 
@@ -106,13 +71,12 @@ class ExpertHost:
         with self._lock:
             if self._slots.pop((expert_id, version), None) is None:
                 raise NotFound(f"{expert_id} {version} is not loaded here")
-            self._loaded.pop((expert_id, version))
             self._receipts.pop((expert_id, version), None)
 
-    def loaded(self) -> tuple[Loaded, ...]:
-        """Every version that this host holds."""
+    def holds(self) -> frozenset[tuple[str, str]]:
+        """The (expert, version) pairs that this host holds."""
         with self._lock:
-            return tuple(self._loaded.values())
+            return frozenset(self._slots)
 
     def computes(self, call: ExpertCall) -> bool:
         """Whether a message keeps a core busy: modules do, plain functions may as well wait for something else."""

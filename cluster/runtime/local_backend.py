@@ -167,7 +167,7 @@ def _report(replica_id: str, host: ExpertHost) -> Replica:
     return Replica(
         id=replica_id,
         incarnation=host.incarnation,
-        holds=frozenset((item.expert, item.version) for item in host.loaded()),
+        holds=host.holds(),
         state=READY,
         node="local",
         pid=os.getpid(),

@@ -96,7 +96,7 @@ class ExpertActor:
             id=self._id,
             experts=self._experts,
             incarnation=self._host.incarnation,
-            holds=frozenset((loaded.expert, loaded.version) for loaded in self._host.loaded()),
+            holds=self._host.holds(),
             state=READY,
             node=_node(),
             pid=os.getpid(),

@@ -218,6 +218,7 @@ from expertmesh.experts.host import ExpertHost
 from expertmesh.experts.spec import Expert
 sys.path.insert(0, sys.argv[1])
 from helpers import samples
+from helpers.router_in_process import load
 
 class Held:
     kinds = {"b", "a", "c"}
@@ -234,7 +235,7 @@ for expert in (
     Expert("helpers.samples:scaled"), Expert("numpy:sort"),
     Expert("torch.nn:LSTM", args=(4, 4)), Expert("torch.nn:MultiheadAttention", args=(4, 2)),
 ):
-    print(ExpertHost().load("l/e", expert, 1).version)
+    print(load(ExpertHost(), "l/e", expert, 1).version)
 """
 
 

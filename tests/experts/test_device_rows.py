@@ -6,6 +6,7 @@ from typing import NoReturn
 
 import pytest
 import torch
+from helpers.router_in_process import load
 
 from expertmesh.experts.host import ExpertHost
 from expertmesh.experts.protocol import ExpertCall, Part
@@ -53,6 +54,6 @@ def test_other_devices_get_what_torch_gives_them() -> None:
 
 def test_a_host_on_the_cpu_computes_with_the_memory_of_the_message() -> None:
     host = ExpertHost()
-    version = host.load("e", Expert.from_function(lambda rows: rows), 1).version
+    version = load(host, "e", Expert.from_function(lambda rows: rows), 1).version
     reply = host.compute(ExpertCall(1, (Part("e", version, 0, 1), Part("e", version, 1, 3)), ROWS))
     assert [output.data_ptr() for output in reply.outputs] == [ROWS[0].data_ptr(), ROWS[1].data_ptr()]

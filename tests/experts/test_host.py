@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.router_in_process import load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -44,7 +45,7 @@ def tensor_of(output: Any) -> Tensor:
 
 def host_of(**factories: str) -> tuple[ExpertHost, dict[str, str]]:
     host = ExpertHost()
-    return host, {name: host.load(name, Expert(factory), 1).version for name, factory in factories.items()}
+    return host, {name: load(host, name, Expert(factory), 1).version for name, factory in factories.items()}
 
 
 @given(st.lists(st.tuples(st.sampled_from(["a", "b"]), st.lists(st.integers(0, 2), max_size=5)), max_size=4))
@@ -81,11 +82,11 @@ def test_a_version_that_is_not_held_is_refused_and_never_replaced_by_another() -
 
 def test_two_versions_of_one_expert_are_held_side_by_side() -> None:
     host = ExpertHost()
-    old = host.load("e", Expert("helpers.samples:Affine", kwargs={"scale": 2.0}), 1)
-    new = host.load("e", Expert("helpers.samples:Affine", kwargs={"scale": 3.0}), 2)
+    old = load(host, "e", Expert("helpers.samples:Affine", kwargs={"scale": 2.0}), 1)
+    new = load(host, "e", Expert("helpers.samples:Affine", kwargs={"scale": 3.0}), 2)
     assert old.version.startswith("v1-")
     assert new.version.startswith("v2-")
-    assert [loaded.version for loaded in host.loaded()] == [old.version, new.version]
+    assert host.holds() == {("e", old.version), ("e", new.version)}
     one, two = host.compute(call(("e", old.version, [1]), ("e", new.version, [1]))).outputs
     assert torch.equal(tensor_of(one), ROWS[[1]] * 2)
     assert torch.equal(tensor_of(two), ROWS[[1]] * 3)
@@ -99,15 +100,15 @@ def test_two_versions_of_one_expert_are_held_side_by_side() -> None:
 
 def test_what_is_loaded_is_told_with_its_rows_and_size() -> None:
     host = ExpertHost()
-    loaded = host.load("l/e", Expert("torch.nn:Linear", args=(4, 2)), 3)
+    loaded = load(host, "l/e", Expert("torch.nn:Linear", args=(4, 2)), 3)
     assert (loaded.input, loaded.output, loaded.nbytes) == (TensorSpec((4,)), TensorSpec((2,), "float32"), 40)
-    assert host.loaded() == (loaded,)
+    assert host.holds() == {("l/e", loaded.version)}
 
 
 def test_two_hosts_agree_on_a_version_and_have_incarnations_of_their_own() -> None:
     one, other = ExpertHost(), ExpertHost()
     declared = Expert("torch.nn:Linear", args=(4, 4))
-    assert one.load("e", declared, 1) == other.load("e", declared, 1)
+    assert load(one, "e", declared).version == load(other, "e", declared).version
     assert one.incarnation != other.incarnation
 
 
@@ -122,7 +123,7 @@ def test_a_module_that_remembers_its_rows_has_one_version_in_every_replica() -> 
             return rows
 
     declared = {"input": TensorSpec((4,))}
-    versions = {ExpertHost().load("e", Expert.from_module(Counting(), **declared), 1).version for _ in range(2)}
+    versions = {load(ExpertHost(), "e", Expert.from_module(Counting(), **declared), 1).version for _ in range(2)}
     assert len(versions) == 1
 
 
@@ -136,10 +137,10 @@ def test_a_module_that_remembers_its_rows_has_one_version_in_every_replica() -> 
 )
 def test_what_cannot_be_loaded_leaves_the_host_as_it_was(expert: Expert, kind: type[ExpertMeshError]) -> None:
     host, versions = host_of(e="torch:sin")
-    before = host.loaded()
+    before = host.holds()
     with pytest.raises(kind):
-        host.load("e", expert, 2)
-    assert host.loaded() == before
+        load(host, "e", expert, 2)
+    assert host.holds() == before
     assert torch.equal(tensor_of(host.compute(call(("e", versions["e"], [0]))).outputs[0]), ROWS[[0]].sin())
 
 
@@ -165,8 +166,8 @@ def test_experts_come_and_go_while_others_compute() -> None:
     for thread in threads:
         thread.start()
     for counter in range(50):
-        loaded = host.load("b", Expert("helpers.samples:relu"), counter)
-        host.loaded()
+        loaded = load(host, "b", Expert("helpers.samples:relu"), counter)
+        host.holds()
         host.unload("b", loaded.version)
     for thread in threads:
         thread.join()

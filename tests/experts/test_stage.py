@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import stage_samples
 from helpers.artefacts import BadArtefact, bad_artefacts, sha256_of
+from helpers.router_in_process import load
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -122,7 +123,7 @@ def test_a_version_has_the_name_that_a_restart_gives_it(old: RowFunction, tmp_pa
     _, from_file = staged(offered(tmp_path / "w"), old)
     _, from_tensors = staged(offered(state_of(1)), None)
     _, declared = staged(offered(None, replace(LINEAR, weights=tmp_path / "w")), old)
-    loaded = ExpertHost().load("news/e3", replace(LINEAR, weights=tmp_path / "w"), 8)
+    loaded = load(ExpertHost(), "news/e3", replace(LINEAR, weights=tmp_path / "w"), 8)
     assert {from_file.version, from_tensors.version, declared.version} == {loaded.version}
     assert from_file.digest.startswith(loaded.version.removeprefix("v8-"))
     staged(offered(tmp_path / "w", version=loaded.version), old)

@@ -11,6 +11,8 @@ from torch import Tensor
 from expertmesh.cluster.placement.plan import plan_layer
 from expertmesh.experts.host import ExpertHost
 from expertmesh.experts.protocol import CallOptions
+from expertmesh.experts.spec import Expert
+from expertmesh.experts.staging.stage import Proposal, Receipt
 from expertmesh.router.epochs.epochs import Epoch
 from expertmesh.router.fanout.replica_view import READY, Replica
 from expertmesh.router.fanout.transport import LocalTransport, Transport
@@ -19,6 +21,11 @@ from expertmesh.router.request.answer import ForwardReply, ForwardRequest
 from expertmesh.router.request.forward import Router
 
 GATE_VERSION = "v1-000000000000"
+
+
+def load(host: ExpertHost, expert_id: str, expert: Expert, counter: int = 1) -> Receipt:
+    """Put an expert as it is declared into a host."""
+    return host.stage(Proposal(id=expert_id, counter=counter, expert=expert))
 
 
 class RouterInProcess:
@@ -33,7 +40,7 @@ class RouterInProcess:
         for planned in plan_layer(layer):
             host = self.hosts[planned.id] = ExpertHost()
             for expert_id, expert in planned.experts.items():
-                self.versions[expert_id] = host.load(expert_id, expert, 1).version
+                self.versions[expert_id] = load(host, expert_id, expert).version
             self.local.add(planned.id, host)
 
     async def __aenter__(self) -> RouterInProcess:
@@ -47,9 +54,9 @@ class RouterInProcess:
     def replica(self, name: str, **changes: Any) -> Replica:
         host = self.hosts[name]
         known: Mapping[str, Any] = {
-            "experts": tuple({loaded.expert for loaded in host.loaded()}),
+            "experts": tuple({expert for expert, _ in host.holds()}),
             "incarnation": host.incarnation,
-            "holds": frozenset((loaded.expert, loaded.version) for loaded in host.loaded()),
+            "holds": host.holds(),
             "state": READY,
         }
         return Replica(name, **{**known, **changes})

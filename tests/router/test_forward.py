@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.router_in_process import RouterInProcess
+from helpers.router_in_process import RouterInProcess, load
 from helpers.waiting import run_async
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -267,7 +267,7 @@ class Replacing(LocalTransport):
         if before:
             host = mesh.hosts[replica.id]
             old = mesh.versions["l/e"]
-            new = host.load("l/e", Expert("helpers.samples:Affine", args=(2, 5.0)), 2).version
+            new = load(host, "l/e", Expert("helpers.samples:Affine", args=(2, 5.0)), 2).version
             host.unload("l/e", old)
             mesh.report()
             if self.everywhere:
@@ -318,7 +318,7 @@ def test_a_request_keeps_its_epoch_though_another_is_adopted_meanwhile() -> None
             first = asyncio.ensure_future(mesh.ask(X))
             await asyncio.get_running_loop().run_in_executor(None, began.wait, 60)
             host = mesh.hosts["l/e#0"]
-            new = host.load("l/e", Expert("helpers.samples:Affine", args=(2, 5.0)), 2).version
+            new = load(host, "l/e", Expert("helpers.samples:Affine", args=(2, 5.0)), 2).version
             mesh.report()
             assert mesh.router.adopt(Epoch(2, {**mesh.versions, "l/e": new}, {"l": mesh.layer}))
             assert mesh.router.epochs.pins() == {1: 1}

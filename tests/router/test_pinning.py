@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 import torch
-from helpers.router_in_process import RouterInProcess
+from helpers.router_in_process import RouterInProcess, load
 from helpers.waiting import run_async
 
 from expertmesh.experts.errors import FailedPrecondition, InvalidRequest, NotFound, Unavailable, VersionGone
@@ -26,7 +26,7 @@ class TwoEpochs(RouterInProcess):
         self.recalls: list[int] = []
         host = self.hosts["l/e#0"]
         self.old = dict(self.versions)
-        self.new = self.old | {"l/e": host.load("l/e", Expert.from_function(lambda rows: rows * 3), 2).version}
+        self.new = self.old | {"l/e": load(host, "l/e", Expert.from_function(lambda rows: rows * 3), 2).version}
 
     def epoch(self, number: int, cluster: str = "here") -> Epoch:
         return Epoch(number, self.old if number == 1 else self.new, {"l": self.layer}, cluster)

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from helpers.router_in_process import load
 from torch import Tensor
 
 from expertmesh.experts.errors import ExpertMeshError, Unavailable
@@ -21,7 +22,7 @@ ROWS = torch.ones(2, 3)
 
 def host_of(expert: Expert) -> tuple[ExpertHost, ExpertCall]:
     host = ExpertHost()
-    version = host.load("l/e", expert, 1).version
+    version = load(host, "l/e", expert, 1).version
     return host, ExpertCall(1, (Part("l/e", version, 0, 2),), ROWS, torch.tensor([0, 1]))
 
 

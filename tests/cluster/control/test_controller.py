@@ -104,7 +104,7 @@ class FakeReplicas:
         if name in self.late:
             await asyncio.Event().wait()
         host = self._host(name)
-        holds = frozenset((loaded.expert, loaded.version) for loaded in host.loaded())
+        holds = host.holds()
         return Replica(id=name, incarnation=host.incarnation, holds=holds, state=READY)
 
     async def stage(self, name: str, handle: Any, candidate: Candidate) -> Receipt:
@@ -116,7 +116,7 @@ class FakeReplicas:
         self._host(name).unload(id, version)
 
     def holds(self, name: str) -> set[tuple[str, str]]:
-        return {(loaded.expert, loaded.version) for loaded in self.hosts[name].loaded()}
+        return set(self.hosts[name].holds())
 
 
 class World:
