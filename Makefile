@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ray check format clean bench bench-quick bench-plane bench-router bench-nodes
+.PHONY: help demo test test-ray check format clean bench bench-quick bench-plane bench-router
 .PHONY: sim chaos-swap chaos-kill chaos-slow soak-swap leak
 
 help: ## this list
@@ -74,9 +74,6 @@ soak-swap: $(STAMP) ## 2,000 swaps in a row: memory, file descriptors and latenc
 
 chaos-slow: $(STAMP) ## a slow layer at twice what it bears must not slow down another one
 	$(BIN)/python -m benchmarks.chaos slow
-
-bench-nodes: $(STAMP) ## the channel over TCP between two Ray nodes on this machine, beside the one on a node
-	$(BIN)/python -m benchmarks.nodes
 
 leak: $(STAMP) ## starts, stops and kills in great number: nothing may be left (12 minutes at most)
 	$(BIN)/python -m benchmarks.leak

@@ -10,11 +10,9 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import benchmarks.__main__ as command
 import pytest
-from benchmarks import overlap
 from benchmarks.compare import Ratio, ratio
 from benchmarks.peers import catalogue as peers
 from benchmarks.peers.arm import ArmUnavailable
@@ -443,22 +441,3 @@ def test_what_the_processor_says_of_itself(tmp_path: Path) -> None:
     assert facts.bf16_instructions(info) == "none"
     assert facts.bf16_instructions(tmp_path / "absent") == "none"
     assert facts.cpu_model(tmp_path / "absent")
-
-
-def _told(row: str, low: float | None, high: float | None, what: str = "rows/s") -> dict[str, Any]:
-    ratio = {"median": low, "low": low, "high": high}
-    return {"row": row, "what": what, "ours": "a", "value": low, "ratio": ratio}
-
-
-def test_two_runs_are_held_against_each_other(tmp_path: Path) -> None:
-    figure = {**_told("C8", 0.0, 0.0), "ratio": None}
-    one = [_told("C1", 1.0, 1.2), _told("C2", 2.0, 2.1), figure, _told("C9", 1.0, 2.0, "at 915 requests/s")]
-    two = [_told("C2", 2.2, 2.3), _told("C1", 1.2, 1.4), figure, _told("C9", 1.5, 1.6, "at 720 requests/s")]
-    assert [pair.overlaps for pair in overlap.paired(one, two)] == [True, False, None, True]
-    assert [pair.overlaps for pair in overlap.paired(one, two[1:3])] == [True, None, False, False]
-    nothing = {**figure, "value": None}  # what is not finite is null in a file
-    files = [tmp_path / "one.json", tmp_path / "two.json"]
-    for file, told in zip(files, ([*one, nothing], [*two, nothing, _told("C10", None, None)]), strict=True):
-        file.write_text(json.dumps({"lines": told}))
-    assert overlap.main([str(file) for file in files]) == 1
-    assert overlap.main([str(files[0])] * 2) == 0
