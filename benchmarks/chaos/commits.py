@@ -15,7 +15,7 @@ from expertmesh.cluster.runtime.ray_actors import ControllerActor, LogSettings
 from .flip_times import commit_file
 
 
-class NotingDesk(SwapTransactions):
+class NotingTransactions(SwapTransactions):
     """Writes a line for each epoch that it commits."""
 
     def commit(self, swap_id: str, versions: Mapping[str, str]) -> tuple[int, Mapping[str, str]]:
@@ -30,4 +30,4 @@ class NotingControllerActor(ControllerActor):
 
     def __init__(self, settings: StateSettings, logs: LogSettings) -> None:
         super().__init__(settings, logs)
-        self._controller.transactions.__class__ = NotingDesk
+        self._controller.transactions.__class__ = NotingTransactions

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from expertmesh.cluster.control.events import UnloadVersion
 from expertmesh.cluster.control.executor import Executor
 from expertmesh.cluster.control.messages import SwapRequest
 from expertmesh.cluster.control.ports import StateSettings
-from expertmesh.cluster.control.reconciler import UnloadVersion
 from expertmesh.cluster.control.swap_transactions import SwapTransactions
 from expertmesh.cluster.runtime.ray_actors import ControllerActor, LogSettings
 from expertmesh.cluster.state.records import VersionRecord
@@ -25,8 +25,8 @@ from expertmesh.experts.staging.stage import Receipt
 from .crash_steps import COMMITTED, FLIPPED, JOURNALLED, READY, RETIRING, STAGING, STORED, crash_file
 
 
-class CrashingDesk(SwapTransactions):
-    """Dies in the middle of its paperwork."""
+class CrashingTransactions(SwapTransactions):
+    """Dies in the middle of a swap."""
 
     crash: Path
 
@@ -71,10 +71,10 @@ class CrashingDesk(SwapTransactions):
 class CrashingExecutor(Executor):
     """Dies when it begins to retire what a swap has replaced."""
 
-    async def _unload(self, order: UnloadVersion) -> None:
-        if isinstance(self.transactions, CrashingDesk):
+    async def _unload(self, action: UnloadVersion) -> None:
+        if isinstance(self.transactions, CrashingTransactions):
             self.transactions.die_at(RETIRING)
-        await super()._unload(order)
+        await super()._unload(action)
 
 
 class CrashingControllerActor(ControllerActor):
@@ -84,5 +84,5 @@ class CrashingControllerActor(ControllerActor):
         super().__init__(settings, logs)
         self._controller.executor.__class__ = CrashingExecutor
         transactions = self._controller.transactions
-        transactions.__class__ = CrashingDesk
+        transactions.__class__ = CrashingTransactions
         vars(transactions)["crash"] = crash_file(settings.state_dir)

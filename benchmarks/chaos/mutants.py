@@ -10,9 +10,9 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
+from expertmesh.cluster.control.events import StageCandidate
 from expertmesh.cluster.control.executor import ROUTER, Executor
 from expertmesh.cluster.control.messages import proposal_of
-from expertmesh.cluster.control.reconciler import StageCandidate
 from expertmesh.cluster.runtime.ray_actors import ControllerActor, ExpertActor
 from expertmesh.experts.errors import ExpertMeshError
 from expertmesh.experts.host import ExpertHost
@@ -24,23 +24,23 @@ LATE_SECONDS = 0.3
 class FlipsEarly(Executor):
     """Makes the receipts of the replicas itself, and has them stage only later: so it flips before they have."""
 
-    async def _stage(self, order: StageCandidate) -> None:
-        if order.member == ROUTER:
-            await super()._stage(order)
+    async def _stage(self, action: StageCandidate) -> None:
+        if action.member == ROUTER:
+            await super()._stage(action)
             return
-        member, incarnation, swap_id, id = order.member, order.incarnation, order.swap_id, order.id
+        member, incarnation, swap_id, id = action.member, action.incarnation, action.swap_id, action.id
         candidate = self.transactions.candidate(swap_id, id)
         proposal = replace(proposal_of(candidate), weights=candidate.weights)
         try:
             receipt = await asyncio.to_thread(ExpertHost().stage, proposal)
         except ExpertMeshError as error:
-            await self.perform(self.control.stage_refused(swap_id, member, incarnation, id, error))
+            await self.perform(self.reconciler.stage_refused(swap_id, member, incarnation, id, error))
             return
         self.transactions.keep_receipt(swap_id, receipt)
         self._holds(member, incarnation, id, receipt.version)
-        await self.perform(self.control.staged(swap_id, member, incarnation, id, receipt.version))
+        await self.perform(self.reconciler.staged(swap_id, member, incarnation, id, receipt.version))
         await asyncio.sleep(LATE_SECONDS)
-        await self._staged_at(member, self.transactions.catalogue.recorded(id, receipt.version))
+        await self._staged_at(member, self.transactions.builder.recorded(id, receipt.version))
 
 
 class AnswersWithNewest(ExpertHost):

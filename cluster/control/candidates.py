@@ -1,4 +1,4 @@
-"""The catalogue: what every id is declared to be, and what its versions are made of."""
+"""Builds candidates: from what is declared, from what came over the network, from a version that there was."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .messages import Candidate, Change, SwapRequest
 
 
 class CandidateBuilder:
-    """Makes candidates: of a declaration, of uploaded weights, of a version that there was.
+    """Knows what every id is declared to be, and what its versions are made of.
 
     `digests` tell an edited declaration; `built` holds candidates of live objects, which no file can bring back.
     """
@@ -56,13 +56,12 @@ class CandidateBuilder:
         if change.version is not None:
             record = self._registry.version(id, change.version)
             return replace(self.of_record(record), **common, note=f"rollback {change.version}")
-        declared = self.declared[id]
-        if change.expert is not None and change.expert is not declared.expert:  # over the network, and allowed there
+        if change.declared:
+            base = self.declared[id]
+        elif change.expert is not None:
             base = self._of_factory(id, change.expert, replaces or "")
-        elif change.upload is not None:
-            base = self.recorded(id, replaces or "")
         else:
-            base = declared
+            base = self.recorded(id, replaces or "")
         if change.upload is not None:
             base = self._with_upload(id, base, change)
         return replace(base, counter=self._registry.next_counter(id), **common)
@@ -91,7 +90,8 @@ class CandidateBuilder:
         if base.gate is not None:
             gate = copy.deepcopy(base.gate)  # that of `base` may be needed again
             load_into(gate, load_tensors(path)[0], "the uploaded gate")
-        return replace(base, gate=gate, version=None, weights=path, note="upload", tensor_digest=found.tensor_digest)
+        uploaded = replace(base, version=None, weights=path, uploaded=True, note="upload")
+        return replace(uploaded, gate=gate, tensor_digest=found.tensor_digest)
 
     def of_record(self, record: VersionRecord) -> Candidate:
         """The candidate that loads a version again, from disk or from the live object that was declared."""

@@ -21,10 +21,11 @@ from ...router.fanout.replica_view import READY
 from ..machine.process_tuning import background
 from ..state.registry import Registry
 from ..state.version_folders import VersionStore
+from .events import Action
 from .executor import ROUTER, Executor
 from .messages import Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
 from .ports import ControllerState, ReplicaPort, RouterPort, StateSettings
-from .reconciler import Action, Reconciler
+from .reconciler import Reconciler
 from .replica_health import Health, Probe
 from .swap_transactions import SwapTransactions
 
@@ -122,7 +123,7 @@ class Controller:
         return await asyncio.shield(answer)
 
     async def recall(self, epoch: int, ttl: float) -> None:
-        """LoadVersion the versions of an epoch that is kept, for `ttl` seconds.
+        """Load the versions of an epoch that is kept, for `ttl` seconds.
 
         Raises FailedPrecondition beyond retention, NotFound for an epoch that never was, and Unavailable where it could
         not be loaded in that time.

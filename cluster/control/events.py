@@ -1,4 +1,4 @@
-"""Events and effects of a swap's state machine, and the actions that the controller's decisions ask of its shell."""
+"""What a swap's state machine is told (events), and what the controller's decisions ask of its shell (actions)."""
 
 from __future__ import annotations
 
@@ -93,42 +93,8 @@ Event = (
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Ask a member to load and verify its candidate of `id`, beside what it serves."""
-
-    member: str
-    incarnation: str
-    id: str
-
-
-@dataclass(frozen=True)
-class Commit:
-    """Make these versions the next epoch, in one durable transaction."""
-
-    versions: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Flip:
-    """Tell every router to adopt this epoch."""
-
-    epoch: int
-
-
-@dataclass(frozen=True)
-class Finish:
-    """The outcome for whoever asked: the epoch, or why there is none. What is not wanted any more may be unloaded."""
-
-    epoch: int | None
-    error: ExpertMeshError | None = None
-
-
-Effect = Stage | Commit | Flip | Finish
-
-
-@dataclass(frozen=True)
 class StageCandidate:
-    """Ask a member to stage and verify its candidate of a swap."""
+    """Ask a member to load and verify its candidate of a swap, beside what it serves."""
 
     member: str
     incarnation: str
@@ -158,7 +124,7 @@ class UnloadVersion:
 
 @dataclass(frozen=True)
 class CommitSwap:
-    """Make the versions of a swap the next epoch, durably."""
+    """Make the versions of a swap the next epoch, in one durable transaction."""
 
     swap_id: str
     versions: Mapping[str, str]
@@ -170,12 +136,12 @@ class Sync:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Tell whoever asked for a swap what became of it."""
+class FinishSwap:
+    """Tell whoever asked for a swap its outcome: the epoch, or why there is none. Its candidates may be forgotten."""
 
     swap_id: str
     epoch: int | None
-    error: ExpertMeshError | None
+    error: ExpertMeshError | None = None
 
 
-Action = StageCandidate | LoadVersion | UnloadVersion | CommitSwap | Sync | Answer
+Action = StageCandidate | LoadVersion | UnloadVersion | CommitSwap | Sync | FinishSwap

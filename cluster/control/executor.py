@@ -10,9 +10,10 @@ from typing import Any
 
 from ...experts.errors import DataLoss, ExpertMeshError, FailedPrecondition, Fenced, Unavailable
 from ...experts.staging.stage import Receipt
+from .events import Action, CommitSwap, FinishSwap, LoadVersion, StageCandidate, Sync, UnloadVersion
 from .messages import Candidate
 from .ports import ReplicaPort, RouterPort
-from .reconciler import Action, Answer, CommitSwap, LoadVersion, Reconciler, StageCandidate, Sync, UnloadVersion
+from .reconciler import Reconciler
 from .replica_health import Health
 from .swap_transactions import SwapTransactions
 
@@ -22,7 +23,7 @@ ROUTER = "router"
 
 
 class Executor:
-    """The hands of the controller. `handles` is how replicas are reached, `problem` the last load that failed.
+    """Carries out actions. `handles` is how replicas are reached, `problem` the last load that failed.
 
     `background` are threads of the lowest priority.
     """
@@ -67,7 +68,7 @@ class Executor:
                 self.spawn(self._commit(action))
             elif isinstance(action, Sync):
                 self.spawn(self._sync())
-            elif isinstance(action, Answer):
+            elif isinstance(action, FinishSwap):
                 self.transactions.answer(action.swap_id, action.epoch, action.error)
 
     async def _in_turn(self, member: str, work: Coroutine[Any, Any, None]) -> None:

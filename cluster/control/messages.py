@@ -35,7 +35,7 @@ class Candidate:
 
     An expert has `expert`, whose weights are the file `weights`; a gate has `gate`. `input` and `output` are the rows
     of the layer. `replaces` is the version that it is compared with. `tensor_digest`, where it is known, is what a
-    receipt has to name.
+    receipt has to name. An `uploaded` file of weights is moved into the version's folder. `note` is for people.
     """
 
     id: str
@@ -51,6 +51,7 @@ class Candidate:
     mode: str = "double"
     origin: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    uploaded: bool = False
     tensor_digest: str | None = None
 
 
@@ -95,20 +96,24 @@ class RouterReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What one id is to become: the weights of an upload, a version that there was, or a new declaration."""
+    """What one id is to become: what is `declared`, a `version` that there was, or what came over the network.
 
+    Over the network come the weights of an `upload`, an `expert` of another factory, or both.
+    """
+
+    declared: bool = False
+    version: str | None = None
     upload: str | None = None
     sha256: str | None = None
-    version: str | None = None
     expert: Expert | None = None
-    gate: Gate | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwapRequest:
     """A swap that is asked for: all changes at once, or none. `expect` is compared with the current versions.
 
-    `timeout` bounds staging, in seconds. With `dry_run` everything up to the commit is done, and then undone.
+    `timeout` bounds staging, in seconds. With `dry_run` everything up to the commit is done, and then undone. With
+    `declares` the ids that are not declared any more leave the epoch. `note` is for people.
     """
 
     swap_id: str
@@ -118,6 +123,7 @@ class SwapRequest:
     mode: str = "double"
     timeout: float = 60.0
     dry_run: bool = False
+    declares: bool = False
     note: str = ""
 
 

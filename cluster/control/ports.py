@@ -71,4 +71,4 @@ class ControlPort(Protocol):
         """The versions of an id that are kept."""
 
     async def recall(self, epoch: int, ttl: float) -> None:
-        """LoadVersion an epoch that is kept."""
+        """Load an epoch that is kept."""

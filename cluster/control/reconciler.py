@@ -1,4 +1,4 @@
-"""All that the controller decides: who loads what, when a swap goes on, what may be forgotten. Events in, effects out.
+"""All that the controller decides: who loads what, when a swap goes on, what may be forgotten. Reports in, actions out.
 
 It is level-triggered: every report of a replica or router is compared with what has to be, so it does not matter which
 of them restarted or which message was lost. No clock, no torch, no Ray; the simulator runs this very code.
@@ -12,22 +12,14 @@ from dataclasses import dataclass, field
 from ...experts.errors import Aborted, ExpertMeshError
 from .events import (
     Action,
-    Answer,
-    Commit,
     CommitRefused,
-    CommitSwap,
     Committed,
-    Effect,
     Event,
-    Finish,
-    Flip,
     LoadVersion,
     MemberGone,
     MemberReported,
     RouterGone,
     RouterReported,
-    Stage,
-    StageCandidate,
     Staged,
     StageRefused,
     Sync,
@@ -37,17 +29,6 @@ from .events import (
 from .retention import Versions, epochs_in_use, unneeded, wanted
 from .swap import Phase, Swap, Swaps
 
-__all__ = [
-    "Action",
-    "Answer",
-    "CommitSwap",
-    "LoadVersion",
-    "Reconciler",
-    "StageCandidate",
-    "Sync",
-    "UnloadVersion",
-    "refuse_unless_current",
-]
 UNKNOWN = -1
 """Stands for the oldest pinned epoch of a router that has not reported yet."""
 
@@ -153,9 +134,9 @@ class Reconciler:
         swap = self.swaps.begin(swap_id, ids, self._draining(ids))
         actions: list[Action] = []
         for name, router in self._routers.items():
-            actions += self._actions(swap, swap.on(RouterReported(name, router.epoch, router.oldest_pinned)))
+            actions += self._tell_swap(swap, RouterReported(name, router.epoch, router.oldest_pinned))
         for name, member in self._members.items():
-            actions += self._actions(swap, swap.on(MemberReported(name, member.incarnation, member.ids)))
+            actions += self._tell_swap(swap, MemberReported(name, member.incarnation, member.ids))
         return actions
 
     def staged(self, swap_id: str, member: str, incarnation: str, id: str, version: str) -> list[Action]:
@@ -203,7 +184,7 @@ class Reconciler:
         return [*self._tell(TimeUp(), swap_id), *self._reconcile()]
 
     def recall(self, epoch: int) -> list[Action]:
-        """LoadVersion the versions of an epoch that is kept, beside the current ones. `release` ends it."""
+        """Load the versions of an epoch that is kept, beside the current ones. `release` ends it."""
         self.recalled.add(epoch)
         return [Sync(), *self._reconcile()]
 
@@ -236,20 +217,11 @@ class Reconciler:
         ]
 
     def _tell(self, event: Event, swap_id: str | None = None) -> list[Action]:
-        found = [self.swaps.find(swap_id)] if swap_id is not None else self.swaps.active()
-        return [action for swap in found if swap is not None for action in self._actions(swap, swap.on(event))]
+        told = [self.swaps.find(swap_id)] if swap_id is not None else self.swaps.active()
+        return [action for swap in told if swap is not None for action in self._tell_swap(swap, event)]
 
-    def _actions(self, swap: Swap, effects: list[Effect]) -> list[Action]:
-        actions: list[Action] = []
-        for effect in effects:
-            if isinstance(effect, Stage):
-                actions.append(StageCandidate(effect.member, effect.incarnation, swap.swap_id, effect.id))
-            elif isinstance(effect, Commit):
-                actions.append(CommitSwap(swap.swap_id, effect.versions))
-            elif isinstance(effect, Flip):
-                actions.append(Sync())
-            elif isinstance(effect, Finish):
-                actions.append(Answer(swap.swap_id, effect.epoch, effect.error))
+    def _tell_swap(self, swap: Swap, event: Event) -> list[Action]:
+        actions = swap.on(event)
         if swap.phase is Phase.DONE or swap.phase is Phase.ABORTED:
             actions += self._reconcile()
         return actions

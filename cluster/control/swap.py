@@ -1,4 +1,4 @@
-"""One swap as a state machine: stage, verify, commit, flip, retire. Events in, effects out; no clock, torch or Ray.
+"""One swap as a state machine: stage, verify, commit, flip, retire. Events in, actions out; no clock, torch or Ray.
 
 A **member** is whoever has to hold a candidate before it may be committed: every live replica of the expert, every live
 router for a gate. Members are known by their incarnation: a receipt of one that has restarted since counts for nothing.
@@ -7,7 +7,7 @@ router for a gate. Members are known by their incarnation: a receipt of one that
        │ a member refuses, or time is up              │ the registry refuses
        └──────────────────> ABORTED <─────────────────┘
 
-Events may come late, twice or in another order; each effect may be carried out twice. The point of no return is the
+Events may come late, twice or in another order; each action may be carried out twice. The point of no return is the
 registry's transaction, whose outcome alone decides between ABORTED and the rest.
 """
 
@@ -19,20 +19,20 @@ from enum import Enum
 
 from ...experts.errors import Aborted, DeadlineExceeded, ExpertMeshError, FailedPrecondition
 from .events import (
-    Commit,
+    Action,
     CommitRefused,
+    CommitSwap,
     Committed,
-    Effect,
     Event,
-    Finish,
-    Flip,
+    FinishSwap,
     MemberGone,
     MemberReported,
     RouterGone,
     RouterReported,
-    Stage,
+    StageCandidate,
     Staged,
     StageRefused,
+    Sync,
 )
 
 
@@ -62,13 +62,13 @@ class Swap:
     _receipts: dict[tuple[str, str], str] = field(default_factory=dict)
     _routers: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def on(self, event: Event) -> list[Effect]:
+    def on(self, event: Event) -> list[Action]:
         """Take one event; returns what is to be done now."""
         before = self.phase
-        effects = self._take(event)
+        actions = self._take(event)
         if self.phase is not before:
             self.history.append(f"{type(event).__name__}: {before.value} -> {self.phase.value}")
-        return effects
+        return actions
 
     def versions(self) -> dict[str, str]:
         """The version of every id that has receipts."""
@@ -78,7 +78,7 @@ class Swap:
         """How many receipts there are, and how many are needed as far as is known."""
         return len(self._receipts), sum(len(ids) for _, ids in self._members.values())
 
-    def _take(self, event: Event) -> list[Effect]:
+    def _take(self, event: Event) -> list[Action]:
         if isinstance(event, MemberReported):
             return self._member(event)
         if isinstance(event, MemberGone):
@@ -101,7 +101,7 @@ class Swap:
             return self._flipped()
         return self._abort(DeadlineExceeded(f"the swap was not staged in time: {self._waiting_for()}"))
 
-    def _member(self, event: MemberReported) -> list[Effect]:
+    def _member(self, event: MemberReported) -> list[Action]:
         ids = event.ids & self.ids
         known = self._members.get(event.member)
         if known is not None and known[0] != event.incarnation:
@@ -110,12 +110,11 @@ class Swap:
             self._members[event.member] = (event.incarnation, ids)
         if self.phase is not Phase.STAGING:
             return []
-        wanted = [(event.member, event.incarnation, id) for id in sorted(ids)]
-        new = [order for order in wanted if order not in self._asked]
-        self._asked.update(new)
-        return [Stage(*order) for order in new]
+        new = [id for id in sorted(ids) if (event.member, event.incarnation, id) not in self._asked]
+        self._asked.update((event.member, event.incarnation, id) for id in new)
+        return [StageCandidate(event.member, event.incarnation, self.swap_id, id) for id in new]
 
-    def _receipt(self, event: Staged) -> list[Effect]:
+    def _receipt(self, event: Staged) -> list[Action]:
         incarnation, ids = self._members.get(event.member, ("", frozenset[str]()))
         if self.phase is not Phase.STAGING or event.incarnation != incarnation or event.id not in ids:
             return []
@@ -128,7 +127,7 @@ class Swap:
         self._receipts[event.member, event.id] = event.version
         return self._ready()
 
-    def _ready(self) -> list[Effect]:
+    def _ready(self) -> list[Action]:
         """Commit when every live member has sent a receipt for each of its ids, and no id is without one."""
         if self.phase is not Phase.STAGING or set(self.versions()) != self.ids:
             return []
@@ -136,31 +135,31 @@ class Swap:
         if not needed <= self._receipts.keys():
             return []
         self.phase = Phase.COMMITTING
-        return [Commit(self.versions())]
+        return [CommitSwap(self.swap_id, self.versions())]
 
-    def _committed(self, epoch: int) -> list[Effect]:
+    def _committed(self, epoch: int) -> list[Action]:
         if self.phase is not Phase.COMMITTING:
             return []
         self.phase, self.epoch = Phase.FLIPPING, epoch
-        return [Flip(epoch), *self._flipped()]
+        return [Sync(), *self._flipped()]
 
-    def _flipped(self) -> list[Effect]:
+    def _flipped(self) -> list[Action]:
         """Finish when all routers have adopted the epoch; done when none pins an older one."""
-        effects: list[Effect] = []
+        actions: list[Action] = []
         if self.epoch is None or not self._routers:
-            return effects
+            return actions
         if self.phase is Phase.FLIPPING and all(epoch >= self.epoch for epoch, _ in self._routers.values()):
             self.phase = Phase.RETIRING
-            effects.append(Finish(self.epoch))
+            actions.append(FinishSwap(self.swap_id, self.epoch))
         if self.phase is Phase.RETIRING and all(oldest >= self.epoch for _, oldest in self._routers.values()):
             self.phase = Phase.DONE
-        return effects
+        return actions
 
-    def _abort(self, error: ExpertMeshError, allowed: Phase = Phase.STAGING) -> list[Effect]:
+    def _abort(self, error: ExpertMeshError, allowed: Phase = Phase.STAGING) -> list[Action]:
         if self.phase is not allowed:
             return []
         self.phase, self.error = Phase.ABORTED, error
-        return [Finish(None, error)]
+        return [FinishSwap(self.swap_id, None, error)]
 
     def _forget(self, member: str) -> None:
         self._members.pop(member, None)

@@ -67,15 +67,20 @@ class SwapTransactions:
         """The swap that brings the cluster to what is declared, or None where nothing is new or edited."""
         current = self.current()
         changes = {
-            id: Change(expert=candidate.expert, gate=candidate.gate)
-            for id, candidate in self.builder.declared.items()
-            if id not in current or self.registry.declared(id) != self.builder.digests[id]
+            id: Change(declared=True)
+            for id, digest in self.builder.digests.items()
+            if id not in current or self.registry.declared(id) != digest
         }
         if not changes and current.keys() <= self.builder.declared.keys():
             return None
         swap_id = f"declare-{uuid.uuid4().hex[:12]}"
         return SwapRequest(
-            swap_id=swap_id, changes=changes, timeout=timeout, policy=Policy(allow_norm=True), note="declared"
+            swap_id=swap_id,
+            changes=changes,
+            timeout=timeout,
+            policy=Policy(allow_norm=True),
+            declares=True,
+            note="declared",
         )
 
     def remember_declared(self) -> None:
@@ -93,7 +98,8 @@ class SwapTransactions:
         candidates = {
             id: self.builder.candidate(id, change, request, current) for id, change in request.changes.items()
         }
-        self.registry.begin_swap(request.swap_id, {id: candidate.note for id, candidate in candidates.items()})
+        plan = {id: {"note": candidate.note, "version": candidate.version} for id, candidate in candidates.items()}
+        self.registry.begin_swap(request.swap_id, plan)
         self._requests[request.swap_id], self._candidates[request.swap_id] = request, candidates
         self._receipts[request.swap_id] = {}
 
@@ -112,10 +118,11 @@ class SwapTransactions:
         if request.dry_run:
             self._rehearsed.add(swap_id)
             raise Aborted("a rehearsal ends before the commit")
+        known = self.registry.known()
         self._written[swap_id] = [
             self._write(swap_id, self._candidates[swap_id][id], self._receipts[swap_id][id], request.note)
             for id, version in versions.items()
-            if (id, version) not in self.registry.known()
+            if (id, version) not in known
         ]
 
     def commit(self, swap_id: str, versions: Mapping[str, str]) -> tuple[int, Mapping[str, str]]:
@@ -124,7 +131,7 @@ class SwapTransactions:
         for record in self._written.get(swap_id, ()):
             self.registry.add_version(record)
         changes: dict[str, str | None] = dict(versions)
-        if request.note == "declared":
+        if request.declares:
             changes |= {id: None for id in self.current() if id not in self.builder.declared}
         try:
             epoch = self.registry.commit(swap_id, changes, expect=request.expect)
@@ -246,7 +253,7 @@ class SwapTransactions:
 
     def _write(self, swap_id: str, candidate: Candidate, receipt: Receipt, note: str) -> VersionRecord:
         id, version = candidate.id, receipt.version
-        origin, source, move = candidate.origin, candidate.weights, candidate.note == "upload"
+        origin, source, move = candidate.origin, candidate.weights, candidate.uploaded
         if candidate.gate is not None:
             source, move = self.store.upload_path(f"gate-{uuid.uuid4().hex}"), True
             try:
@@ -269,5 +276,6 @@ class SwapTransactions:
         )
         self.store.write(id, version, source, {"record": record.to_json()}, move=move)
         if ephemeral:
-            self.builder.built[id, version] = replace(candidate, weights=self.store.weights(id, version))
+            stored = self.store.weights(id, version)
+            self.builder.built[id, version] = replace(candidate, weights=stored, uploaded=False)
         return record

@@ -11,9 +11,10 @@ from sim.replica import Replica
 from sim.router import Router
 from sim.world import Broken, World
 
-from expertmesh.cluster.control.reconciler import Action, Reconciler
+from expertmesh.cluster.control.events import Action, CommitSwap, MemberReported
+from expertmesh.cluster.control.reconciler import Reconciler
 from expertmesh.cluster.control.retention import Versions
-from expertmesh.cluster.control.swap import Commit, Effect, MemberReported, Phase, Swap, Swaps
+from expertmesh.cluster.control.swap import Phase, Swap, Swaps
 from expertmesh.router.epochs.epochs import Epoch, Epochs
 
 
@@ -37,11 +38,11 @@ def _control_with(swap: type[Swap]) -> type[Reconciler]:
 class FlipsEarly(Swap):
     """Commits as soon as every id has one receipt, whoever else still stages."""
 
-    def _ready(self) -> list[Effect]:
+    def _ready(self) -> list[Action]:
         if self.phase is not Phase.STAGING or set(self.versions()) != self.ids:
             return []
         self.phase = Phase.COMMITTING
-        return [Commit(self.versions())]
+        return [CommitSwap(self.swap_id, self.versions())]
 
 
 class CountsOldReceipts(Swap):
@@ -52,7 +53,7 @@ class CountsOldReceipts(Swap):
         super()._forget(member)
         self._receipts = kept
 
-    def _member(self, event: MemberReported) -> list[Effect]:
+    def _member(self, event: MemberReported) -> list[Action]:
         return [*super()._member(event), *self._ready()]
 
 

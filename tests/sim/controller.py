@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING, Any
 from sim.network import Process, Reply
 from sim.router import GATE, LEASE
 
-from expertmesh.cluster.control.reconciler import (
+from expertmesh.cluster.control.events import (
     Action,
-    Answer,
     CommitSwap,
+    FinishSwap,
     LoadVersion,
-    Reconciler,
     StageCandidate,
     Sync,
     UnloadVersion,
-    refuse_unless_current,
 )
+from expertmesh.cluster.control.reconciler import Reconciler, refuse_unless_current
 from expertmesh.experts.errors import ExpertMeshError, Fenced, Unavailable
 from expertmesh.router.fanout.replica_view import READY
 from expertmesh.router.fanout.replica_view import Replica as Reported
@@ -235,7 +234,7 @@ class Controller(Process):
             if name not in self._silent:
                 self._sync(name)
 
-    def _do_answer(self, order: Answer) -> None:
+    def _do_answer(self, order: FinishSwap) -> None:
         self._outcomes[order.swap_id] = (order.epoch, order.error)
         for reply in self._asked_by.pop(order.swap_id, []):
             reply((order.epoch, order.error))
@@ -290,5 +289,5 @@ STEPS: dict[type[Action], str] = {
     UnloadVersion: "unload",
     CommitSwap: "commit",
     Sync: "sync",
-    Answer: "answer",
+    FinishSwap: "answer",
 }

@@ -55,7 +55,8 @@ def test_a_broken_rule_is_noticed(name: str) -> None:
 def test_a_seed_replays_exactly_in_another_process() -> None:
     seed = 3
     code = f"from sim.trial import fingerprint; print(fingerprint({seed}))"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONHASHSEED": "7"}
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "7"}
     other = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert other.stdout.strip() == fingerprint(seed) == fingerprint(seed)
     assert fingerprint(seed) != fingerprint(seed + 1)

@@ -424,3 +424,41 @@ def test_a_replica_that_staged_other_tensors_than_were_sent_is_noticed(
         assert waiting.result().committed
 
     run(tmp_path, monkeypatch, story)
+
+
+def test_a_note_is_for_people_and_decides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(world: World) -> None:
+        before = await world.declare(layer())
+        await world.declare(layer("torch:tanh"))
+        del world.controller.transactions.builder.declared["l/e1"]
+        change = {E0: Change(version=before[E0])}
+        request = SwapRequest(swap_id="1", changes=change, timeout=5.0, note="declared")
+        waiting = asyncio.ensure_future(world.controller.swap(request))
+        await world.until(waiting.done)
+        assert world.controller.state().versions["l/e1"] == before["l/e1"]
+        waiting = asyncio.ensure_future(world.controller.swap(replace(request, swap_id="2", declares=True, note="")))
+        await world.until(waiting.done)
+        assert "l/e1" not in world.controller.state().versions
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_a_journal_whose_plans_are_notes_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it was written until swaps had typed fields."""
+
+    async def story(world: World) -> None:
+        versions = await world.declare(layer())
+        registry = world.controller.transactions.registry
+        registry.begin_swap("done", {E0: f"rollback {versions[E0]}"})
+        registry.commit("done", {E0: versions[E0]}, expect={})
+        registry.begin_swap("open", {E0: "upload", GATE: "declared"})
+        world.controller.close()
+        world.controller = world.open()
+        assert await world.declare(layer()) == versions
+        change = {E0: Change(version=versions[E0])}
+        result = await world.controller.swap(SwapRequest(swap_id="done", changes=change))
+        assert (result.epoch, result.after) == (2, {E0: versions[E0]})
+        with pytest.raises(Aborted, match="restarted before the commit"):
+            await world.controller.swap(SwapRequest(swap_id="open", changes=change))
+
+    run(tmp_path, monkeypatch, story)

@@ -8,17 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertmesh.cluster.control.reconciler import (
+from expertmesh.cluster.control.events import (
     Action,
-    Answer,
     CommitSwap,
+    FinishSwap,
     LoadVersion,
-    Reconciler,
     StageCandidate,
     Sync,
     UnloadVersion,
-    refuse_unless_current,
 )
+from expertmesh.cluster.control.reconciler import Reconciler, refuse_unless_current
 from expertmesh.experts.errors import Aborted, ExpertMeshError, FailedPrecondition
 
 A = frozenset(["l/a"])
@@ -56,7 +55,7 @@ def test_a_swap_from_the_question_to_the_last_unload() -> None:
     assert control.staged("s", "n", "n.1", "l/a", "v2") == [CommitSwap("s", {"l/a": "v2"})]
     assert set(map(type, control.committed("s", 2, TWO))) == {Sync}
     assert control.known_to_routers() == {2: TWO}
-    assert control.router_reported("r", 2, 1) == [Answer("s", 2, None)]
+    assert control.router_reported("r", 2, 1) == [FinishSwap("s", 2, None)]
     assert control.member_reported("m", "m.1", A, held("v1", "v2")) == []
     assert control.router_reported("r", 2, 2) == [UnloadVersion(m, f"{m}.1", "l/a", "v1") for m in "mn"]
     assert control.swaps.active() == []
@@ -75,9 +74,9 @@ def test_after_an_abort_the_candidates_go_and_the_old_version_stays() -> None:
     control.swap_asked("s", A)
     control.staged("s", "m", "m.1", "l/a", "v2")
     actions = control.stage_refused("s", "n", "n.1", "l/a", ERROR)
-    assert Answer("s", None, ERROR) in actions
+    assert FinishSwap("s", None, ERROR) in actions
     assert UnloadVersion("m", "m.1", "l/a", "v2") in actions
-    assert all(order.version != "v1" for order in actions if isinstance(order, UnloadVersion))
+    assert all(action.version != "v1" for action in actions if isinstance(action, UnloadVersion))
     assert control.current == 1
     assert control.staged("s", "n", "n.1", "l/a", "v2") == []
     assert control.member_reported("n", "n.1", A, held("v1", "v2")) == [UnloadVersion("n", "n.1", "l/a", "v2")]
@@ -140,7 +139,9 @@ def test_while_an_epoch_is_pinned_that_is_not_known_nothing_is_unloaded() -> Non
     control.restore({2: TWO, 3: THREE}, ["r"])
     control.router_reported("r", 3, 1)
     assert not [
-        o for o in control.member_reported("m", "m.1", A, held("v1", "v2", "v3")) if isinstance(o, UnloadVersion)
+        action
+        for action in control.member_reported("m", "m.1", A, held("v1", "v2", "v3"))
+        if isinstance(action, UnloadVersion)
     ]
     assert control.router_reported("r", 3, 3) == [UnloadVersion("m", "m.1", "l/a", v) for v in ("v1", "v2")]
 
@@ -189,7 +190,7 @@ def test_what_was_loaded_and_unloaded_is_loaded_again(reported: bool) -> None:
         assert UnloadVersion("m", "m.1", "l/a", "v1") in control.release(1)
 
 
-def test_an_order_for_an_incarnation_that_is_gone_is_not_taken_for_its_successor() -> None:
+def test_an_action_for_an_incarnation_that_is_gone_is_not_taken_for_its_successor() -> None:
     control = started("m")
     control.swap_asked("s", A)
     assert control.member_reported("m", "m.2", A, held("v1")) == [StageCandidate("m", "m.2", "s", "l/a")]
@@ -203,7 +204,7 @@ def test_a_refused_commit_answers_and_leaves_the_epoch() -> None:
     control.swap_asked("s", A)
     control.staged("s", "m", "m.1", "l/a", "v2")
     actions = control.commit_refused("s", ERROR)
-    assert actions[0] == Answer("s", None, ERROR)
+    assert actions[0] == FinishSwap("s", None, ERROR)
     assert UnloadVersion("m", "m.1", "l/a", "v2") in actions
     assert (control.current, control.swaps.active()) == (1, [])
 
@@ -271,13 +272,13 @@ def test_whatever_happens_the_current_version_is_never_unloaded_nor_one_that_is_
             durable = durable or wanted_commit
         else:
             actions = call(control, str(name), *arguments)
-        wanted_commit = wanted_commit or any(isinstance(order, CommitSwap) for order in actions)
+        wanted_commit = wanted_commit or any(isinstance(action, CommitSwap) for action in actions)
         assert control.current == 1 + durable
         protected = {versions["l/a"] for versions in control.in_use()}
-        for order in actions:
-            if isinstance(order, UnloadVersion):
-                assert order.version not in protected
-                assert order.incarnation == control.members()[order.member]
-            if isinstance(order, LoadVersion):
-                assert order.version in protected
+        for action in actions:
+            if isinstance(action, UnloadVersion):
+                assert action.version not in protected
+                assert action.incarnation == control.members()[action.member]
+            if isinstance(action, LoadVersion):
+                assert action.version in protected
     assert control.epochs[control.current]["l/a"] in {versions["l/a"] for versions in control.in_use()}

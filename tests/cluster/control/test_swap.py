@@ -7,20 +7,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertmesh.cluster.control.events import (
-    Commit,
+    Action,
     CommitRefused,
+    CommitSwap,
     Committed,
-    Effect,
     Event,
-    Finish,
-    Flip,
+    FinishSwap,
     MemberGone,
     MemberReported,
     RouterGone,
     RouterReported,
-    Stage,
+    StageCandidate,
     Staged,
     StageRefused,
+    Sync,
     TimeUp,
 )
 from expertmesh.cluster.control.swap import Phase, Swap, Swaps
@@ -31,8 +31,8 @@ ORDER = (Phase.STAGING, Phase.COMMITTING, Phase.FLIPPING, Phase.RETIRING, Phase.
 ERROR = FailedPrecondition("wrong shape")
 
 
-def told(swap: Swap, *events: Event) -> list[Effect]:
-    return [effect for event in events for effect in swap.on(event)]
+def told(swap: Swap, *events: Event) -> list[Action]:
+    return [action for event in events for action in swap.on(event)]
 
 
 def staged(member: str, incarnation: str, id: str = "l/a", version: str = "v2") -> Staged:
@@ -49,13 +49,17 @@ def committing() -> Swap:
 def test_a_swap_from_its_beginning_to_its_end() -> None:
     swap = Swap("s", B)
     assert told(swap, RouterReported("r", 1, 1)) == []
-    assert told(swap, MemberReported("m", "m.1", B)) == [Stage("m", "m.1", "l/a"), Stage("m", "m.1", "l/b")]
-    assert told(swap, MemberReported("n", "n.1", A)) == [Stage("n", "n.1", "l/a")]
+    assert told(swap, MemberReported("m", "m.1", B)) == [
+        StageCandidate("m", "m.1", "s", "l/a"),
+        StageCandidate("m", "m.1", "s", "l/b"),
+    ]
+    assert told(swap, MemberReported("n", "n.1", A)) == [StageCandidate("n", "n.1", "s", "l/a")]
     assert told(swap, staged("m", "m.1"), staged("m", "m.1", "l/b", "v5")) == []
     assert swap.receipts() == (2, 3)
-    assert told(swap, staged("n", "n.1")) == [Commit({"l/a": "v2", "l/b": "v5"})]
-    assert told(swap, Committed(2)) == [Flip(2)]
-    assert told(swap, RouterReported("r", 2, 1)) == [Finish(2)]
+    assert told(swap, staged("n", "n.1")) == [CommitSwap("s", {"l/a": "v2", "l/b": "v5"})]
+    assert told(swap, Committed(2)) == [Sync()]
+    assert swap.epoch == 2
+    assert told(swap, RouterReported("r", 2, 1)) == [FinishSwap("s", 2)]
     assert swap.phase is Phase.RETIRING
     assert told(swap, RouterReported("r", 2, 2)) == []
     assert swap.phase is Phase.DONE
@@ -70,26 +74,26 @@ def test_a_swap_from_its_beginning_to_its_end() -> None:
 def test_a_restarted_member_is_asked_again_and_its_former_receipt_counts_for_nothing() -> None:
     swap = Swap("s", A)
     told(swap, MemberReported("m", "m.1", A), MemberReported("n", "n.1", A), staged("m", "m.1"))
-    assert told(swap, MemberReported("m", "m.2", A)) == [Stage("m", "m.2", "l/a")]
+    assert told(swap, MemberReported("m", "m.2", A)) == [StageCandidate("m", "m.2", "s", "l/a")]
     assert told(swap, staged("n", "n.1"), staged("m", "m.1")) == []
-    assert told(swap, staged("m", "m.2")) == [Commit({"l/a": "v2"})]
+    assert told(swap, staged("m", "m.2")) == [CommitSwap("s", {"l/a": "v2"})]
 
 
 def test_a_member_that_was_lost_and_is_back_is_asked_again() -> None:
     """It may have been slow only; its receipt was forgotten, so without another one nothing would ever go on."""
     swap = Swap("s", A)
     told(swap, MemberReported("m", "m.1", A), MemberReported("n", "n.1", A), staged("m", "m.1"), MemberGone("m"))
-    assert told(swap, MemberReported("m", "m.1", A)) == [Stage("m", "m.1", "l/a")]
+    assert told(swap, MemberReported("m", "m.1", A)) == [StageCandidate("m", "m.1", "s", "l/a")]
     assert told(swap, staged("n", "n.1")) == []
-    assert told(swap, staged("m", "m.1")) == [Commit({"l/a": "v2"})]
+    assert told(swap, staged("m", "m.1")) == [CommitSwap("s", {"l/a": "v2"})]
 
 
 def test_the_others_go_on_without_a_member_that_is_gone_but_never_without_all() -> None:
     swap = Swap("s", A)
     told(swap, MemberReported("m", "m.1", A), MemberReported("n", "n.1", A), staged("m", "m.1"))
-    assert told(swap, MemberGone("n")) == [Commit({"l/a": "v2"})]
+    assert told(swap, MemberGone("n")) == [CommitSwap("s", {"l/a": "v2"})]
     swap = Swap("s", A)
-    assert told(swap, MemberReported("m", "m.1", A), MemberGone("m")) == [Stage("m", "m.1", "l/a")]
+    assert told(swap, MemberReported("m", "m.1", A), MemberGone("m")) == [StageCandidate("m", "m.1", "s", "l/a")]
     assert swap.phase is Phase.STAGING
 
 
@@ -105,7 +109,7 @@ def test_what_aborts_a_swap_aborts_all_of_it_with_a_reason(event: Event, kind: t
     swap = Swap("s", A)
     told(swap, MemberReported("m", "m.1", A), MemberReported("n", "n.1", A), staged("m", "m.1"))
     (finish,) = told(swap, event)
-    assert isinstance(finish, Finish)
+    assert isinstance(finish, FinishSwap)
     assert finish.epoch is None
     assert isinstance(finish.error, kind)
     assert swap.phase is Phase.ABORTED
@@ -116,7 +120,7 @@ def test_time_that_is_up_names_who_is_waited_for() -> None:
     swap = Swap("s", B)
     told(swap, MemberReported("m", "m.1", A))
     (finish,) = told(swap, TimeUp())
-    assert isinstance(finish, Finish)
+    assert isinstance(finish, FinishSwap)
     assert "m for l/a, any replica of l/b" in str(finish.error)
 
 
@@ -131,7 +135,7 @@ def test_from_the_commit_on_only_the_registry_can_refuse() -> None:
     swap = committing()
     assert told(swap, TimeUp(), StageRefused("m", "m.1", "l/a", ERROR), MemberGone("m")) == []
     assert swap.phase is Phase.COMMITTING
-    assert told(swap, CommitRefused(ERROR)) == [Finish(None, ERROR)]
+    assert told(swap, CommitRefused(ERROR)) == [FinishSwap("s", None, ERROR)]
     swap = committing()
     told(swap, Committed(2))
     assert told(swap, CommitRefused(ERROR), TimeUp(), Committed(3)) == []
@@ -142,14 +146,14 @@ def test_a_router_whose_lease_has_ended_holds_nothing_up() -> None:
     swap = committing()
     told(swap, RouterReported("slow", 1, 1), Committed(2))
     assert told(swap, RouterReported("r", 2, 2)) == []
-    assert told(swap, RouterGone("slow")) == [Finish(2)]
+    assert told(swap, RouterGone("slow")) == [FinishSwap("s", 2)]
     assert swap.phase is Phase.DONE
 
 
 def test_without_any_router_nothing_is_said_to_have_flipped() -> None:
     swap = committing()
-    assert told(swap, RouterGone("r"), Committed(2)) == [Flip(2)]
-    assert swap.phase is Phase.FLIPPING
+    assert told(swap, RouterGone("r"), Committed(2)) == [Sync()]
+    assert (swap.phase, swap.epoch) == (Phase.FLIPPING, 2)
 
 
 def test_two_swaps_of_one_id_cannot_be_under_way_together() -> None:
@@ -189,7 +193,7 @@ def test_any_events_in_any_order_commit_once_finish_once_and_only_with_all_recei
     swap = Swap("s", B)
     live: dict[str, tuple[str, frozenset[str]]] = {}
     receipts: set[tuple[str, str, str]] = set()
-    effects: list[Effect] = []
+    actions: list[Action] = []
     for event in events:
         before = swap.phase
         if isinstance(event, MemberReported):
@@ -199,15 +203,15 @@ def test_any_events_in_any_order_commit_once_finish_once_and_only_with_all_recei
         elif isinstance(event, Staged):
             receipts.add((event.member, event.incarnation, event.id))
         new = swap.on(event)
-        effects += new
-        if any(isinstance(effect, Commit) for effect in new):
+        actions += new
+        if any(isinstance(action, CommitSwap) for action in new):
             assert {(m, life, id) for m, (life, ids) in live.items() for id in ids} <= receipts
             assert swap.versions().keys() == B
         went = swap.phase is before or swap.phase is Phase.ABORTED or ORDER.index(before) < ORDER.index(swap.phase)
         assert went, f"{before} -> {swap.phase}"
         assert before not in (Phase.DONE, Phase.ABORTED) or not new
-    commits = [effect for effect in effects if isinstance(effect, Commit)]
-    finishes = [effect for effect in effects if isinstance(effect, Finish)]
+    commits = [action for action in actions if isinstance(action, CommitSwap)]
+    finishes = [action for action in actions if isinstance(action, FinishSwap)]
     assert len(commits) <= 1
     assert len(finishes) == (swap.phase in (Phase.RETIRING, Phase.DONE, Phase.ABORTED))
     assert all((finish.epoch is None) == (swap.phase is Phase.ABORTED) for finish in finishes)
