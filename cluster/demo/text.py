@@ -45,16 +45,12 @@ _WORD = re.compile(r"[^\W\d_]{2,}")
 
 @dataclass(frozen=True)
 class Corpus:
-    """Cleaned texts, no two alike, and the label of each as an index into `names`.
-
-    `duplicates` is how many texts were left out because their words had been seen before.
-    """
+    """Cleaned texts, no two alike, and the label of each as an index into `names`."""
 
     texts: tuple[str, ...]
     labels: tuple[int, ...]
     names: tuple[str, ...]
     source: str
-    duplicates: int = 0
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -163,10 +159,8 @@ def _label_column(path: Path, header: list[str]) -> int:
 def _corpus(pairs: Iterable[tuple[str, str]], source: str) -> Corpus:
     """Cleaned texts without repetitions, so that no held-out text was also trained on."""
     seen: dict[str, tuple[str, str]] = {}
-    total = 0
     for raw, label in pairs:
         text = clean(raw)
-        total += 1
         seen.setdefault(" ".join(_WORD.findall(text.casefold())), (text, label))
     seen.pop("", None)
     counts = Counter(label for _, label in seen.values())
@@ -174,7 +168,7 @@ def _corpus(pairs: Iterable[tuple[str, str]], source: str) -> Corpus:
     names = tuple(sorted(counts))
     index = {name: number for number, name in enumerate(names)}
     texts = tuple(text for text, _ in seen.values())
-    return Corpus(texts, tuple(index[label] for _, label in seen.values()), names, source, total - len(seen))
+    return Corpus(texts, tuple(index[label] for _, label in seen.values()), names, source)
 
 
 def _check_counts(counts: Counter[str], source: str) -> None:

@@ -26,12 +26,11 @@ class TokenTable:
     def __repr__(self) -> str:
         return f"TokenTable({len(self._entries)} tokens)"
 
-    def add(self, token: str, role: Role, expires: float | None = None) -> None:
-        """Let `token` act as `role` until `expires` (seconds since 1970; None: for ever). Only its digest is kept."""
-        self.add_digest(token_digest(token), role, expires)
+    def add(self, sha256: str, role: Role, expires: float | None = None) -> None:
+        """Let the token with this sha256 act as `role` until `expires` (seconds since 1970; None: for ever).
 
-    def add_digest(self, sha256: str, role: Role, expires: float | None = None) -> None:
-        """Like `add`, for a token of which only the sha256 (64 hex digits) is known. Raises ConfigError."""
+        Raises ConfigError for a digest that is not 64 hex digits.
+        """
         check_digest(sha256)
         self._entries.append(_Entry(sha256, role, expires))
 

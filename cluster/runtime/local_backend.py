@@ -15,7 +15,7 @@ from ...experts.staging.stage import Receipt
 from ...router.fanout.replica_view import READY, Replica
 from ...router.fanout.transport import LocalTransport
 from ..control.controller import Controller, open_controller
-from ..control.messages import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult, proposal_of
+from ..control.messages import Candidate, Desired, SwapRequest, SwapResult, proposal_of
 from ..control.ports import ControllerState, StateSettings
 from ..machine.logs import configure_logs
 from ..placement.plan import PlannedReplica
@@ -53,9 +53,9 @@ class LocalBackend:
         return self._await(self._start_front(settings, state))
 
     async def _start_front(self, settings: ServiceSettings, state: StateSettings) -> tuple[int, int | None]:
-        router = _RouterPort()
-        self._controller = open_controller(state, router, _ReplicaPort(self._hosts))
-        self._service = router.service = RouterService(settings, self._transport, _ControlPort(self._controller))
+        control = _ControlPort()
+        self._service = RouterService(settings, self._transport, control)
+        self._controller = control.controller = open_controller(state, self._service, _ReplicaPort(self._hosts))
         ports = await self._service.start()
         self._turns = asyncio.ensure_future(self._controller.run())
         return ports
@@ -109,37 +109,20 @@ class LocalBackend:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout)
 
 
-class _RouterPort:
-    service: RouterService
-
-    async def declare(self, desired: Desired) -> None:
-        await self.service.declare(desired)
-
-    async def sync(self, update: RouterUpdate) -> RouterReport:
-        return await self.service.sync(update)
-
-    async def stage(self, candidate: Candidate) -> Receipt:
-        return await self.service.stage(candidate)
-
-    async def unload(self, id: str, version: str) -> None:
-        await self.service.unload(id, version)
-
-
 class _ControlPort:
-    def __init__(self, controller: Controller) -> None:
-        self._controller = controller
+    controller: Controller
 
     async def swap(self, request: SwapRequest) -> SwapResult:
-        return await self._controller.swap(request)
+        return await self.controller.swap(request)
 
     async def progress(self, swap_id: str) -> dict[str, Any]:
-        return self._controller.progress(swap_id)
+        return self.controller.progress(swap_id)
 
     async def history(self, id: str) -> list[dict[str, Any]]:
-        return self._controller.history(id)
+        return self.controller.history(id)
 
     async def recall(self, epoch: int, ttl: float) -> None:
-        await self._controller.recall(epoch, ttl)
+        await self.controller.recall(epoch, ttl)
 
 
 class _ReplicaPort:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Awaitable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -22,6 +23,7 @@ from ..control.messages import Candidate, Desired, RouterReport, RouterUpdate, S
 from ..machine.process_tuning import background
 
 FILES_KEPT = 4
+T = TypeVar("T")
 Packed = tuple[np.ndarray[Any, Any], str, tuple[int, ...]]
 """A tensor as Ray carries it without a copy: its bytes, its dtype's name, its shape."""
 
@@ -39,13 +41,11 @@ class RayRouterPort:
 
     async def sync(self, update: RouterUpdate) -> RouterReport:
         """Hand over what is known."""
-        report: RouterReport = await awaited(self.handle.sync.remote(update))
-        return report
+        return await awaited(self.handle.sync.remote(update))
 
     async def stage(self, candidate: Candidate) -> Receipt:
         """Have a gate staged."""
-        receipt: Receipt = await awaited(self.handle.stage.remote(candidate))
-        return receipt
+        return await awaited(self.handle.stage.remote(candidate))
 
     async def unload(self, id: str, version: str) -> None:
         """Have a gate forgotten."""
@@ -62,8 +62,7 @@ class RayReplicaPort:
 
     async def probe(self, replica_id: str, handle: Any) -> Replica:
         """Ask for a report."""
-        report: Replica = await awaited(_there(replica_id, handle).report.remote())
-        return report
+        return await awaited(_there(replica_id, handle).report.remote())
 
     async def stage(self, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:
         """Have an expert staged."""
@@ -74,8 +73,7 @@ class RayReplicaPort:
         call = _there(replica_id, handle).stage.remote(
             proposal_of(candidate), candidate.replaces, candidate.mode, weights
         )
-        receipt: Receipt = await awaited(call)
-        return receipt
+        return await awaited(call)
 
     async def unload(self, replica_id: str, handle: Any, id: str, version: str) -> None:
         """Have a version forgotten."""
@@ -106,18 +104,15 @@ class RayControlPort:
 
     async def swap(self, request: SwapRequest) -> SwapResult:
         """Carry out a swap."""
-        result: SwapResult = await awaited(self._there().swap.remote(request))
-        return result
+        return await awaited(self._there().swap.remote(request))
 
     async def progress(self, swap_id: str) -> dict[str, Any]:
         """How far a swap is."""
-        answer: dict[str, Any] = await awaited(self._there().progress.remote(swap_id))
-        return answer
+        return await awaited(self._there().progress.remote(swap_id))
 
     async def history(self, id: str) -> list[dict[str, Any]]:
         """The versions of an id that are kept."""
-        answer: list[dict[str, Any]] = await awaited(self._there().history.remote(id))
-        return answer
+        return await awaited(self._there().history.remote(id))
 
     async def recall(self, epoch: int, ttl: float) -> None:
         """Load an epoch that is kept."""
@@ -129,7 +124,7 @@ class RayControlPort:
         return self.handle
 
 
-async def awaited(reference: Any) -> Any:
+async def awaited(reference: Awaitable[T]) -> T:
     """Await a Ray reference; the one border at which Ray's exceptions become ours."""
     try:
         return await reference

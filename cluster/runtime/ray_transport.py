@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,9 @@ class RayTransport:
         if handle is None:
             raise Unavailable("the replica is gone; retry")
         self.carried["ray"] += int(call.rows.shape[0])
-        return _unpacked_reply(await awaited(handle.compute.remote(_packed_call(call))))
+        tensors = {"rows": call.rows, "row_index": call.row_index, "weights": call.weights}
+        packed = replace(call, **{name: _packed(tensor) for name, tensor in tensors.items()})
+        return _each(_unpacked, await awaited(handle.compute.remote(packed)))
 
     def refresh(self, replicas: Iterable[Replica], lost: Lost) -> None:
         """Nothing to connect: Ray knows where its actors are."""
@@ -42,42 +44,20 @@ class RayTransport:
         """Nothing to let go."""
 
 
-def _packed_call(call: ExpertCall) -> ExpertCall:
-    return replace(
-        call,
-        rows=pack(call.rows),
-        row_index=None if call.row_index is None else pack(call.row_index),
-        weights=None if call.weights is None else pack(call.weights),
-    )
-
-
 def unpacked_call(call: ExpertCall) -> ExpertCall:
     """The call as the host takes it. Ray's memory cannot be written to, and an expert may write into its rows."""
-    return replace(
-        call,
-        rows=from_bytes(*call.rows).clone() if call.row_index is None else from_bytes(*call.rows),
-        row_index=None if call.row_index is None else from_bytes(*call.row_index),
-        weights=None if call.weights is None else from_bytes(*call.weights),
-    )
+    rows, index = from_bytes(*call.rows), _unpacked(call.row_index)
+    return replace(call, rows=rows.clone() if index is None else rows, row_index=index, weights=_unpacked(call.weights))
 
 
 def packed_reply(reply: ExpertReply) -> ExpertReply:
     """The reply as Ray carries it."""
-    return replace(
-        reply,
-        outputs=tuple(_packed(output) for output in reply.outputs),
-        sums=tuple(_packed(total) for total in reply.sums),
-        lost=_packed(reply.lost),
-    )
+    return _each(_packed, reply)
 
 
-def _unpacked_reply(reply: ExpertReply) -> ExpertReply:
-    return replace(
-        reply,
-        outputs=tuple(_unpacked(output) for output in reply.outputs),
-        sums=tuple(_unpacked(total) for total in reply.sums),
-        lost=_unpacked(reply.lost),
-    )
+def _each(change: Callable[[Any], Any], reply: ExpertReply) -> ExpertReply:
+    outputs, sums = (tuple(map(change, rows)) for rows in (reply.outputs, reply.sums))
+    return replace(reply, outputs=outputs, sums=sums, lost=change(reply.lost))
 
 
 def _packed(output: Any) -> Any:

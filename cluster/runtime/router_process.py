@@ -68,7 +68,7 @@ class RouterService:
         self.control = control
         self._tokens = TokenTable()
         for digest, role, expires in settings.tokens:
-            self._tokens.add_digest(digest, role, expires)
+            self._tokens.add(digest, role, expires)
         uploads = Uploads(VersionStore(settings.state_dir), settings.uploads)
         self.swaps = SwapMethods(
             control,

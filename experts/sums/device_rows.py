@@ -26,16 +26,12 @@ def to_device(tensor: Tensor, device: str) -> Tensor:
     return tensor.to(device)
 
 
-def to_host(tensor: Tensor) -> Tensor:
-    """Rows [N, ...] of a device in host memory, complete when this returns; the tensor itself if it is there already.
-
-    Raises what went wrong on the device until then.
-    """
-    return to_host_all([tensor])[0]
-
-
 def to_host_all(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Like `to_host` for several tensors of real dtypes, [N, ...] each: one wait for all of a device."""
+    """Rows [N, ...] of devices in host memory, complete when this returns: one wait for all of a device.
+
+    Dtypes are real; a tensor that is in host memory already is left as it is. Raises what went wrong on a device until
+    then.
+    """
     streams = {tensor.device: _copy_streams(tensor.device)[1] for tensor in tensors if tensor.is_cuda}
     for device, down in streams.items():
         down.wait_stream(torch.cuda.current_stream(device))

@@ -15,7 +15,7 @@ from expertmesh.cluster.gateway.authorise import TokenTable
 from expertmesh.cluster.gateway.gateway import Gateway, GatewaySettings
 from expertmesh.cluster.gateway.grpc_server import GrpcServer
 from expertmesh.cluster.gateway.streams import StreamLimits
-from expertmesh.cluster.machine.tokens import new_token
+from expertmesh.cluster.machine.tokens import new_token, token_digest
 from expertmesh.cluster.rpc.channel_options import client_options
 from expertmesh.cluster.rpc.methods import SERVICE, Role
 from expertmesh.experts.spec import Expert
@@ -68,7 +68,7 @@ async def opened(
 ) -> AsyncIterator[Front]:
     layer = Layer("l", gates.Fixed([1.0]), {"e": expert or Expert("torch:abs")})
     tokens = TokenTable()
-    tokens.add(TOKEN, Role.READER)
+    tokens.add(token_digest(TOKEN), Role.READER)
 
     async def status() -> dict[str, Any]:
         return {}

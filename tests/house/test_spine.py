@@ -25,7 +25,7 @@ from expertmesh.cluster.control.reconciler import Reconciler
 from expertmesh.cluster.gateway.authorise import TokenTable
 from expertmesh.cluster.gateway.gateway import Gateway, GatewaySettings
 from expertmesh.cluster.gateway.grpc_server import GrpcServer
-from expertmesh.cluster.machine.tokens import new_token
+from expertmesh.cluster.machine.tokens import new_token, token_digest
 from expertmesh.cluster.rpc.methods import Role
 from expertmesh.cluster.runtime.router_thread import RouterThread
 from expertmesh.experts.spec import Expert
@@ -111,7 +111,7 @@ class Cluster:
 
     async def started(self) -> GrpcServer:
         tokens = TokenTable()
-        tokens.add(self.token, Role.READER)
+        tokens.add(token_digest(self.token), Role.READER)
 
         async def status() -> dict[str, Any]:
             return {}

@@ -24,7 +24,7 @@ from expertmesh.experts.protocol import ExpertCall, ExpertReply, Part, PartFailu
 from expertmesh.experts.spec import FLOATING, Expert
 from expertmesh.experts.staging.memory import check_memory, free_memory, within_memory
 from expertmesh.experts.staging.stage import Proposal
-from expertmesh.experts.sums.device_rows import _copy_streams, to_device, to_host, to_host_all
+from expertmesh.experts.sums.device_rows import _copy_streams, to_device, to_host_all
 from expertmesh.experts.tensors import from_bytes, torch_dtype
 from expertmesh.experts.wire import ITEM_SIZES
 
@@ -230,7 +230,7 @@ def test_packed_experts(kind: str, dtype: str, counts: tuple[int, ...], monkeypa
 
     monkeypatch.setattr(Stack, "grouped", noted)
     found = experts.to(DEVICE)(to_device(rows, DEVICE), offsets)
-    torch.testing.assert_close(to_host(found), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(to_host_all([found])[0], wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     capable = torch.cuda.get_device_capability() >= (8, 0)
     assert bool(grouped) == (dtype == "bfloat16" and capable)
 
@@ -256,7 +256,7 @@ def test_what_goes_up_comes_down(kind: str) -> None:
     sent = MEMORY[kind]
     there = to_device(sent, DEVICE)
     assert there.device.type == DEVICE
-    came = to_host(there)
+    came = to_host_all([there])[0]
     assert (came.dtype, came.is_pinned() or came.numel() == 0) == (sent.dtype, True)
     assert torch.equal(came, sent)
     assert torch.equal(there.cpu(), sent)
@@ -284,7 +284,7 @@ def test_a_negation_that_torch_only_notes_is_carried_out() -> None:
     there = torch.arange(4.0, device=DEVICE)
     noted = torch.complex(there, there).conj().imag
     assert noted.is_neg()
-    assert torch.equal(to_host(noted), -torch.arange(4.0))
+    assert torch.equal(to_host_all([noted])[0], -torch.arange(4.0))
 
 
 def lag(stream: torch.cuda.Stream) -> None:
@@ -333,7 +333,7 @@ def test_answers_are_complete_when_they_come(rows: int) -> None:
     lag(torch.cuda.current_stream())
     answer = there * 2
     lag(copy_streams()[1])
-    assert torch.equal(to_host(answer), rows_of("float32", rows) * 2)
+    assert torch.equal(to_host_all([answer])[0], rows_of("float32", rows) * 2)
 
 
 def test_many_roundtrips_with_contents_that_change() -> None:

@@ -20,7 +20,7 @@ from helpers.waiting import run_async
 from expertmesh.cluster.gateway.authorise import TokenTable
 from expertmesh.cluster.gateway.gateway import Gateway, GatewaySettings
 from expertmesh.cluster.gateway.grpc_server import GrpcServer
-from expertmesh.cluster.machine.tokens import new_token
+from expertmesh.cluster.machine.tokens import new_token, token_digest
 from expertmesh.cluster.rpc import health
 from expertmesh.cluster.rpc.channel_options import client_options
 from expertmesh.cluster.rpc.health import ServingStatus, decode_response, encode_request
@@ -63,7 +63,7 @@ async def opened(expert: Expert | None = None, ready: bool = True, **settings: A
     layer = Layer("l", gates.Fixed([1.0]), {"e": expert or Expert("torch:sin")})
     mesh = RouterInProcess(layer, max_rows_in_flight=settings.pop("rows", 1000))
     tokens = TokenTable()
-    tokens.add(TOKEN, Role.ADMIN)
+    tokens.add(token_digest(TOKEN), Role.ADMIN)
 
     async def status() -> dict[str, Any]:
         return {"name": "here"}

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from expertmesh.cluster.gateway.authorise import TokenTable
 from expertmesh.cluster.gateway.metrics import MetricsServer, RouterCollector
-from expertmesh.cluster.machine.tokens import new_token
+from expertmesh.cluster.machine.tokens import new_token, token_digest
 from expertmesh.cluster.rpc.methods import Role
 from expertmesh.experts.errors import DeadlineExceeded, ExpertFailed, NotFound
 from expertmesh.experts.spec import Expert
@@ -50,9 +50,9 @@ def page() -> Iterator[Any]:
             with pytest.raises(NotFound):
                 await mesh.ask(X, layer='made "up"\n')
             tokens = TokenTable()
-            tokens.add(READER, Role.READER)
-            tokens.add(OPERATOR, Role.OPERATOR)
-            tokens.add(EXPIRED, Role.READER, expires=1.0)
+            tokens.add(token_digest(READER), Role.READER)
+            tokens.add(token_digest(OPERATOR), Role.OPERATOR)
+            tokens.add(token_digest(EXPIRED), Role.READER, expires=1.0)
             servers.append(MetricsServer(mesh.router, tokens, "127.0.0.1", 0))
 
     run_async(main())
