@@ -5,8 +5,6 @@ Shapes: T rows, E experts, K choices a row (the largest number that any row of t
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -43,9 +41,6 @@ class _Adaptive(LinearGate):
             weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True).clamp(min=1e-20)
         return Routing(indices_TK[:, :longest].masked_fill(~keep_TK, -1), weights_TK)
 
-    def config(self) -> dict[str, Any]:
-        return super().config() | {"renormalize": self.renormalize}
-
 
 class Threshold(_Adaptive):
     """Every expert of probability at least `threshold`, and the best one in any case.
@@ -80,9 +75,6 @@ class Threshold(_Adaptive):
     def _keep(self, sorted_TK: Tensor) -> Tensor:
         return sorted_TK >= self.threshold
 
-    def config(self) -> dict[str, Any]:
-        return super().config() | {"threshold": self.threshold, "score": self.score}
-
 
 class TopP(_Adaptive):
     """The fewest best experts whose probabilities, p = softmax(h), sum to at least `p` (Huang et al. 2024).
@@ -110,6 +102,3 @@ class TopP(_Adaptive):
     def _keep(self, sorted_TK: Tensor) -> Tensor:
         before_TK = sorted_TK.cumsum(dim=1) - sorted_TK
         return before_TK < torch.tensor(self.p, dtype=sorted_TK.dtype)
-
-    def config(self) -> dict[str, Any]:
-        return super().config() | {"p": self.p}

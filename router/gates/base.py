@@ -5,6 +5,7 @@ Shapes: T rows, D features, E experts, K choices a row.
 
 from __future__ import annotations
 
+import inspect
 import json
 from os import PathLike
 from pathlib import Path
@@ -24,7 +25,7 @@ AnyGate = TypeVar("AnyGate", bound="Gate")
 class Gate(nn.Module):
     """Scores the experts for each row and picks some of them.
 
-    A subclass gives `name` (its name in YAML), `scores`, `_select` and `config`. `forward` is `select(scores(x))`.
+    A subclass gives `name` (its name in YAML), `scores` and `_select`. `forward` is `select(scores(x))`.
     `per_row` says that, given its scores, the choice of a row does not depend on the other rows.
     """
 
@@ -72,8 +73,11 @@ class Gate(nn.Module):
         return self.select(self.scores(x), mask_TE=mask_TE, k=k)
 
     def config(self) -> dict[str, Any]:
-        """Plain arguments (JSON types) that build this gate again, tensors apart: `build(gate.name, **config)`."""
-        raise NotImplementedError
+        """Plain arguments (JSON types) that build this gate again, tensors apart: `build(gate.name, **config)`.
+
+        By default the attributes that have the names of the gate's arguments.
+        """
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the tensors to a safetensors file, with name and configuration in its metadata."""

@@ -6,7 +6,6 @@ Shapes: T rows, D features, P projected features, E experts, K choices a row.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +62,3 @@ class Cosine(Gate):
 
     def _select(self, scores_TE: Tensor, mask_TE: Tensor | None, k: int) -> Routing:
         return softmax_top_k(scores_TE, mask_TE, k, renormalize=self.renormalize)
-
-    def config(self) -> dict[str, Any]:
-        names = ("in_features", "num_experts", "k", "projection", "temperature", "softmax", "renormalize")
-        return {name: getattr(self, name) for name in names}

@@ -69,8 +69,7 @@ class Custom(Gate):
     def config(self) -> dict[str, Any]:
         if self.factory is None:
             raise InvalidRequest("a custom gate of a live object has no configuration: give an import string")
-        names = ("num_experts", "k", "args", "kwargs", "in_features", "softmax", "renormalize", "scale")
-        return {"scorer": self.factory} | {name: getattr(self, name) for name in names}
+        return super().config() | {"scorer": self.factory}
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, k={self.k}, scorer={self.factory or type(self.scorer).__name__!r}"

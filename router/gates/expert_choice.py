@@ -6,7 +6,6 @@ Shapes: T rows, E experts, C rows of each expert, K choices of a row.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,8 +47,3 @@ class ExpertChoice(LinearGate):
         _, indices_TK = top(scores_TE.masked_fill(~chosen_TE, -torch.inf), most)
         dropped_T = (~chosen_TE.any(dim=1)).long()
         return Routing(indices_TK, pick(probabilities_TE, indices_TK), dropped_T)
-
-    def config(self) -> dict[str, Any]:
-        return {key: value for key, value in super().config().items() if key != "k"} | {
-            "capacity_factor": self.capacity_factor
-        }

@@ -5,8 +5,6 @@ Shapes: T rows, D features, E experts, K choices a row.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -45,9 +43,6 @@ class Hash(Gate):
         _, indices_TK = top(masked(scores_TE, mask_TE), k)
         taken_TK = (indices_TK >= 0).to(scores_TE.dtype)
         return Routing(indices_TK, taken_TK / taken_TK.sum(dim=1, keepdim=True))
-
-    def config(self) -> dict[str, Any]:
-        return {"num_experts": self.num_experts, "k": self.k, "seed": self.seed}
 
 
 def _mix(numbers: Tensor) -> Tensor:

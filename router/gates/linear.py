@@ -32,9 +32,4 @@ class LinearGate(Gate):
         return scores_TE if scores_TE.dtype == torch.float64 else scores_TE.float()
 
     def config(self) -> dict[str, Any]:
-        return {
-            "in_features": self.in_features,
-            "num_experts": self.num_experts,
-            "k": self.k,
-            "bias": self.bias is not None,
-        }
+        return super().config() | {"bias": self.bias is not None}

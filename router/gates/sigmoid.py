@@ -5,8 +5,6 @@ Shapes: T rows, E experts, K choices a row.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -62,7 +60,3 @@ class Sigmoid(LinearGate):
         if self.renormalize:
             weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True).clamp(min=1e-20)
         return Routing(indices_TK, weights_TK * self.scale)
-
-    def config(self) -> dict[str, Any]:
-        names = ("renormalize", "scale", "groups", "top_groups")
-        return super().config() | {name: getattr(self, name) for name in names}

@@ -5,8 +5,6 @@ Shapes: T rows, E experts, K choices a row.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from ...experts.errors import ConfigError
@@ -87,10 +85,6 @@ class TopK(LinearGate):
             weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True)
         return Routing(indices_TK, weights_TK * self.scale)
 
-    def config(self) -> dict[str, Any]:
-        names = ("softmax", "renormalize", "scale", "groups", "top_groups")
-        return super().config() | {name: getattr(self, name) for name in names}
-
 
 class Switch(LinearGate):
     """The best expert of each row alone, weighted by its probability p = softmax(h) (Fedus et al. 2021, eq. 1-2)."""
@@ -103,6 +97,3 @@ class Switch(LinearGate):
 
     def _select(self, scores_TE: Tensor, mask_TE: Tensor | None, k: int) -> Routing:
         return softmax_top_k(scores_TE, mask_TE, k, renormalize=False)
-
-    def config(self) -> dict[str, Any]:
-        return {key: value for key, value in super().config().items() if key != "k"}
