@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ray check format clean bench bench-quick bench-plane bench-router
+.PHONY: help demo test test-fast test-ray check format clean bench bench-quick bench-plane bench-router
 .PHONY: sim chaos-swap chaos-kill chaos-slow soak-swap leak
 
 help: ## this list
@@ -27,6 +27,11 @@ demo: $(STAMP) ## train experts on real text, serve them, replace one under traf
 
 test: $(STAMP) ## the whole suite, on real Ray and real gRPC too (minutes)
 	$(BIN)/python -m pytest
+
+FAST := tests/experts tests/router tests/cluster tests/house
+
+test-fast: $(STAMP) ## the inner loop, under a minute: not tests/{live,ray,sim,bench}, nor what is marked ray, gpu or slow
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not ray and not gpu and not slow" $(FAST)
 
 test-ray: $(STAMP) ## the tests on real Ray once more, with rows through Ray's calls in place of the channel
 	$(BIN)/python -m pytest tests/ray --transport ray

@@ -8,12 +8,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from helpers.leftovers import Session
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Set before grpc is imported: its fork handlers run in what Ray forks, and may crash it.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+hypothesis.settings.register_profile("no clock", deadline=None)  # how long an example takes is no property of the code
+hypothesis.settings.load_profile("no clock")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -239,6 +239,7 @@ for expert in (
 """
 
 
+@pytest.mark.slow
 def test_digests_are_equal_in_another_process_with_another_hash_seed(tmp_path: Path) -> None:
     script = tmp_path / "elsewhere.py"
     script.write_text(ELSEWHERE)

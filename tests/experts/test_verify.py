@@ -130,6 +130,7 @@ def test_golden_rows_are_the_same_each_time(dtype: str | None) -> None:
     assert golden_rows(TensorSpec(None, dtype), 5) is None
 
 
+@pytest.mark.slow
 def test_golden_rows_are_the_same_in_every_process() -> None:
     code = (
         "from expertmesh.experts.staging.verify import golden_rows; from expertmesh.experts.spec import TensorSpec;"

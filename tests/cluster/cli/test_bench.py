@@ -102,6 +102,7 @@ def one_line(result: Result) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_both_layers_of_the_file_share_the_load(mesh: Path) -> None:
     code, out, err = finished(start(mesh, "--width", "8", *LIGHT))
     assert (code, err) == (0, "")
@@ -117,6 +118,7 @@ def test_both_layers_of_the_file_share_the_load(mesh: Path) -> None:
     assert "all answers are of epoch 1" in out
 
 
+@pytest.mark.slow
 def test_what_machines_read(mesh: Path, tmp_path: Path) -> None:
     with Client(name="loaded") as client:
         before = client.status()["layers"]["news"]["experts"]
@@ -141,6 +143,7 @@ def test_what_machines_read(mesh: Path, tmp_path: Path) -> None:
     assert sum(report["experts"].values()) > 0
 
 
+@pytest.mark.slow
 def test_a_search_ends_at_what_is_borne(mesh: Path) -> None:
     short = ("--duration", "0.3", "--warmup", "0.1", "--rate", "60", "--slo-ms", "0.001")
     code, out, err = finished(start(mesh, "--layer", "news", "--saturate", *short))
@@ -155,6 +158,7 @@ def test_a_search_ends_at_what_is_borne(mesh: Path) -> None:
     assert search["worst"] is not None
 
 
+@pytest.mark.slow
 def test_a_swap_meanwhile_is_reported(mesh: Path, tmp_path: Path) -> None:
     weights = tmp_path / "e1.safetensors"
     save_tensors(weights, {"weight": torch.ones(2, 8), "bias": torch.zeros(2)})
@@ -170,6 +174,7 @@ def test_a_swap_meanwhile_is_reported(mesh: Path, tmp_path: Path) -> None:
     assert f"  news/e1: {outcome.before['news/e1']} (" in out
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_early_and_still_reports(mesh: Path) -> None:
     child = start(mesh, "--layer", "news", "--rate", 40, "--duration", 300, "--warmup", 0)
     with Client(name="loaded") as client:
@@ -181,6 +186,7 @@ def test_ctrl_c_ends_early_and_still_reports(mesh: Path) -> None:
     assert "all answers are of epoch " in out
 
 
+@pytest.mark.slow
 def test_a_picture_is_drawn(mesh: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "load.png"
@@ -205,6 +211,7 @@ def test_without_matplotlib_nothing_is_sent(mesh: Path, tmp_path: Path, monkeypa
     assert "--plot needs matplotlib, which is not installed; mend it with: pip install matplotlib" in line
 
 
+@pytest.mark.slow
 def test_nothing_answered_ok_is_told_and_fails(mesh: Path) -> None:
     code, out, err = finished(start(mesh, "--layer", "news", *LIGHT, "--dtype", "int64"))
     assert code == 1

@@ -39,6 +39,7 @@ def test_64_calls_of_1_mebibyte_are_inside_at_once_over_one_connection() -> None
     run_async(main())
 
 
+@pytest.mark.slow
 def test_1000_calls_take_one_connection() -> None:
     async def main() -> None:
         async with opened() as front, front.client() as client:

@@ -79,6 +79,7 @@ def test_small_goes_in_one_message_and_large_in_chunks_by_itself(kind: type) -> 
     run_async(main())
 
 
+@pytest.mark.slow
 def test_100_mebibytes_cross_with_default_settings(kind: type) -> None:
     async def main() -> None:
         async with opened() as front:

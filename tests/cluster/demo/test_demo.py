@@ -49,6 +49,7 @@ def trained(dataset: Dataset) -> training.Trained:
     return training.train(dataset)
 
 
+@pytest.mark.slow
 def test_every_python_carries_enough_text() -> None:
     corpus = standard_library()
     assert len(corpus) >= 2000
@@ -111,6 +112,7 @@ def test_features_are_fitted_on_training_rows_alone() -> None:
     assert torch.equal(changed.train_x_TD, encode(corpus, parts).train_x_TD)
 
 
+@pytest.mark.slow
 def test_experts_see_their_own_rows_and_learn(dataset: Dataset, trained: training.Trained) -> None:
     seen = trained.seen_TE.float().mean(dim=0)
     assert len(trained.experts) == training.NUM_EXPERTS
@@ -121,6 +123,7 @@ def test_experts_see_their_own_rows_and_learn(dataset: Dataset, trained: trainin
             assert training.accuracy(expert(dataset.held_x_TD), dataset.held_y_T) > 0.9
 
 
+@pytest.mark.slow
 def test_the_dense_model_has_as_many_parameters(trained: training.Trained) -> None:
     dense = training.parameters(trained.dense)
     assert abs(dense - trained.sparse_parameters) / trained.sparse_parameters < 0.02
@@ -147,6 +150,7 @@ def reply(trained: training.Trained, x_TD: torch.Tensor, version: str, change: f
     )
 
 
+@pytest.mark.slow
 def test_the_judge_tells_right_from_wrong(dataset: Dataset, trained: training.Trained) -> None:
     x_TD = dataset.held_x_TD[:8]
     judge = Judge("text", len(trained.experts))

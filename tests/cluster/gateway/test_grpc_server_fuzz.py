@@ -93,6 +93,7 @@ def check_valid_calls(client: Client) -> None:
     np.testing.assert_allclose(client.forward("trig", X), EXPECTED, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_5000_mutated_frames_and_valid_calls_between_them(cluster: Cluster, ask: Ask) -> None:
     chance = random.Random(20260802)
     process = psutil.Process(os.getpid())
@@ -198,6 +199,7 @@ def random_call(chance: random.Random) -> bytes:
     return wire.encode("call", meta, tensors)
 
 
+@pytest.mark.slow
 def test_2000_random_calls_and_valid_calls_between_them(cluster: Cluster, ask: Ask) -> None:
     chance = random.Random(20260803)
     wrong: list[tuple[Any, wire.Frame]] = []
@@ -315,6 +317,7 @@ def test_a_factory_is_for_admins_and_must_be_one_of_the_start(
         check_valid_calls(client)
 
 
+@pytest.mark.slow
 def test_2000_mutated_frames_of_the_other_methods_and_valid_calls_between_them(
     cluster: Cluster, ask: Ask, tokens: dict[Role, str]
 ) -> None:

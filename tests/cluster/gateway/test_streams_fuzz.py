@@ -117,6 +117,7 @@ def mutations(chance: random.Random) -> Iterator[tuple[list[bytes], bool]]:
         yield chance.choice(changes)(sent), chance.random() < 0.2
 
 
+@pytest.mark.slow
 def test_1500_mutated_streams_and_valid_calls_between_them() -> None:
     async def main() -> None:
         streams = mutations(random.Random(20260805))

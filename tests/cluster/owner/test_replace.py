@@ -87,6 +87,7 @@ def first_versions(endpoint: str) -> dict[str, str]:
         return dict(client.call("l", X).versions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("replicas", "pack"), [(1, None), (2, None), (3, None), (1, "p"), (2, "p")])
 def test_nobody_fails_and_nothing_is_mixed(replicas: int, pack: str | None) -> None:
     with Cluster.start([layer_of(replicas, pack)], transport="local", port=0, name="replace") as cluster:

@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
 from helpers.stored import E3
 
 from expertmesh.cluster.state.registry import Registry
@@ -59,6 +60,7 @@ def killed_after(state: Path, seconds: float) -> list[tuple[int, str]]:
     return [(int(number), version) for number, version in (line.split() for line in said.splitlines())]
 
 
+@pytest.mark.slow
 def test_nothing_that_was_acknowledged_is_lost(tmp_path: Path) -> None:
     state, chance = tmp_path / "state", random.Random(4)
     last, acknowledged = (0, ""), 0
