@@ -1,4 +1,4 @@
-"""The demo's features: text tokenised and encoded by scikit-learn, split into training and held-out rows.
+"""The demo's features: text encoded by scikit-learn and split into training and held-out rows.
 
 Shapes: T rows, D features.
 """
@@ -28,12 +28,12 @@ except ImportError as error:
 HELD_OUT = 0.2
 WIDTH = 512
 VOCABULARY = 20_000
-TOKEN = r"(?u)[^\W\d_]{2,}"  # letters only: punctuation, digits and underscores part words
+TOKEN = r"(?u)[^\W\d_]{2,}"  # letters only: punctuation, digits and underscores separate words
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which texts of a corpus are trained on and which are held out: ascending positions, no text in both."""
+    """The positions of the training texts and of the held-out texts in a corpus: ascending, and disjoint."""
 
     train: tuple[int, ...]
     held_out: tuple[int, ...]
@@ -41,7 +41,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rows [T, D] float32 and labels [T] int64 to train on, and the same held out."""
+    """Training and held-out rows [T, D] float32 with their labels [T] int64."""
 
     train_x_TD: Tensor
     train_y_T: Tensor
@@ -57,9 +57,9 @@ class Dataset:
 
 
 def split(corpus: Corpus, *, seed: int = 0, rows_limit: int | None = None) -> Split:
-    """Hold out a fifth of the rows of each label, drawn with `seed`; of at most `rows_limit` rows in all.
+    """Hold out a random fifth of the rows of each label; with `rows_limit`, of that many random rows.
 
-    Raises ConfigError where that leaves a label without rows on either side.
+    Raises ConfigError if a label would have no rows on one side.
     """
     positions = list(range(len(corpus)))
     labels = np.asarray(corpus.labels)
@@ -74,13 +74,13 @@ def split(corpus: Corpus, *, seed: int = 0, rows_limit: int | None = None) -> Sp
 
 
 def encode(corpus: Corpus, parts: Split, *, seed: int = 0) -> Dataset:
-    """Texts as rows of D features, by an encoder that has seen the training texts alone.
+    """Encode texts as rows of D features, with an encoder that is fitted on the training texts only.
 
-    Stop words and punctuation go; words and pairs of words are weighted by tf-idf; the D strongest directions stay
-    (latent semantic analysis), each row scaled to length √D. A text without a known word is a row of zeros.
-    Raises ConfigError where no words are left.
+    Drops stop words and punctuation, weights words and word pairs by tf-idf, keeps the D strongest directions (latent
+    semantic analysis) and scales each row to length √D. A text without a word of the vocabulary is a row of zeros.
+    Raises ConfigError if too few words are left.
     """
-    words = _words()
+    words = _vectorizer()
     try:
         train = words.fit_transform([corpus.texts[position] for position in parts.train])
     except ValueError as error:
@@ -103,7 +103,7 @@ def encode(corpus: Corpus, parts: Split, *, seed: int = 0) -> Dataset:
     )
 
 
-def _words() -> Any:
+def _vectorizer() -> Any:
     return TfidfVectorizer(
         lowercase=True,
         strip_accents="unicode",

@@ -1,4 +1,4 @@
-"""The demo: experts trained on real text, served as one sparse layer, and experts swapped under traffic."""
+"""The demo: trains experts on real text, serves them as one sparse layer, and swaps experts under traffic."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from ...experts.spec import Expert, TensorSpec
@@ -32,7 +33,7 @@ BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class DemoReport:
-    """All figures of a run: held-out accuracies, rows a second through the client, and the swaps under traffic."""
+    """All figures of a run: held-out accuracies, rows per second through the client, and the swaps under traffic."""
 
     rows: int
     classes: int
@@ -45,34 +46,34 @@ class DemoReport:
 
     @property
     def ok(self) -> bool:
-        """Whether the swaps went as they should, and no answer failed, was wrong or mixed meanwhile."""
+        """Whether the swaps had the expected outcome, and no answer failed, was wrong or mixed."""
         return self.swaps.ok
 
 
 def run_demo(data: Path | None = None, *, console: Console, rows_limit: int | None = None, seed: int = 0) -> DemoReport:
-    """Run the demo on a CSV or, by default, on the docstrings of the standard library, printing what happens.
+    """Run the demo on a CSV file or, by default, on the docstrings of the standard library; prints its results.
 
-    Raises ConfigError for a CSV that cannot be used, and what starting a cluster raises.
+    Raises ConfigError for a CSV file that cannot be used, and the errors of `Cluster.start`.
     """
     with console.status("reading text") as status:
 
-        def say(message: str) -> None:
-            status.update(message)
+        def progress(message: str) -> None:
+            status.update(Text(message))
             if not console.is_terminal:
-                console.print(f"[dim]{message}[/dim]")
+                _print_line(console, message)
 
         corpus = standard_library() if data is None else read_csv(data)
         dataset = encode(corpus, split(corpus, seed=seed, rows_limit=rows_limit), seed=seed)
         _print_corpus(console, corpus, dataset)
-        trained = train(dataset, seed=seed, say=say)
+        trained = train(dataset, seed=seed, progress=progress)
         with tempfile.TemporaryDirectory(prefix="expertmesh-demo-") as folder:
             layer = _layer(trained, dataset, Path(folder))
             name = f"demo-{os.getpid()}"
             state = Path(folder) / "state"
-            cluster = Cluster.start([layer], name=name, port=0, state_dir=state, progress=say)
+            cluster = Cluster.start([layer], name=name, port=0, state_dir=state, progress=progress)
             with cluster, Client(cluster.endpoint) as client:
-                say("asking the held-out rows")
-                return _serve(console, client, trained, dataset, Path(folder), say)
+                progress("sending the held-out rows")
+                return _evaluate(console, client, trained, dataset, Path(folder), progress)
 
 
 def _layer(trained: Trained, dataset: Dataset, folder: Path) -> Layer:
@@ -97,27 +98,31 @@ def _expert(dataset: Dataset, weights: Path, replicas: int = 1) -> Expert:
     )
 
 
-def _serve(
+def _print_line(console: Console, line: str) -> None:
+    console.print(Text(line), soft_wrap=True)
+
+
+def _evaluate(
     console: Console,
     client: Client,
     trained: Trained,
     dataset: Dataset,
     folder: Path,
-    say: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> DemoReport:
     started = time.perf_counter()
-    sparse_TC = _ask(client, dataset.held_x_TD)
+    sparse_TC = _forward(client, dataset.held_x_TD)
     seconds = time.perf_counter() - started
-    full_TC = _ask(client, dataset.held_x_TD, top_k=NUM_EXPERTS)
+    full_TC = _forward(client, dataset.held_x_TD, top_k=NUM_EXPERTS)
     labels = dataset.held_y_T
     with torch.inference_mode():
         dense = accuracy(trained.dense(dataset.held_x_TD), labels)
         alone = tuple(accuracy(expert(dataset.held_x_TD), labels) for expert in trained.experts)
     _print_accuracies(console, dataset, trained, accuracy(sparse_TC, labels), accuracy(full_TC, labels), dense, alone)
-    console.print(f"{len(labels) / seconds:,.0f} held-out rows a second through the client, {BATCH} in a request\n")
-    _print_places(console, client.status())
+    _print_line(console, f"{len(labels) / seconds:,.0f} held-out rows/s through the client, {BATCH} rows per request\n")
+    _print_replicas(console, client.status())
     _print_first_replies(console, client, dataset)
-    swaps = swap_under_traffic(client, LAYER, trained, dataset, folder, say)
+    swaps = swap_under_traffic(client, LAYER, trained, dataset, folder, progress)
     _print_swaps(console, swaps)
     return DemoReport(
         rows=len(dataset.train_y_T) + len(labels),
@@ -131,15 +136,16 @@ def _serve(
     )
 
 
-def _ask(client: Client, x_TD: Tensor, **options: Any) -> Tensor:
+def _forward(client: Client, x_TD: Tensor, **options: Any) -> Tensor:
     return torch.cat([client.forward(LAYER, rows, **options) for rows in torch.split(x_TD, BATCH)])
 
 
 def _print_corpus(console: Console, corpus: Corpus, dataset: Dataset) -> None:
-    console.print(
-        f"{len(corpus):,} texts of {len(corpus.names)} classes from {corpus.source}; "
-        f"{len(dataset.train_y_T):,} to train on, {len(dataset.held_y_T):,} held out; "
-        f"{dataset.vocabulary:,} words and pairs, encoded as {dataset.width} features\n"
+    _print_line(
+        console,
+        f"{len(corpus):,} texts in {len(corpus.names)} classes from {corpus.source}: "
+        f"{len(dataset.train_y_T):,} for training, {len(dataset.held_y_T):,} held out; "
+        f"{dataset.vocabulary:,} words and word pairs, encoded as {dataset.width} features\n",
     )
 
 
@@ -153,11 +159,11 @@ def _print_accuracies(
     alone: tuple[float, ...],
 ) -> None:
     table = Table("model", "held-out accuracy", "training rows", "labels seen", "parameters")
-    everything = str(len(dataset.train_y_T))
-    total, compared = f"{trained.sparse_parameters:,}", f"{parameters(trained.dense):,}"
-    table.add_row(f"sparse layer, top-{TOP_K}, as served", f"{sparse:.4f}", everything, "", total)
-    table.add_row("dense mixture, all experts, as served", f"{full:.4f}", everything, "", total)
-    table.add_row("one dense model", f"{dense:.4f}", everything, "", compared)
+    rows = str(len(dataset.train_y_T))
+    sparse_size, dense_size = f"{trained.sparse_parameters:,}", f"{parameters(trained.dense):,}"
+    table.add_row(f"sparse layer, top-{TOP_K}, as served", f"{sparse:.4f}", rows, "", sparse_size)
+    table.add_row("dense mixture, all experts, as served", f"{full:.4f}", rows, "", sparse_size)
+    table.add_row("one dense model", f"{dense:.4f}", rows, "", dense_size)
     for number, (expert, score) in enumerate(zip(trained.experts, alone, strict=True)):
         seen = dataset.train_y_T[trained.seen_TE[:, number]]
         counts = torch.bincount(seen, minlength=len(dataset.names)).tolist()
@@ -166,21 +172,21 @@ def _print_accuracies(
     console.print(table)
 
 
-def _print_places(console: Console, status: dict[str, Any]) -> None:
+def _print_replicas(console: Console, status: dict[str, Any]) -> None:
     table = Table("expert", "version", "replica", "node", "pid", "device", "state")
     for expert_id, expert in status["layers"][LAYER]["experts"].items():
         for replica in expert["replicas"]:
-            places = [str(replica[key]) for key in ("id", "node", "pid", "device", "state")]
-            table.add_row(expert_id, expert["version"], *places)
+            cells = [str(replica[key]) for key in ("id", "node", "pid", "device", "state")]
+            table.add_row(expert_id, expert["version"], *cells)
     console.print(table)
 
 
 def _print_first_replies(console: Console, client: Client, dataset: Dataset) -> None:
     for row, label in zip(dataset.held_x_TD[:3], dataset.held_y_T[:3].tolist(), strict=True):
         reply = client.call(LAYER, row[None])
-        answer, truth = dataset.names[int(reply.output.argmax())], dataset.names[label]
+        predicted = dataset.names[int(reply.output.argmax())]
         versions = ", ".join(f"{name} {version}" for name, version in reply.versions.items())
-        console.print(f"a text of {truth} was taken for {answer} by {versions}")
+        _print_line(console, f"held-out text: label {dataset.names[label]}, predicted {predicted}, by {versions}")
     console.print()
 
 
@@ -188,16 +194,18 @@ def _print_swaps(console: Console, swaps: SwapReport) -> None:
     table = Table("under traffic", "epoch", "versions before", "versions after")
     for step in swaps.steps:
         if step.outcome is None:
-            table.add_row(step.what, "unchanged", "", f"refused, {step.refusal}")
+            table.add_row(step.title, "unchanged", "", f"refused, {step.refusal}")
         else:
             before, after = (
-                "\n".join(map(" ".join, found.items())) for found in (step.outcome.before, step.outcome.after)
+                "\n".join(map(" ".join, sorted(versions.items())))
+                for versions in (step.outcome.before, step.outcome.after)
             )
-            table.add_row(step.what, str(step.outcome.epoch), before, after)
+            table.add_row(step.title, str(step.outcome.epoch), before, after)
     console.print(table)
     traffic = swaps.traffic
     latency = ", ".join(f"p99 {phase} {value:.1f} ms" for phase, value in traffic.p99.items())
-    console.print(
+    _print_line(
+        console,
         f"requests sent {traffic.sent}, failed = {traffic.failed}, wrong = {traffic.wrong}, mixed = {traffic.mixed} "
-        f"(every answer was computed again from the versions that it names); {latency}"
+        f"(every answer was recomputed from the versions that it names); {latency}",
     )

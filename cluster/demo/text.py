@@ -35,7 +35,7 @@ STANDARD_LIBRARY = {
     "urllib": "urllib",
     "xml": "xml",
 }
-"""Packages, and modules as large as one, of every Python on every platform: label -> path in the standard library."""
+"""Packages and large modules that every Python has on every platform: label -> path in the standard library."""
 
 _TAG = re.compile(r"<[^<>]{1,200}>")
 _ADDRESS = re.compile(r"(?:https?://|www\.)\S+")
@@ -45,7 +45,7 @@ _WORD = re.compile(r"[^\W\d_]{2,}")
 
 @dataclass(frozen=True)
 class Corpus:
-    """Cleaned texts, no two alike, and the label of each as an index into `names`."""
+    """Distinct cleaned texts, and the label of each as an index into `names`."""
 
     texts: tuple[str, ...]
     labels: tuple[int, ...]
@@ -57,19 +57,19 @@ class Corpus:
 
 
 def clean(text: str) -> str:
-    """Text without entities, tags, addresses and runs of white space.
+    """Decode entities, and remove tags, addresses and repeated white space.
 
-    Entities that lost their ampersand on the way ("#39;") are mended too.
+    Also decodes entities that have lost their ampersand ("#39;").
     """
     text = html.unescape(_BARE_ENTITY.sub(r"&#\1;", text))
     return " ".join(_ADDRESS.sub(" ", _TAG.sub(" ", text)).split())
 
 
 def standard_library(root: Path | None = None) -> Corpus:
-    """The docstrings of some of the standard library's packages, labelled by package, in the order of their files.
+    """The docstrings of some packages of the standard library, labelled by package, in the order of their files.
 
-    Sources are parsed, never imported. Raises ConfigError where `root` (default: this Python's standard library) holds
-    no sources.
+    Sources are parsed, never imported. Raises ConfigError if `root` (default: this Python's standard library) has no
+    sources.
     """
     folder = Path(sysconfig.get_path("stdlib")) if root is None else root
     pairs = (
@@ -86,7 +86,7 @@ def read_csv(path: Path) -> Corpus:
     """The rows of a CSV file: its `label` column, and all other columns joined as the text.
 
     The file is UTF-8 (or UTF-16 with a byte order mark). Raises ConfigError for a file that is missing, has another
-    encoding, no `label` or no text column, a row of another width, or too few rows or labels to learn from.
+    encoding, no `label` or no text column, rows of unequal width, or too few rows or labels to train on.
     """
     return _corpus(_csv_rows(path, _decode(path)), path.name)
 
@@ -100,7 +100,7 @@ def _sources(entry: Path) -> Iterator[Path]:
 def _docstrings(source: Path) -> Iterator[str]:
     try:
         tree = ast.parse(source.read_bytes())
-    except (SyntaxError, ValueError, OSError):  # a template, or a file of another Python: not a source of text
+    except (SyntaxError, ValueError, OSError):  # a template, or a file for another Python version: skip it
         return
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -148,16 +148,16 @@ def _label_column(path: Path, header: list[str]) -> int:
     if not any(header):
         raise ConfigError(f"{path}: the file is empty; its first line must name the columns, one of them {LABEL!r}")
     if header.count(LABEL) != 1:
-        found = ", ".join(repr(name[:40]) for name in header[:8])
+        columns = ", ".join(repr(name[:40]) for name in header[:8])
         count = "no" if LABEL not in header else "more than one"
-        raise ConfigError(f"{path}:1: there is {count} column {LABEL!r}; the columns are {found}")
+        raise ConfigError(f"{path}:1: there is {count} column {LABEL!r}; the columns are {columns}")
     if len(header) < 2:
         raise ConfigError(f"{path}:1: there is no text column beside {LABEL!r}")
     return header.index(LABEL)
 
 
 def _corpus(pairs: Iterable[tuple[str, str]], source: str) -> Corpus:
-    """Cleaned texts without repetitions, so that no held-out text was also trained on."""
+    """Clean the texts and drop duplicates, so that no held-out text is also a training text."""
     seen: dict[str, tuple[str, str]] = {}
     for raw, label in pairs:
         text = clean(raw)
@@ -179,8 +179,8 @@ def _check_counts(counts: Counter[str], source: str) -> None:
         raise ConfigError(f"{source}: every row has the label {next(iter(counts))!r}; at least two labels are needed")
     rare = [name for name, count in counts.items() if count < MIN_ROWS_PER_LABEL]
     if rare:
-        shown = ", ".join(repr(name[:40]) for name in sorted(rare)[:3])
+        examples = ", ".join(repr(name[:40]) for name in sorted(rare)[:3])
         raise ConfigError(
-            f"{source}: {len(rare)} of {len(counts)} labels have fewer than {MIN_ROWS_PER_LABEL} rows ({shown}); "
+            f"{source}: {len(rare)} of {len(counts)} labels have fewer than {MIN_ROWS_PER_LABEL} rows ({examples}); "
             "merge or drop them"
         )

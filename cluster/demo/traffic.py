@@ -1,4 +1,4 @@
-"""Requests without pause from a few threads, every answer judged by the versions that it names."""
+"""Continuous requests from a few threads; every answer is checked against the versions that it names."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ..client.reply import Reply
 THREADS = 2
 ROWS = 8
 PAUSE = 0.01
-"""Between two requests of a thread, in seconds: traffic is to show swaps, not to fill the machine."""
+"""Seconds between two requests of a thread: the traffic shows swaps and should not saturate the machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrafficReport:
-    """What came of the requests. `mixed` counts answers whose epoch had been seen with other versions.
+    """The outcome of all requests. `mixed` counts answers whose versions differ from an earlier answer of their epoch.
 
     `p99` is the 99th percentile of the latency by phase, in milliseconds.
     """
@@ -36,14 +36,14 @@ class TrafficReport:
 
     @property
     def ok(self) -> bool:
-        """Whether requests were sent, and all of them answered right."""
+        """Whether requests were sent, and all of them were answered correctly."""
         return self.sent > 0 and self.failed == self.wrong == self.mixed == 0
 
 
 class Traffic:
-    """A context in which requests go out without pause.
+    """A context manager that sends requests from background threads until it exits.
 
-    `judge` says whether a reply to the rows of that number is what its versions compute.
+    `judge(rows, reply)` returns whether a reply to these rows is what its versions compute.
     """
 
     clock = staticmethod(time.perf_counter)
@@ -73,24 +73,24 @@ class Traffic:
             thread.join()
 
     def phase(self, name: str) -> None:
-        """From now on latencies count for this phase."""
+        """Count latencies of further requests under this phase."""
         self._phase = name
 
     def settle(self, requests: int = 200, seconds: float = 10.0) -> None:
-        """Let so many more requests end, or so much time pass."""
-        wanted, deadline = len(self._replies) + requests, self.clock() + seconds
-        while len(self._replies) < wanted and self.clock() < deadline and not self._stop.wait(0.01):
+        """Wait until `requests` more requests are answered, for at most `seconds`."""
+        target, deadline = len(self._replies) + requests, self.clock() + seconds
+        while len(self._replies) < target and self.clock() < deadline and not self._stop.wait(0.01):
             pass
 
     def report(self) -> TrafficReport:
-        """Judge every answer. Call it when the traffic has ended."""
+        """Check every answer. Call it after the context has exited."""
         wrong = sum(not self._judge(self._rows[number], reply) for number, reply in self._replies)
         return TrafficReport(
             sent=self._sent,
             failed=self._sent - len(self._replies),
             wrong=wrong,
-            mixed=self._mixed(),
-            p99={phase: percentile(found, 0.99) * 1000 for phase, found in self._latencies.items()},
+            mixed=self._count_mixed(),
+            p99={phase: percentile(seconds, 0.99) * 1000 for phase, seconds in self._latencies.items()},
         )
 
     def _run(self) -> None:
@@ -98,7 +98,7 @@ class Traffic:
             number = next(self._counter) % len(self._rows)
             phase, started = self._phase, self.clock()
             with self._lock:
-                self._sent += 1  # whatever ends a call without an answer, it counts as failed
+                self._sent += 1  # a call that ends without a reply counts as failed
             try:
                 reply = self._client.call(self._layer, self._rows[number])
             except ExpertMeshError:
@@ -107,16 +107,16 @@ class Traffic:
                 self._replies.append((number, reply))
                 self._latencies.setdefault(phase, []).append(self.clock() - started)
 
-    def _mixed(self) -> int:
+    def _count_mixed(self) -> int:
         epochs: dict[int, dict[str, str]] = {}
         mixed = 0
         for _, reply in self._replies:
-            known = epochs.setdefault(reply.epoch, {})
-            mixed += any(known.setdefault(id, version) != version for id, version in reply.versions.items())
+            versions = epochs.setdefault(reply.epoch, {})
+            mixed += any(versions.setdefault(id, version) != version for id, version in reply.versions.items())
         return mixed
 
 
 def percentile(values: list[float], share: float) -> float:
-    """The smallest value that is not exceeded by `share` of them."""
+    """The smallest value that more than `share` of the values do not exceed; 0 for no values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0

@@ -1,6 +1,6 @@
-"""The demo's training: experts each on its own subset of the rows, then their gate, and a dense model to compare with.
+"""The demo's training: each expert on its own subset of the rows, then their gate, and a dense model for comparison.
 
-Shapes: T rows, D features, E experts, C classes, K choices a row.
+Shapes: T rows, D features, E experts, C classes, K experts per row.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ NUM_EXPERTS = 8
 TOP_K = 2
 HIDDEN = 32
 NEAREST = 2
-"""How many experts' regions a row belongs to."""
+"""The number of expert regions that a row belongs to."""
 
 SHARE = 0.4
-"""Of the other rows, the share that an expert sees too: so that it has an answer for every label."""
+"""The share of all other rows that an expert also trains on, so that it has seen every label."""
 
 BATCH = 128
 DROPOUT = 0.5
@@ -40,7 +40,7 @@ GATE_SHARPNESS = 2.0
 
 @dataclass(frozen=True)
 class Trained:
-    """The experts, the rows each was trained on (bool [T, E]), their gate, the dense model, the regions' centres."""
+    """The experts, the rows each was trained on (bool [T, E]), their gate, the dense model, and the region centres."""
 
     experts: tuple[FeedForward, ...]
     seen_TE: Tensor
@@ -50,48 +50,48 @@ class Trained:
 
     @property
     def sparse_parameters(self) -> int:
-        """Parameters of all experts and the gate."""
+        """The number of parameters of all experts and the gate."""
         return sum(parameters(model) for model in (*self.experts, self.gate))
 
 
-def train(data: Dataset, *, seed: int = 0, say: Callable[[str], None] = lambda message: None) -> Trained:
-    """Train everything on the training rows of a dataset; `say` is told what goes on."""
+def train(data: Dataset, *, seed: int = 0, progress: Callable[[str], None] = lambda message: None) -> Trained:
+    """Train experts, gate and dense model on the training rows; calls `progress` with a message before each step."""
     torch.manual_seed(seed)
-    say("clustering the training rows into one region for each expert")
+    progress("clustering the training rows into one region per expert")
     centres_ED = regions(data.train_x_TD, seed)
     near_TE = torch.cdist(data.train_x_TD, centres_ED).topk(NEAREST, largest=False).indices
     seen_TE = F.one_hot(near_TE, NUM_EXPERTS).any(dim=1) | (torch.rand(len(near_TE), NUM_EXPERTS) < SHARE)
     experts = []
     for expert in range(NUM_EXPERTS):
         rows = int(seen_TE[:, expert].sum())
-        say(f"training expert {expert + 1} of {NUM_EXPERTS} on its {rows} rows")
+        progress(f"training expert {expert + 1} of {NUM_EXPERTS} on its {rows} rows")
         experts.append(train_expert(data, seen_TE[:, expert]))
-    say("training the gate")
+    progress("training the gate")
     gate = train_gate(data, experts, centres_ED)
     total = sum(parameters(model) for model in (*experts, gate))
-    say(f"training a dense model of as many parameters ({total:,}) on all rows")
+    progress(f"training a dense model with as many parameters ({total:,}) on all rows")
     dense = FeedForward(data.width, equal_width(total, data), out_features=len(data.names))
     fit(dense, data.train_x_TD, data.train_y_T, DENSE_EPOCHS, DENSE_RATE)
     return Trained(tuple(experts), seen_TE, gate, dense, centres_ED)
 
 
 def train_expert(data: Dataset, seen_T: Tensor) -> FeedForward:
-    """An expert, trained on its own subset of the rows by Adam (with decoupled weight decay) and cross-entropy."""
+    """Train an expert on its own subset of the rows, with AdamW and cross-entropy."""
     expert = FeedForward(data.width, HIDDEN, out_features=len(data.names))
     fit(expert, data.train_x_TD[seen_T], data.train_y_T[seen_T], EXPERT_EPOCHS, EXPERT_RATE)
     return expert
 
 
 def regions(x_TD: Tensor, seed: int) -> Tensor:
-    """The centres of the regions [E, D], by k-means."""
+    """The region centres [E, D], by k-means."""
     clusters = KMeans(NUM_EXPERTS, n_init=3, random_state=seed).fit(x_TD.numpy())
     return torch.from_numpy(clusters.cluster_centers_).float()
 
 
 def train_gate(data: Dataset, experts: Iterable[nn.Module], centres_ED: Tensor) -> gates.TopK:
-    """A top-k gate for experts that stay as they are, begun at the regions' centres.
+    """Train a top-k gate for frozen experts, starting from the region centres.
 
-    It learns from the cross-entropy of the mixture of the chosen experts, and of the mixture of all.
+    The loss is the cross-entropy of the mixture of the chosen experts plus that of the mixture of all experts.
     """
     x_TD, y_T = data.train_x_TD, data.train_y_T
     gate = gates.TopK(data.width, NUM_EXPERTS, k=TOP_K, bias=True)
@@ -105,20 +105,20 @@ def train_gate(data: Dataset, experts: Iterable[nn.Module], centres_ED: Tensor) 
         scores_TE = gate.scores(F.dropout(x_TD[rows], DROPOUT))
         routing = gate.select(scores_TE)
         sparse_TE = torch.zeros_like(scores_TE).scatter(1, routing.indices_TK, routing.weights_TK)
-        both = [mixture(answers_TEC[rows], weights_TE) for weights_TE in (sparse_TE, scores_TE.softmax(dim=1))]
-        return F.cross_entropy(both[0], y_T[rows]) + F.cross_entropy(both[1], y_T[rows])
+        chosen_TC, all_TC = (mixture(answers_TEC[rows], w_TE) for w_TE in (sparse_TE, scores_TE.softmax(dim=1)))
+        return F.cross_entropy(chosen_TC, y_T[rows]) + F.cross_entropy(all_TC, y_T[rows])
 
     descend(gate.parameters(), loss, len(x_TD), GATE_EPOCHS, GATE_RATE)
     return gate.eval()
 
 
 def mixture(answers_TEC: Tensor, weights_TE: Tensor) -> Tensor:
-    """The weighted sum of the experts' answers: [T, C]."""
+    """The weighted sum of the experts' answers [T, C]."""
     return (answers_TEC * weights_TE[:, :, None]).sum(dim=1)
 
 
 def fit(model: nn.Module, x_TD: Tensor, y_T: Tensor, epochs: int, rate: float) -> None:
-    """Train a classifier on rows with input dropout; it is in evaluation mode afterwards."""
+    """Train a classifier with input dropout, and leave it in evaluation mode."""
 
     def loss(rows: Tensor) -> Tensor:
         return F.cross_entropy(model(F.dropout(x_TD[rows], DROPOUT)), y_T[rows])
@@ -130,7 +130,7 @@ def fit(model: nn.Module, x_TD: Tensor, y_T: Tensor, epochs: int, rate: float) -
 def descend(
     weights: Iterable[nn.Parameter], loss: Callable[[Tensor], Tensor], rows: int, epochs: int, rate: float
 ) -> None:
-    """Adam over shuffled batches of row numbers, the rate rising and falling once (Smith 2018)."""
+    """AdamW over shuffled batches of row indices, with a one-cycle learning rate (Smith 2018)."""
     optimiser = torch.optim.AdamW(weights, lr=rate, weight_decay=WEIGHT_DECAY)
     steps = epochs * -(-rows // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
@@ -143,16 +143,16 @@ def descend(
 
 
 def accuracy(scores_TC: Tensor, y_T: Tensor) -> float:
-    """The share of rows whose highest score is that of their label."""
+    """The share of rows whose label has the highest score."""
     return float((scores_TC.argmax(dim=1) == y_T).float().mean())
 
 
 def parameters(model: nn.Module) -> int:
-    """How many numbers a model learns."""
+    """The number of parameters of a model."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def equal_width(total: int, data: Dataset) -> int:
-    """The hidden width that gives a dense model as many parameters as `total`, as nearly as whole numbers do."""
+    """The hidden width at which a dense model has closest to `total` parameters."""
     classes = len(data.names)
     return max(1, round((total - classes) / (data.width + 1 + classes)))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from expertmesh import ConfigError
 from expertmesh.cluster.client.reply import Reply
-from expertmesh.cluster.demo import training
+from expertmesh.cluster.demo import run, training
 from expertmesh.cluster.demo.features import Dataset, encode, split
 from expertmesh.cluster.demo.swaps import Judge
 from expertmesh.cluster.demo.text import Corpus, clean, read_csv, standard_library
@@ -155,10 +158,25 @@ def test_the_judge_tells_right_from_wrong(dataset: Dataset, trained: training.Tr
     x_TD = dataset.held_x_TD[:8]
     judge = Judge("text", len(trained.experts))
     models = {f"text/e{number}": expert for number, expert in enumerate(trained.experts)}
-    judge.knows(dict.fromkeys([*models, "text/gate"], "v1"), {**models, "text/gate": trained.gate})
+    judge.register(dict.fromkeys([*models, "text/gate"], "v1"), {**models, "text/gate": trained.gate})
     assert judge(x_TD, reply(trained, x_TD, "v1"))
     assert not judge(x_TD, reply(trained, x_TD, "v1", change=0.01))
     assert not judge(x_TD, reply(trained, x_TD, "v2"))
+
+
+def test_piped_progress_is_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = "training [dim]expert[/dim] " + "x" * 200
+
+    def fail_after_progress(data: Dataset, *, seed: int, progress: Callable[[str], None]) -> None:
+        progress(message)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "standard_library", synthetic)
+    monkeypatch.setattr(run, "train", fail_after_progress)
+    output = io.StringIO()
+    with pytest.raises(KeyboardInterrupt):
+        run.run_demo(console=Console(file=output, width=80, markup=False, highlight=False))
+    assert output.getvalue().endswith(f"\n{message}\n")
 
 
 def test_percentiles() -> None:
