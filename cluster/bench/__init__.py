@@ -1,1 +1,1 @@
-"""`expertmesh bench`: an open-loop load on a running cluster, and the report of what it measured."""
+"""`expertmesh bench`: an open-loop load on a running cluster, and the report of its measurements."""

@@ -1,6 +1,6 @@
-"""Drives an open loop: sends each request when it is due, whatever became of those before, and notes what comes back.
+"""Drives an open-loop load: sends each request when it is due and records its outcome.
 
-All decisions are elsewhere (bench_schedule, bench_search, bench_report); this is the shell round an AsyncClient.
+The decisions are pure and elsewhere (`schedule`, `search`, `report`); this is the shell around AsyncClient.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from ..client.client import AsyncClient
 from ..client.reply import Reply
 from ..client.retry import Answer, Pause, Step, drive_async
 from .samples import INTERRUPTED, NOT_SENT, OK, Counters, Measured, Sample, counters_of
-from .schedule import arrivals, turns
+from .schedule import arrivals, layer_order
 from .target import Target
 
 MOST_IN_FLIGHT = 4096
 GRACE = 2.0
-"""Seconds that an interrupted load waits for the answers under way."""
+"""Seconds that an interrupted load waits for the requests in flight."""
 STATUS_TIMEOUT = 5.0
-_AFTER_DEADLINES = 2.0
+_DEADLINE_MARGIN = 2.0
 _TICK = 0.25
 
 
 class LoadClient(AsyncClient):
-    """A client that says how often it retried."""
+    """A client that reports how often it retried."""
 
-    async def measured(self, layer: str, x: Any, **options: Any) -> tuple[Reply | ExpertMeshError, int]:
+    async def call_counting_retries(self, layer: str, x: Any, **options: Any) -> tuple[Reply | ExpertMeshError, int]:
         """Call a layer; returns the reply or the error, and the number of retries."""
         retries = 0
 
@@ -48,7 +48,7 @@ class LoadClient(AsyncClient):
 
 @dataclass(frozen=True, kw_only=True)
 class LoadSettings:
-    """One load: `rate` requests a second of `rows` rows each for `seconds`, after a `warmup` that is not measured."""
+    """One load: `rate` requests per second of `rows` rows each for `seconds`, after an unmeasured `warmup`."""
 
     rate: float
     rows: int = 8
@@ -61,7 +61,7 @@ class LoadSettings:
 
 
 class Load:
-    """One load on a running cluster; `run` it once. `measured` grows meanwhile, for those who watch."""
+    """One load on a running cluster; call `run` once. `measured` grows while it runs."""
 
     clock = staticmethod(time.perf_counter)
 
@@ -79,32 +79,32 @@ class Load:
 
     @property
     def now(self) -> float:
-        """Seconds since measuring began; below 0 while it warms up."""
+        """Seconds since the measurement started; below 0 during the warm-up."""
         return self.clock() - self._start
 
     @property
     def in_flight(self) -> int:
-        """How many requests are under way."""
+        """The number of requests in flight."""
         return len(self._tasks)
 
     async def run(self, stop: asyncio.Event, watch: Callable[[Load], None] | None = None) -> Measured:
-        """Send everything and wait for the answers. Once `stop` is set nothing more is sent, and waiting is short."""
+        """Send all requests and wait for the answers. Setting `stop` ends sending and shortens the wait to GRACE."""
         self._start = self.clock() + self.settings.warmup
-        opening = asyncio.create_task(self._opening())
+        first_counters = asyncio.create_task(self._first_counters())
         watching = asyncio.create_task(self._watch(watch))
         sending = asyncio.create_task(self._send_all())
         try:
-            await _either(sending, stop)
+            await _done_or_stopped(sending, stop)
             if not sending.done():
                 self.measured.interrupted = True
                 self.measured.seconds = min(self.settings.seconds, max(0.0, self.now))
             await self._wait_for_answers(stop)
             self.measured.after = await self._counters()
-            self.measured.before = await opening if opening.done() else None
+            self.measured.before = await first_counters if first_counters.done() else None
         finally:
-            for task in (sending, watching, opening, *self._tasks):
+            for task in (sending, watching, first_counters, *self._tasks):
                 task.cancel()
-            await asyncio.gather(sending, watching, opening, *self._tasks, return_exceptions=True)
+            await asyncio.gather(sending, watching, first_counters, *self._tasks, return_exceptions=True)
         if self._crash is not None:
             raise self._crash
         return self.measured
@@ -113,29 +113,29 @@ class Load:
         settings = self.settings
         total = settings.warmup + settings.seconds
         schedule = arrivals(settings.arrivals, settings.rate, total, settings.seed)
-        for due, turn in zip(schedule, turns(len(self._targets), settings.seed), strict=False):
+        for due, index in zip(schedule, layer_order(len(self._targets), settings.seed), strict=False):
             due -= settings.warmup
             await asyncio.sleep(max(0.0, due - self.now))
             if len(self._tasks) >= settings.most_in_flight:
-                self._note(Sample(self._targets[turn].layer, settings.rows, due, due, due, NOT_SENT))
+                self._record(Sample(self._targets[index].layer, settings.rows, due, due, due, NOT_SENT))
                 continue
-            task = asyncio.create_task(self._one(turn, due))
+            task = asyncio.create_task(self._request(index, due))
             self._tasks.add(task)
-            task.add_done_callback(self._ended)
+            task.add_done_callback(self._request_done)
         await asyncio.sleep(max(0.0, settings.seconds - self.now))
 
-    async def _one(self, turn: int, due: float) -> None:
-        target, client, x = self._targets[turn], next(self._clients), next(self._batches[turn])
+    async def _request(self, index: int, due: float) -> None:
+        target, client, x = self._targets[index], next(self._clients), next(self._batches[index])
         sent, code, retries, epoch = self.now, INTERRUPTED, 0, 0
         try:
-            answer, retries = await client.measured(
+            answer, retries = await client.call_counting_retries(
                 target.layer, x, raw=target.dtype == "bfloat16", timeout=self.settings.timeout
             )
-            code, epoch = self._judge(answer, due)
-        finally:  # also when it is cancelled
-            self._note(Sample(target.layer, len(x), due, sent, self.now, code, retries, epoch))
+            code, epoch = self._code_and_epoch(answer, due)
+        finally:  # also if the task is cancelled
+            self._record(Sample(target.layer, len(x), due, sent, self.now, code, retries, epoch))
 
-    def _judge(self, answer: Reply | ExpertMeshError, due: float) -> tuple[str, int]:
+    def _code_and_epoch(self, answer: Reply | ExpertMeshError, due: float) -> tuple[str, int]:
         if isinstance(answer, Reply):
             if due >= 0:
                 self.measured.versions.update(answer.versions.items())
@@ -143,12 +143,12 @@ class Load:
         self.measured.errors.setdefault(answer.code, f"{type(answer).__name__}: {answer.message}")
         return answer.code, 0
 
-    def _note(self, sample: Sample) -> None:
+    def _record(self, sample: Sample) -> None:
         self.measured.samples.append(sample)
         self.ok += sample.due >= 0 and sample.code == OK
         self.failed += sample.due >= 0 and sample.code != OK
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _request_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             self._crash = self._crash or task.exception()
@@ -157,8 +157,8 @@ class Load:
         if not self._tasks:
             return
         if not stop.is_set():
-            answers = asyncio.ensure_future(asyncio.wait(self._tasks, timeout=self.settings.timeout + _AFTER_DEADLINES))
-            await _either(answers, stop)
+            answers = asyncio.ensure_future(asyncio.wait(self._tasks, timeout=self.settings.timeout + _DEADLINE_MARGIN))
+            await _done_or_stopped(answers, stop)
             answers.cancel()
         if stop.is_set() and self._tasks:
             self.measured.interrupted = True
@@ -167,7 +167,7 @@ class Load:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _opening(self) -> Counters | None:
+    async def _first_counters(self) -> Counters | None:
         await asyncio.sleep(max(0.0, -self.now))
         return await self._counters()
 
@@ -175,7 +175,7 @@ class Load:
         try:
             return counters_of(await self._observer.status(timeout=STATUS_TIMEOUT), self.now)
         except ExpertMeshError:
-            return None  # the report then goes without the experts' rates
+            return None  # the report then has no rates by expert
 
     async def _watch(self, watch: Callable[[Load], None] | None) -> None:
         while watch is not None:
@@ -183,8 +183,8 @@ class Load:
             await asyncio.sleep(_TICK)
 
 
-async def _either(future: asyncio.Future[Any], stop: asyncio.Event) -> None:
-    """Wait until a future is done, which raises what it raises, or `stop` is set."""
+async def _done_or_stopped(future: asyncio.Future[Any], stop: asyncio.Event) -> None:
+    """Wait until `future` is done or `stop` is set. Raises the exception of the future, if it has one."""
     stopped = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({future, stopped}, return_when=asyncio.FIRST_COMPLETED)

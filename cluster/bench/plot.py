@@ -1,4 +1,4 @@
-"""Pictures of a load: latency and rows a second over its seconds, or over the rates of a search."""
+"""Plots of a load: latency and rows per second over time, or over the rates of a search."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SIZE = (9.0, 6.0)
 
 
 def plot_seconds(report: Report, path: Path, title: str) -> None:
-    """Draw p50 and p99 of what was due in each second, and the rows that were answered in it."""
+    """Plot p50 and p99 of the requests due in each second, and the rows answered in it."""
     figure, latency, rows = _panels(title)
     seconds = [item["second"] for item in report.timeline]
     for name in ("p50", "p99"):
@@ -28,13 +28,13 @@ def plot_seconds(report: Report, path: Path, title: str) -> None:
 
 
 def plot_rates(steps: Sequence[tuple[float, Report]], path: Path, title: str) -> None:
-    """Draw p50, p99 and rows a second of each rate that a search tried."""
+    """Plot p50, p99 and rows per second of each rate that a search tried."""
     figure, latency, rows = _panels(title)
     ordered = sorted(steps, key=lambda step: step[0])
     rates = [rate for rate, _ in ordered]
     for name in ("p50", "p99"):
-        latency.plot(rates, [_number(made.all.latency_ms.get(name)) for _, made in ordered], "o-", label=name)
-    rows.plot(rates, [made.all.goodput_rows for _, made in ordered], "o-", label="rows/s")
+        latency.plot(rates, [_number(report.all.latency_ms.get(name)) for _, report in ordered], "o-", label=name)
+    rows.plot(rates, [report.all.goodput_rows for _, report in ordered], "o-", label="rows/s")
     rows.set_xscale("log")
     _finish(figure, latency, rows, "requests/s due", path)
 

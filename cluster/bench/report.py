@@ -1,4 +1,4 @@
-"""From the samples of a load to its report: counts, rates and percentiles of the latency. Pure: no clock, no I/O."""
+"""Turns the samples of a load into a report of counts, rates and latency percentiles. Pure: no clock, no I/O."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ PER_MILLE: Mapping[str, int] = {"p50": 500, "p90": 900, "p99": 990, "p99.9": 999
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The requests to one layer, or to all. Rates are a second; `latency_ms` is that of the answers that were OK.
+    """The requests to one layer, or to all layers. Rates are per second; `latency_ms` covers the answers that were OK.
 
-    `offered` counts what was due while it was measured, and `achieved` the answers that came OK in that time, also
-    those to the warm-up: so a queue that grows shows, and a constant latency does not. `goodput_rows` are the rows of
-    those answers, of those within the SLO where there is one; `within_slo` is the share of the due that kept it.
+    `offered` counts the requests that were due during the measurement, `achieved` the OK answers that arrived during
+    it, including answers to the warm-up: `achieved` falls below `offered` if a queue grows, but not if latency is
+    constant. `goodput_rows` are the rows of these answers, with an SLO only of those within it. `within_slo` is the
+    share of the due requests that met the SLO.
     """
 
     due: int
@@ -35,11 +36,12 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything that is told of a load.
+    """All results of one load.
 
-    `experts` has rows a second by expert, of all clients, None where the router was restarted meanwhile. `epochs` has
-    the answers by epoch and `versions` those by id and version. `late_ms` says how late requests were sent: what this
-    process, not the cluster, added to the latency. `timeline` has a row for each second.
+    `experts` has rows per second by expert, over all clients; None if a status call failed or the router restarted
+    during the load. `epochs` counts the answers by epoch, `versions` by id and version. `late_ms` has percentiles of
+    the delay between due and sent: the latency that this process, not the cluster, added. `timeline` has a row for
+    each second.
     """
 
     seconds: float
@@ -55,40 +57,43 @@ class Report:
 
 
 def percentiles(values: Iterable[float]) -> dict[str, float]:
-    """p50, p90, p99, p99.9 and max: each the smallest value that so many do not exceed; empty for no values."""
+    """p50, p90, p99, p99.9 and max by the nearest-rank method: pN is the smallest value that N % of them do not exceed.
+
+    Empty for no values.
+    """
     ordered = sorted(values)
     if not ordered:
         return {}
-    found = {name: ordered[-(-len(ordered) * share // 1000) - 1] for name, share in PER_MILLE.items()}
-    return {**found, "max": ordered[-1]}
+    ranked = {name: ordered[-(-len(ordered) * share // 1000) - 1] for name, share in PER_MILLE.items()}
+    return {**ranked, "max": ordered[-1]}
 
 
 def summarise(samples: Sequence[Sample], seconds: float, slo_ms: float | None = None) -> Summary:
-    """Count the samples of a load in which requests were measured for `seconds`."""
+    """Summarise the samples of a load that was measured for `seconds`."""
     due = [sample for sample in samples if sample.due >= 0]
     ok = [sample for sample in due if sample.code == OK]
-    came = [sample for sample in samples if sample.code == OK and 0 <= sample.done <= seconds]
-    each = 1.0 / seconds if seconds > 0 else 0.0
+    answered = [sample for sample in samples if sample.code == OK and 0 <= sample.done <= seconds]
+    per_second = 1.0 / seconds if seconds > 0 else 0.0
     return Summary(
         due=len(due),
         sent=sum(sample.code != NOT_SENT for sample in due),
         ok=len(ok),
         failed=dict(sorted(Counter(sample.code for sample in due if sample.code != OK).items())),
-        offered=len(due) * each,
-        achieved=len(came) * each,
-        goodput_rows=sum(sample.rows for sample in came if _is_good(sample, slo_ms)) * each,
+        offered=len(due) * per_second,
+        achieved=len(answered) * per_second,
+        goodput_rows=sum(sample.rows for sample in answered if _meets_slo(sample, slo_ms)) * per_second,
         latency_ms=percentiles(sample.latency_ms for sample in ok),
         retries=sum(sample.retries for sample in due),
-        within_slo=None if slo_ms is None or not due else sum(_is_good(s, slo_ms) for s in ok) / len(due),
+        within_slo=None if slo_ms is None or not due else sum(_meets_slo(s, slo_ms) for s in ok) / len(due),
     )
 
 
-def _is_good(sample: Sample, slo_ms: float | None) -> bool:
+def _meets_slo(sample: Sample, slo_ms: float | None) -> bool:
     return slo_ms is None or sample.latency_ms <= slo_ms
 
 
 def make_report(measured: Measured, layers: Sequence[str], slo_ms: float | None = None) -> Report:
-    """Judge a load on these layers."""
+    """Build the report of a load on these layers."""
     samples, seconds = measured.samples, measured.seconds
     due = [sample for sample in samples if sample.due >= 0]
     versions: dict[str, dict[str, int]] = {}
@@ -109,16 +114,16 @@ def make_report(measured: Measured, layers: Sequence[str], slo_ms: float | None 
 
 
 def expert_rates(before: Counters | None, after: Counters | None, layers: Iterable[str]) -> dict[str, float] | None:
-    """Rows a second of each expert of these layers between two looks at the counters; None if they do not compare."""
+    """Rows per second of each expert of these layers between two readings; None if they are not comparable."""
     if before is None or after is None or before.router != after.router or after.at <= before.at:
         return None
-    ours = tuple(f"{name}/" for name in layers)
+    prefixes = tuple(f"{name}/" for name in layers)
     span = after.at - before.at
-    return {id: (rows - before.rows.get(id, 0)) / span for id, rows in after.rows.items() if id.startswith(ours)}
+    return {id: (rows - before.rows.get(id, 0)) / span for id, rows in after.rows.items() if id.startswith(prefixes)}
 
 
 def timeline(samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """For each second from the first to the last: p50 and p99 of what was due in it, rows answered and failures."""
+    """For each second: p50 and p99 of the requests due in it, the rows answered in it, and failures."""
     latencies: dict[int, list[float]] = {}
     rows: Counter[int] = Counter()
     failed: Counter[int] = Counter()
@@ -129,9 +134,9 @@ def timeline(samples: Sequence[Sample]) -> list[dict[str, Any]]:
             latencies.setdefault(int(sample.due), []).append(sample.latency_ms)
         elif sample.due >= 0:
             failed[int(sample.due)] += 1
-    made = []
+    table = []
     for second in range(max([*latencies, *rows, *failed], default=-1) + 1):
-        found = percentiles(latencies.get(second, ()))
-        p50, p99 = found.get("p50"), found.get("p99")
-        made.append({"second": second, "p50_ms": p50, "p99_ms": p99, "rows": rows[second], "failed": failed[second]})
-    return made
+        latency = percentiles(latencies.get(second, ()))
+        p50, p99 = latency.get("p50"), latency.get("p99")
+        table.append({"second": second, "p50_ms": p50, "p99_ms": p99, "rows": rows[second], "failed": failed[second]})
+    return table

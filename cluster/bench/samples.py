@@ -1,4 +1,4 @@
-"""What a load notes while it runs: one sample for each request, and the counters of the cluster before and after."""
+"""The measurements of a load: one sample per request, and the counters of the cluster before and after."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 OK = "OK"
 NOT_SENT = "NOT_SENT"
-"""The code of a request that was due while the most that may be in flight were in flight."""
+"""The code of a request that was dropped because the limit of requests in flight was reached."""
 INTERRUPTED = "INTERRUPTED"
-"""The code of a request that was given up because the load was ended."""
+"""The code of a request that was abandoned because the load was interrupted."""
 
 
 class Sample(NamedTuple):
-    """One request: when it was due, was sent and was done, in seconds since measuring began, and what came of it."""
+    """One request: when it was due, sent and done, in seconds since the measurement started, and its outcome."""
 
     layer: str
     rows: int
@@ -28,13 +28,13 @@ class Sample(NamedTuple):
 
     @property
     def latency_ms(self) -> float:
-        """From when it was due, so that waiting for its turn to be sent counts."""
+        """Latency from the time the request was due, so it includes any delay before sending."""
         return (self.done - self.due) * 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counters:
-    """The rows that each expert has answered, by its id, and when that was so, in seconds since measuring began."""
+    """The rows answered by each expert id, read `at` seconds after the measurement started."""
 
     at: float
     router: str
@@ -43,9 +43,9 @@ class Counters:
 
 @dataclass(kw_only=True)
 class Measured:
-    """What a load gave. `seconds` is how long it was measured; `errors` has the first message of each code.
+    """The measurements of one load over `seconds`; `errors` has the first message of each code.
 
-    `samples` has the warm-up too, with times below 0; `versions` counts answers without it.
+    `samples` includes the warm-up, with due times below 0; `versions` counts answers without the warm-up.
     """
 
     seconds: float
@@ -58,7 +58,7 @@ class Measured:
 
 
 def counters_of(status: Mapping[str, Any], at: float) -> Counters:
-    """The experts' counters in a status document."""
+    """Read the experts' counters from a status document."""
     layers = (status.get("layers") or {}).values()
     rows = {id: int(expert.get("rows") or 0) for layer in layers for id, expert in layer.get("experts", {}).items()}
     return Counters(at=at, router=str((status.get("router") or {}).get("incarnation")), rows=rows)

@@ -1,4 +1,4 @@
-"""When the requests of a load are due and which layer each is for: decided before any is sent, whatever comes back."""
+"""The schedule of a load: when each request is due and for which layer, fixed before the first one is sent."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 
 ARRIVALS = ("poisson", "uniform")
 _CHUNK = 1024
-_TIMES, _TURNS = 0, 1  # each draws from a stream of its own, so that more layers do not move the times
+_TIMES, _LAYERS = 0, 1  # separate random streams, so that the number of layers does not change the times
 
 
 def arrivals(kind: str, rate: float, seconds: float, seed: int) -> Iterator[float]:
-    """The times in [0, seconds) at which requests are due, in order, `rate` of them a second on average.
+    """The times in [0, seconds) at which requests are due, ascending, on average `rate` per second.
 
-    "poisson" has independent, exponential gaps, as many users who know nothing of each other make them; "uniform" has
-    equal ones. Equal arguments give equal times, and a longer load begins with the times of a shorter one.
+    "poisson" draws independent, exponential gaps, as many independent users produce; "uniform" makes all gaps equal.
+    Equal arguments give equal times, and a longer load starts with the times of a shorter one.
 
     Raises ValueError for another kind, or a rate that is not above 0.
     """
@@ -43,8 +43,8 @@ def _poisson(rate: float, seconds: float, generator: np.random.Generator) -> Ite
             last = due
 
 
-def turns(layers: int, seed: int) -> Iterator[int]:
-    """Which of the layers each request is for, without end: every one once in each round, in an order that is drawn."""
-    generator = np.random.default_rng([seed, _TURNS])
+def layer_order(layers: int, seed: int) -> Iterator[int]:
+    """An endless sequence of layer indices: each round has every layer once, in random order."""
+    generator = np.random.default_rng([seed, _LAYERS])
     while True:
         yield from generator.permutation(layers).tolist()

@@ -1,6 +1,6 @@
-"""What a load is aimed at: the layers, and rows such as each of them takes, from mesh.yaml and the status document.
+"""The targets of a load: layers, and random rows that fit them, from mesh.yaml and the status document.
 
-mesh.yaml is read as data: none of the code that it names is imported.
+mesh.yaml is read as data: the code it names is not imported.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _INTEGERS_BELOW = 100
 
 @dataclass(frozen=True, kw_only=True)
 class MeshFile:
-    """What a configuration file says of a cluster: its name, and by layer the rows as far as they are declared."""
+    """The part of a configuration file that a load needs: the cluster's name, and the declared rows of each layer."""
 
     name: str = DEFAULT_NAME
     layers: Mapping[str, TensorSpec] = field(default_factory=dict)
@@ -35,22 +35,22 @@ class MeshFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A layer, and the trailing shape and dtype of the rows that it is sent."""
+    """A layer, and the trailing shape and dtype of the rows to send."""
 
     layer: str
     shape: tuple[int, ...]
     dtype: str = DEFAULT_DTYPE
 
     def batches(self, rows: int, seed: int) -> list[np.ndarray[Any, Any]]:
-        """A few requests of random rows [rows, *shape], to be sent in turn; those of bfloat16 as their uint16 bits.
+        """`BATCHES` batches of random rows [rows, *shape], to send in turn; bfloat16 rows as their uint16 bits.
 
-        Floating rows are normal, integers lie in [0, 100). Equal arguments give equal rows.
+        Floating-point rows are standard normal, integers lie in [0, 100). Equal arguments give equal rows.
         """
         generator = np.random.default_rng([seed, *self.layer.encode()])
-        return [_drawn(generator, (rows, *self.shape), self.dtype) for _ in range(BATCHES)]
+        return [_random_rows(generator, (rows, *self.shape), self.dtype) for _ in range(BATCHES)]
 
 
-def _drawn(generator: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
+def _random_rows(generator: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
     if dtype == "bool":
         return generator.integers(0, 2, shape).astype(np.bool_)
     if dtype == "bfloat16":
@@ -61,35 +61,35 @@ def _drawn(generator: np.random.Generator, shape: tuple[int, ...], dtype: str) -
 
 
 def read_mesh(path: Path) -> MeshFile:
-    """Read name and rows from a configuration file; EXPERTMESH_NAME wins over the file, as in `serve`.
+    """Read name and rows from a configuration file; EXPERTMESH_NAME overrides the file, as in `serve`.
 
     Raises ConfigError for a file that cannot be read or has no layers.
     """
-    found = Mistakes()
-    tree = parse_tree(read_trusted(path), str(path), found)
-    found.raise_if_any(str(path))
+    mistakes = Mistakes()
+    tree = parse_tree(read_trusted(path), str(path), mistakes)
+    mistakes.raise_if_any(str(path))
     entries = dict(tree.items())
     layers = dict(entries["layers"].items()) if "layers" in entries else {}
     if not layers:
         raise ConfigError(f"{tree.where_of('layers')}: the file has no layers to send requests to")
-    given = entries["name"].value if "name" in entries else None
-    name = os.environ.get("EXPERTMESH_NAME") or given or DEFAULT_NAME
-    return MeshFile(name=str(name), layers={key: _declared(layer) for key, layer in layers.items()})
+    file_name = entries["name"].value if "name" in entries else None
+    name = os.environ.get("EXPERTMESH_NAME") or file_name or DEFAULT_NAME
+    return MeshFile(name=str(name), layers={key: _declared_rows(layer) for key, layer in layers.items()})
 
 
-def _declared(layer: Located) -> TensorSpec:
-    """What a layer says of its rows, or else one of its experts."""
+def _declared_rows(layer: Located) -> TensorSpec:
+    """The rows that a layer declares; what it leaves open comes from the first expert that declares it."""
     entries = dict(layer.items())
     experts = [expert for _, expert in entries["experts"].items()] if "experts" in entries else []
     spec = ANY
     for node in (layer, *experts):
-        given = _spec(dict(node.items()).get("input", Located(None, node.where)).plain())
-        spec = spec.filled(given)
+        declared = _spec(dict(node.items()).get("input", Located(None, node.where)).plain())
+        spec = spec.filled(declared)
     return spec
 
 
 def _spec(plain: object) -> TensorSpec:
-    """A spec from {"shape": ..., "dtype": ...}; what is none says nothing here, and the cluster itself refuses it."""
+    """A spec from {"shape": ..., "dtype": ...}; ANY for an invalid one, which the cluster itself refuses."""
     if not isinstance(plain, Mapping):
         return ANY
     try:
@@ -98,34 +98,34 @@ def _spec(plain: object) -> TensorSpec:
         return ANY
 
 
-def check_running(name: str, path: Path, named: str | None) -> None:
-    """Check that the cluster of a configuration file runs. Raises NotFound that says how to start it."""
+def check_running(name: str, path: Path, name_option: str | None) -> None:
+    """Raise NotFound, with the command to start it, if the cluster of a configuration file is not running."""
     try:
         find(name)
     except NotFound:
-        start = f"expertmesh serve {path}" + (f" --name {named}" if named else "")
-        raise NotFound(f"cluster {name!r} of {path} does not run here: start it with `{start}`") from None
+        start = f"expertmesh serve {path}" + (f" --name {name_option}" if name_option else "")
+        raise NotFound(f"cluster {name!r} of {path} is not running on this machine: start it with `{start}`") from None
 
 
 def targets(
-    wanted: Sequence[str],
+    layers: Sequence[str],
     status: Mapping[str, Any],
     mesh: MeshFile | None,
     *,
     width: int | None = None,
     dtype: str | None = None,
 ) -> tuple[Target, ...]:
-    """The layers to send to: those that are wanted, by default those of the file, or else all of the cluster.
+    """The targets for the named layers; by default for those of the file, or else for all layers of the cluster.
 
-    `width` stands in where no shape is declared, and `dtype` wins over what is. Raises NotFound for a layer that does
-    not serve, with the nearest that does, and InvalidRequest where nobody declares the shape of the rows.
+    `width` applies where no shape is declared; `dtype` overrides a declared one. Raises NotFound for a layer that is
+    not served, with the closest name that is, and InvalidRequest where the shape of the rows is unknown.
     """
     serving: Mapping[str, Any] = status.get("layers") or {}
     if not serving:
         raise NotFound(f"cluster {status.get('name')} serves no layer now: see `expertmesh status`")
     declared = {} if mesh is None else mesh.layers
-    made = []
-    for name in dict.fromkeys(wanted or declared or serving):
+    aims = []
+    for name in dict.fromkeys(layers or declared or serving):
         if name not in serving:
             hint = suggestion(name, serving, "it serves")
             raise NotFound(f"cluster {status.get('name')} serves no layer {name!r}{hint}")
@@ -136,5 +136,5 @@ def targets(
                 f"or declare `input: {{shape: [...]}}` for it in the configuration"
             )
         shape = spec.shape if spec.shape is not None else (width or 1,)
-        made.append(Target(layer=name, shape=shape, dtype=dtype or spec.dtype or DEFAULT_DTYPE))
-    return tuple(made)
+        aims.append(Target(layer=name, shape=shape, dtype=dtype or spec.dtype or DEFAULT_DTYPE))
+    return tuple(aims)

@@ -1,4 +1,4 @@
-"""The open loop itself, with a client that answers when the test says so."""
+"""The open loop itself, with a fake client whose answers the test controls."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ Answerer = Callable[[int], Awaitable[Reply | ExpertMeshError]]
 
 
 class Fake:
-    """Takes the place of a LoadClient; `answer` is called with the number of each request."""
+    """A fake LoadClient; `answer` is called with the number of each request."""
 
     def __init__(self, answer: Answerer) -> None:
         self.calls = 0
         self.answer = answer
 
-    async def measured(self, layer: str, x: Any, *, raw: bool, timeout: float) -> tuple[Reply | ExpertMeshError, int]:
+    async def call_counting_retries(
+        self, layer: str, x: Any, *, raw: bool, timeout: float
+    ) -> tuple[Reply | ExpertMeshError, int]:
         self.calls += 1
         return await self.answer(self.calls), 1
 
@@ -45,9 +47,9 @@ def load(answer: Answerer, settings: LoadSettings = QUICK) -> Load:
     return Load([cast(LoadClient, Fake(answer))], [AIM], settings)
 
 
-def run(made: Load, stop: asyncio.Event | None = None) -> Measured:
+def run(running: Load, stop: asyncio.Event | None = None) -> Measured:
     async def main() -> Measured:
-        return await asyncio.wait_for(made.run(stop or asyncio.Event()), 30)
+        return await asyncio.wait_for(running.run(stop or asyncio.Event()), 30)
 
     return asyncio.run(main())
 
@@ -70,15 +72,15 @@ def test_no_request_waits_for_another() -> None:
 
 
 def test_the_cap_drops_and_does_not_delay() -> None:
-    held = asyncio.Event()
+    release = asyncio.Event()
 
     async def answer(number: int) -> Reply:
-        await held.wait()
+        await release.wait()
         return REPLY
 
     async def main() -> Measured:
-        made = load(answer, LoadSettings(**{**vars(QUICK), "most_in_flight": 10}))
-        return await made.run(asyncio.Event(), lambda seen: held.set() if seen.failed == 90 else None)
+        running = load(answer, LoadSettings(**{**vars(QUICK), "most_in_flight": 10}))
+        return await running.run(asyncio.Event(), lambda progress: release.set() if progress.failed == 90 else None)
 
     report = make_report(asyncio.run(main()), ["a"])
     assert (report.all.due, report.all.sent, report.all.ok) == (100, 10, 10)
@@ -102,16 +104,16 @@ def test_the_warmup_is_not_measured() -> None:
     async def answer(number: int) -> Reply:
         return REPLY
 
-    made = load(answer, LoadSettings(**{**vars(QUICK), "warmup": 0.05}))
-    measured = run(made)
+    running = load(answer, LoadSettings(**{**vars(QUICK), "warmup": 0.05}))
+    measured = run(running)
     assert len(measured.samples) == pytest.approx(150, abs=1)
     assert min(sample.due for sample in measured.samples) == pytest.approx(-0.05)
     report = make_report(measured, ["a"])
     assert report.all.due == report.all.ok == pytest.approx(100, abs=1)
-    assert measured.versions["a/e0", "v1-x"] == report.all.ok == made.ok
+    assert measured.versions["a/e0", "v1-x"] == report.all.ok == running.ok
 
 
-def test_a_stop_ends_early_and_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_ends_early_and_keeps_the_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("expertmesh.cluster.bench.load.GRACE", 0.05)
 
     async def main() -> tuple[Measured, int]:
@@ -124,16 +126,16 @@ def test_a_stop_ends_early_and_keeps_what_was_measured(monkeypatch: pytest.Monke
                 await asyncio.Event().wait()
             return REPLY
 
-        made = load(answer, LoadSettings(**{**vars(QUICK), "seconds": 60.0}))
-        return await made.run(stop), made.in_flight
+        running = load(answer, LoadSettings(**{**vars(QUICK), "seconds": 60.0}))
+        return await running.run(stop), running.in_flight
 
-    measured, left = asyncio.run(asyncio.wait_for(main(), 30))
+    measured, in_flight = asyncio.run(asyncio.wait_for(main(), 30))
     codes = [sample.code for sample in measured.samples]
     assert measured.interrupted
     assert measured.seconds < 60.0
     assert codes.count(OK) == 50
     assert codes.count(INTERRUPTED) == len(codes) - 50 >= 30
-    assert left == 0
+    assert in_flight == 0
 
 
 def test_a_bug_is_not_swallowed() -> None:

@@ -1,4 +1,4 @@
-"""The report: percentiles against their definition, counts that add up, rates that a queue cannot embellish."""
+"""The report: percentiles against their definition, consistent counts, and rates that show a growing queue."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ TIMES = st.floats(0.0, 30.0)
 @st.composite
 def samples(draw: st.DrawFn) -> list[Sample]:
     """Requests to two layers, each sent after it was due and done after it was sent."""
-    made = []
+    requests = []
     for _ in range(draw(st.integers(0, 40))):
         due, late, took = draw(st.floats(-10.0, 30.0)), draw(TIMES), draw(TIMES)
         code = draw(st.sampled_from([OK, OK, "UNAVAILABLE", NOT_SENT]))
         layer, rows, epoch = draw(st.sampled_from("ab")), draw(st.integers(1, 9)), draw(st.integers(1, 3))
-        made.append(Sample(layer, rows, due, due + late, due + late + took, code, draw(st.integers(0, 2)), epoch))
-    return made
+        requests.append(Sample(layer, rows, due, due + late, due + late + took, code, draw(st.integers(0, 2)), epoch))
+    return requests
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=3000))
-def test_a_percentile_is_the_smallest_value_that_so_many_do_not_exceed(values: list[float]) -> None:
-    found = percentiles(values)
-    assert found["max"] == max(values)
+def test_percentiles_follow_the_nearest_rank_definition(values: list[float]) -> None:
+    result = percentiles(values)
+    assert result["max"] == max(values)
     for name, share in PER_MILLE.items():
-        within = sum(value <= found[name] for value in values)
-        below = sum(value < found[name] for value in values)
+        within = sum(value <= result[name] for value in values)
+        below = sum(value < result[name] for value in values)
         assert Fraction(within, len(values)) >= Fraction(share, 1000) > Fraction(below, len(values))
 
 
@@ -44,18 +44,20 @@ def test_percentiles_of_nothing() -> None:
 
 
 @given(samples(), st.floats(0.5, 40.0), st.none() | st.floats(0.1, 1e5))
-def test_counts_add_up(found: list[Sample], seconds: float, slo_ms: float | None) -> None:
-    report = make_report(Measured(seconds=seconds, samples=found), ["a", "b"], slo_ms)
-    each = report.layers.values()
+def test_counts_add_up(requests: list[Sample], seconds: float, slo_ms: float | None) -> None:
+    report = make_report(Measured(seconds=seconds, samples=requests), ["a", "b"], slo_ms)
+    layers = report.layers.values()
     for name in ("due", "sent", "ok", "retries"):
-        assert getattr(report.all, name) == sum(getattr(layer, name) for layer in each)
-    assert report.all.due == sum(s.due >= 0 for s in found) == report.all.ok + sum(report.all.failed.values())
+        assert getattr(report.all, name) == sum(getattr(layer, name) for layer in layers)
+    assert report.all.due == sum(s.due >= 0 for s in requests) == report.all.ok + sum(report.all.failed.values())
     assert report.all.sent == report.all.due - report.all.failed.get(NOT_SENT, 0)
-    assert Counter(report.all.failed) == sum((Counter(layer.failed) for layer in each), Counter())
+    assert Counter(report.all.failed) == sum((Counter(layer.failed) for layer in layers), Counter())
     assert sum(report.epochs.values()) == report.all.ok
-    assert report.all.achieved == pytest.approx(sum(layer.achieved for layer in each))
-    assert report.all.achieved * seconds <= sum(s.code == OK for s in found) * 1.000001
-    assert sum(item["rows"] for item in report.timeline) == sum(s.rows for s in found if s.code == OK and s.done >= 0)
+    assert report.all.achieved == pytest.approx(sum(layer.achieved for layer in layers))
+    assert report.all.achieved * seconds <= sum(s.code == OK for s in requests) * 1.000001
+    assert sum(item["rows"] for item in report.timeline) == sum(
+        s.rows for s in requests if s.code == OK and s.done >= 0
+    )
     assert sum(item["failed"] for item in report.timeline) == sum(report.all.failed.values())
 
 
@@ -73,22 +75,22 @@ def test_a_constant_latency_is_not_falling_behind_and_a_queue_is() -> None:
     assert summarise(queued, 10.0).offered == pytest.approx(10.0)
 
 
-def test_goodput_leaves_out_what_is_late() -> None:
-    found = [Sample("a", 2, due=0.0, sent=0.0, done=ms / 1000) for ms in (10, 20, 30, 40)]
-    summary = summarise(found, 1.0, slo_ms=25.0)
+def test_goodput_excludes_late_answers() -> None:
+    requests = [Sample("a", 2, due=0.0, sent=0.0, done=ms / 1000) for ms in (10, 20, 30, 40)]
+    summary = summarise(requests, 1.0, slo_ms=25.0)
     assert (summary.goodput_rows, summary.within_slo) == (4.0, 0.5)
     assert (summary.achieved, summary.ok) == (4.0, 4)
 
 
 def test_versions_and_epochs_that_changed() -> None:
-    found = [Sample("a", 1, 0.0, 0.0, 0.1, epoch=epoch) for epoch in (3, 3, 4)]
+    requests = [Sample("a", 1, 0.0, 0.0, 0.1, epoch=epoch) for epoch in (3, 3, 4)]
     versions = Counter({("a/e0", "v1-x"): 2, ("a/e0", "v2-y"): 1, ("a/gate", "v1-z"): 3})
-    report = make_report(Measured(seconds=1.0, samples=found, versions=versions), ["a"])
+    report = make_report(Measured(seconds=1.0, samples=requests, versions=versions), ["a"])
     assert report.epochs == {3: 2, 4: 1}
     assert report.versions == {"a/e0": {"v1-x": 2, "v2-y": 1}, "a/gate": {"v1-z": 3}}
 
 
-def test_rows_of_experts_between_two_looks() -> None:
+def test_rates_of_experts_between_two_readings() -> None:
     before = Counters(at=0.0, router="r", rows={"a/e0": 10, "b/e0": 5})
     after = Counters(at=2.0, router="r", rows={"a/e0": 30, "a/e1": 4, "b/e0": 9, "ab/e0": 9})
     assert expert_rates(before, after, ["a"]) == {"a/e0": 10.0, "a/e1": 2.0}
@@ -104,18 +106,18 @@ def test_counters_of_a_status_document() -> None:
 
 
 def test_a_timeline_has_every_second() -> None:
-    found = [Sample("a", 3, 0.1, 0.1, 2.4), Sample("a", 3, 0.2, 0.2, 0.3), Sample("a", 3, 1.0, 1.0, 1.0, NOT_SENT)]
-    made = timeline(found)
-    assert [item["second"] for item in made] == [0, 1, 2]
-    assert [item["rows"] for item in made] == [3, 0, 3]
-    assert [item["failed"] for item in made] == [0, 1, 0]
-    assert made[0]["p50_ms"] == pytest.approx(100.0)
-    assert made[0]["p99_ms"] == pytest.approx(2300.0)
-    assert made[1]["p50_ms"] is None
+    requests = [Sample("a", 3, 0.1, 0.1, 2.4), Sample("a", 3, 0.2, 0.2, 0.3), Sample("a", 3, 1.0, 1.0, 1.0, NOT_SENT)]
+    rows = timeline(requests)
+    assert [item["second"] for item in rows] == [0, 1, 2]
+    assert [item["rows"] for item in rows] == [3, 0, 3]
+    assert [item["failed"] for item in rows] == [0, 1, 0]
+    assert rows[0]["p50_ms"] == pytest.approx(100.0)
+    assert rows[0]["p99_ms"] == pytest.approx(2300.0)
+    assert rows[1]["p50_ms"] is None
     assert timeline([]) == []
 
 
-def test_a_load_that_was_ended_at_once() -> None:
+def test_a_load_that_was_interrupted_at_once() -> None:
     report = make_report(Measured(seconds=0.0, interrupted=True), ["a"])
     assert (report.all.due, report.all.offered, report.all.achieved) == (0, 0.0, 0.0)
     assert not any(map(math.isnan, report.all.latency_ms.values()))

@@ -1,4 +1,4 @@
-"""When requests are due: in order, in time, at the rate, and the same ones for the same seed."""
+"""The schedule of a load: ascending times, at the rate, and equal for equal seeds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertmesh.cluster.bench.schedule import ARRIVALS, arrivals, turns
+from expertmesh.cluster.bench.schedule import ARRIVALS, arrivals, layer_order
 
 KINDS = st.sampled_from(ARRIVALS)
 RATES = st.floats(0.1, 500.0)
@@ -42,7 +42,7 @@ def test_poisson_gaps_are_exponential(seed: int) -> None:
     rate, number = 40.0, 20_000
     gaps = np.diff([0.0, *islice(arrivals("poisson", rate, 1e9, seed), number)])
     assert gaps.mean() == pytest.approx(1.0 / rate, rel=0.05)
-    assert gaps.std() == pytest.approx(1.0 / rate, rel=0.05)  # as large as the mean: that is what makes bursts
+    assert gaps.std() == pytest.approx(1.0 / rate, rel=0.05)  # as large as the mean, so arrivals come in bursts
     assert (gaps > 1.0 / rate).mean() == pytest.approx(np.exp(-1.0), abs=0.02)
     assert abs(np.corrcoef(gaps[:-1], gaps[1:])[0, 1]) < 0.03
 
@@ -53,13 +53,13 @@ def test_seeds_differ() -> None:
 
 
 @pytest.mark.parametrize(("kind", "rate"), [("bursty", 1.0), ("poisson", 0.0), ("uniform", -1.0)])
-def test_what_cannot_be_meant(kind: str, rate: float) -> None:
+def test_invalid_arrivals_are_refused(kind: str, rate: float) -> None:
     with pytest.raises(ValueError, match="poisson or uniform"):
         arrivals(kind, rate, 1.0, 0)
 
 
 @given(st.integers(1, 12), st.integers(1, 40), SEEDS)
 def test_layers_share_the_load_evenly(layers: int, rounds: int, seed: int) -> None:
-    found = list(islice(turns(layers, seed), layers * rounds))
-    assert [sorted(found[at : at + layers]) for at in range(0, len(found), layers)] == [list(range(layers))] * rounds
-    assert found == list(islice(turns(layers, seed), layers * rounds))
+    order = list(islice(layer_order(layers, seed), layers * rounds))
+    assert [sorted(order[at : at + layers]) for at in range(0, len(order), layers)] == [list(range(layers))] * rounds
+    assert order == list(islice(layer_order(layers, seed), layers * rounds))

@@ -1,4 +1,4 @@
-"""What a load is aimed at: mesh.yaml read as data, and rows such as each layer takes."""
+"""The targets of a load: mesh.yaml read as data, and rows that fit each layer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def file(folder: Path, text: str) -> Path:
 
 
 def status(**inputs: Any) -> dict[str, Any]:
-    return {"name": "c", "layers": {name: {"input": given, "experts": {}} for name, given in inputs.items()}}
+    return {"name": "c", "layers": {name: {"input": spec, "experts": {}} for name, spec in inputs.items()}}
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def _no_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EXPERTMESH_NAME", raising=False)
 
 
-def test_a_file_is_read_without_importing_what_it_names(tmp_path: Path) -> None:
+def test_a_file_is_read_without_importing_its_code(tmp_path: Path) -> None:
     mesh = read_mesh(
         file(
             tmp_path,
@@ -59,12 +59,12 @@ def test_the_name_of_a_file_without_one(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("text", ["port: 5", "layers: {}", "layers: [a]", "layers: {a: 1, a: 2}", "layers: {", "[]"])
-def test_a_file_that_is_none(tmp_path: Path, text: str) -> None:
+def test_an_invalid_file_is_an_error(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=r"mesh\.yaml:1"):
         read_mesh(file(tmp_path, text))
 
 
-def test_which_layers() -> None:
+def test_the_default_layers_and_their_order() -> None:
     width = {"shape": [4], "dtype": None}
     serving = status(a=width, b=width, c=width)
     file = MeshFile(layers={"c": TensorSpec(), "a": TensorSpec()})
@@ -73,7 +73,7 @@ def test_which_layers() -> None:
     assert [aim.layer for aim in targets(("b", "a", "b"), serving, file)] == ["b", "a"]
 
 
-def test_a_layer_that_does_not_serve_and_the_nearest_that_does() -> None:
+def test_an_unknown_layer_and_the_closest_name() -> None:
     serving = status(news={"shape": [4]}, waves={"shape": [4]})
     with pytest.raises(NotFound, match=r"serves no layer 'new' \(did you mean 'news'\?\)"):
         targets(("new",), serving, None)
@@ -86,8 +86,8 @@ def test_a_layer_that_does_not_serve_and_the_nearest_that_does() -> None:
 def test_where_shape_and_dtype_come_from() -> None:
     serving = status(a={"shape": [4], "dtype": "float64"}, b={"shape": None, "dtype": None}, c=None)
     file = MeshFile(layers={"a": TensorSpec((9,), "int8"), "b": TensorSpec((2, 3)), "c": TensorSpec(None, "float16")})
-    made = targets((), serving, file, width=7)
-    assert [(aim.shape, aim.dtype) for aim in made] == [((4,), "float64"), ((2, 3), "float32"), ((7,), "float16")]
+    aims = targets((), serving, file, width=7)
+    assert [(aim.shape, aim.dtype) for aim in aims] == [((4,), "float64"), ((2, 3), "float32"), ((7,), "float16")]
     assert {aim.dtype for aim in targets((), serving, file, width=7, dtype="bfloat16")} == {"bfloat16"}
     with pytest.raises(InvalidRequest, match="layer c have no declared shape: give --width"):
         targets((), serving, file)
