@@ -1,1 +1,1 @@
-"""The command line: one file a command, and the tables and error lines that they share."""
+"""The command line: one file per command, and the tables and error lines they share."""

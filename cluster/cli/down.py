@@ -1,4 +1,4 @@
-"""`expertmesh down`: stops a cluster of this machine, or clears what a dead one left."""
+"""`expertmesh down`: stops a cluster on this machine, or removes the files of a dead one."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ _POLL = 0.05
 
 
 @click.command()
-@click.option("--name", help="The cluster; by default the only one that runs, or `default`.")
-@click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds to wait for its end.")
+@click.option("--name", show_default="the only one running, or `default`", help="Name of the cluster.")
+@click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds to wait for the cluster to exit.")
 def down(name: str | None, timeout: float) -> None:
-    """Stop a cluster that runs on this machine.
+    """Stop a cluster on this machine.
 
-    It stops taking requests, answers those it has, and ends its actors. For a cluster that died, this clears what it
-    left behind.
+    The cluster refuses new requests, finishes those in flight and stops its actors. If the cluster has died, this
+    removes the files it left behind. Exits with 1 if no cluster is running.
 
     \b
-    expertmesh down
-    expertmesh down --name staging --timeout 10
+    Examples:
+      expertmesh down
+      expertmesh down --name staging --timeout 10
     """
     dead = _dead(name)
     if dead is not None:
         lock_name(dead.name).close()
-        click.echo(f"cluster {dead.name} (pid {dead.pid}) had died; what it left is cleared")
+        click.echo(f"cluster {dead.name} (pid {dead.pid}) had died; its files are removed")
         return
-    cluster = find(name)
+    cluster = _running(name)
     seconds = stop(cluster, timeout)
-    click.echo(f"cluster {cluster.name} (pid {cluster.pid}) has stopped after {seconds:.1f} s")
+    click.echo(f"cluster {cluster.name} (pid {cluster.pid}) stopped after {seconds:.1f} s")
 
 
 def stop(
@@ -46,12 +47,12 @@ def stop(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> float:
-    """Ask the process of a cluster to stop, and wait for its end; returns the seconds that it took.
+    """Send SIGTERM to the process of a cluster and wait until it has exited; returns the seconds that took.
 
-    Raises NotFound if it is gone already, PermissionDenied for another user's process, DeadlineExceeded.
+    Raises NotFound if it has exited already, PermissionDenied for another user's process, DeadlineExceeded.
     """
     if cluster.is_stale():
-        raise NotFound(f"cluster {cluster.name!r} is gone already")
+        raise NotFound(f"cluster {cluster.name!r} has stopped already")
     try:
         os.kill(cluster.pid, signal.SIGTERM)
     except ProcessLookupError:
@@ -62,16 +63,27 @@ def stop(
     while not cluster.is_stale():
         if clock() - start >= timeout:
             raise DeadlineExceeded(
-                f"cluster {cluster.name!r} (pid {cluster.pid}) still runs after {timeout:g} s: wait longer with "
-                f"--timeout, or end it with `kill -9 {cluster.pid}` and run `expertmesh down --name {cluster.name}`"
+                f"cluster {cluster.name!r} (pid {cluster.pid}) is still running after {timeout:g} s: wait longer with "
+                f"--timeout, or kill it with `kill -9 {cluster.pid}` and run `expertmesh down --name {cluster.name}`"
             )
         sleep(_POLL)
     return clock() - start
 
 
 def _dead(name: str | None) -> RunFile | None:
-    """The dead cluster that is meant: that of the name, or the only one where nothing runs."""
-    stale = [found for found in list_all() if found.is_stale()]
+    """The dead cluster of that name; without a name the only one, if no cluster is running."""
+    clusters = list_all()
+    dead = [cluster for cluster in clusters if cluster.is_stale()]
     if name is not None:
-        return next((found for found in stale if found.name == name), None)
-    return stale[0] if len(stale) == 1 and len(list_all()) == 1 else None
+        return next((cluster for cluster in dead if cluster.name == name), None)
+    return dead[0] if len(dead) == len(clusters) == 1 else None
+
+
+def _running(name: str | None) -> RunFile:
+    """The running cluster to stop. Raises NotFound."""
+    clusters = list_all()
+    if not all(cluster.is_stale() for cluster in clusters):
+        return find(name)
+    dead = f"; `expertmesh down --name {clusters[0].name}` removes the files of a dead one" if clusters else ""
+    which = "no cluster" if name is None else f"no cluster named {name!r}"
+    raise NotFound(f"{which} is running, so there is nothing to stop{dead}")

@@ -1,4 +1,4 @@
-"""The command line: finds a command, and turns every error into one line and an exit code."""
+"""The `expertmesh` command line: imports a command, runs it, and prints any error in one line."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from ...experts.optional_imports import load
 from ...experts.version import version
 
 _COMMANDS: Mapping[str, tuple[str, str]] = {
-    "demo": ("Train, serve and replace experts on real text.", "cluster,demo"),
-    "serve": ("Start the cluster that a YAML file describes; Ctrl-C stops it.", "cluster"),
+    "demo": ("Train, serve and swap experts on real text.", "cluster,demo"),
+    "serve": ("Start the cluster described by a YAML file; Ctrl-C stops it.", "cluster"),
     "status": ("Show layers, experts, versions and replicas of a running cluster.", "cluster"),
     "swap": ("Replace the weights of experts and gates under traffic.", "cluster"),
-    "rollback": ("Bring earlier versions of experts and gates back.", "cluster"),
-    "history": ("List the versions of an expert or gate that are kept.", "cluster"),
-    "bench": ("Put a load on a running cluster and report latency and throughput.", "cluster"),
-    "down": ("Stop a cluster that runs on this machine.", "cluster"),
+    "rollback": ("Restore earlier versions of experts and gates.", "cluster"),
+    "history": ("List the stored versions of an expert or gate.", "cluster"),
+    "bench": ("Send load to a running cluster; report latency and throughput.", "cluster"),
+    "down": ("Stop a cluster on this machine.", "cluster"),
     "doctor": ("Check whether this machine can run a cluster.", "cluster"),
 }
 
 
 class Commands(click.Group):
-    """Commands that are imported when they are called, so that `status` need not wait for torch and ray."""
+    """A group that imports a command when it is called, so that `status` does not import torch and ray."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names of all commands."""
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a command. Raises MissingExtra where it needs what is not installed."""
+        """Import a command. Raises MissingExtra if one of its dependencies is not installed."""
         if cmd_name not in _COMMANDS:
             return None
         module = load(f"{__package__}.{cmd_name}", f"`expertmesh {cmd_name}`", _COMMANDS[cmd_name][1])
@@ -46,27 +46,27 @@ class Commands(click.Group):
             formatter.write_dl([(name, about) for name, (about, _) in _COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; what goes wrong is told in one line, and with --debug in full."""
+        """Run a command. Prints an error in one line and exits with 1; with --debug the error propagates."""
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
-        except Exception as error:  # the border of the process: nobody above could do better than say it
+        except Exception as error:  # the outermost frame: no caller is left to handle it
             if ctx.params["debug"] or (isinstance(error, OSError) and error.errno == errno.EPIPE):
                 raise
-            click.echo(f"error: {_said(error)}", err=True)
+            click.echo(f"error: {_message(error)}", err=True)
             ctx.exit(1)
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, ExpertMeshError):
         return str(error)
-    return f"{type(error).__name__}: {error} (`expertmesh --debug ...` shows where)"
+    return f"{type(error).__name__}: {error} (`expertmesh --debug ...` shows the traceback)"
 
 
 @click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(version(), prog_name="expertmesh")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.option("--debug", is_flag=True, help="Show the full traceback of an error.")
 def cli(debug: bool) -> None:
     """Serve any set of experts as one live sparse layer, y = sum of w_i * f_i(x).
 
@@ -74,7 +74,9 @@ def cli(debug: bool) -> None:
     See it work:            expertmesh demo
     Serve your own:         expertmesh serve mesh.yaml
     Look at it:             expertmesh status
-    Put a load on it:       expertmesh bench mesh.yaml
+    Measure it under load:  expertmesh bench mesh.yaml
     Replace an expert:      expertmesh swap news/e3=e3_v2.safetensors
     Call it from Python:    Client().forward("news", rows)
+
+    `expertmesh COMMAND --help` shows the options and examples of a command.
     """

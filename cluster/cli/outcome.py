@@ -1,4 +1,4 @@
-"""What commands show of a swap: how it gets on, while it is under way, and what became of it."""
+"""Progress and outcome of a swap, as commands print them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ POLL_SECONDS = 0.2
 
 
 class SwapView:
-    """Shows on standard error how a swap gets on: bytes sent, its phase, receipts. A thread asks for it."""
+    """Prints the progress of a swap to standard error: bytes uploaded, phase, receipts. A thread polls for it."""
 
     def __init__(self, client: Client, swap_id: str, *, quiet: bool = False) -> None:
         self._client = client
         self._swap_id = swap_id
         self._quiet = quiet
         self._console = Console(stderr=True, markup=False, highlight=False, emoji=False)
-        self._said = ""
+        self._last_line = ""
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
@@ -42,42 +42,43 @@ class SwapView:
             self._thread.join()
 
     def uploaded(self, id: str, sent: int, total: int) -> None:
-        """Show how far an upload is: every chunk on a terminal, its end elsewhere."""
+        """Print the progress of an upload: every chunk on a terminal, otherwise only the last."""
         if sent == total or self._console.is_terminal:
-            self._say(f"uploaded {id}: {sent:,} of {total:,} bytes")
+            self._print(f"uploaded {id}: {sent:,} of {total:,} bytes")
 
     def _poll(self) -> None:
         while not self._done.wait(POLL_SECONDS):
             try:
-                self._say(phase_line(self._client.swap_progress(self._swap_id, timeout=2.0)))
+                self._print(phase_line(self._client.swap_progress(self._swap_id, timeout=2.0)))
             except ExpertMeshError:
-                continue  # it has not begun, or cannot be asked now: the outcome will tell
+                continue  # not started yet, or unreachable for now: the outcome will say
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         with self._lock:
-            if line != self._said and not self._quiet:
-                self._said = line
-                self._console.print(Text(line))
+            if line != self._last_line and not self._quiet:
+                self._last_line = line
+                self._console.print(Text(line), soft_wrap=True)
 
 
 def phase_line(progress: dict[str, Any]) -> str:
-    """One line on where a swap stands."""
+    """One line for the current phase of a swap."""
     phase = progress.get("phase")
     if phase == "staging":
-        return f"staging: {progress.get('receipts')} of {progress.get('needed')} replicas have loaded and verified it"
+        done, needed = progress.get("receipts"), progress.get("needed")
+        return f"staging: {done} of {needed} replicas have loaded and verified the new version"
     return str(phase)
 
 
-def told(outcome: SwapOutcome, done: str, seconds: float) -> str:
-    """One line on what became of a swap; `done` is the verb."""
+def outcome_line(outcome: SwapOutcome, verb: str, seconds: float) -> str:
+    """One line for the outcome of a swap; `verb` is a past participle, such as "swapped"."""
     if not outcome.committed:
-        return f"rehearsed in {seconds:.1f} s: it would have been {done}, and nothing has changed"
-    late = f"; {', '.join(outcome.pending)} will follow" if outcome.pending else ""
-    return f"{done} in {seconds:.1f} s: epoch {outcome.epoch} serves{late}"
+        return f"dry run passed in {seconds:.1f} s: this can be {verb}, and nothing has changed"
+    pending = f"; not yet on {', '.join(outcome.pending)}" if outcome.pending else ""
+    return f"{verb} in {seconds:.1f} s: epoch {outcome.epoch} serves{pending}"
 
 
 def print_outcome(outcome: SwapOutcome, output: str, line: str) -> None:
-    """Print the versions before and after, and the drift of each."""
+    """Print the versions before and after a swap, and the drift of each."""
     if output == "json":
         print_json({key: value for key, value in asdict(outcome).items() if key != "cluster"})
         return

@@ -1,4 +1,4 @@
-"""What commands print: tables on a terminal, JSON for machines."""
+"""Output of the commands: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,24 @@ from rich.text import Text
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _STYLES = {"ok": "green", "ready": "green", "warn": "yellow", "fail": "red", "dead": "red", "down": "red"}
-_WIDTH = 160  # where there is no terminal whose width counts
+_WIDTH = 160  # columns when standard output is not a terminal
 
 
 def output_option(command: Command) -> Command:
-    """The option `-o table|json`, as the argument `output`."""
+    """Add the option `-o table|json`, passed as the argument `output`."""
     option = click.option(
-        "-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="How to print."
+        "-o",
+        "--output",
+        type=click.Choice(["table", "json"]),
+        default="table",
+        show_default=True,
+        help="Output format.",
     )
     return option(command)
 
 
 def new_console() -> Console:
-    """A console on standard output that takes text as it is."""
+    """A console on standard output that prints text literally: no markup, no highlighting."""
     return Console(width=None if sys.stdout.isatty() else _WIDTH, markup=False, highlight=False, emoji=False)
 
 
@@ -37,7 +42,7 @@ def print_json(value: object) -> None:
 
 
 def new_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """A table of plain cells; numbers stand right, states have their colour, None is a dash."""
+    """A table of plain cells: numbers align right, states have a colour, None is a dash."""
     cells = [list(row) for row in rows]
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):

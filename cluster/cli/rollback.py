@@ -1,4 +1,4 @@
-"""`expertmesh rollback`: brings earlier versions back."""
+"""`expertmesh rollback`: restores earlier versions of experts and gates."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 import click
 
 from .connect import cluster_options, connect
-from .outcome import SwapView, print_outcome, told
+from .outcome import SwapView, outcome_line, print_outcome
 from .output import output_option
 
 
 @click.command()
 @click.argument("ids", nargs=-1, required=True, metavar="ID...")
-@click.option("--to", help="The version to bring back; by default the one before the current, in `history`.")
-@click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds for loading and verifying.")
-@click.option("--dry-run", is_flag=True, help="Load and verify everywhere, commit nothing.")
+@click.option("--to", show_default="the one before the current version", help="Version to restore, for a single ID.")
+@click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds to load and verify the versions.")
+@click.option("--dry-run", is_flag=True, help="Load and verify on every replica, commit nothing.")
 @cluster_options
 @output_option
 def rollback(
@@ -30,19 +30,21 @@ def rollback(
     ca_cert: Path | None,
     output: str,
 ) -> None:
-    """Bring the previous version of experts and gates back, all at once, under traffic.
+    """Restore the previous version of experts and gates under traffic: all of them or none.
 
-    It is a swap like any other: loaded and verified everywhere before it is committed. How many versions are kept
-    follows from `retain_epochs` in the cluster's configuration.
+    A rollback is a swap: every replica loads and verifies the version before it is committed. `expertmesh history`
+    lists the versions that you can restore; `retain_epochs` in the cluster's configuration (default 2) sets how many
+    epochs before the current one are kept.
 
     \b
-    expertmesh history news/e3
-    expertmesh rollback news/e3
-    expertmesh rollback news/e3 --to v7-3fa1c2d40b9e
-    expertmesh rollback news/e3 news/gate
+    Examples:
+      expertmesh history news/e3
+      expertmesh rollback news/e3
+      expertmesh rollback news/e3 --to v7-3fa1c2d40b9e
+      expertmesh rollback news/e3 news/gate
     """
     if to is not None and len(ids) > 1:
-        raise click.UsageError("--to names the version of one id: roll several back without it, or one after the other")
+        raise click.UsageError("--to takes a single ID: roll back several IDs without --to, or one at a time")
     swap_id = uuid.uuid4().hex
     started = time.monotonic()
     with (
@@ -50,4 +52,4 @@ def rollback(
         SwapView(client, swap_id, quiet=output == "json"),
     ):
         outcome = client.rollback(*ids, to=to, timeout=timeout, dry_run=dry_run, swap_id=swap_id)
-    print_outcome(outcome, output, told(outcome, "rolled back", time.monotonic() - started))
+    print_outcome(outcome, output, outcome_line(outcome, "rolled back", time.monotonic() - started))

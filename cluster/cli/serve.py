@@ -17,11 +17,22 @@ from ..owner.cluster import Cluster
 
 @click.command()
 @click.argument("mesh", type=click.Path(path_type=Path))
-@click.option("--name", help="Name of the cluster; several may run on one machine.")
-@click.option("--host", help="Address to listen on; anything but loopback needs TLS.")
-@click.option("--port", type=int, help="Port to listen on; 0 takes any free one.")
-@click.option("--metrics-port", type=int, help="Port of the Prometheus metrics; 0 takes any free one.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other value of the file; repeatable.")
+@click.option(
+    "--name",
+    show_default="that in MESH, or `default`",
+    help="Name of the cluster, to tell several on one machine apart.",
+)
+@click.option(
+    "--host", show_default="that in MESH, or 127.0.0.1", help="Address to listen on; any but loopback needs TLS."
+)
+@click.option("--port", type=int, show_default="that in MESH, or 50051", help="Port to listen on; 0 picks a free one.")
+@click.option(
+    "--metrics-port",
+    type=int,
+    show_default="that in MESH, or 0",
+    help="Port of the Prometheus metrics; 0 picks a free one.",
+)
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override any key of the file; repeatable.")
 def serve(
     mesh: Path,
     name: str | None,
@@ -30,71 +41,73 @@ def serve(
     metrics_port: int | None,
     settings: tuple[str, ...],
 ) -> None:
-    """Start the cluster that a YAML file describes, and run until Ctrl-C or `expertmesh down`.
+    """Start the cluster described by the YAML file MESH, and run until Ctrl-C or `expertmesh down`.
 
-    The command line wins over EXPERTMESH_* in the environment (EXPERTMESH_PORT=50052), which wins over the file. The
-    file names code that is run, so it must be yours and nobody else may write it.
-
-    \b
-    layers:
-      waves:
-        gate: {type: fixed, weights: [0.5, 0.5]}
-        experts:
-          sin: {factory: "torch:sin"}
-          cos: {factory: "torch:cos"}
+    Options override environment variables (EXPERTMESH_PORT=50052), which override the file. The file names code that
+    the cluster runs, so only you or root may own it and only its owner may write to it.
 
     \b
-    expertmesh serve mesh.yaml
-    expertmesh serve mesh.yaml --port 0 --set layers.waves.experts.sin.replicas=2
+    A mesh.yaml:
+      layers:
+        waves:
+          gate: {type: fixed, weights: [0.5, 0.5]}
+          experts:
+            sin: {factory: "torch:sin"}
+            cos: {factory: "torch:cos"}
+
+    \b
+    Examples:
+      expertmesh serve mesh.yaml
+      expertmesh serve mesh.yaml --port 0 --set layers.waves.experts.sin.replicas=2
     """
-    given = {"name": name, "host": host, "port": port, "metrics_port": metrics_port}
+    options = {"name": name, "host": host, "port": port, "metrics_port": metrics_port}
     overrides = dict(map(parse_override, settings))
-    overrides.update((key, value) for key, value in given.items() if value is not None)
+    overrides.update((key, value) for key, value in options.items() if value is not None)
     config = load_config(mesh, overrides)
     interrupt = Interrupt()
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with Cluster.start(config=config, progress=interrupt.checked(_say)) as cluster:
+        with Cluster.start(config=config, progress=interrupt.checked(_print_progress)) as cluster:
             interrupt.check()
             _print_ready(config, cluster)
             cluster.wait()
-            _say("stopping")
+            _print_progress("stopping")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM while a cluster starts: raised where they come, and once more at the start's next step.
+    """Turns SIGINT and SIGTERM during a start into KeyboardInterrupt, at once and again at the next step of the start.
 
-    The second time is for those that came where somebody swallows them, as Ray does in places.
+    The second one covers signals that arrive inside code that swallows the exception, as Ray does in places.
     """
 
     def __init__(self) -> None:
-        self._unheard = False
+        self._pending = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """The handler of the signals. Raises KeyboardInterrupt."""
-        self._unheard = True
+        """The signal handler. Raises KeyboardInterrupt."""
+        self._pending = True
         raise KeyboardInterrupt
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt, once, if a signal came before."""
-        if self._unheard:
-            self._unheard = False
+        """Raise KeyboardInterrupt if a signal has arrived since the last check."""
+        if self._pending:
+            self._pending = False
             raise KeyboardInterrupt
 
-    def checked(self, say: Callable[[str], None]) -> Callable[[str], None]:
-        """Say what the start does next, unless it is to end."""
+    def checked(self, progress: Callable[[str], None]) -> Callable[[str], None]:
+        """Wrap a progress callback so that each call checks for a signal first."""
 
-        def told(message: str) -> None:
+        def checked_progress(message: str) -> None:
             self.check()
-            say(message)
+            progress(message)
 
-        return told
+        return checked_progress
 
 
-def _say(message: str) -> None:
+def _print_progress(message: str) -> None:
     click.echo(message, err=True)
 
 
@@ -103,6 +116,6 @@ def _print_ready(config: ClusterConfig, cluster: Cluster) -> None:
     click.echo(f"  endpoint  {cluster.endpoint}")
     if cluster.metrics_endpoint:
         click.echo(f"  metrics   {cluster.metrics_endpoint}")
-    click.echo(f"  tokens    {token_path(config.name)} (clients of this user find it)")
+    click.echo(f"  tokens    {token_path(config.name)} (clients of this user find them)")
     click.echo(f'  call it   Client("{cluster.endpoint}").forward("{config.layers[0].name}", rows)')
     click.echo(f"  stop it   Ctrl-C, or expertmesh down --name {config.name}")

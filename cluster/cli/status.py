@@ -1,4 +1,4 @@
-"""`expertmesh status`: what a running cluster says of itself."""
+"""`expertmesh status`: shows the layers, experts, versions and replicas of a running cluster."""
 
 from __future__ import annotations
 
@@ -9,51 +9,64 @@ from typing import Any
 import click
 
 from .connect import cluster_options, connect
-from .output import new_console, new_table, output_option, print_json, shown
+from .output import new_console, new_table, output_option, print_json
 
 _COLUMNS = ("expert", "version", "rows", "errors", "replica", "node", "pid", "device", "state")
+_ROUTER_COUNTERS = {
+    "requests": "requests",
+    "failed_requests": "failed",
+    "retries": "retries",
+    "rows_in_flight": "rows in flight",
+    "leases": "leases",
+}
+_ROUTER_BREAKDOWNS = {
+    "batches": "batches by layer",
+    "messages": "messages by replica",
+    "rows_carried": "rows by transport",
+    "pins": "pins by epoch",
+}
 
 
 @click.command()
-@click.option("--timeout", type=float, default=10.0, show_default=True, help="Seconds to wait for the answer.")
+@click.option("--timeout", type=float, default=10.0, show_default=True, help="Seconds to wait for a reply.")
 @cluster_options
 @output_option
 def status(timeout: float, name: str | None, endpoint: str | None, ca_cert: Path | None, output: str) -> None:
     """Show layers, experts, versions and replicas of a running cluster.
 
-    A cluster of yours on this machine is found by itself, and so is its token. For another one, put the token into
-    the environment variable EXPERTMESH_TOKEN.
+    The command finds your cluster on this machine and its token. For any other cluster, give --endpoint and set the
+    environment variable EXPERTMESH_TOKEN. The JSON output has more fields than the tables.
 
     \b
-    expertmesh status
-    expertmesh status -o json | jq .epoch
-    EXPERTMESH_TOKEN=... expertmesh status --endpoint mesh.example.org:50051 --ca-cert ca.pem
+    Examples:
+      expertmesh status
+      expertmesh status -o json | jq .epoch
+      EXPERTMESH_TOKEN=... expertmesh status --endpoint mesh.example.org:50051 --ca-cert ca.pem
     """
     with connect(name, endpoint, ca_cert, timeout) as client:
-        found = client.status()
+        document = client.status()
     if output == "json":
-        print_json(found)
+        print_json(document)
     else:
-        _print_tables(found)
+        _print_tables(document)
 
 
-def _print_tables(found: Mapping[str, Any]) -> None:
+def _print_tables(document: Mapping[str, Any]) -> None:
     console = new_console()
-    console.print(f"cluster {found.get('name')}: {found.get('state')}, epoch {found.get('epoch')}")
-    for id, versions in (found.get("draining") or {}).items():
-        console.print(f"draining: {id}, requests under way still need {', '.join(versions)}")
-    for name, layer in found.get("layers", {}).items():
-        console.print()
-        console.print(f"layer {name}, gate {_pairs(layer.get('gate', {}))}")
-        console.print(new_table(None, _COLUMNS, expert_rows(layer)))
-    for part in ("router", "controller"):
-        if found.get(part):
-            console.print()
-            console.print(f"{part}: {_pairs(found[part])}")
+    click.echo(f"cluster {document.get('name')}: {document.get('state')}, epoch {document.get('epoch')}")
+    for id, versions in (document.get("draining") or {}).items():
+        click.echo(f"draining: {id}, requests in flight still use {', '.join(versions)}")
+    for name, layer in (document.get("layers") or {}).items():
+        gate = layer.get("gate") or {}
+        click.echo(f"\nlayer {name}: gate {gate.get('id')} ({gate.get('kind')}), version {gate.get('version')}")
+        console.print(new_table(None, _COLUMNS, _expert_rows(layer)))
+    click.echo()
+    for line in (*_router_lines(document.get("router") or {}), *_controller_lines(document.get("controller") or {})):
+        click.echo(line)
 
 
-def expert_rows(layer: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
-    """A row for every replica of a layer; the expert stands in its first row."""
+def _expert_rows(layer: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
+    """A row for each replica of a layer; the first one also names the expert."""
     for name, expert in layer.get("experts", {}).items():
         version = f"{expert.get('version')}{' (ephemeral)' if expert.get('ephemeral') else ''}"
         first: tuple[object, ...] = (name, version, expert.get("rows"), expert.get("errors"))
@@ -65,7 +78,19 @@ def expert_rows(layer: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
             yield (*lead, *place, replica.get("state"))
 
 
-def _pairs(values: object) -> str:
-    if isinstance(values, Mapping):
-        return ", ".join(f"{key} {_pairs(value)}" for key, value in values.items()) or "none"
-    return str(values) if isinstance(values, int) else shown(values)
+def _router_lines(router: Mapping[str, Any]) -> Iterator[str]:
+    """The router's counters since its start; counters by layer, replica or epoch only where there are any."""
+    if not router:
+        return
+    counters = [f"{router.get(key, 0):,} {label}" for key, label in _ROUTER_COUNTERS.items()]
+    yield f"router: pid {router.get('pid')}, {', '.join(counters)}"
+    for key, label in _ROUTER_BREAKDOWNS.items():
+        if counts := router.get(key):
+            yield f"  {label}: {', '.join(f'{name} ({count:,})' for name, count in counts.items())}"
+
+
+def _controller_lines(controller: Mapping[str, Any]) -> Iterator[str]:
+    if controller:
+        seconds = controller.get("heard_seconds_ago")
+        heard = "not heard from yet" if seconds is None else f"last heard from {seconds:.2f} s ago"
+        yield f"controller: {controller.get('state')}, {heard}"

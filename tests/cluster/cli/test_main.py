@@ -23,7 +23,7 @@ from expertmesh.experts.errors import DeadlineExceeded, NotFound, Unavailable
 
 pytestmark = pytest.mark.usefixtures("own_home")
 SWALLOWED: list[signal.Signals] = []
-"""Signals that come while a cluster starts, where somebody swallows what they raise."""
+"""Signals that arrive during a start, inside code that swallows their exception."""
 
 COMMANDS = ("demo", "serve", "status", "swap", "rollback", "history", "bench", "down", "doctor")
 STATUS: dict[str, Any] = {
@@ -32,7 +32,7 @@ STATUS: dict[str, Any] = {
     "state": "ready",
     "layers": {
         "news": {
-            "gate": {"type": "top_k", "version": "v1-0123456789ab"},
+            "gate": {"id": "news/gate", "kind": "top_k", "version": "v1-0123456789ab"},
             "experts": {
                 "news/e0": {
                     "version": "v1-3fa1c2d40b9e",
@@ -48,14 +48,24 @@ STATUS: dict[str, Any] = {
             },
         }
     },
-    "router": {"pid": 7, "queue": {"rows": 0}},
-    "controller": {},
+    "router": {
+        "pid": 7,
+        "requests": 1234,
+        "failed_requests": 1,
+        "retries": 2,
+        "rows_in_flight": 8,
+        "leases": 0,
+        "batches": {"news": 37},
+        "messages": {},
+        "pins": {"3": 2},
+    },
+    "controller": {"heard_seconds_ago": 0.03674, "state": "ok"},
 }
 
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Puts a cluster that starts nothing in the place of the real one; what happens to it is noted."""
+    """Replaces Cluster by a fake that starts nothing; returns the list of its events."""
     events: list[Any] = []
 
     class FakeCluster:
@@ -117,7 +127,7 @@ def running(child: subprocess.Popen[bytes], name: str = "default") -> RunFile:
 
 
 def sleeper(code: str = "pass") -> subprocess.Popen[bytes]:
-    """A process that is ready and sleeps."""
+    """A process that has run `code` and sleeps."""
     text = f"import signal, time; {code}; print(flush=True); time.sleep(60)"
     child = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE)
     assert child.stdout is not None
@@ -152,7 +162,7 @@ def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
     assert run("status", "--name", "a", "--endpoint", "b:1").exit_code == 2
 
 
-def test_version_is_told() -> None:
+def test_version_is_printed() -> None:
     assert run("--version").output.startswith("expertmesh, version ")
 
 
@@ -169,7 +179,9 @@ def test_an_error_of_ours_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(connect, "Client", lambda *args, **options: 1 / 0)
     result = run("status")
     assert result.exit_code == 1
-    assert result.stderr == "error: ZeroDivisionError: division by zero (`expertmesh --debug ...` shows where)\n"
+    assert (
+        result.stderr == "error: ZeroDivisionError: division by zero (`expertmesh --debug ...` shows the traceback)\n"
+    )
     assert isinstance(run("--debug", "status").exception, ZeroDivisionError)
 
 
@@ -184,7 +196,7 @@ def test_a_command_whose_extra_is_missing_says_how_to_get_it(monkeypatch: pytest
     assert "pip install 'expertmesh[cluster]'" in result.stderr
 
 
-def client_that_says(answer: Any) -> Any:
+def fake_client(answer: Any) -> Any:
     class FakeClient:
         def __init__(self, endpoint: str | None, **options: Any) -> None:
             self.options = options
@@ -203,23 +215,29 @@ def client_that_says(answer: Any) -> Any:
 
 
 def test_status_is_a_table_for_people_and_json_for_machines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connect, "Client", client_that_says(STATUS))
+    monkeypatch.setattr(connect, "Client", fake_client(STATUS))
     lines = run("status").output.splitlines()
     assert lines[0] == "cluster default: ready, epoch 3"
     first = next(line.split() for line in lines if line.startswith("news/e0"))
     assert first[:4] == ["news/e0", "v1-3fa1c2d40b9e", "(ephemeral)", "1,234,567"]
     assert any("12346" in line and "n[1]" in line and line.rstrip().endswith("down") for line in lines)
-    assert "router: pid 7, queue rows 0" in lines
+    assert "layer news: gate news/gate (top_k), version v1-0123456789ab" in lines
+    footer = lines[lines.index("router: pid 7, 1,234 requests, 1 failed, 2 retries, 8 rows in flight, 0 leases") + 1 :]
+    assert footer == [
+        "  batches by layer: news (37)",
+        "  pins by epoch: 3 (2)",
+        "controller: ok, last heard from 0.04 s ago",
+    ]
     assert json.loads(run("status", "-o", "json").output) == STATUS
 
 
 def test_status_of_a_cluster_that_does_not_answer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connect, "Client", client_that_says(Unavailable("the server cannot be reached")))
+    monkeypatch.setattr(connect, "Client", fake_client(Unavailable("the server cannot be reached")))
     result = run("status")
     assert (result.exit_code, result.stderr) == (1, "error: the server cannot be reached\n")
 
 
-def test_serve_starts_says_where_and_waits(launched: list[Any], tmp_path: Path) -> None:
+def test_serve_starts_prints_the_endpoint_and_waits(launched: list[Any], tmp_path: Path) -> None:
     result = run("serve", str(mesh(tmp_path)), "--name", "x", "--port", "0", "--set", "log_level=debug")
     assert result.exit_code == 0, result.output
     config = launched[0]
@@ -231,7 +249,7 @@ def test_serve_starts_says_where_and_waits(launched: list[Any], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_that_somebody_swallows_still_ends_the_start(
+def test_a_swallowed_interrupt_still_ends_the_start(
     launched: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     before = signal.getsignal(number)
@@ -242,7 +260,7 @@ def test_an_interrupt_that_somebody_swallows_still_ends_the_start(
     assert signal.getsignal(number) is before
 
 
-def test_serve_tells_every_mistake_and_starts_nothing(launched: list[Any], tmp_path: Path) -> None:
+def test_serve_lists_every_mistake_and_starts_nothing(launched: list[Any], tmp_path: Path) -> None:
     result = run("serve", str(mesh(tmp_path, "prot: 5\nport: -1\n")), "--set", "nmae=x")
     assert result.exit_code == 1
     lines = result.stderr.splitlines()
@@ -258,7 +276,7 @@ def test_down_stops_the_process_and_waits_for_its_end() -> None:
     running(child)
     result = run("down")
     assert result.exit_code == 0, result.output
-    assert f"cluster default (pid {child.pid}) has stopped" in result.output
+    assert f"cluster default (pid {child.pid}) stopped after " in result.output
     assert child.wait() == -signal.SIGTERM
 
 
@@ -274,7 +292,7 @@ def test_down_gives_up_in_time_and_says_what_to_do() -> None:
     assert now[0] == 10
 
 
-def test_down_clears_what_a_dead_cluster_left() -> None:
+def test_down_removes_the_files_of_a_dead_cluster() -> None:
     child = sleeper()
     for name in ("default", "x"):
         running(child, name)
@@ -284,7 +302,22 @@ def test_down_clears_what_a_dead_cluster_left() -> None:
     assert not run_path("x").exists()
     assert "had died" in run("down").output
     assert not run_path("default").exists()
-    assert run("down").exit_code == 1
+    result = run("down")
+    assert (result.exit_code, result.stderr) == (1, "error: no cluster is running, so there is nothing to stop\n")
+    assert "no cluster named 'x' is running" in run("down", "--name", "x").stderr
+
+
+def test_down_without_a_name_leaves_several_dead_clusters_alone() -> None:
+    child = sleeper()
+    for name in ("a", "b"):
+        running(child, name)
+    child.kill()
+    child.wait()
+    result = run("down")
+    assert result.exit_code == 1
+    assert "`expertmesh down --name a` removes the files of a dead one" in result.stderr
+    assert run_path("a").exists()
+    assert run_path("b").exists()
 
 
 def test_down_never_signals_another_process_with_the_same_pid(monkeypatch: pytest.MonkeyPatch) -> None:
