@@ -1,4 +1,4 @@
-"""The gates: which experts a row goes to, and with what weights."""
+"""The gates: each chooses the experts of every row, and their weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .base import Gate
 from .cosine import Cosine
 from .custom import Custom
 from .expert_choice import ExpertChoice
-from .given import Fixed
+from .fixed import Fixed
 from .hashed import Hash
 from .linear import LinearGate
 from .noisy import NoisyTopK
@@ -28,16 +28,18 @@ GATES: dict[str, type[Gate]] = {
 
 
 def build(name: str, **arguments: Any) -> Gate:
-    """Build a gate by its name in YAML. Raises ConfigError for an unknown name or argument, with a suggestion."""
+    """Build a gate from its name in YAML and its arguments.
+
+    Raises ConfigError for an unknown name or argument, with a suggestion if one is close, and for missing or bad
+    arguments; InvalidRequest for a `k` that is out of range.
+    """
     if name not in GATES:
-        raise ConfigError(f"unknown gate {name!r}{suggestion(name, GATES)}; known: {', '.join(sorted(GATES))}")
+        raise ConfigError(f"unknown gate {name!r}{suggestion(name, GATES)}; use one of {', '.join(sorted(GATES))}")
     parameters = inspect.signature(GATES[name]).parameters
     for argument in arguments:
         if argument not in parameters:
-            known = ", ".join(parameters)
-            raise ConfigError(
-                f"gate {name!r} has no argument {argument!r}{suggestion(argument, parameters)}; it takes {known}"
-            )
+            hint = suggestion(argument, parameters)
+            raise ConfigError(f"gate {name!r} has no argument {argument!r}{hint}; it takes {', '.join(parameters)}")
     missing = [key for key, value in parameters.items() if value.default is value.empty and key not in arguments]
     if missing:
         raise ConfigError(f"gate {name!r} needs {', '.join(missing)}")

@@ -1,6 +1,6 @@
 """Gates that give hard rows more experts than easy ones: threshold and top-p.
 
-Shapes: T rows, E experts, K choices a row (the largest number that any row of the batch takes).
+Shapes: T rows, E experts, K choices per row (the most that any row of the batch takes).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .selection import exact_sigmoid, masked, pick, top
 
 
 class _Adaptive(LinearGate):
-    """Takes a prefix of the experts in the order of their probability; `k` (None: all) caps its length."""
+    """Takes the most probable experts of a row, as many as `_keep` allows; `k` (None: no limit) caps their number."""
 
     def __init__(self, in_features: int, num_experts: int, *, k: int | None, renormalize: bool, bias: bool) -> None:
         super().__init__(in_features, num_experts, k=k, bias=bias)
@@ -25,7 +25,7 @@ class _Adaptive(LinearGate):
         return scores_TE.softmax(dim=1)
 
     def _keep(self, sorted_TK: Tensor) -> Tensor:
-        """Bool [T, K]: which of the probabilities, in descending order, are taken; a prefix of each row."""
+        """Bool [T, K]: the probabilities to keep, a prefix of each row; `sorted_TK` is in descending order."""
         raise NotImplementedError
 
     def _select(self, scores_TE: Tensor, mask_TE: Tensor | None, k: int) -> Routing:
@@ -43,11 +43,11 @@ class _Adaptive(LinearGate):
 
 
 class Threshold(_Adaptive):
-    """Every expert of probability at least `threshold`, and the best one in any case.
+    """Every expert with probability at least `threshold`, and always the best one.
 
-    `score="sigmoid"` judges each expert by itself, p = sigmoid(h) (the top-any gate of Guo et al. 2024, DynMoE, with
-    one threshold for all experts); `score="softmax"` against the others, p = softmax(h). Weights are p, divided by
-    their sum where `renormalize`. `k` caps the number of experts.
+    `score="sigmoid"` rates each expert independently, p = sigmoid(h) (the top-any gate of Guo et al. 2024, DynMoE,
+    with one threshold for all experts); `score="softmax"` rates it relative to the others, p = softmax(h). Weights are
+    p, divided by their sum if `renormalize`. `k` caps the number of experts.
     """
 
     name = "threshold"
@@ -65,7 +65,10 @@ class Threshold(_Adaptive):
     ) -> None:
         super().__init__(in_features, num_experts, k=k, renormalize=renormalize, bias=bias)
         if score not in ("sigmoid", "softmax") or not 0 < threshold < 1:
-            raise ConfigError(f"score is {score!r} (sigmoid or softmax), threshold {threshold} (above 0, below 1)")
+            raise ConfigError(
+                "score must be 'sigmoid' or 'softmax', and threshold above 0 and below 1; "
+                f"got score {score!r} and threshold {threshold}"
+            )
         self.threshold = threshold
         self.score = score
 
@@ -77,9 +80,9 @@ class Threshold(_Adaptive):
 
 
 class TopP(_Adaptive):
-    """The fewest best experts whose probabilities, p = softmax(h), sum to at least `p` (Huang et al. 2024).
+    """The fewest top experts whose probabilities, softmax(h), sum to at least `p` (Huang et al. 2024).
 
-    Weights are the probabilities, divided by their sum where `renormalize`. `k` caps the number of experts.
+    Weights are the probabilities, divided by their sum if `renormalize`. `k` caps the number of experts.
     """
 
     name = "top_p"

@@ -1,6 +1,6 @@
-"""The one small interface of every gate: scores, selection, configuration, weights file.
+"""The interface of every gate: scores, selection, configuration, weights file.
 
-Shapes: T rows, D features, E experts, K choices a row.
+Shapes: T rows, D features, E experts, K choices per row.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ AnyGate = TypeVar("AnyGate", bound="Gate")
 
 
 class Gate(nn.Module):
-    """Scores the experts for each row and picks some of them.
+    """Scores the experts for each row and selects some of them.
 
-    A subclass gives `name` (its name in YAML), `scores` and `_select`. `forward` is `select(scores(x))`.
-    `per_row` says that, given its scores, the choice of a row does not depend on the other rows.
+    A subclass defines `name` (its name in YAML), `scores` and `_select`. `forward` is `select(scores(x))`.
+    `per_row` is True if the choice for a row depends on its own scores alone, `k_per_request` if a request may set k.
     """
 
     name: ClassVar[str]
@@ -44,8 +44,8 @@ class Gate(nn.Module):
     def scores(self, x: Tensor) -> Tensor:
         """Score every expert for every row.
 
-        `x` is [T, ...]; its trailing dimensions are flattened to D and cast to the dtype of the gate's parameters.
-        Returns [T, E], float32 (float64 for a float64 gate). Raises SpecMismatch where D is not `in_features`.
+        `x` is [T, ...]. Most gates flatten its trailing dimensions to D and cast it to the dtype of their parameters.
+        Returns [T, E], float32 (float64 for a float64 gate). Raises SpecMismatch if D is not `in_features`.
         """
         raise NotImplementedError
 
@@ -53,11 +53,11 @@ class Gate(nn.Module):
         """Choose experts from scores [T, E].
 
         `mask_TE` (bool, [T, E] or [E]) is True where an expert is allowed; it is applied before selection, as if
-        the other experts did not exist. `k` takes the place of the gate's own number of choices in this call.
-        A row that is allowed fewer than K experts gets all of them. Equal scores go to the lower expert index.
+        the other experts did not exist. `k` overrides the gate's own number of choices for this call. A row with
+        fewer than K allowed experts gets all of them. Ties go to the lower expert index.
 
-        Raises InvalidRequest for scores that are not finite, a row without any allowed expert, or a `k` that is
-        out of range or not supported; SpecMismatch for wrong shapes.
+        Raises InvalidRequest for scores that are not finite, a row with no allowed expert, or a `k` that is out of
+        range or not supported; SpecMismatch for wrong shapes.
         """
         if k is not None and not self.k_per_request:
             raise InvalidRequest(f"gate {self.name!r} does not take k (top_k) per request: leave it out")
@@ -69,43 +69,45 @@ class Gate(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, *, mask_TE: Tensor | None = None, k: int | None = None) -> Routing:
-        """`select(scores(x))`: the routing of the rows of `x` [T, ...]."""
+        """Route the rows of `x` [T, ...]: `select(scores(x))`."""
         return self.select(self.scores(x), mask_TE=mask_TE, k=k)
 
     def config(self) -> dict[str, Any]:
-        """Plain arguments (JSON types) that build this gate again, tensors apart: `build(gate.name, **config)`.
+        """The arguments (JSON types) that rebuild this gate, without its tensors: `build(gate.name, **config)`.
 
-        By default the attributes that have the names of the gate's arguments.
+        By default the attributes named like the gate's arguments.
         """
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the tensors to a safetensors file, with name and configuration in its metadata."""
+        """Write the tensors to a safetensors file, with the gate's name and configuration in its metadata."""
         tensors = {key: value.detach() for key, value in self.state_dict().items()}
         save_tensors(path, tensors, {"gate": self.name, "config": json.dumps(self.config(), sort_keys=True)})
 
     @classmethod
     def load(cls: type[AnyGate], path: str | PathLike[str]) -> AnyGate:
-        """Build the gate that `save` wrote. `Gate.load` takes any kind, `TopK.load` only its own.
+        """Build the gate that `save` wrote. `Gate.load` accepts any kind, `TopK.load` only its own.
 
-        Raises DataLoss where the file is not one of a gate, SpecMismatch where it holds another kind of gate.
+        Raises NotFound for a missing file, DataLoss for one that is damaged or whose tensors do not fit its
+        configuration, and SpecMismatch for one that holds no gate or another kind of gate.
         """
         tensors, metadata = load_tensors(path)
         file = Path(path).name
-        found = _kinds(cls).get(metadata.get("gate", ""))
-        if found is None:
+        kind = _kinds(cls).get(metadata.get("gate", ""))
+        if kind is None:
             raise SpecMismatch(
-                f"{file!r} holds a gate of kind {metadata.get('gate')!r}, not one of {sorted(_kinds(cls))}"
+                f"file {file!r} holds a gate of kind {metadata.get('gate')!r}, but must hold one of "
+                f"{', '.join(sorted(_kinds(cls)))}"
             )
         try:
             config = json.loads(metadata.get("config", ""))
         except ValueError as error:
-            raise DataLoss(f"{file!r}: the gate's configuration in the metadata is not JSON ({error})") from error
-        gate = found(**config)
+            raise DataLoss(f"file {file!r}: the gate configuration in its metadata is not JSON ({error})") from error
+        gate = kind(**config)
         try:
             gate.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
-            raise DataLoss(f"{file!r}: its tensors do not fit its configuration ({error})") from error
+            raise DataLoss(f"file {file!r}: its tensors do not fit its configuration ({error})") from error
         return gate
 
     def extra_repr(self) -> str:
@@ -113,13 +115,15 @@ class Gate(nn.Module):
 
     def _checked_k(self, k: int) -> int:
         if not 1 <= k <= self.num_experts:
-            raise InvalidRequest(f"k is {k}, but gate {self.name!r} has {self.num_experts} experts: use 1 to that")
+            raise InvalidRequest(
+                f"k is {k}, but must be between 1 and {self.num_experts}, the number of experts of gate {self.name!r}"
+            )
         return k
 
     def _features(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """`x` as [T, D] in `dtype`. Raises SpecMismatch for rows of another width."""
+        """Return `x` as [T, D] in `dtype`. Raises SpecMismatch for rows of the wrong width."""
         if x.dim() == 0:
-            raise SpecMismatch("the gate's input is a scalar: give rows [rows, ...]")
+            raise SpecMismatch(f"the input of gate {self.name!r} is a scalar: pass rows of shape [rows, ...]")
         x_TD = x.flatten(1) if x.dim() > 1 else x[:, None]
         if self.in_features is not None and x_TD.shape[1] != self.in_features:
             raise SpecMismatch(
@@ -130,7 +134,7 @@ class Gate(nn.Module):
 
 
 def _kinds(cls: type[AnyGate]) -> dict[str, type[AnyGate]]:
-    """Every kind of gate that is `cls` or derives from it, by name."""
+    """Every kind of gate that is `cls` or a subclass of it, by name."""
     kinds = {cls.name: cls} if "name" in vars(cls) else {}
     for child in cls.__subclasses__():
         kinds |= _kinds(child)

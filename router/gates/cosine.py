@@ -1,6 +1,6 @@
-"""Cosine scores: experts and rows compared by angle on a small sphere.
+"""Cosine scores: the angle between a row, projected to a few dimensions, and the embedding of each expert.
 
-Shapes: T rows, D features, P projected features, E experts, K choices a row.
+Shapes: T rows, D features, P projected features, E experts, K choices per row.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Cosine(Gate):
     """Top-k with softmax over h = cos(x·Pᵀ + b, e) / τ, with a learned temperature τ (Chi et al. 2022, X-MoE, §3;
     the cosine gate of Tutel).
 
-    `projection_weight` [P, D] and `projection_bias` [P], `expert_embedding` [E, P], and `log_scale` [1] = log 1/τ,
-    held at log 100 at most. `softmax` and `renormalize` as in `TopK`.
+    Parameters: `projection_weight` [P, D], `projection_bias` [P], `expert_embedding` [E, P], and `log_scale` [1] =
+    log 1/τ, clamped to at most log 100. `softmax` and `renormalize` are those of `TopK`.
     """
 
     name = "cosine"
-    _MOST = math.log(100.0)
+    _MAX_LOG_SCALE = math.log(100.0)
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Cosine(Gate):
         super().__init__(num_experts, in_features=in_features, k=k)
         check_softmax(softmax, renormalize)
         if projection < 1 or temperature <= 0:
-            raise ConfigError(f"projection is {projection}, temperature {temperature}: both must be above 0")
+            raise ConfigError(f"projection and temperature must be above 0, not {projection} and {temperature}")
         self.projection = projection
         self.temperature = temperature
         self.softmax = softmax
@@ -57,7 +57,7 @@ class Cosine(Gate):
         x_TD = self._features(x, self.projection_weight.dtype)
         rows_TP = F.normalize(F.linear(x_TD, self.projection_weight, self.projection_bias), dim=1)
         scores_TE = F.linear(rows_TP, F.normalize(self.expert_embedding, dim=1))
-        scores_TE = scores_TE * self.log_scale.clamp(max=self._MOST).exp()
+        scores_TE = scores_TE * self.log_scale.clamp(max=self._MAX_LOG_SCALE).exp()
         return scores_TE if scores_TE.dtype == torch.float64 else scores_TE.float()
 
     def _select(self, scores_TE: Tensor, mask_TE: Tensor | None, k: int) -> Routing:

@@ -1,6 +1,6 @@
-"""A gate around any function that returns scores.
+"""A gate that wraps any function that returns scores.
 
-Shapes: T rows, E experts, K choices a row.
+Shapes: T rows, E experts, K choices per row.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from .softmax import check_softmax, softmax_top_k
 
 
 class Custom(Gate):
-    """Top-k with softmax, as in `TopK`, over the scores that `scorer` returns for the rows [T, ...] as they are.
+    """Top-k with softmax, as in `TopK`, over the scores [T, E] that `scorer` returns for the rows [T, ...].
 
-    `scorer` is a module or function, or an import string "module:attribute" of one; with `args` or `kwargs`, or where
-    it names a class, it is called with them once and returns the scorer. Only the import string can be written to a
-    configuration. `in_features` may be left out. An import string is code: take it from trusted places alone.
+    The rows keep their shape; floating-point rows are cast to the dtype of the scorer's parameters, if it has any.
+    `scorer` is a module or function, or an import string "module:attribute". If it is a class, or if there are `args`
+    or `kwargs`, it is called with them once to make the scorer. A configuration can hold only an import string.
+    `in_features` is optional. An import string runs code: accept it from trusted sources only.
 
-    Raises ConfigError where the import fails.
+    Raises ConfigError if the import fails.
     """
 
     name = "custom"
@@ -47,8 +48,9 @@ class Custom(Gate):
         check_softmax(softmax, renormalize)
         self.factory = scorer if isinstance(scorer, str) else None
         self.args, self.kwargs = list(args), dict(kwargs or {})
-        found: Any = locate(scorer) if isinstance(scorer, str) else scorer
-        self.scorer = found(*self.args, **self.kwargs) if isinstance(found, type) or self.args or self.kwargs else found
+        target: Any = locate(scorer) if isinstance(scorer, str) else scorer
+        is_factory = isinstance(target, type) or self.args or self.kwargs
+        self.scorer = target(*self.args, **self.kwargs) if is_factory else target
         self.softmax = softmax
         self.renormalize = renormalize
         self.scale = scale
@@ -59,8 +61,11 @@ class Custom(Gate):
             x = x.to(parameter.dtype)
         scores_TE = self.scorer(x)
         if not isinstance(scores_TE, Tensor) or scores_TE.shape != (x.shape[0], self.num_experts):
-            got = tuple(scores_TE.shape) if isinstance(scores_TE, Tensor) else type(scores_TE).__name__
-            raise SpecMismatch(f"the custom scorer returned {got}, but must return {(x.shape[0], self.num_experts)}")
+            returned = tuple(scores_TE.shape) if isinstance(scores_TE, Tensor) else type(scores_TE).__name__
+            raise SpecMismatch(
+                f"the custom scorer returned {returned}, but must return scores of shape "
+                f"{(x.shape[0], self.num_experts)}"
+            )
         return scores_TE if scores_TE.dtype == torch.float64 else scores_TE.float()
 
     def _select(self, scores_TE: Tensor, mask_TE: Tensor | None, k: int) -> Routing:
@@ -68,7 +73,9 @@ class Custom(Gate):
 
     def config(self) -> dict[str, Any]:
         if self.factory is None:
-            raise InvalidRequest("a custom gate of a live object has no configuration: give an import string")
+            raise InvalidRequest(
+                "a custom gate around a live object has no configuration: pass its scorer as an import string"
+            )
         return super().config() | {"scorer": self.factory}
 
     def extra_repr(self) -> str:

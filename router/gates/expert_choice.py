@@ -1,6 +1,6 @@
-"""Expert choice: experts pick their rows, so load is equal by construction.
+"""Expert choice: the experts pick their rows, so each gets the same number of them.
 
-Shapes: T rows, E experts, C rows of each expert, K choices of a row.
+Shapes: T rows, E experts, C rows of each expert, K choices per row.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from .selection import masked, members, pick, top
 class ExpertChoice(LinearGate):
     """Each expert takes the C = ⌈T · capacity_factor / E⌉ rows of largest p, p = softmax(h) (Zhou et al. 2022, §3.2).
 
-    `capacity_factor` is the mean number of experts of a row. A row's choice depends on the other rows of the request
-    (so it leaks the future: not for autoregressive models). Rows that no expert picks count as dropped. Equal
-    probabilities go to the earlier row.
+    `capacity_factor` is the mean number of experts per row. The choice for a row depends on the other rows of the
+    request, which leaks future tokens: do not use it for autoregressive models. Rows that no expert picks count as
+    dropped. Ties go to the earlier row.
     """
 
     name = "expert_choice"
@@ -43,7 +43,7 @@ class ExpertChoice(LinearGate):
         capacity = min(num_rows, math.ceil(num_rows * self.capacity_factor / self.num_experts))
         _, rows_EC = top(masked(probabilities_TE, mask_TE).t(), capacity)
         chosen_TE = members(rows_EC, num_rows).t()
-        most = max(1, int(chosen_TE.sum(dim=1).max()))
-        _, indices_TK = top(scores_TE.masked_fill(~chosen_TE, -torch.inf), most)
+        widest = max(1, int(chosen_TE.sum(dim=1).max()))
+        _, indices_TK = top(scores_TE.masked_fill(~chosen_TE, -torch.inf), widest)
         dropped_T = (~chosen_TE.any(dim=1)).long()
         return Routing(indices_TK, pick(probabilities_TE, indices_TK), dropped_T)

@@ -1,6 +1,6 @@
-"""A gate without parameters: experts by a hash of the row, the same in every process and on every device.
+"""A gate without parameters: it hashes rows to experts, the same way in every process and on every device.
 
-Shapes: T rows, D features, E experts, K choices a row.
+Shapes: T rows, D features, E experts, K choices per row.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ _GOLDEN = -7046029254386353131  # 2^64 / golden ratio, as a signed integer: the 
 
 
 class Hash(Gate):
-    """k experts of each row by its hash, each with weight 1 / k (hash layers, Roller et al. 2021).
+    """Picks k experts for each row by hash, each with weight 1 / k (hash layers, Roller et al. 2021).
 
-    Integer rows (token ids) are hashed as numbers, float rows by their bits in float32. The k largest of the hashes
-    of (seed, row, expert) are taken (rendezvous hashing), so denying an expert moves its own rows and no others.
+    Integer rows (token ids) are hashed as numbers, float rows by their float32 bits. The experts with the k largest
+    hashes of (seed, row, expert) are taken (rendezvous hashing), so denying an expert moves only the rows that it had.
+    A row with fewer than k allowed experts spreads its weight of 1 over those.
     """
 
     name = "hash"
@@ -29,12 +30,12 @@ class Hash(Gate):
         self.seed = seed
 
     def scores(self, x: Tensor) -> Tensor:
-        """Pseudo-random numbers in [0, 1), [T, E] float32, a function of seed, row and expert alone."""
+        """Pseudo-random numbers in [0, 1), float32 [T, E], a function of seed, row and expert alone."""
         if x.is_floating_point():
-            x = (x.float() + 0.0).view(torch.int32)  # + 0.0 makes -0.0 and 0.0 the same
+            x = (x.float() + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
         numbers_TD = self._features(x, torch.int64)
-        places_D = torch.arange(1, numbers_TD.shape[1] + 1, device=x.device) * _GOLDEN + self.seed
-        rows_T = _mix(_mix(numbers_TD + places_D) + places_D).sum(dim=1)
+        steps_D = torch.arange(1, numbers_TD.shape[1] + 1, device=x.device) * _GOLDEN + self.seed
+        rows_T = _mix(_mix(numbers_TD + steps_D) + steps_D).sum(dim=1)
         experts_E = _mix(torch.arange(1, self.num_experts + 1, device=x.device) * _GOLDEN)
         hashes_TE = _mix(rows_T[:, None] ^ experts_E)
         return (hashes_TE >> 40 & 0xFFFFFF).float() / 2**24
@@ -46,7 +47,7 @@ class Hash(Gate):
 
 
 def _mix(numbers: Tensor) -> Tensor:
-    """The finaliser of splitmix64 (Steele et al. 2014) on int64 that wraps; shifts are made logical by masks."""
+    """The splitmix64 finaliser (Steele et al. 2014) on wrapping int64; masks make the shifts logical."""
     numbers = (numbers ^ (numbers >> 30 & 0x3FFFFFFFF)) * -4658895280553007687
     numbers = (numbers ^ (numbers >> 27 & 0x1FFFFFFFFF)) * -7723592293110705685
     return numbers ^ (numbers >> 31 & 0x1FFFFFFFF)

@@ -1,4 +1,4 @@
-"""Scores by one matrix multiplication: the common half of most gates.
+"""Scores from one matrix multiplication: the base class of most gates.
 
 Shapes: T rows, D features, E experts.
 """
@@ -16,7 +16,7 @@ from .base import Gate
 
 
 class LinearGate(Gate):
-    """Scores x·Wᵀ (+ b), with `weight` [E, D] and, if asked for, `bias` [E], both trainable."""
+    """Scores x·Wᵀ (+ b), with trainable `weight` [E, D] and, if `bias`, a trainable `bias` [E]."""
 
     weight: Tensor
     bias: Tensor | None

@@ -1,6 +1,6 @@
-"""Noisy top-k: exploration in training by noise whose size is learned.
+"""Noisy top-k: noise with a learned scale makes the gate explore during training.
 
-Shapes: T rows, D features, E experts, K choices a row.
+Shapes: T rows, D features, E experts, K choices per row.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from .softmax import softmax_top_k
 class NoisyTopK(LinearGate):
     """Softmax over the k best of H = x·W + N(0, 1) · softplus(x·W_noise) (Shazeer et al. 2017, eq. 3-5).
 
-    The noise is added in training mode alone, so serving is deterministic. `noise_weight` [E, D] starts at zero.
-    `clean_scores` and `noise_scale` are what the load loss of the paper needs (`losses.expected_load`).
+    Noise is added in training mode only, so serving is deterministic. `noise_weight` [E, D] starts at zero.
+    `clean_scores` and `noise_scale` are the inputs of the paper's load loss (`balance.expected_load`).
     """
 
     name = "noisy_top_k"
@@ -28,11 +28,11 @@ class NoisyTopK(LinearGate):
         self.noise_weight = nn.Parameter(torch.zeros(num_experts, in_features))
 
     def clean_scores(self, x: Tensor) -> Tensor:
-        """x·W of the rows, [T, E], without noise."""
+        """The scores x·W [T, E] without noise."""
         return super().scores(x)
 
     def noise_scale(self, x: Tensor) -> Tensor:
-        """softplus(x·W_noise), [T, E]: the standard deviation of the noise of each score."""
+        """softplus(x·W_noise) [T, E]: the standard deviation of the noise on each score."""
         scale_TE = F.softplus(F.linear(self._features(x, self.noise_weight.dtype), self.noise_weight))
         return scale_TE if scale_TE.dtype == torch.float64 else scale_TE.float()
 

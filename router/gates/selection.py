@@ -1,6 +1,6 @@
-"""Exact selection of experts from scores: masks first, ties to the lower expert index, bad input refused.
+"""Exact selection of experts from scores: masks come first, ties go to the lower index, bad input is rejected.
 
-Shapes: T rows, E experts, K choices a row, G groups of e experts each.
+Shapes: T rows, E experts, K choices per row, G groups of e experts each.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ...experts.errors import ConfigError, InvalidRequest, SpecMismatch
 
-SMALL = 2048
-"""Up to so many scores a stable sort is faster than a top-k and the check that makes it exact."""
+SORT_LIMIT = 2048
+"""Up to this many scores, a stable sort is faster than a top-k plus the check that makes it exact."""
 
 
 def checked_scores(scores_TE: Tensor, num_experts: int) -> Tensor:
-    """Return `scores_TE` in float32 (float64 stays), shape [T, E].
+    """Return `scores_TE` [T, E] in float32 (float64 stays).
 
     Raises SpecMismatch for another shape and InvalidRequest for NaN or infinite scores.
     """
@@ -25,13 +25,13 @@ def checked_scores(scores_TE: Tensor, num_experts: int) -> Tensor:
         raise SpecMismatch(f"scores have shape {tuple(scores_TE.shape)}, but the gate needs [rows, {num_experts}]")
     if scores_TE.dtype != torch.float64:
         scores_TE = scores_TE.float()
-    # A sum is one pass without a temporary; it is infinite for huge finite scores too, hence the exact second look.
+    # A sum takes one pass and no temporary. Huge finite scores overflow it too, so those get the exact check.
     if not math.isfinite(scores_TE.detach().sum().item()):
         bad_T = ~scores_TE.detach().isfinite().all(dim=1)
         if bad_T.any():
             raise InvalidRequest(
                 f"the gate's scores of {int(bad_T.sum())} rows (first: row {int(bad_T.nonzero()[0])}) are NaN or "
-                "infinite: look for NaN in the features or in the gate's weights"
+                "infinite: check the features and the gate's weights for NaN"
             )
     return scores_TE
 
@@ -39,7 +39,7 @@ def checked_scores(scores_TE: Tensor, num_experts: int) -> Tensor:
 def checked_mask(mask_TE: Tensor | None, scores_TE: Tensor) -> Tensor | None:
     """Return the mask as bool [T, E], True = allowed; [E] means the same mask for every row.
 
-    Raises SpecMismatch for another shape or dtype and InvalidRequest where a row is left without an expert.
+    Raises SpecMismatch for another shape or dtype and InvalidRequest for a row with no allowed expert.
     """
     if mask_TE is None:
         return None
@@ -53,25 +53,25 @@ def checked_mask(mask_TE: Tensor | None, scores_TE: Tensor) -> Tensor | None:
     if empty_T.any():
         raise InvalidRequest(
             f"allow/deny leaves {int(empty_T.sum())} rows (first: row {int(empty_T.nonzero()[0])}) without any "
-            "expert: allow at least one"
+            "expert: allow at least one for each row"
         )
     return mask_TE
 
 
 def masked(scores_TE: Tensor, mask_TE: Tensor | None) -> Tensor:
-    """Scores with -inf for every expert that is not allowed."""
+    """The scores, with -inf for every denied expert."""
     return scores_TE if mask_TE is None else scores_TE.masked_fill(~mask_TE, -torch.inf)
 
 
 def top(scores_TE: Tensor, k: int, *, holes: bool = True) -> tuple[Tensor, Tensor]:
-    """Values and indices, both [T, K], of the `k` largest scores of each row, best first, ties by the lower index.
+    """The `k` largest scores of each row, best first, ties by the lower index: values and indices, both [T, K].
 
-    Scores of -inf are never chosen: the index -1 (and the value -inf) stands in their place. `holes=False` says that
-    there are none. The values are differentiable. `torch.topk` orders equal scores as it likes, so its answer is
-    taken only for rows whose scores differ from one to the next, also across the border of the selection.
+    Scores of -inf are never chosen: they give the index -1 (and the value -inf). `holes=False` promises that there are
+    none. The values are differentiable. `torch.topk` orders equal scores arbitrarily, so rows with a tie among their
+    k + 1 largest scores are sorted instead.
     """
     k = min(k, scores_TE.shape[1])
-    if scores_TE.numel() <= SMALL or k == scores_TE.shape[1]:
+    if scores_TE.numel() <= SORT_LIMIT or k == scores_TE.shape[1]:
         values, indices = scores_TE.sort(dim=1, descending=True, stable=True)
         values_TK, indices_TK = values[:, :k], indices[:, :k]
     else:
@@ -87,37 +87,37 @@ def top(scores_TE: Tensor, k: int, *, holes: bool = True) -> tuple[Tensor, Tenso
 
 
 def pick(scores_TE: Tensor, indices_TK: Tensor) -> Tensor:
-    """Values [T, K] of the chosen experts, 0 where the index is -1; differentiable in the scores."""
+    """The values [T, K] of the chosen experts, 0 where the index is -1; differentiable in the scores."""
     return scores_TE.gather(1, indices_TK.clamp(min=0)).masked_fill(indices_TK < 0, 0)
 
 
 def exact_sigmoid(scores_TE: Tensor) -> Tensor:
-    """Sigmoid that gives equal scores equal values wherever they stand in the tensor.
+    """Sigmoid that maps equal scores to equal values at any position in the tensor.
 
-    In float32 the vector and the scalar code of one kernel differ in the last bit, which would decide ties.
+    In float32 the vector and scalar code of the kernel differ in the last bit, which would decide ties.
     """
     return scores_TE.double().sigmoid().to(scores_TE.dtype)
 
 
 def members(indices_TK: Tensor, size: int) -> Tensor:
-    """Bool [T, size]: which of 0 .. size - 1 each row of indices holds; -1 holds nothing."""
-    found = torch.zeros(indices_TK.shape[0], size + 1, dtype=torch.bool, device=indices_TK.device)
-    return found.scatter_(1, indices_TK + 1, True)[:, 1:]
+    """Bool [T, size]: which of the numbers 0 .. size - 1 each row of indices contains; -1 is ignored."""
+    present = torch.zeros(indices_TK.shape[0], size + 1, dtype=torch.bool, device=indices_TK.device)
+    return present.scatter_(1, indices_TK + 1, True)[:, 1:]
 
 
 def check_groups(num_experts: int, groups: int, top_groups: int) -> None:
-    """Raise ConfigError where the experts do not divide into the groups or more groups are kept than there are."""
+    """Raise ConfigError if the groups do not divide the experts evenly, or `top_groups` is out of range."""
     if groups < 1 or num_experts % groups or not 1 <= top_groups <= groups:
         raise ConfigError(
-            f"groups={groups} must divide num_experts={num_experts}, and top_groups={top_groups} be 1 to groups"
+            f"groups={groups} must divide num_experts={num_experts}, and top_groups={top_groups} must be 1 to {groups}"
         )
 
 
 def limit_groups(scores_TE: Tensor, groups: int, kept: int, *, best: int) -> Tensor:
     """Set the scores outside the `kept` best groups to -inf.
 
-    A group counts with the sum of its `best` highest scores: 2 in DeepSeek-V3 (§2.1.2), 1 in DeepSeek-V2. Experts of
-    score -inf (denied ones) do not count, and a group of nothing else is never kept before another.
+    The score of a group is the sum of its `best` highest scores: 2 in DeepSeek-V3 (§2.1.2), 1 in DeepSeek-V2. Denied
+    experts (-inf) do not count, and a group with only denied experts ranks last.
     """
     scores_TGe = scores_TE.view(scores_TE.shape[0], groups, scores_TE.shape[1] // groups)
     best_TG = scores_TGe.topk(min(best, scores_TGe.shape[2]), dim=2).values

@@ -1,6 +1,6 @@
-"""Sigmoid scores with a bias for balance and a limit on groups: the gate of DeepSeek-V3.
+"""Sigmoid scores with a balancing bias and a limit on groups: the gate of DeepSeek-V3.
 
-Shapes: T rows, E experts, K choices a row.
+Shapes: T rows, E experts, K choices per row.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from .selection import check_groups, exact_sigmoid, limit_groups, masked, pick, 
 class Sigmoid(LinearGate):
     """The k experts of largest s + b, weighted by s alone, with s = sigmoid(x·Wᵀ) (DeepSeek-V3, eq. 12-16).
 
-    `expert_bias` [E] (float32; no gradient) steers the choice and never the weights: `losses.balanced_bias` moves it.
-    With `groups` > 1 a row uses the `top_groups` groups of largest sum of two best s + b. Weights are divided by
-    their sum where `renormalize`, then multiplied by `scale`. Scores are computed in float32 at least.
+    `expert_bias` [E] (float32; no gradient) affects the choice, never the weights: `balance.balanced_bias` updates it.
+    With `groups` > 1 a row uses the `top_groups` groups with the largest sum of their two best s + b. Weights are
+    divided by their sum if `renormalize`, then multiplied by `scale`. Scores are computed in at least float32.
     """
 
     name = "sigmoid"

@@ -1,6 +1,6 @@
 """Top-k of linear scores with softmax weights: the gates of Mixtral, Qwen-MoE, OLMoE, DeepSeek-V2, GPT-OSS and Switch.
 
-Shapes: T rows, E experts, K choices a row.
+Shapes: T rows, E experts, K choices per row.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from .selection import check_groups, limit_groups, masked, pick, top
 def softmax_top_k(
     scores_TE: Tensor, mask_TE: Tensor | None, k: int, *, renormalize: bool, scale: float = 1.0
 ) -> Routing:
-    """The k best experts with weights scale · softmax(scores), divided by their sum where `renormalize`.
+    """The k best experts with weights scale · softmax(scores), the softmax divided by its sum if `renormalize`.
 
-    The renormalised softmax is computed as the softmax over the chosen scores, to which it is equal.
+    The renormalised softmax is computed as the softmax over the chosen scores; the two are equal.
     """
     scores_TE, holes = masked(scores_TE, mask_TE), mask_TE is not None
     values_TK, indices_TK = top(scores_TE, k, holes=holes)
@@ -30,11 +30,13 @@ def softmax_top_k(
 
 
 def check_softmax(softmax: str, renormalize: bool) -> None:
-    """Raise ConfigError for an unknown place of the softmax, or a combination that would have no effect."""
+    """Raise ConfigError for an unknown position of the softmax, or a `renormalize` that would have no effect."""
     if softmax not in ("before", "after"):
-        raise ConfigError(f"softmax is {softmax!r}, but must be 'before' or 'after' (the selection)")
+        raise ConfigError(f"softmax is {softmax!r}, but must be 'before' or 'after' (selection)")
     if softmax == "after" and not renormalize:
-        raise ConfigError("softmax='after' always sums to one: for renormalize=False use softmax='before'")
+        raise ConfigError(
+            "with softmax='after' the weights always sum to one: for renormalize=False use softmax='before'"
+        )
 
 
 class TopK(LinearGate):
@@ -45,10 +47,10 @@ class TopK(LinearGate):
     * `softmax="after"`: w = scale · softmax of h over S (Shazeer et al. 2017, eq. 3 and 5, without noise; GPT-OSS).
     * `softmax="before"`: w = scale · softmax of h over all experts, kept on S. With `renormalize` it is divided by
       its sum over S, which makes it equal to `"after"` (Mixtral; Qwen3-MoE with `norm_topk_prob`); without, the
-      weights sum to less than `scale` (OLMoE, Qwen2-MoE).
+      weights sum to at most `scale` (OLMoE, Qwen2-MoE).
 
-    `groups` > 1 first keeps the `top_groups` groups of experts with the best member (DeepSeek-V2, §2.2.2).
-    Raises ConfigError for arguments that do not fit together.
+    With `groups` > 1 only the `top_groups` groups with the best single expert compete (DeepSeek-V2, §2.2.2).
+    Raises ConfigError for arguments that contradict each other.
     """
 
     name = "top_k"
@@ -87,7 +89,7 @@ class TopK(LinearGate):
 
 
 class Switch(LinearGate):
-    """The best expert of each row alone, weighted by its probability p = softmax(h) (Fedus et al. 2021, eq. 1-2)."""
+    """The single best expert of each row, weighted by its probability p = softmax(h) (Fedus et al. 2021, eq. 1-2)."""
 
     name = "switch"
     k_per_request = False

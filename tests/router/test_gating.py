@@ -196,7 +196,7 @@ def bad_requests() -> dict[str, tuple[GateRequest, type[Exception], str]]:
     nan = torch.full((1, D), torch.nan)
     return {
         "NaN": (GateRequest(nan, nan), InvalidRequest, "NaN or infinite"),
-        "too many choices": (GateRequest(plain().x, plain().x, k=E + 1), InvalidRequest, "use 1 to that"),
+        "too many choices": (GateRequest(plain().x, plain().x, k=E + 1), InvalidRequest, "must be between 1 and 4"),
         "nobody allowed": (
             GateRequest(plain().x, plain().x, torch.zeros(E, dtype=torch.bool)), InvalidRequest, "without any expert"
         ),

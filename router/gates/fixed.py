@@ -1,6 +1,6 @@
-"""A gate that is just given: the same weights for every row.
+"""A gate with fixed weights, the same for every row.
 
-Shapes: T rows, E experts, K choices a row.
+Shapes: T rows, E experts, K choices per row.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from .selection import masked, pick, top
 
 
 class Fixed(Gate):
-    """Every row goes to every expert (or to the k of largest |weight|) with the given weights, not normalised.
+    """Sends every row to every expert (or to the k of largest |weight|) with the given weights, not normalised.
 
-    It does not look at the features. Weights may be negative; they must be finite.
+    It ignores the features. Weights may be negative; they must be finite.
     """
 
     name = "fixed"
