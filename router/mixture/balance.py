@@ -1,6 +1,6 @@
-"""Balance: what keeps a gate from sending every row to the same few experts.
+"""Balance: statistics and losses that keep a gate from sending every row to the same few experts.
 
-Shapes: T rows, E experts, K choices a row.
+Shapes: T rows, E experts, K choices per row.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from ..gates.routing import Routing
 
 
 def load(routing: Routing, num_experts: int) -> Tensor:
-    """Number of choices of each expert, int64 [E]."""
+    """The number of choices of each expert, int64 [E]."""
     return torch.bincount(routing.indices_TK.flatten() + 1, minlength=num_experts + 1)[1:]
 
 
 def importance(routing: Routing, num_experts: int) -> Tensor:
-    """Sum of the gate weights of each expert, [E], differentiable (Shazeer et al. 2017, eq. 6)."""
+    """The sum of the gate weights of each expert [E]; differentiable (Shazeer et al. 2017, eq. 6)."""
     weights_TK = routing.weights_TK
     experts = routing.indices_TK.clamp(min=0).flatten()
     return weights_TK.new_zeros(num_experts).index_add(0, experts, weights_TK.flatten())
 
 
 def expected_load(clean_TE: Tensor, noisy_TE: Tensor, noise_TE: Tensor, k: int) -> Tensor:
-    """Smooth load of each expert, [E], under noisy top-k (Shazeer et al. 2017, eq. 8-10).
+    """A smooth estimate of the load of each expert [E] under noisy top-k (Shazeer et al. 2017, eq. 8-10).
 
-    The probability that an expert is among the k best if its own noise is drawn again and that of the others is kept:
+    The probability that an expert is among the k best when its own noise is redrawn and that of the others is kept:
     Φ((clean - k-th best of the other noisy scores) / noise scale), summed over rows. All inputs are [T, E].
-    Raises InvalidRequest for a `k` that leaves no expert outside.
+    Raises InvalidRequest unless `k` is at least 1 and below the number of experts.
     """
     num_experts = noisy_TE.shape[1]
     if not 1 <= k < num_experts:
-        raise InvalidRequest(f"k is {k}, but the load of {num_experts} experts needs 1 to {num_experts - 1}")
+        raise InvalidRequest(f"k is {k}, but must be between 1 and {num_experts - 1} for {num_experts} experts")
     best = noisy_TE.topk(k + 1, dim=1).values
     inside_T1, border_T1 = best[:, k - 1 : k], best[:, k : k + 1]
     others_TE = torch.where(noisy_TE >= inside_T1, border_T1, inside_T1)
@@ -44,7 +44,7 @@ def expected_load(clean_TE: Tensor, noisy_TE: Tensor, noise_TE: Tensor, k: int) 
 def squared_variation(amounts_E: Tensor) -> Tensor:
     """(standard deviation / mean)², the loss on importance or load (Shazeer et al. 2017, eq. 7 and 11), a scalar.
 
-    Zero for one expert and for amounts that are all zero. The variance is that of the population.
+    Zero for a single expert, and if all amounts are zero. Uses the population variance.
     """
     return amounts_E.float().var(correction=0) / amounts_E.float().mean().square().clamp(min=1e-10)
 
@@ -52,9 +52,9 @@ def squared_variation(amounts_E: Tensor) -> Tensor:
 def load_balance_loss(probabilities_TE: Tensor, routing: Routing) -> Tensor:
     """E · Σ f·P over the experts, a scalar of 1 at perfect balance (Fedus et al. 2021, eq. 4-6, without α).
 
-    f is the share of all choices that went to an expert (of the T·K that were made: for K = 1 eq. 5; others leave the
-    division by K out), P its mean probability over rows (eq. 6). `probabilities_TE` is the softmax of all scores;
-    the gradient flows through it alone.
+    f is an expert's share of all choices (T·K if none is empty; eq. 5 for K = 1, other implementations do not divide
+    by K), P its mean probability over rows (eq. 6). `probabilities_TE` is the softmax over all scores; the gradient
+    flows through it only.
     """
     num_experts = probabilities_TE.shape[1]
     counts_E = load(routing, num_experts).to(probabilities_TE.dtype)
@@ -63,14 +63,14 @@ def load_balance_loss(probabilities_TE: Tensor, routing: Routing) -> Tensor:
 
 
 def z_loss(scores_TE: Tensor) -> Tensor:
-    """Mean over rows of (log Σ exp scores)², which keeps scores small, a scalar (ST-MoE, Zoph et al. 2022, eq. 5)."""
+    """The mean over rows of (log Σ exp scores)², a scalar; it keeps scores small (ST-MoE, Zoph et al. 2022, eq. 5)."""
     return scores_TE.logsumexp(dim=1).square().mean()
 
 
 def balanced_bias(bias_E: Tensor, load_E: Tensor, rate: float = 1e-3) -> Tensor:
-    """The expert bias after one step of balance without a loss: b + rate · sign(mean load - load).
+    """The expert bias after one update of loss-free balancing: b + rate · sign(mean load - load).
 
-    Source: Wang et al. 2024, algorithm 1; DeepSeek-V3, §2.1.2. `load_E` counts the choices of a whole training batch.
+    Source: Wang et al. 2024, algorithm 1; DeepSeek-V3, §2.1.2. `load_E` is the `load` of a whole training batch.
     """
     load_E = load_E.to(bias_E.dtype)
     return bias_E + rate * (load_E.mean() - load_E).sign()

@@ -1,6 +1,6 @@
-"""Capacity: a limit on the rows that an expert takes from one request, and the choice of what is dropped.
+"""Capacity: a limit on the rows that an expert takes from one request, and which rows it drops.
 
-Shapes: T rows, K choices a row, N pairs of a row and an expert.
+Shapes: T rows, K choices per row, N pairs of a row and an expert.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ DROP = ("position", "probability")
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """Each expert takes at most C = max(minimum, ⌈factor · N / E⌉) rows of a request with N choices, T·K of top-k
-    (Fedus et al. 2021, eq. 3, there for K = 1; GShard, Lepikhin et al. 2020, §2.2).
+    """Each expert takes at most C = max(minimum, ⌈factor · N / E⌉) rows of a request with N choices (T·K for top-k;
+    Fedus et al. 2021, eq. 3, for K = 1; GShard, Lepikhin et al. 2020, §2.2).
 
-    `drop="position"` keeps the first C rows of an expert, `"probability"` those of largest |weight| (equal weights:
-    the earlier row). Raises ConfigError for values that cannot be right.
+    `drop="position"` keeps the first C rows of an expert, `"probability"` those of largest |weight| (ties: the
+    earlier row). Raises ConfigError for invalid values.
     """
 
     factor: float
@@ -33,24 +33,24 @@ class Capacity:
     def __post_init__(self) -> None:
         if self.drop not in DROP or not 0 < self.factor < math.inf or self.minimum < 0:
             raise ConfigError(
-                f"capacity has factor={self.factor} (above 0), drop={self.drop!r} (one of {DROP}), "
-                f"minimum={self.minimum} (0 or more)"
+                f"capacity needs a factor above 0, drop one of {', '.join(DROP)}, and a minimum of 0 or more; "
+                f"got factor={self.factor}, drop={self.drop!r}, minimum={self.minimum}"
             )
 
     def rows(self, num_choices: int, num_experts: int) -> int:
-        """C for a request in which the gate made `num_choices` choices."""
+        """The capacity C for a request with `num_choices` choices."""
         return max(self.minimum, math.ceil(self.factor * num_choices / num_experts))
 
     def apply(self, routing: Routing, num_experts: int) -> Routing:
-        """Take away the choices above the capacity of their expert; the weights of the others stay as they are.
+        """Drop the choices above the capacity of their expert; the other weights stay unchanged.
 
-        Apply it to the routing of one request alone. `dropped_T` of the result counts what was taken away, together
-        with what the gate itself had dropped.
+        Apply it to the routing of a single request. `dropped_T` of the result counts these choices and those that the
+        gate itself dropped.
         """
-        made_TK = routing.indices_TK >= 0
-        capacity = self.rows(int(made_TK.sum()), num_experts)
-        keep_TK = within(routing, num_experts, capacity, by_weight=self.drop == "probability")
-        dropped_T = (made_TK & ~keep_TK).sum(dim=1)
+        chosen_TK = routing.indices_TK >= 0
+        capacity = self.rows(int(chosen_TK.sum()), num_experts)
+        keep_TK = within_capacity(routing, num_experts, capacity, by_weight=self.drop == "probability")
+        dropped_T = (chosen_TK & ~keep_TK).sum(dim=1)
         if routing.dropped_T is not None:
             dropped_T = dropped_T + routing.dropped_T
         return Routing(
@@ -58,7 +58,7 @@ class Capacity:
         )
 
 
-def within(routing: Routing, num_experts: int, capacity: int, *, by_weight: bool) -> Tensor:
+def within_capacity(routing: Routing, num_experts: int, capacity: int, *, by_weight: bool) -> Tensor:
     """Bool [T, K]: the choices among the first `capacity` of their expert, by row or by descending |weight|."""
     experts_N = routing.indices_TK.flatten()
     if by_weight:

@@ -1,4 +1,4 @@
-"""A layer's declaration: a name, a gate, its experts, how their answers are combined, what happens when one is lost."""
+"""The declaration of a layer: name, gate, experts, how their answers are combined, what happens if one is lost."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ GATE = "gate"
 class Layer:
     """A gate and its experts: y = sum of w_i * f_i(x) over the experts that the gate picks for a row.
 
-    Expert number i of the gate is the i-th entry of `experts`. `combine` is "weighted_sum", "mean", "vote" or
-    "residual". `on_missing` says what happens to a row whose expert does not answer: "error", "renormalize",
-    "residual" or "fallback:<expert>"; an answer that lost more than `max_lost_mass` of a row's gate weight is refused.
-    `input` declares the rows of a request; by default that of the experts.
+    Expert i of the gate is the i-th entry of `experts`. `combine` is "weighted_sum", "mean", "vote" or "residual".
+    `on_missing` says what happens to a row whose expert does not answer: "error", "renormalize", "residual" or
+    "fallback:<expert>"; a request fails if a row loses more than `max_lost_mass` of its gate weight. `input` declares
+    the rows of a request; the default is the input of the experts.
 
-    `shared` experts are always on, and added outside the gate; without one of them there is no answer. `capacity`
-    bounds the rows that an expert takes of one request; a row that loses all its experts by that is zero, or itself
+    `shared` experts are always on and added outside the gate; if one fails, so does the request. `capacity` limits
+    the rows that an expert takes from one request; a row that loses all its experts to it is zero, or the row itself
     with `on_dropped="residual"`.
 
-    Raises ConfigError for a declaration that cannot be right.
+    Raises ConfigError for an invalid declaration.
     """
 
     name: str
@@ -51,9 +51,9 @@ class Layer:
         if not isinstance(self.gate, Gate):
             raise ConfigError(f"{where}: gate must be one of expertmesh.gates, not {type(self.gate).__name__}")
         if not self.experts:
-            raise ConfigError(f"{where}: it has no experts")
+            raise ConfigError(f"{where}: it has no experts: declare at least one")
         for name in self.experts.keys() & self.shared.keys():
-            raise ConfigError(f"{where}: expert {name} stands both in experts and in shared")
+            raise ConfigError(f"{where}: expert {name} appears both in experts and in shared")
         for name, expert in self.everyone.items():
             check_name(name, f"{where}: expert")
             if name == GATE:
@@ -62,12 +62,12 @@ class Layer:
                 raise ConfigError(f"{where}: expert {name} must be an Expert, not {type(expert).__name__}")
         if self.gate.num_experts != len(self.experts):
             raise ConfigError(
-                f"{where}: the gate picks among {self.gate.num_experts} experts, {len(self.experts)} given"
+                f"{where}: the gate picks among {self.gate.num_experts} experts, but the layer has {len(self.experts)}"
             )
         if self.combine not in METHODS:
             raise ConfigError(f"{where}: combine must be one of {', '.join(METHODS)}, not {self.combine!r}")
         if self.shared and self.combine == "vote":
-            raise ConfigError(f"{where}: shared experts are added to a sum, and combine 'vote' makes none")
+            raise ConfigError(f"{where}: combine 'vote' takes no shared experts: there is no sum to add them to")
         if self.on_dropped not in ON_DROPPED:
             raise ConfigError(f"{where}: on_dropped must be one of {', '.join(ON_DROPPED)}, not {self.on_dropped!r}")
         if not 0.0 <= self.max_lost_mass <= 1.0:
@@ -77,7 +77,10 @@ class Layer:
         except InvalidRequest as error:
             raise ConfigError(f"{where}: {error.message}") from None
         if policy.kind == "residual" and self.combine == "vote":
-            raise ConfigError(f"{where}: on_missing 'residual' has no meaning for combine 'vote': rows are no votes")
+            raise ConfigError(
+                f"{where}: on_missing 'residual' has no meaning for combine 'vote': use 'renormalize' or "
+                "'fallback:<expert>'"
+            )
 
     def policy(self, on_missing: str) -> OnMissing:
         """Parse a missing-expert policy for this layer. Raises InvalidRequest, also for an unknown fallback expert."""
@@ -87,13 +90,13 @@ class Layer:
         return policy
 
     def without_live_objects(self) -> Layer:
-        """The same layer for a process that does not run its experts: live objects are left where they are."""
+        """A copy for a process that does not run the experts: placeholders replace the live objects."""
         return self.with_experts(
-            {name: replace(e, live=_elsewhere) if e.ephemeral else e for name, e in self.everyone.items()}
+            {name: replace(e, live=_not_in_this_process) if e.ephemeral else e for name, e in self.everyone.items()}
         )
 
     def with_experts(self, everyone: Mapping[str, Expert]) -> Layer:
-        """The same layer with other declarations of its experts, shared ones too, by name."""
+        """A copy with other declarations of the experts, by name, shared ones included."""
         return replace(
             self,
             experts={name: everyone[name] for name in self.experts},
@@ -102,7 +105,7 @@ class Layer:
 
     @property
     def everyone(self) -> dict[str, Expert]:
-        """All experts by name: those that the gate chooses from, in its order, then the shared ones."""
+        """All experts by name: the routed ones in the order of the gate, then the shared ones."""
         return {**self.experts, **self.shared}
 
     @property
@@ -112,7 +115,7 @@ class Layer:
 
     @cached_property
     def packs(self) -> tuple[tuple[int, ...], ...]:
-        """The positions of the experts that the gate chooses from, by the replica that they share."""
+        """The positions of the routed experts, grouped by the replica that they share."""
         packs: dict[str, list[int]] = {}
         for position, (name, expert) in enumerate(self.experts.items()):
             packs.setdefault(f"pack {expert.pack}" if expert.pack else f"expert {name}", []).append(position)
@@ -125,7 +128,7 @@ class Layer:
 
     @cached_property
     def expert_ids(self) -> tuple[str, ...]:
-        """The ids of the experts that the gate chooses from, in its order."""
+        """The ids of the routed experts, in the order of the gate."""
         return tuple(f"{self.name}/{expert}" for expert in self.experts)
 
     @property
@@ -142,5 +145,5 @@ def check_name(name: object, what: str) -> None:
         )
 
 
-def _elsewhere(rows: object) -> NoReturn:
+def _not_in_this_process(rows: object) -> NoReturn:
     raise ConfigError("this live expert runs in its replica, not here")

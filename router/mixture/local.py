@@ -1,4 +1,4 @@
-"""A whole layer in one process: gate, dispatch, experts, combine. The reference of every distributed path.
+"""A whole layer in one process: gate, dispatch, experts, combine. It is the reference for every distributed path.
 
 Shapes: T rows, E experts, N pairs of a row and an expert; rows may have any trailing shape.
 """
@@ -22,11 +22,11 @@ RowsFunction = Callable[[Tensor], Tensor]
 
 
 class LocalLayer(nn.Module):
-    """y = Σ wᵢ·fᵢ(x) with experts of this process: modules and functions side by side, or `PackedExperts`.
+    """y = Σ wᵢ·fᵢ(x) with experts in this process: any mix of modules and functions, or `PackedExperts`.
 
-    `experts` is in the order of the gate's indices; a mapping names them, for `on_missing="fallback:<name>"` (in a
-    sequence the names are "0", "1", ...). `shared` is always on and added outside the gate. The other arguments are
-    those of `combine`. Raises ConfigError where the number of experts is not that of the gate.
+    `experts` is in the order of the gate's indices; a mapping names them for `on_missing="fallback:<name>"` (in a
+    sequence the names are "0", "1", ...). `shared` is always on and added outside the gate. `method` and the arguments
+    after it are those of `combine`. Raises ConfigError if the number of experts is not that of the gate.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class LocalLayer(nn.Module):
         self.on_dropped = on_dropped
 
     def forward(self, x: Tensor, *, mask_TE: Tensor | None = None, k: int | None = None) -> Tensor:
-        """The rows y [T, ...] of the rows `x` [T, ...]; `mask_TE` and `k` as in `Gate.select`."""
+        """Compute the rows y [T, ...] from the rows `x` [T, ...]; `mask_TE` and `k` are those of `Gate.select`."""
         return self.answer(x, mask_TE=mask_TE, k=k).output
 
     def answer(
@@ -73,7 +73,7 @@ class LocalLayer(nn.Module):
         k: int | None = None,
         on_missing: str | None = None,
     ) -> Combined:
-        """The rows with what was lost and dropped. `gate_input` [T, ...] are other features for the gate.
+        """Compute the rows, with what was lost and dropped. The gate reads `gate_input` [T, ...], by default `x`.
 
         Raises what `Gate.select` and `combine` raise.
         """
@@ -81,7 +81,7 @@ class LocalLayer(nn.Module):
         return self.with_routing(x, routing, on_missing=on_missing)
 
     def with_routing(self, x: Tensor, routing: Routing, *, on_missing: str | None = None) -> Combined:
-        """The rows for a routing that is already there."""
+        """Compute the rows from an existing routing."""
         if self.capacity is not None:
             routing = self.capacity.apply(routing, self.gate.num_experts)
         handle = dispatch(routing, self.gate.num_experts)
@@ -101,7 +101,7 @@ class LocalLayer(nn.Module):
         )
 
     def compute(self, x: Tensor, handle: Dispatch) -> Tensor:
-        """The experts' answers [N, ...] to their rows. Raises SpecMismatch where they differ in shape."""
+        """The experts' answers [N, ...] to their rows. Raises SpecMismatch if their shapes differ."""
         rows_N = x.index_select(0, handle.rows_N)
         if isinstance(self.experts, PackedExperts):
             return self.experts(rows_N, handle.offsets)  # type: ignore[no-any-return]
@@ -109,7 +109,7 @@ class LocalLayer(nn.Module):
         parts = [self.functions[e](rows_N[handle.pairs(e)]) for e in used]
         if len({part.shape[1:] for part in parts}) > 1:
             shapes = {self.names[e]: tuple(part.shape) for e, part in zip(used, parts, strict=True)}
-            raise SpecMismatch(f"the experts' rows differ in shape and cannot be combined: {shapes}")
+            raise SpecMismatch(f"the experts' answers differ in shape and cannot be combined: {shapes}")
         return torch.cat(parts) if parts else rows_N
 
     def _fallback(self, x: Tensor, handle: Dispatch, outputs_N: Tensor, policy: OnMissing) -> Tensor | None:

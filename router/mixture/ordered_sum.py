@@ -1,6 +1,6 @@
-"""The weighted sum of answers in a fixed order: the same batch gives the same bits again.
+"""The weighted sum of answers in a fixed order: the same batch gives bit-identical results.
 
-Shapes: T rows, K choices a row, N pairs of a row and an expert; rows may have any trailing shape.
+Shapes: T rows, K choices per row, N pairs of a row and an expert; rows may have any trailing shape.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ BLOCK_ROWS = 256
 def ordered_sum(
     handle: Dispatch, outputs_N: Tensor, weights_TK: Tensor, *, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Σ over the slots of a row of weight · answer, [T, ...], one slot after the other in ascending expert order.
+    """Sum weight · answer over the slots of each row, one after the other in ascending expert order: [T, ...].
 
-    Accumulates in float32 (float64 for float64 answers), which is also the dtype of the result without `out_dtype`.
-    Empty slots add nothing. Narrow answers are widened `BLOCK_ROWS` rows at a time, which stay in the cache.
+    Accumulates in float32 (float64 for float64 answers), which is also the default dtype of the result. Empty slots
+    add nothing. Answers of other dtypes are widened `BLOCK_ROWS` rows at a time, so that they stay in the cache.
     """
     if outputs_N.dtype in (torch.float32, torch.float64) or handle.num_rows <= BLOCK_ROWS or torch.is_grad_enabled():
         total = _block_sum(handle, outputs_N, weights_TK)
@@ -41,7 +41,7 @@ def _block_sum(handle: Dispatch, outputs_N: Tensor, weights_TK: Tensor) -> Tenso
         slots, weights_TK = slots[held_TK], weights_TK[held_TK]
         starts = F.pad(held_TK.sum(dim=1).cumsum(0), (1, 0))[:-1]
     wide = outputs_N.dtype in (torch.float32, torch.float64)
-    if not wide and slots.numel() < outputs_N.shape[0]:  # a slice of a batch: convert its own rows alone
+    if not wide and slots.numel() < outputs_N.shape[0]:  # a slice of a batch: convert only its own rows
         outputs_N = outputs_N.index_select(0, slots.flatten())
         slots = torch.arange(slots.numel(), device=slots.device).view_as(slots)
     return bag_sum(outputs_N, slots, starts, weights_TK)

@@ -1,6 +1,6 @@
 """Majority vote of experts over classes.
 
-Shapes: T rows, K choices a row, N pairs, C classes; labels may have any trailing shape.
+Shapes: T rows, K choices per row, N pairs, C classes; labels may have any trailing shape.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ...experts.errors import SpecMismatch
 
 
 def labels_of(answers: Tensor) -> Tensor:
-    """Class labels (int64): integers are labels themselves, floats [..., C] are logits, the lower of equals wins.
+    """Class labels (int64): integers are labels already, floats [..., C] are logits; ties go to the lower class.
 
     Raises SpecMismatch for logits without a class dimension.
     """
@@ -20,15 +20,15 @@ def labels_of(answers: Tensor) -> Tensor:
         return answers.long()
     if answers.dim() < 2:
         raise SpecMismatch(
-            "vote over float answers needs logits [rows, ..., classes], but the answers have one number a row"
+            "'vote' over float answers needs logits [rows, ..., classes], but the answers have one number per row"
         )
     return answers.argmax(dim=-1)
 
 
 def majority(labels_TK: Tensor, valid_TK: Tensor) -> Tensor:
-    """The label [T, ...] with most votes in each row and position; of equal counts the lowest label.
+    """The label [T, ...] with the most votes at each row and position; ties go to the lowest label.
 
-    `labels_TK` int64 [T, K, ...]; only votes where `valid_TK` [T, K] count; every row needs one.
+    `labels_TK` is int64 [T, K, ...]. Only votes where `valid_TK` [T, K] is True count; every row needs at least one.
     """
     valid_TK = valid_TK.reshape(valid_TK.shape + (1,) * (labels_TK.dim() - 2)).expand(labels_TK.shape)
     votes_TK = torch.zeros_like(labels_TK)

@@ -142,7 +142,7 @@ def test_weights_of_zero_cannot_be_renormalized() -> None:
 def test_a_stand_in_that_is_missing_or_not_finite_is_an_error(policy: str) -> None:
     handle, answers, _ = sample(3, 2, 0)
     answers[0] = math.nan
-    with pytest.raises(Unavailable, match="its rows are not there"):
+    with pytest.raises(Unavailable, match="are not available"):
         combine(handle, answers, on_missing=policy, max_lost_mass=1.0)
     bad = torch.full((3, WIDTH), math.nan)
     with pytest.raises(Unavailable, match="not finite"):

@@ -25,7 +25,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a name with a newline": ({"name": "a\n"}, "must be 1 to 64"),
     "no gate": ({"gate": None}, "layer news: gate must be one of expertmesh.gates, not NoneType"),
     "no experts": ({"experts": {}}, "layer news: it has no experts"),
-    "too few experts": ({"experts": {"a": SIN}}, "the gate picks among 2 experts, 1 given"),
+    "too few experts": ({"experts": {"a": SIN}}, "the gate picks among 2 experts, but the layer has 1"),
     "a bad expert name": ({"experts": {"a": SIN, "b c": COS}}, "layer news: expert name 'b c'"),
     "an expert called gate": ({"experts": {"a": SIN, "gate": COS}}, 'no expert may be called "gate"'),
     "no expert": ({"experts": {"a": SIN, "b": torch.cos}}, "expert b must be an Expert, not builtin"),
