@@ -356,9 +356,11 @@ import torch
 from expertmesh.experts.host import ExpertHost
 from expertmesh.experts.protocol import ExpertCall, Part
 from expertmesh.experts.spec import Expert, TensorSpec
+from expertmesh.experts.staging.stage import Proposal
 
 host = ExpertHost("cuda")
-version = host.load("e", Expert("torch.nn:Embedding", args=(4, 8), input=TensorSpec((), "int64")), 1).version
+expert = Expert("torch.nn:Embedding", args=(4, 8), input=TensorSpec((), "int64"))
+version = host.stage(Proposal(id="e", counter=1, expert=expert)).version
 try:
     reply = host.compute(ExpertCall(1, (Part("e", version, 0, 2),), torch.tensor([0, 10**6])))
 except Exception as error:

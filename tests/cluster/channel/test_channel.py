@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.waiting import run_async
+from helpers.router_in_process import load
 from torch import Tensor
 
 from expertmesh.cluster.channel import replica_end as module
@@ -47,7 +48,7 @@ class Served:
 
     def __init__(self, folder: Path, kind: str = "unix", expert: Expert | None = None) -> None:
         self.host = ExpertHost()
-        self.version = self.host.load("l/e", expert or Expert("torch:sin"), 1).version
+        self.version = load(self.host, "l/e", expert or Expert("torch:sin")).version
         self.server = ChannelServer(self.host, "r", SECRET)
         if kind == "unix":
             self.server.listen_unix(socket_path(folder, "r", self.host.incarnation))
