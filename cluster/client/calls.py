@@ -1,35 +1,49 @@
-"""What a client can ask, as flows without I/O: frames and metadata out, replies and errors in.
+"""What a client can ask, as flows without sockets: frames and metadata out, replies and errors in.
 
-Both clients run these very flows; neither repeats any of it. The docstrings here are those of the clients' methods.
+Both clients run these very flows; neither repeats any of it. The docstrings here are those of the clients' methods. A
+swap has an id that the client draws, and is asked for with the same id until an answer comes: it happens once.
 """
 
 from __future__ import annotations
 
-import math
+import os
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import Field, dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
-from ...experts.errors import DataLoss, ExpertMeshError, InvalidRequest, TooLarge
-from ...experts.protocol import CallOptions, from_mapping
-from ...experts.spec import is_number
+from ...experts.errors import (
+    DataLoss,
+    DeadlineExceeded,
+    ExpertMeshError,
+    FailedPrecondition,
+    InvalidRequest,
+    TooLarge,
+    Unavailable,
+)
+from ...experts.protocol import CallOptions
 from ...experts.wire import Buffer, Frame, WireTensor, decode, encode_parts
 from ..rpc import health
 from ..rpc.channel_options import MAX_MESSAGE_BYTES
-from ..rpc.documents import decode_document
+from ..rpc.documents import NAME, decode_document, to_tensor
 from ..rpc.methods import SERVICE, new_request_id
 from ..rpc.status import REQUEST_ID_KEY, is_request_id
 from ..rpc.streams import MAX_REQUEST_BYTES, Streamed
-from ..rpc.swaps import Lease
+from ..rpc.swaps import Lease, SwapAsked, SwapOutcome, read_answer
 from .arrays import to_wire
-from .half_precision import AS_IT_IS, check_payload_dtype
+from .half_precision import check_payload_dtype
 from .reply import Reply, read_reply
+from .requests import call_fields, check_timeout, expert_names, half_dtype, swap_request
 from .retry import Flow, Retries, RetryBudget, RetryPolicy
 from .seen_epoch import SeenEpoch
+from .upload import Progress, Upload, prepare, with_file_names
 
+ANSWER_SECONDS = 15.0
+"""How much longer than its staging a swap may take, to be committed and adopted by all routers."""
+
+PATIENT = RetryPolicy(attempts=1000, first_pause=0.2, longest_pause=2.0)
 STREAM_SHARE = 4
 """A request of more than this part of the message limit goes in chunks: its reply may be this much larger than it."""
 
@@ -58,7 +72,7 @@ class Calls:
     def __post_init__(self) -> None:
         if not isinstance(self.token, str) or not _TOKEN.fullmatch(self.token):
             raise InvalidRequest("the token must be printable ASCII without spaces")
-        _check_timeout(self.timeout)
+        check_timeout(self.timeout)
         if type(self.max_message_bytes) is not int or not 0 < self.max_message_bytes < 2**31:
             raise InvalidRequest("max_message_bytes must be an int above 0 and below 2 GiB")
         if type(self.max_request_bytes) is not int or self.max_request_bytes <= 0:
@@ -122,7 +136,7 @@ class Calls:
         for an epoch that is not kept any more), Unauthenticated or PermissionDenied. A call that was answered
         Unavailable has been retried, within its timeout and the client's budget.
         """
-        narrow = _narrow(self.payload_dtype if payload_dtype is None else payload_dtype)
+        narrow = half_dtype(self.payload_dtype if payload_dtype is None else payload_dtype)
         rows, routing = {"x": x, "gate_input": gate_input}, {"top_k_index": top_k_index, "top_k_weights": top_k_weights}
         described = {
             k: to_wire(value, name=k, raw=raw, narrow=narrow) for k, value in rows.items() if value is not None
@@ -137,8 +151,8 @@ class Calls:
             layer=layer,
             request_id=self.new_id() if request_id is None else request_id,
             top_k=top_k,
-            allow=_names(allow),
-            deny=_names(deny),
+            allow=expert_names(allow),
+            deny=expert_names(deny),
             on_missing=on_missing,
             max_lost_mass=max_lost_mass,
             return_routing=return_routing,
@@ -147,7 +161,7 @@ class Calls:
             **self.seen_epoch.options(),
         )
         tensors = {name: tensor for name, (tensor, _) in described.items()}
-        frame = yield from self._call(_set_fields(options), tensors, stream, timeout, options.request_id)
+        frame = yield from self._call(call_fields(options), tensors, stream, timeout, options.request_id)
         reply = read_reply(frame, rows=tensor_x.shape[0], kind=kind)
         self.seen_epoch.note(reply.cluster, reply.epoch)
         return reply
@@ -174,6 +188,139 @@ class Calls:
             return health.decode_response(bytes(answer)).name
         except InvalidRequest as error:
             raise DataLoss(f"the health reply cannot be read: {error}") from None
+
+    def swap(
+        self,
+        changes: Mapping[str, str | os.PathLike[str] | Mapping[str, Any]],
+        *,
+        expect: Mapping[str, str] | None = None,
+        mode: str = "double",
+        max_drift: float | None = None,
+        allow_norm: bool = False,
+        timeout: float = 60.0,
+        dry_run: bool = False,
+        swap_id: str | None = None,
+        progress: Progress | None = None,
+    ) -> Flow[SwapOutcome]:
+        """Replace the weights of experts and gates by those of safetensors files here, all at once or none of them.
+
+        `changes` maps ids to files: {"news/e3": "e3_v2.safetensors", "news/gate": "gate.safetensors"}. Every replica
+        loads and verifies the new version beside the old one before it is committed; requests under way keep theirs.
+        Returns once it is durable and every router serves it.
+
+        In the place of a file, {"factory": "mine:Expert", "args": [...], "kwargs": {...}, "weights": file} makes an
+        expert of other code for the same rows; what is not needed is left out. That takes an admin, and a factory that
+        `allowed_factories` of the cluster names.
+
+        `expect` names the versions that must be current. `mode` "double" holds old and new on the device at once,
+        "staged_cpu" keeps the new one in main memory until the commit. `max_drift` bounds how far the answers to probe
+        rows may move, as relative L2 distance; `allow_norm` lets weights be of another magnitude. `timeout` bounds the
+        staging, in seconds. With `dry_run` all is done but the commit. The same `swap_id` again gives the same
+        outcome. `progress(id, sent, total)` is told of the uploads.
+
+        Raises NotFound for an id or file, DataLoss, InvalidRequest or FailedPrecondition for what is wrong with a file,
+        TooLarge, Aborted where another change was faster, DeadlineExceeded; the old versions then serve on, unless
+        the message says that the outcome is open.
+        """
+        if not isinstance(changes, Mapping) or not changes:
+            raise InvalidRequest('say what to swap, as in swap({"news/e3": "e3_v2.safetensors"})')
+        asked: dict[str, dict[str, Any]] = {}
+        uploads: dict[str, Upload] = {}
+        for id, change in changes.items():
+            asked[id] = dict(change) if isinstance(change, Mapping) else {"weights": change}
+            if "weights" in asked[id]:
+                uploads[id] = yield from prepare(id, asked[id].pop("weights"))
+                asked[id] |= {"upload": uploads[id].upload_id, "sha256": uploads[id].sha256}
+        policy: dict[str, Any] = {"allow_norm": allow_norm}
+        if max_drift is not None:
+            policy["max_drift"] = max_drift
+        request = swap_request(asked, expect, policy, mode, timeout, dry_run, swap_id)
+        try:
+            for id, upload in uploads.items():
+                yield from upload.send(id, self._send_chunk, self.max_message_bytes, progress)
+            return (yield from self._swap(request))
+        except ExpertMeshError as error:
+            raise with_file_names(error, uploads.values()) from None
+
+    def rollback(
+        self,
+        *ids: str,
+        to: str | Mapping[str, str] | None = None,
+        expect: Mapping[str, str] | None = None,
+        mode: str = "double",
+        timeout: float = 60.0,
+        dry_run: bool = False,
+        swap_id: str | None = None,
+    ) -> Flow[SwapOutcome]:
+        """Bring earlier versions of experts and gates back, all at once: a swap like any other.
+
+        `to` names the version, or the version of each id; by default each gets the one before its current one in its
+        history. `expect` names the versions that must be current; by default those that the history showed.
+
+        Raises NotFound, FailedPrecondition where no earlier version is kept, and what `swap` raises.
+        """
+        if not ids or (isinstance(to, str) and len(ids) > 1):
+            raise InvalidRequest('name what to roll back, as in rollback("news/e3"); for several ids `to` is a map')
+        given = {ids[0]: to} if isinstance(to, str) else dict(to or {})
+        if not given.keys() <= set(ids):
+            raise InvalidRequest(f"`to` names ids that are not rolled back: {sorted(given.keys() - set(ids))[0]}")
+        current: dict[str, str] = {}
+        for id in ids:
+            kept = yield from self.history(id)
+            current[id], before = _around(id, kept)
+            given.setdefault(id, before or "")
+            if not given[id]:
+                raise FailedPrecondition(f"{id} has no version before {current[id]} that is kept: see its history")
+        asked = {id: {"version": version} for id, version in given.items()}
+        wanted = current if expect is None else expect
+        request = swap_request(asked, wanted, {"allow_norm": True}, mode, timeout, dry_run, swap_id)
+        return (yield from self._swap(request))
+
+    def history(self, id: str, *, timeout: float | None = None) -> Flow[list[dict[str, Any]]]:
+        """The versions of an expert or gate that are kept, oldest first; "current" marks the one that serves.
+
+        Each tells its version, parent, note, nbytes, when it was created (seconds since 1970), and the epochs that name
+        it. Raises NotFound.
+        """
+        frame = yield from self._ask("History", {"id": id}, {}, timeout, self.new_id())
+        versions = decode_document(frame, "history").get("versions")
+        if not isinstance(versions, list) or not all(isinstance(item, dict) for item in versions):
+            raise DataLoss("the history in the reply is not a list of versions")
+        return versions
+
+    def swap_progress(self, swap_id: str, *, timeout: float | None = None) -> Flow[dict[str, Any]]:
+        """How far a swap is: "phase", and while it is staged "receipts" there and "needed". Raises NotFound."""
+        frame = yield from self._ask("SwapProgress", {"swap_id": swap_id}, {}, timeout, self.new_id())
+        return decode_document(frame, "progress")
+
+    def lease(self, ttl: float = 30.0) -> Flow[Lease]:
+        """Lease the current epoch."""
+        frame = yield from self._ask("Pin", {"ttl": ttl}, {}, None, self.new_id())
+        lease = read_answer(Lease, decode_document(frame, "lease"))
+        self.seen_epoch.note(lease.cluster, lease.epoch)
+        return lease
+
+    def give_back(self, lease: Lease) -> Flow[None]:
+        """End a lease; one that is over is no error."""
+        yield from self._ask("Unpin", {"pin": lease.pin}, {}, None, self.new_id())
+
+    def _swap(self, request: SwapAsked) -> Flow[SwapOutcome]:
+        """Ask for a swap until there is an answer; it happens once, however often it is asked for."""
+        retries = replace(self.retries, policy=PATIENT, budget=RetryBudget(ratio=0.0, reserve=float(PATIENT.attempts)))
+        patient = replace(self, retries=retries)
+        document = to_tensor(asdict(request))
+        try:
+            seconds = request.timeout + ANSWER_SECONDS
+            frame = yield from patient._ask("Swap", {}, {NAME: document}, seconds, self.new_id())
+        except (Unavailable, DeadlineExceeded) as error:
+            raise _open_ended(error, request.swap_id) from None
+        outcome = SwapOutcome.from_document(decode_document(frame, "swap"))
+        if outcome.committed:
+            self.seen_epoch.note(outcome.cluster, outcome.epoch)
+        return outcome
+
+    def _send_chunk(self, fields: dict[str, Any], tensors: dict[str, WireTensor]) -> Flow[Frame]:
+        return (yield from self._ask("Upload", fields, tensors, None, self.new_id()))
 
     def _ask(
         self, method: str, meta: dict[str, Any], tensors: dict[str, WireTensor], timeout: float | None, request_id: Any
@@ -219,7 +366,7 @@ class Calls:
     ) -> Flow[Buffer]:
         if not is_request_id(request_id):
             raise InvalidRequest("request_id must be 1 to 128 letters, digits, or any of . _ : / -")
-        seconds = self.timeout if timeout is None else _check_timeout(timeout)
+        seconds = self.timeout if timeout is None else check_timeout(timeout)
         metadata = (("authorization", f"Bearer {self.token}"), (REQUEST_ID_KEY, request_id))
         try:
             return (yield from retries.attempts(method, payload, timeout=seconds, metadata=metadata))
@@ -236,33 +383,17 @@ def _decoded(answer: Buffer, most: int, request_id: Any) -> Frame:
         raise DataLoss(f"the reply cannot be read: {error}", request_id=request_id) from None
 
 
-def _narrow(payload_dtype: object) -> str | None:
-    """The dtype that float32 rows are to be sent in, None for their own."""
-    check_payload_dtype(payload_dtype)
-    return payload_dtype if isinstance(payload_dtype, str) and payload_dtype != AS_IT_IS else None
+def _around(id: str, kept: list[dict[str, Any]]) -> tuple[str, str | None]:
+    """The current version of a history, and the one before it."""
+    versions = [str(item.get("version")) for item in kept]
+    places = [place for place, item in enumerate(kept) if item.get("current")]
+    if not places:
+        raise FailedPrecondition(f"{id} has no current version: is the cluster still starting?")
+    return versions[places[0]], versions[places[0] - 1] if places[0] else None
 
 
-def _check_timeout(timeout: float) -> float:
-    if not is_number(timeout):
-        raise InvalidRequest("timeout must be a number of seconds")
-    if not (math.isfinite(timeout) and timeout > 0):
-        raise InvalidRequest(f"timeout must be a finite number of seconds above 0, not {timeout}")
-    return float(timeout)
-
-
-def _names(names: Sequence[str] | None) -> list[str] | None:
-    if isinstance(names, str):
-        raise InvalidRequest(f"allow and deny take a list of experts: [{names!r}]")
-    return None if names is None else list(names)
-
-
-def _set_fields(options: CallOptions) -> dict[str, Any]:
-    """The options that were given, checked here as the server will check them."""
-    found = {item.name: getattr(options, item.name) for item in fields(options) if not _is_default(options, item)}
-    from_mapping(CallOptions, found)
-    return found
-
-
-def _is_default(options: CallOptions, item: Field[Any]) -> bool:
-    value = getattr(options, item.name)
-    return value is item.default or (type(value) is type(item.default) and value == item.default)
+def _open_ended(error: ExpertMeshError, swap_id: str) -> ExpertMeshError:
+    """The error of a swap that may yet happen, or has."""
+    error.message += f"; the outcome of swap {swap_id} may be open: ask again with swap_id={swap_id!r}"
+    error.args = (error.message,)
+    return error

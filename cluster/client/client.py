@@ -1,4 +1,4 @@
-"""The clients: a blocking one and one for asyncio, thin drivers of the flows in calls.py and swap_calls.py over gRPC.
+"""The clients: a blocking one and one for asyncio, thin drivers of the flows in calls.py over gRPC.
 
 Each client does its own I/O. The blocking one does not run the other's event loop in a thread: gRPC's asyncio layer
 polls one queue for all loops of a process, and complains when there are several.
@@ -21,18 +21,17 @@ from ..rpc.channel_options import MAX_MESSAGE_BYTES, client_options
 from ..rpc.status import from_status
 from ..rpc.streams import MAX_REQUEST_BYTES, Streamed
 from ..rpc.swaps import Lease
-from .calls import new_retries
+from .calls import Calls, new_retries
 from .endpoint import Endpoint, resolve
 from .retry import Answer, Flow, Pause, RetryPolicy, Step, Work, drive, drive_async
 from .stream import exchange, exchange_async
-from .swap_calls import SwapCalls
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _blocking(flow: Callable[Concatenate[SwapCalls, P], Flow[T]]) -> Callable[Concatenate[Client, P], T]:
-    """A method of `Client` that runs a flow of `SwapCalls` to its end."""
+def _blocking(flow: Callable[Concatenate[Calls, P], Flow[T]]) -> Callable[Concatenate[Client, P], T]:
+    """A method of `Client` that runs a flow of `Calls` to its end."""
 
     @functools.wraps(flow)
     def method(client: Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -42,9 +41,9 @@ def _blocking(flow: Callable[Concatenate[SwapCalls, P], Flow[T]]) -> Callable[Co
 
 
 def _awaiting(
-    flow: Callable[Concatenate[SwapCalls, P], Flow[T]],
+    flow: Callable[Concatenate[Calls, P], Flow[T]],
 ) -> Callable[Concatenate[AsyncClient, P], Awaitable[T]]:
-    """A method of `AsyncClient` that runs a flow of `SwapCalls` to its end."""
+    """A method of `AsyncClient` that runs a flow of `Calls` to its end."""
 
     @functools.wraps(flow)
     async def method(client: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -82,7 +81,7 @@ class _Connected:
         Raises NotFound, Unauthenticated when there is no token, InvalidRequest.
         """
         self._endpoint: Endpoint = resolve(endpoint, token=token, name=name, ca_cert=ca_cert)
-        self._calls = SwapCalls(
+        self._calls = Calls(
             token=self._endpoint.token,
             timeout=timeout,
             max_message_bytes=max_message_bytes,
@@ -127,15 +126,15 @@ class Client(_Connected):
 
     _sleep = staticmethod(time.sleep)
 
-    forward = _blocking(SwapCalls.forward)
-    call = _blocking(SwapCalls.call)
-    status = _blocking(SwapCalls.status)
-    drain = _blocking(SwapCalls.drain)
-    health = _blocking(SwapCalls.health)
-    swap = _blocking(SwapCalls.swap)
-    rollback = _blocking(SwapCalls.rollback)
-    history = _blocking(SwapCalls.history)
-    swap_progress = _blocking(SwapCalls.swap_progress)
+    forward = _blocking(Calls.forward)
+    call = _blocking(Calls.call)
+    status = _blocking(Calls.status)
+    drain = _blocking(Calls.drain)
+    health = _blocking(Calls.health)
+    swap = _blocking(Calls.swap)
+    rollback = _blocking(Calls.rollback)
+    history = _blocking(Calls.history)
+    swap_progress = _blocking(Calls.swap_progress)
 
     @contextmanager
     def pin(self, ttl: float = 30.0) -> Iterator[Lease]:
@@ -197,15 +196,15 @@ class AsyncClient(_Connected):
 
     _sleep = staticmethod(asyncio.sleep)
 
-    forward = _awaiting(SwapCalls.forward)
-    call = _awaiting(SwapCalls.call)
-    status = _awaiting(SwapCalls.status)
-    drain = _awaiting(SwapCalls.drain)
-    health = _awaiting(SwapCalls.health)
-    swap = _awaiting(SwapCalls.swap)
-    rollback = _awaiting(SwapCalls.rollback)
-    history = _awaiting(SwapCalls.history)
-    swap_progress = _awaiting(SwapCalls.swap_progress)
+    forward = _awaiting(Calls.forward)
+    call = _awaiting(Calls.call)
+    status = _awaiting(Calls.status)
+    drain = _awaiting(Calls.drain)
+    health = _awaiting(Calls.health)
+    swap = _awaiting(Calls.swap)
+    rollback = _awaiting(Calls.rollback)
+    history = _awaiting(Calls.history)
+    swap_progress = _awaiting(Calls.swap_progress)
 
     @asynccontextmanager
     async def pin(self, ttl: float = 30.0) -> AsyncIterator[Lease]:

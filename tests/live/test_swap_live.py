@@ -15,7 +15,7 @@ from helpers.swap_cluster import GATE, SwapCluster, Weights, X, matrix, swap_clu
 from helpers.waiting import eventually
 
 from expertmesh import AsyncClient, Cluster, Expert, Layer, gates
-from expertmesh.cluster.client.upload_file import LocalFile
+from expertmesh.cluster.client.upload import LocalFile
 from expertmesh.cluster.rpc.methods import Role
 from expertmesh.experts.errors import (
     Aborted,
@@ -360,7 +360,7 @@ def test_limits_of_uploads_are_said_by_their_names(tmp_path: Path) -> None:
 
 
 def test_a_large_file_goes_in_chunks(running: SwapCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("expertmesh.cluster.client.swap_calls.CHUNK_BYTES", 50)
+    monkeypatch.setattr("expertmesh.cluster.client.upload.CHUNK_BYTES", 50)
     told: list[tuple[str, int, int]] = []
     running.swap({"l/a": 10}, progress=lambda *seen: told.append(seen))
     size = running.weights.file("l/a", 10).stat().st_size
@@ -370,7 +370,7 @@ def test_a_large_file_goes_in_chunks(running: SwapCluster, monkeypatch: pytest.M
 
 def test_a_file_that_changes_while_it_is_sent_is_refused(running: SwapCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     file = running.weights.file("l/a", 10)
-    monkeypatch.setattr("expertmesh.cluster.client.swap_calls.CHUNK_BYTES", 100)
+    monkeypatch.setattr("expertmesh.cluster.client.upload.CHUNK_BYTES", 100)
 
     def grow(id: str, sent: int, total: int) -> None:
         if sent == 100:

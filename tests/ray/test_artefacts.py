@@ -13,7 +13,7 @@ import torch
 from helpers.artefacts import bad_artefacts
 
 from expertmesh import Client, Cluster, Expert, Layer, TensorSpec, errors, gates
-from expertmesh.cluster.client.upload_file import LocalFile
+from expertmesh.cluster.client.upload import LocalFile
 from expertmesh.experts.weights.files import save_module
 
 pytestmark = pytest.mark.ray

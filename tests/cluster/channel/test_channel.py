@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.waiting import run_async
 from helpers.router_in_process import load
+from helpers.waiting import run_async
 from torch import Tensor
 
 from expertmesh.cluster.channel import replica_end as module

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from expertmesh.cluster.client.calls import Calls
 from expertmesh.cluster.client.retry import (
     Answer,
     Attempt,
@@ -25,7 +26,7 @@ from expertmesh.cluster.client.retry import (
     drive,
 )
 from expertmesh.cluster.client.seen_epoch import SeenEpoch
-from expertmesh.cluster.client.swap_calls import STALLS, SwapCalls
+from expertmesh.cluster.client.upload import STALLS
 from expertmesh.cluster.rpc.documents import decode_document, encode_document
 from expertmesh.cluster.rpc.swaps import SwapOutcome, UploadChunk
 from expertmesh.experts import wire
@@ -86,9 +87,7 @@ class World:
         self.server = Server()
         numbers: Iterator[int] = iter(range(1_000_000))
         retries = Retries(policy=RetryPolicy(), budget=RetryBudget(), clock=lambda: self.now, jitter=lambda: 0.0)
-        self.calls = SwapCalls(
-            token="t", timeout=10.0, retries=retries, new_id=lambda: f"id-{next(numbers)}", **options
-        )
+        self.calls = Calls(token="t", timeout=10.0, retries=retries, new_id=lambda: f"id-{next(numbers)}", **options)
 
     def run(self, flow: Flow[Any]) -> Any:
         return drive(flow, self.perform)
@@ -185,7 +184,7 @@ def test_a_server_that_lost_the_upload_is_sent_it_again(file: Path) -> None:
 def test_an_upload_that_does_not_get_on_is_given_up(file: Path) -> None:
     world = World()
     world.server.trouble = lambda method, asked: encode_document("uploaded", {"next": 0, "done": False})
-    with pytest.raises(Unavailable, match=r"e\.safetensors does not get on"):
+    with pytest.raises(Unavailable, match=r"e\.safetensors makes no progress"):
         world.run(world.calls.swap({"l/a": file}))
     assert len(world.server.asked) == STALLS + 1
 

@@ -1,0 +1,73 @@
+"""From a caller's arguments to what a request says, checked here as the server will check it."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, asdict, fields
+from typing import Any
+
+from ...experts.errors import InvalidRequest
+from ...experts.protocol import CallOptions, from_mapping
+from ...experts.spec import is_number
+from ..rpc.documents import to_tensor
+from ..rpc.swaps import SwapAsked
+from .half_precision import AS_IT_IS, check_payload_dtype
+
+
+def half_dtype(payload_dtype: object) -> str | None:
+    """The dtype in which float32 rows are sent, None for float32. Raises InvalidRequest for an unknown one."""
+    check_payload_dtype(payload_dtype)
+    return payload_dtype if isinstance(payload_dtype, str) and payload_dtype != AS_IT_IS else None
+
+
+def check_timeout(timeout: float) -> float:
+    """A timeout in seconds, finite and above 0. Raises InvalidRequest."""
+    if not is_number(timeout):
+        raise InvalidRequest("timeout must be a number of seconds")
+    if not (math.isfinite(timeout) and timeout > 0):
+        raise InvalidRequest(f"timeout must be a finite number of seconds above 0, not {timeout}")
+    return float(timeout)
+
+
+def expert_names(names: Sequence[str] | None) -> list[str] | None:
+    """The ids of `allow` or `deny`. Raises InvalidRequest for a single string."""
+    if isinstance(names, str):
+        raise InvalidRequest(f"allow and deny take a list of experts: [{names!r}]")
+    return None if names is None else list(names)
+
+
+def call_fields(options: CallOptions) -> dict[str, Any]:
+    """The options of a call that differ from their defaults, checked as the server will check them."""
+    given = {item.name: getattr(options, item.name) for item in fields(options) if not _is_default(options, item)}
+    from_mapping(CallOptions, given)
+    return given
+
+
+def _is_default(options: CallOptions, item: Field[Any]) -> bool:
+    value = getattr(options, item.name)
+    return value is item.default or (type(value) is type(item.default) and value == item.default)
+
+
+def swap_request(
+    changes: dict[str, dict[str, Any]],
+    expect: Mapping[str, str] | None,
+    policy: dict[str, Any],
+    mode: str,
+    timeout: float,
+    dry_run: bool,
+    swap_id: str | None,
+) -> SwapAsked:
+    """The request for a swap, checked as the server will check it. Raises InvalidRequest."""
+    fields = {
+        "swap_id": uuid.uuid4().hex if swap_id is None else swap_id, "changes": changes, "expect": dict(expect or {}),
+        "policy": policy, "mode": mode, "timeout": timeout, "dry_run": dry_run,
+    }  # fmt: skip
+    request = from_mapping(SwapAsked, fields)
+    request.read_changes()
+    try:
+        to_tensor(asdict(request))
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"the swap holds what cannot be sent: {error}") from None
+    return request

@@ -1,0 +1,128 @@
+"""Weights files that a client uploads: read and sent in chunks, never in memory as a whole; a flow without sockets."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ...experts.errors import DataLoss, ExpertMeshError, InvalidRequest, NotFound, Unavailable
+from ...experts.wire import Frame, WireTensor
+from ..machine.durable_files import hash_file
+from ..rpc.documents import decode_document
+from ..rpc.swaps import CHUNK_BYTES, DATA, UploadState, read_answer
+from .retry import Flow, Work
+
+Progress = Callable[[str, int, int], None]
+"""Called as an upload proceeds: the id that it is for, the bytes that have arrived, and the total."""
+
+Send = Callable[[dict[str, Any], dict[str, WireTensor]], Flow[Frame]]
+"""Sends one chunk: its fields and its bytes."""
+
+FRAME_BYTES = 4096
+STALLS = 5
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file to send, under the id of its upload."""
+
+    upload_id: str
+    file: LocalFile
+    total: int
+    sha256: str
+
+    def send(self, id: str, send: Send, max_message_bytes: int, progress: Progress | None) -> Flow[None]:
+        """Send the file in chunks, from where the server says. A chunk that is sent twice does no harm.
+
+        Raises NotFound, DataLoss, Unavailable if the server takes no further bytes, and what `send` raises.
+        """
+        chunk, offset, stalls = min(CHUNK_BYTES, max_message_bytes - FRAME_BYTES), 0, 0
+        while True:
+            state = yield from self._send_chunk(offset, max(0, min(chunk, self.total - offset)), send)
+            if progress is not None:
+                progress(id, state.next, self.total)
+            if state.done:
+                return
+            stalls = 0 if state.next > offset else stalls + 1
+            if stalls > STALLS or not 0 <= state.next <= self.total:
+                raise Unavailable(f"the upload of {self.file.path.name} makes no progress: try again in a moment")
+            offset = state.next
+
+    def _send_chunk(self, offset: int, size: int, send: Send) -> Flow[UploadState]:
+        data = yield from _worked(partial(self.file.read, offset, size))
+        last = offset + size == self.total
+        fields = {
+            "upload_id": self.upload_id,
+            "offset": offset,
+            "total": self.total,
+            "sha256": self.sha256,
+            "last": last,
+        }
+        frame = yield from send(fields, {DATA: WireTensor("uint8", (size,), data)})
+        return read_answer(UploadState, decode_document(frame, "uploaded"))
+
+
+def prepare(id: str, path: object) -> Flow[Upload]:
+    """The upload of a file for an id: its size and sha256 are read. Raises InvalidRequest or NotFound."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise InvalidRequest(f"{id} becomes what a safetensors file holds: give its path, not {path!r}")
+    file = LocalFile(Path(path))
+    total = file.size()
+    sha256 = yield from _worked(file.sha256)
+    return Upload(uuid.uuid4().hex, file, total, sha256.hex())
+
+
+def with_file_names(error: ExpertMeshError, uploads: Iterable[Upload]) -> ExpertMeshError:
+    """The error with the names of files in place of the ids of their uploads, which mean nothing to the caller."""
+    for upload in uploads:
+        error.message = error.message.replace(upload.upload_id, upload.file.path.name)
+    error.args = (error.message,)
+    return error
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file by its path. One that cannot be read raises NotFound with the path."""
+
+    path: Path
+
+    def size(self) -> int:
+        """Its bytes."""
+        with self._opened() as file:
+            return os.fstat(file.fileno()).st_size
+
+    def sha256(self) -> bytes:
+        """Its sha256, as 32 bytes."""
+        with self._opened():
+            return bytes.fromhex(hash_file(self.path)[0])
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Some of its bytes. Raises DataLoss where there are fewer now."""
+        with self._opened() as file:
+            file.seek(offset)
+            data = file.read(size)
+        if len(data) != size:
+            raise DataLoss(f"{self.path} became shorter while it was sent: is it still being written?")
+        return data
+
+    @contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                yield file
+        except OSError as error:
+            raise NotFound(f"cannot read {self.path}: {error.strerror or type(error).__name__}") from None
+
+
+def _worked(action: Callable[[], bytes]) -> Flow[bytes]:
+    """What a piece of work returns."""
+    answer = yield Work(action)
+    if not isinstance(answer, bytes):
+        raise ExpertMeshError("a piece of work was answered with nothing")
+    return answer
