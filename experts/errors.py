@@ -29,7 +29,14 @@ from typing import ClassVar
 
 
 class ExpertMeshError(Exception):
-    """Base of every error that expertmesh raises; raised itself only for our own bugs."""
+    """Base of every error that expertmesh raises; raised itself only for our own bugs.
+
+    Example:
+        try:
+            y = client.forward("news", x)
+        except ExpertMeshError as error:
+            print(error.code, error.retryable, error.message, error.request_id)
+    """
 
     code: ClassVar[str] = "INTERNAL"
     retryable: ClassVar[bool] = False
@@ -44,39 +51,72 @@ class ExpertMeshError(Exception):
 
 
 class InvalidRequest(ExpertMeshError, ValueError):
-    """The request is malformed: a bad frame, option, shape or dtype."""
+    """The request is malformed: a bad frame, option, shape or dtype.
+
+    >>> gates.TopK(in_features=16, num_experts=4, k=5)
+    Traceback (most recent call last):
+    expertmesh.experts.errors.InvalidRequest: k is 5, but gate 'top_k' has 4 experts...
+    """
 
     code = "INVALID_ARGUMENT"
 
 
 class ConfigError(InvalidRequest):
-    """A configuration is wrong; the message names file and line where there is a file."""
+    """A configuration is wrong; the message names file and line where there is a file.
+
+    >>> Expert("torch.nn.Linear")
+    Traceback (most recent call last):
+    expertmesh.experts.errors.ConfigError: factory must be "module:attribute", as in "torch.nn:Linear"...
+    """
 
 
 class SpecMismatch(InvalidRequest):
-    """Rows, weights or experts whose shapes or dtypes do not fit together."""
+    """Rows, weights or experts whose shapes or dtypes do not fit together.
+
+    >>> TensorSpec((16,)).check((8,), "float32", "x")
+    Traceback (most recent call last):
+    expertmesh.experts.errors.SpecMismatch: x has rows of shape [8], expected [16]
+    """
 
 
 class NotFound(ExpertMeshError):
-    """There is no layer, expert or version of that name."""
+    """There is no layer, expert or version of that name.
+
+    >>> Client(name="not-running")
+    Traceback (most recent call last):
+    expertmesh.experts.errors.NotFound: ...
+    """
 
     code = "NOT_FOUND"
 
 
 class Unauthenticated(ExpertMeshError):
-    """No token was sent, or one that this cluster does not know."""
+    """No token was sent, or one that this cluster does not know.
+
+    Example:
+        Client("127.0.0.1:50051", token="expired").status()  # raises Unauthenticated
+    """
 
     code = "UNAUTHENTICATED"
 
 
 class PermissionDenied(ExpertMeshError):
-    """The token is known, but its role does not allow this method."""
+    """The token is known, but its role does not allow this method.
+
+    Example:
+        Client("127.0.0.1:50051", token=token_of_a_reader).drain()  # raises PermissionDenied
+    """
 
     code = "PERMISSION_DENIED"
 
 
 class TooLarge(ExpertMeshError):
-    """The request is larger than a limit allows; the message names the setting."""
+    """The request is larger than a limit allows; the message names the setting.
+
+    Example:
+        for part in np.array_split(x, 8):
+            y = client.forward("news", part)
+    """
 
     code = "RESOURCE_EXHAUSTED"
 
@@ -85,6 +125,12 @@ class Overloaded(ExpertMeshError):
     """The request was refused early because too many rows are in flight.
 
     `retry_after` is in seconds.
+
+    Example:
+        try:
+            y = client.forward("news", x)
+        except Overloaded as error:
+            time.sleep(error.retry_after)
     """
 
     code = "RESOURCE_EXHAUSTED"
@@ -96,51 +142,97 @@ class Overloaded(ExpertMeshError):
 
 
 class Unavailable(ExpertMeshError):
-    """An expert, replica or process is down, restarting or draining. Calls are idempotent: a retry is safe."""
+    """An expert, replica or process is down, restarting or draining. Calls are idempotent: a retry is safe.
+
+    Example:
+        reply = client.call("news", x, on_missing="renormalize")  # does without an expert that is down
+    """
 
     code = "UNAVAILABLE"
     retryable = True
 
 
 class DeadlineExceeded(ExpertMeshError, TimeoutError):
-    """The deadline of the request passed before its answer was ready."""
+    """The deadline of the request passed before its answer was ready.
+
+    Example:
+        y = client.forward("news", x, timeout=5.0)  # raises DeadlineExceeded after five seconds
+    """
 
     code = "DEADLINE_EXCEEDED"
 
 
 class FailedPrecondition(ExpertMeshError):
-    """The state of the cluster forbids the operation."""
+    """The state of the cluster forbids the operation.
+
+    Example:
+        client.rollback("news/e3")  # raises FailedPrecondition where no earlier version is kept
+    """
 
     code = "FAILED_PRECONDITION"
 
 
 class VersionGone(FailedPrecondition):
-    """No replica holds the version that the request has pinned."""
+    """No replica holds the version that the request has pinned.
+
+    Example:
+        try:
+            again = client.call("news", x, epoch=reply.epoch)
+        except VersionGone:
+            again = client.call("news", x)  # on the current epoch
+    """
 
 
 class Aborted(ExpertMeshError):
-    """The operation lost a race against another change."""
+    """The operation lost a race against another change.
+
+    Example:
+        known = client.call("news", x).versions["news/e3"]
+        client.swap({"news/e3": "e3.safetensors"}, expect={"news/e3": known})  # raises Aborted if it is another now
+    """
 
     code = "ABORTED"
     retryable = True
 
 
 class Fenced(Aborted):
-    """Another writer has taken the registry over; this one can change nothing any more."""
+    """Another writer has taken the registry over; this one can change nothing any more.
+
+    Example:
+        try:
+            outcome = client.swap({"news/e3": "e3.safetensors"}, swap_id="nightly-7")
+        except Fenced:  # it may have happened: under the same id it happens once
+            outcome = client.swap({"news/e3": "e3.safetensors"}, swap_id="nightly-7")
+    """
 
 
 class DataLoss(ExpertMeshError):
-    """Bytes are truncated or do not match their checksum."""
+    """Bytes are truncated or do not match their checksum.
+
+    Example:
+        client.swap({"news/e3": "cut_short.safetensors"})  # raises DataLoss: the file is truncated
+    """
 
     code = "DATA_LOSS"
 
 
 class ExpertFailed(ExpertMeshError):
-    """The code of an expert raised, or gave something that is not its rows' answer."""
+    """The code of an expert raised, or gave something that is not its rows' answer.
+
+    Example:
+        reply = client.call("news", x, on_missing="fallback:e0")  # e0 answers the rows of an expert that raises
+    """
 
 
 class MissingExtra(ExpertMeshError, ImportError):
-    """A public name needs an extra that is not installed; the message gives the `pip install` that mends it."""
+    """A public name needs an extra that is not installed; the message gives the `pip install` that mends it.
+
+    Example:
+        try:
+            from expertmesh import Cluster
+        except MissingExtra as error:
+            print(error)  # ... pip install 'expertmesh[cluster]'
+    """
 
     code = "FAILED_PRECONDITION"
 

@@ -17,7 +17,11 @@ FLOATING = ("float64", "float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Trailing shape and dtype of rows: rows are [n, *shape]. `None` means any."""
+    """Trailing shape and dtype of rows: rows are [n, *shape]. `None` means any.
+
+    >>> TensorSpec((16,), "float32").agrees(TensorSpec((16,), "bfloat16"))
+    True
+    """
 
     shape: tuple[int, ...] | None = None
     dtype: str | None = None
@@ -75,6 +79,12 @@ class Expert:
     `framework` says what the function takes, "torch" or "numpy"; by default numpy for functions of numpy and scipy.
 
     Raises ConfigError for a declaration that cannot be right.
+
+    >>> sine = Expert("numpy:sin")
+    >>> linear = Expert("torch.nn:Linear", args=(16, 4), weights="e0.safetensors", num_gpus=0.5, replicas=2)
+    >>> doubled = Expert.from_function(lambda rows: rows * 2)
+    >>> doubled.ephemeral
+    True
     """
 
     factory: str | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -28,6 +29,7 @@ from .stream import exchange, exchange_async
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def _blocking(flow: Callable[Concatenate[Calls, P], Flow[T]]) -> Callable[Concatenate[Client, P], T]:
@@ -37,7 +39,7 @@ def _blocking(flow: Callable[Concatenate[Calls, P], Flow[T]]) -> Callable[Concat
     def method(client: Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return drive(flow(client._calls, *args, **kwargs), client._perform)
 
-    return method
+    return _described(method, flow)
 
 
 def _awaiting(
@@ -49,6 +51,15 @@ def _awaiting(
     async def method(client: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await drive_async(flow(client._calls, *args, **kwargs), client._perform)
 
+    return _described(method, flow)
+
+
+def _described(method: Method, flow: Callable[..., Flow[Any]]) -> Method:
+    """The method with the signature of its flow, but for what it returns: the flow's result, which users see."""
+    signature = inspect.signature(flow)
+    result = str(signature.return_annotation).removeprefix("Flow[").removesuffix("]")
+    vars(method)["__signature__"] = signature.replace(return_annotation=result)
+    method.__annotations__ = {**flow.__annotations__, "return": result}
     return method
 
 
@@ -120,8 +131,11 @@ class _Connected:
 class Client(_Connected):
     """A blocking client of one cluster. Any number of threads may share it; it reconnects by itself.
 
-    with Client("127.0.0.1:50051") as client:
-        y = client.forward("news", x)
+    Example:
+        with Client("127.0.0.1:50051") as client:
+            y = client.forward("news", x)
+            reply = client.call("news", x, top_k=1)
+            print(reply.output, reply.versions)
     """
 
     _sleep = staticmethod(time.sleep)
@@ -188,8 +202,9 @@ class Client(_Connected):
 class AsyncClient(_Connected):
     """A client of one cluster for asyncio, with the methods of `Client` as coroutines. It belongs to one event loop.
 
-    async with AsyncClient("127.0.0.1:50051") as client:
-        y = await client.forward("news", x)
+    Example:
+        async with AsyncClient("127.0.0.1:50051") as client:
+            y = await client.forward("news", x)
     """
 
     _loop: asyncio.AbstractEventLoop | None = None

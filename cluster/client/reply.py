@@ -22,6 +22,12 @@ class Reply:
     and `max_lost_mass` its maximum. `versions` names every expert that took part, and the gate; `epoch` is one of
     `cluster`. `degraded` is true when anything is `missing`. `dropped` counts (row, expert) pairs that capacity turned
     away. `indices` [T, K] and `weights` [T, K] are None unless the call asked for `return_routing=True`.
+
+    Example:
+        reply = client.call("news", x)
+        print(reply.output, reply.versions)
+        if reply.degraded:
+            print(reply.missing, reply.max_lost_mass)
     """
 
     output: Any = field(repr=False)
@@ -38,12 +44,11 @@ class Reply:
     weights: Any = field(default=None, repr=False)
 
     def __repr__(self) -> str:
-        versions = f"{{{len(self.versions)} versions}}" if len(self.versions) > 8 else repr(self.versions)
         lost = f", missing={self.missing[:8]!r}, max_lost_mass={self.max_lost_mass:g}" if self.degraded else ""
         output = f"{type(self.output).__name__}{list(self.output.shape)} {self.output.dtype}"
         return (
-            f"Reply(output={output}, epoch={self.epoch}, "
-            f"versions={versions}, degraded={self.degraded}{lost}, request_id={self.request_id!r})"
+            f"Reply(output={output}, epoch={self.epoch}, versions={{{len(self.versions)} versions}}, "
+            f"degraded={self.degraded}{lost}, request_id={self.request_id!r})"
         )
 
 

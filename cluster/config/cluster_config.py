@@ -58,6 +58,10 @@ class ClusterConfig:
     default those of `layers`.
 
     Raises ConfigError that lists every mistake.
+
+    >>> layer = Layer("waves", gates.Fixed([1.0]), {"sin": Expert("numpy:sin")})
+    >>> ClusterConfig(layers=[layer], name="demo", port=0).transport
+    'channel'
     """
 
     name: str = "default"

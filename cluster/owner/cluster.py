@@ -50,6 +50,12 @@ class Cluster:
     """A running cluster, owned by this process; made by `Cluster.start` or `Cluster.from_config`.
 
     `endpoint` is what clients connect to, `metrics_endpoint` where the metrics page is ("" when off).
+
+    Example:
+        layer = Layer("waves", gates.Fixed([0.5, 0.5]), {"sin": Expert("numpy:sin"), "cos": Expert("numpy:cos")})
+        with Cluster.start([layer], port=0) as cluster:
+            print(cluster.endpoint)
+            cluster.replace("waves/cos", Expert("numpy:tanh"))
     """
 
     def __init__(self, config: ClusterConfig, progress: Progress | None = None) -> None:
@@ -106,6 +112,12 @@ class Cluster:
 
     def __exit__(self, *raised: object) -> None:
         self.stop()
+
+    def __repr__(self) -> str:
+        layers = [layer.name for layer in self.config.layers]
+        shown = f"{{{len(layers)} layers}}" if len(layers) > 8 else repr(layers)
+        state = "stopped" if self._stopping.is_set() else "running" if self._supervisor.is_alive() else "starting"
+        return f"Cluster(name={self.config.name!r}, endpoint={self.endpoint!r}, layers={shown}, {state})"
 
     def status(self) -> dict[str, Any]:
         """What the controller knows: {"name", "endpoint", "epoch", "versions": {id: ...}, "replicas": {id: {...}}}."""

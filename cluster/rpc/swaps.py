@@ -150,6 +150,11 @@ class Lease:
     """A lease on an epoch: give it to the calls that are to run on it, as `call(..., pin=lease)`.
 
     It ends `ttl` seconds after its last use.
+
+    Example:
+        with client.pin() as lease:
+            first = client.call("news", x, pin=lease)
+            again = client.call("news", x, pin=lease)  # by the very versions of the first
     """
 
     pin: str
@@ -165,6 +170,10 @@ class SwapOutcome:
     `drift` is the relative L2 distance of the answers to the probe rows, None where it was not measured. Once
     `committed`, the swap is durable; `flipped` says that every router serves it, `pending` names those that do not yet.
     A rehearsal is not committed and has epoch 0. A swap that was asked for again has no `before`.
+
+    Example:
+        outcome = client.swap({"news/e3": "e3.safetensors"})
+        print(outcome.before, outcome.after, outcome.drift)
     """
 
     swap_id: str

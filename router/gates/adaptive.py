@@ -48,6 +48,10 @@ class Threshold(_Adaptive):
     `score="sigmoid"` rates each expert independently, p = sigmoid(h) (the top-any gate of Guo et al. 2024, DynMoE,
     with one threshold for all experts); `score="softmax"` rates it relative to the others, p = softmax(h). Weights are
     p, divided by their sum if `renormalize`. `k` caps the number of experts.
+
+    >>> gate = gates.Threshold(in_features=16, num_experts=3, threshold=0.25, score="softmax")
+    >>> gate.select(torch.tensor([[0.5, 0.3, 0.2]]).log()).indices_TK
+    tensor([[0, 1]])
     """
 
     name = "threshold"
@@ -83,6 +87,10 @@ class TopP(_Adaptive):
     """The fewest top experts whose probabilities, softmax(h), sum to at least `p` (Huang et al. 2024).
 
     Weights are the probabilities, divided by their sum if `renormalize`. `k` caps the number of experts.
+
+    >>> gate = gates.TopP(in_features=16, num_experts=3, p=0.6)
+    >>> gate.select(torch.tensor([[0.5, 0.3, 0.2]]).log()).indices_TK
+    tensor([[0, 1]])
     """
 
     name = "top_p"

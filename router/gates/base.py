@@ -27,6 +27,10 @@ class Gate(nn.Module):
 
     A subclass defines `name` (its name in YAML), `scores` and `_select`. `forward` is `select(scores(x))`.
     `per_row` is True if the choice for a row depends on its own scores alone, `k_per_request` if a request may set k.
+
+    >>> gate = gates.build("top_k", in_features=16, num_experts=4, k=2)
+    >>> gate(torch.zeros(3, 16)).indices_TK.tolist()  # equal scores: the lower experts
+    [[0, 1], [0, 1], [0, 1]]
     """
 
     name: ClassVar[str]

@@ -23,6 +23,10 @@ class Cosine(Gate):
 
     Parameters: `projection_weight` [P, D], `projection_bias` [P], `expert_embedding` [E, P], and `log_scale` [1] =
     log 1/τ, clamped to at most log 100. `softmax` and `renormalize` are those of `TopK`.
+
+    >>> gate = gates.Cosine(in_features=16, num_experts=4, k=2, projection=8)
+    >>> gate.select(torch.tensor([[0.0, 3.0, 1.0, 2.0]])).indices_TK
+    tensor([[1, 3]])
     """
 
     name = "cosine"

@@ -27,6 +27,10 @@ class Custom(Gate):
     `in_features` is optional. An import string runs code: accept it from trusted sources only.
 
     Raises ConfigError if the import fails.
+
+    >>> gate = gates.Custom("torch.nn:Linear", num_experts=4, k=1, args=[16, 4])
+    >>> gate(torch.zeros(3, 16)).indices_TK.shape
+    torch.Size([3, 1])
     """
 
     name = "custom"

@@ -22,6 +22,10 @@ class ExpertChoice(LinearGate):
     `capacity_factor` is the mean number of experts per row. The choice for a row depends on the other rows of the
     request, which leaks future tokens: do not use it for autoregressive models. Rows that no expert picks count as
     dropped. Ties go to the earlier row.
+
+    >>> gate = gates.ExpertChoice(in_features=16, num_experts=2, capacity_factor=1.0)
+    >>> gate.select(torch.tensor([[0.0, 1.0], [2.0, 1.0]])).indices_TK.tolist()  # two rows, one for each expert
+    [[1], [0]]
     """
 
     name = "expert_choice"

@@ -21,6 +21,9 @@ class Fixed(Gate):
     """Sends every row to every expert (or to the k of largest |weight|) with the given weights, not normalised.
 
     It ignores the features. Weights may be negative; they must be finite.
+
+    >>> gates.Fixed([0.5, 0.25])(torch.zeros(1, 16)).weights_TK
+    tensor([[0.5000, 0.2500]])
     """
 
     name = "fixed"

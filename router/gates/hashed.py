@@ -21,6 +21,10 @@ class Hash(Gate):
     Integer rows (token ids) are hashed as numbers, float rows by their float32 bits. The experts with the k largest
     hashes of (seed, row, expert) are taken (rendezvous hashing), so denying an expert moves only the rows that it had.
     A row with fewer than k allowed experts spreads its weight of 1 over those.
+
+    >>> gate = gates.Hash(num_experts=4, k=2)
+    >>> gate(torch.tensor([7, 8, 7])).indices_TK.tolist()  # token ids; equal rows go to the same experts
+    [[0, 2], [0, 3], [0, 2]]
     """
 
     name = "hash"

@@ -16,7 +16,11 @@ from .base import Gate
 
 
 class LinearGate(Gate):
-    """Scores x·Wᵀ (+ b), with trainable `weight` [E, D] and, if `bias`, a trainable `bias` [E]."""
+    """Scores x·Wᵀ (+ b), with trainable `weight` [E, D] and, if `bias`, a trainable `bias` [E].
+
+    >>> gates.Switch(in_features=16, num_experts=4).weight.shape
+    torch.Size([4, 16])
+    """
 
     weight: Tensor
     bias: Tensor | None

@@ -19,6 +19,10 @@ class NoisyTopK(LinearGate):
 
     Noise is added in training mode only, so serving is deterministic. `noise_weight` [E, D] starts at zero.
     `clean_scores` and `noise_scale` are the inputs of the paper's load loss (`balance.expected_load`).
+
+    >>> gate = gates.NoisyTopK(in_features=16, num_experts=4, k=2).eval()
+    >>> torch.equal(gate.scores(torch.ones(1, 16)), gate.clean_scores(torch.ones(1, 16)))
+    True
     """
 
     name = "noisy_top_k"

@@ -20,6 +20,9 @@ class Routing:
     `indices_TK` is int64: the expert of each choice, best first; -1 where a row has fewer than K choices.
     `weights_TK` is float32 (float64 if the scores are): the weight of each choice, 0 where the index is -1.
     `dropped_T` is int64, or None if nothing can be dropped: the number of choices that each row lost to capacity.
+
+    >>> Routing(torch.tensor([[1, 3], [0, -1]]), torch.tensor([[0.7, 0.3], [1.0, 0.0]])).unrouted_T
+    tensor([False, False])
     """
 
     indices_TK: Tensor

@@ -20,6 +20,10 @@ class Sigmoid(LinearGate):
     `expert_bias` [E] (float32; no gradient) affects the choice, never the weights: `balance.balanced_bias` updates it.
     With `groups` > 1 a row uses the `top_groups` groups with the largest sum of their two best s + b. Weights are
     divided by their sum if `renormalize`, then multiplied by `scale`. Scores are computed in at least float32.
+
+    >>> gate = gates.Sigmoid(in_features=16, num_experts=4, k=2, scale=2.5)
+    >>> gate.select(torch.tensor([[0.0, 3.0, 1.0, 2.0]])).weights_TK.sum()
+    tensor(2.5000)
     """
 
     name = "sigmoid"

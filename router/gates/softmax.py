@@ -51,6 +51,10 @@ class TopK(LinearGate):
 
     With `groups` > 1 only the `top_groups` groups with the best single expert compete (DeepSeek-V2, §2.2.2).
     Raises ConfigError for arguments that contradict each other.
+
+    >>> gate = gates.TopK(in_features=16, num_experts=4, k=2)
+    >>> gate.select(torch.tensor([[0.0, 3.0, 1.0, 2.0]]))
+    Routing(indices_TK=tensor([[1, 3]]), weights_TK=tensor([[0.7311, 0.2689]]...
     """
 
     name = "top_k"
@@ -89,7 +93,11 @@ class TopK(LinearGate):
 
 
 class Switch(LinearGate):
-    """The single best expert of each row, weighted by its probability p = softmax(h) (Fedus et al. 2021, eq. 1-2)."""
+    """The single best expert of each row, weighted by its probability p = softmax(h) (Fedus et al. 2021, eq. 1-2).
+
+    >>> gates.Switch(in_features=16, num_experts=4).select(torch.tensor([[0.0, 3.0, 1.0, 2.0]])).indices_TK
+    tensor([[1]])
+    """
 
     name = "switch"
     k_per_request = False

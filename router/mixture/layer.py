@@ -32,6 +32,10 @@ class Layer:
     with `on_dropped="residual"`.
 
     Raises ConfigError for an invalid declaration.
+
+    >>> layer = Layer("waves", gates.Fixed([0.5, 0.5]), {"sin": Expert("numpy:sin"), "cos": Expert("numpy:cos")})
+    >>> layer.expert_ids
+    ('waves/sin', 'waves/cos')
     """
 
     name: str

@@ -192,6 +192,7 @@ def test_repr_of_a_reply_is_short() -> None:
     reply = world.run(world.calls.call("news", np.zeros((100_000, 1), np.int8)), lambda _: frame)
     assert len(repr(reply)) < 400
     assert "ndarray[100000, 4] float32" in repr(reply)
+    assert f"{{{len(reply.versions)} versions}}" in repr(reply)
 
 
 def test_bfloat16_is_widened_unless_raw() -> None:
