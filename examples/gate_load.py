@@ -19,8 +19,9 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from expertmesh.router import gates, losses
+from expertmesh.router import gates
 from expertmesh.router.gates import Routing
+from expertmesh.router.mixture import balance
 from expertmesh.router.mixture.capacity import Capacity
 
 ROWS, WIDTH, EXPERTS, CLUSTERS, K = 4096, 64, 16, 12, 2
@@ -38,8 +39,8 @@ def balanced(gate: gates.Sigmoid, x: Tensor) -> gates.Sigmoid:
     """The gate after 300 steps of balance by bias on the same rows (DeepSeek-V3)."""
     scores_TE = gate.scores(x)
     for _ in range(300):
-        load_E = losses.load(gate.select(scores_TE), EXPERTS)
-        gate.expert_bias.copy_(losses.balanced_bias(gate.expert_bias, load_E, rate=0.01))
+        load_E = balance.load(gate.select(scores_TE), EXPERTS)
+        gate.expert_bias.copy_(balance.balanced_bias(gate.expert_bias, load_E, rate=0.01))
     return gate
 
 
@@ -77,7 +78,7 @@ def main(file: str) -> None:
     figure, axes = plt.subplots(3, 4, figsize=(13, 7.5), sharex=True)
     print(f"{'gate':30s} {'pairs':>7s} {'largest / mean load':>20s} {'rows without expert':>20s}")
     for axis, (title, routing) in zip(axes.flat, found.items(), strict=True):
-        load_E = losses.load(routing, EXPERTS)
+        load_E = balance.load(routing, EXPERTS)
         share_E = load_E / load_E.sum()
         peak = float(share_E.max() * EXPERTS)
         alone = int(routing.unrouted_T.sum())

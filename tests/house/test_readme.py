@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -27,6 +29,16 @@ def test_first_example(tmp_path: Path, nothing_left: None) -> None:
     assert str(0.5 * (np.sin(x) + np.cos(x) + np.tan(x))) in before
     assert "'waves/tan': 'v1-" in before
     assert after == str(0.5 * (np.sin(x) + np.cos(x) + np.tanh(x)))
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_what_an_example_imports_is_there(script: Path) -> None:
+    nodes = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.ImportFrom)]
+    names = [(node.module or "", alias.name) for node in nodes for alias in node.names]
+    ours = [(module, name) for module, name in names if module.split(".")[0] == "expertmesh"]
+    assert ours
+    for module, name in ours:
+        assert hasattr(importlib.import_module(module), name) or importlib.import_module(f"{module}.{name}")
 
 
 def test_example_configuration() -> None:
