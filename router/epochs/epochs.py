@@ -1,4 +1,4 @@
-"""Epochs: numbered, immutable maps of who answers with which version; a request pins one and keeps it."""
+"""Epochs: numbered, immutable maps from experts and gates to versions; a request pins one and keeps it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...experts.errors import Unavailable, VersionGone
 class Epoch:
     """One immutable map {expert or gate id -> version} over all layers, with the layers' definitions.
 
-    `cluster` is the id of the cluster whose epochs are numbered.
+    `cluster` is the id of the cluster that numbers the epochs.
     """
 
     number: int
@@ -23,7 +23,7 @@ class Epoch:
 
 
 class Epochs:
-    """The epochs that a router knows: the current one, those that were recalled, and those that are pinned."""
+    """The epochs that a router knows: the current one, the recalled ones and the pinned ones."""
 
     def __init__(self) -> None:
         self._known: dict[int, Epoch] = {}
@@ -33,9 +33,9 @@ class Epochs:
 
     @property
     def current(self) -> Epoch:
-        """The epoch that new requests pin. Raises Unavailable before the first one was adopted."""
+        """The epoch that new requests pin. Raises Unavailable before the first one is adopted."""
         if not self._current:
-            raise Unavailable("the router has not been told its layers yet; retry in a moment")
+            raise Unavailable("the router has not received its layers yet; retry in a moment")
         return self._known[self._current]
 
     @property
@@ -44,29 +44,29 @@ class Epochs:
         return self._current
 
     def adopt(self, epoch: Epoch) -> bool:
-        """Make an epoch the current one, in one assignment; False, and no change, if it is not newer."""
+        """Make an epoch the current one, in one assignment; returns False and changes nothing if it is not newer."""
         if epoch.number <= self._current:
             return False
         self._known[epoch.number] = epoch
         self._current = epoch.number
-        self._forget()
+        self._drop_unneeded()
         return True
 
     def keep(self, recalled: Iterable[Epoch]) -> None:
-        """Know these older epochs, so that requests may pin them by number, and no others beside those pinned now."""
+        """Keep these older epochs, so that requests can pin them by number; drop every other one that is not pinned."""
         older = {epoch.number: epoch for epoch in recalled if epoch.number < self._current}
         self._known = {**older, **self._known}
         self._kept = frozenset(older)
-        self._forget()
+        self._drop_unneeded()
 
     def knows(self, number: int) -> bool:
-        """Whether a request may pin the epoch of this number."""
+        """Whether a request can pin the epoch with this number."""
         return number == self._current or number in self._kept
 
     def pin(self, number: int | None = None) -> Epoch:
         """Pin an epoch for one request, by default the current one.
 
-        Raises VersionGone for a number that is neither current nor kept.
+        Raises Unavailable before the first epoch, and VersionGone for a number that is neither current nor kept.
         """
         if number is not None and not self.knows(number):
             raise VersionGone(f"epoch {number} is not loaded here; the current one is {self._current}")
@@ -75,29 +75,29 @@ class Epochs:
         return epoch
 
     def pin_again(self, epoch: Epoch) -> Epoch:
-        """Pin an epoch once more that is pinned already, and so is loaded, also where requests may not name it."""
+        """Add a pin to an epoch that is already pinned, and so is loaded, even if requests cannot pin it by number."""
         self._pins[epoch.number] += 1
         return epoch
 
     def unpin(self, epoch: Epoch) -> None:
-        """Give back one pin."""
-        left = self._pins[epoch.number] - 1
-        if left:
-            self._pins[epoch.number] = left
+        """Release one pin."""
+        remaining = self._pins[epoch.number] - 1
+        if remaining:
+            self._pins[epoch.number] = remaining
         else:
             del self._pins[epoch.number]
-            self._forget()
+            self._drop_unneeded()
 
     def pins(self) -> dict[int, int]:
-        """How many requests pin each epoch, by number; epochs without pins are left out."""
+        """The number of pins, of requests and leases, on each pinned epoch, by epoch number."""
         return dict(self._pins)
 
     def oldest_pinned(self) -> int:
-        """The oldest epoch that a request pins, or else the current one."""
+        """The number of the oldest pinned epoch, or of the current one if none is pinned."""
         return min(self._pins, default=self._current)
 
     def draining(self) -> dict[str, list[str]]:
-        """The older versions, by id, that pinned epochs still need beside the current ones."""
+        """The older versions, by id, that pinned epochs still need in addition to the current ones."""
         older: dict[str, set[str]] = {}
         for number in self._pins:
             for id, version in self._known[number].versions.items():
@@ -106,9 +106,9 @@ class Epochs:
         return {id: sorted(versions) for id, versions in sorted(older.items())}
 
     def known(self) -> list[Epoch]:
-        """Every epoch that is current, kept or pinned, oldest first."""
+        """The current, kept and pinned epochs, oldest first."""
         return [self._known[number] for number in sorted(self._known)]
 
-    def _forget(self) -> None:
+    def _drop_unneeded(self) -> None:
         needed = {self._current, *self._kept, *self._pins}
         self._known = {number: epoch for number, epoch in self._known.items() if number in needed}

@@ -1,4 +1,4 @@
-"""Puts a gate with new tensors beside the one that serves, verified in full, or refuses them.
+"""Stages a gate with new tensors beside the serving one, fully verified, or rejects the tensors.
 
 Shapes: T rows, D features, E experts.
 """
@@ -43,33 +43,34 @@ def stage_gate(
     sha256: str | None = None,
     limits: ArtefactLimits = LIMITS,
 ) -> tuple[Gate, float | None]:
-    """A copy of a gate with other tensors, and the drift of its scores on probe rows (None where it has no width).
+    """Copy a gate with new tensors and verify the copy; returns it with the drift of its scores on probe rows.
 
-    `weights` is a safetensors file, `sha256` what its sender computed, or tensors by name. The gate itself stays as it
-    is. The errors begin with `name`.
+    The drift is None if the gate has no `in_features`, or if its own scores are not finite. `weights` is a safetensors
+    file, with the `sha256` that its sender computed, or tensors by name. The gate itself does not change. Error
+    messages begin with `name`.
 
     Raises NotFound, DataLoss, SpecMismatch, FailedPrecondition or TooLarge.
     """
 
-    def work() -> tuple[Gate, float | None]:
+    def build() -> tuple[Gate, float | None]:
         before = tensors_of(gate)
         contents, tensors = _contents(weights, before, sha256, limits)
         check_norms(contents.norms, norms_of(before), policy)
         staged = copy.deepcopy(gate)
-        staged.load_state_dict(dict(tensors), strict=False)  # a scorer may keep other things than tensors
+        staged.load_state_dict(dict(tensors), strict=False)  # the state of a scorer may hold more than tensors
         check_applied(tensors_of(staged), contents.digests)
         drift = _drift(staged, gate, policy)
         check_drift(drift, policy)
         return staged, drift
 
     try:
-        return within_memory(work, "cpu")
+        return within_memory(build, "cpu")
     except ExpertMeshError as error:
         raise type(error)(f"{name}: {error.message}") from None
     except Exception as error:  # a custom scorer is foreign code and may raise anything
         log.exception("staging a gate failed", extra={"gate": name})
         raise FailedPrecondition(
-            f"{name}: staging raised {type(error).__name__}; see the log of the router, and mend the scorer"
+            f"{name}: staging raised {type(error).__name__}; see the log of the router, and fix the scorer"
         ) from None
 
 
@@ -79,11 +80,11 @@ def _contents(
     sha256: str | None,
     limits: ArtefactLimits,
 ) -> tuple[Contents, Mapping[str, Tensor]]:
-    wanted = described(before)
+    expected = described(before)
     if isinstance(weights, Mapping):
-        check_described(described(weights), wanted, OWNER)
+        check_described(described(weights), expected, OWNER)
         return survey(weights), weights
-    contents = inspect_artefact(weights, sha256=sha256, limits=limits, wanted=wanted, owner=OWNER)
+    contents = inspect_artefact(weights, sha256=sha256, limits=limits, wanted=expected, owner=OWNER)
     return contents, load_tensors(weights)[0]
 
 
@@ -95,13 +96,13 @@ def _drift(staged: Gate, gate: Gate, policy: Policy) -> float | None:
     if after_TE.shape != before_TE.shape or after_TE.dtype != before_TE.dtype:
         raise FailedPrecondition(
             f"it scores probe rows with {list(after_TE.shape)} {after_TE.dtype}, the gate that it replaces with "
-            f"{list(before_TE.shape)} {before_TE.dtype}: give weights of the same gate"
+            f"{list(before_TE.shape)} {before_TE.dtype}: use weights of the same gate"
         )
-    broken = int((~after_TE.isfinite().all(dim=1)).sum())
-    if broken:
+    bad_rows = int((~after_TE.isfinite().all(dim=1)).sum())
+    if bad_rows:
         raise FailedPrecondition(
-            f"its scores of {broken} of {len(rows_TD)} probe rows are NaN or infinite: look at the training run, or at "
-            "overflow in the weights' dtype"
+            f"its scores of {bad_rows} of {len(rows_TD)} probe rows are NaN or infinite: check the training run, and "
+            "the dtype of the weights for overflow"
         )
     with torch.inference_mode():
         staged.select(after_TE)

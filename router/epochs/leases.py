@@ -1,7 +1,7 @@
-"""Leases: an epoch that several calls of one caller share, for as long as the caller goes on using it. A pure decision.
+"""Leases: several calls of one client share an epoch for as long as the client keeps using it. Pure logic, no I/O.
 
-A lease is a pin like that of a request, so what the epoch names stays loaded. It ends when it is given back, when it
-was not used for its time to live, and in any case after `MAX_LIFE`: an old epoch must not be held for ever.
+A lease is a pin like that of a request, so the versions of its epoch stay loaded. It ends when it is given back, when
+it goes unused for its time to live, and after `MAX_LIFE` at the latest, so that no old epoch is held forever.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Lease:
 
 
 class Leases:
-    """The leases on epochs that a router has given out; `clock` is in monotonic seconds."""
+    """The leases of a router; `clock` returns monotonic seconds."""
 
     def __init__(self, epochs: Epochs, clock: Callable[[], float], *, new_id: Callable[[], str] | None = None) -> None:
         self._epochs = epochs
@@ -39,16 +39,16 @@ class Leases:
         return len(self._leases)
 
     def lease(self, ttl: float) -> tuple[str, Epoch, float]:
-        """Lease the current epoch; returns the id of the lease, the epoch and the seconds that it lives unused.
+        """Lease the current epoch; returns the id of the lease, the epoch and the time to live in seconds.
 
-        `ttl` is at most 60 seconds; more is cut. Raises InvalidRequest, Unavailable before the first epoch, and
-        Overloaded where there are too many leases.
+        `ttl` is capped at 60 seconds. Raises InvalidRequest if it is not above 0, Unavailable before the first epoch,
+        and Overloaded if there are too many leases.
         """
         if not ttl > 0:
             raise InvalidRequest(f"ttl must be a number of seconds above 0, not {ttl:g}")
         self.drop_expired()
         if len(self._leases) >= MAX_LEASES:
-            raise Overloaded(f"{MAX_LEASES} epochs are leased already: give back those that are not needed any more")
+            raise Overloaded(f"the router already holds {MAX_LEASES} leases: give back those that you no longer need")
         ttl = min(ttl, MAX_TTL)
         epoch, now = self._epochs.pin(), self._clock()
         lease_id = self._new_id()
@@ -56,31 +56,31 @@ class Leases:
         return lease_id, epoch, ttl
 
     def pin(self, lease_id: str) -> Epoch:
-        """Pin the epoch of a lease for one request, which renews the lease.
+        """Pin the epoch of a lease for one request, and renew the lease.
 
-        Raises FailedPrecondition where it is over.
+        Raises FailedPrecondition if the lease has ended.
         """
         self.drop_expired()
         lease = self._leases.get(lease_id)
         if lease is None:
-            raise FailedPrecondition("this lease on an epoch is over, or its router has restarted: pin again")
+            raise FailedPrecondition("the lease on an epoch has ended, or its router has restarted: pin again")
         lease.expires = min(self._clock() + lease.ttl, lease.began + MAX_LIFE)
         return self._epochs.pin_again(lease.epoch)
 
     def give_back(self, lease_id: str) -> bool:
-        """End a lease; False where it is over already."""
+        """End a lease; returns False if it has already ended."""
         lease = self._leases.pop(lease_id, None)
         if lease is not None:
             self._epochs.unpin(lease.epoch)
         return lease is not None
 
     def drop_expired(self) -> int:
-        """End the leases whose time is over; returns how many."""
+        """End the expired leases; returns their number."""
         now = self._clock()
-        over = [lease_id for lease_id, lease in self._leases.items() if lease.expires <= now]
-        for lease_id in over:
+        expired = [lease_id for lease_id, lease in self._leases.items() if lease.expires <= now]
+        for lease_id in expired:
             self.give_back(lease_id)
-        return len(over)
+        return len(expired)
 
 
 def _random_id() -> str:

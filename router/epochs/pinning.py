@@ -1,4 +1,4 @@
-"""Which epoch a request runs on: the current one, or that of its lease, or one that it names and that is kept."""
+"""Which epoch a request runs on: the current one, that of its lease, or a kept one that it names by number."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ CATCH_UP_SECONDS = 5.0
 RECALL_ATTEMPTS = 2
 
 Recall = Callable[[int], Awaitable[None]]
-"""Has an epoch that is kept loaded again. Raises FailedPrecondition, NotFound or Unavailable."""
+"""Loads a kept epoch again. Raises FailedPrecondition, NotFound or Unavailable."""
 
 
 class Pinning:
-    """Leases an epoch for each request; a router that is behind catches up, an epoch out of memory is recalled."""
+    """Pins an epoch for each request: waits while the router is behind, and recalls a kept epoch that is not loaded."""
 
     def __init__(self, epochs: Epochs, leases: Leases) -> None:
         self.recall: Recall | None = None
@@ -34,13 +34,13 @@ class Pinning:
         self._adopted = asyncio.Event()
 
     async def pin(self, options: CallOptions, timeout: float) -> Epoch:
-        """Pin the epoch that a request with these options runs on; the caller gives it back to `epochs`.
+        """Pin the epoch that a request with these options runs on; the caller must unpin it.
 
-        Raises InvalidRequest, FailedPrecondition for a lease that is over or an epoch that is not kept, NotFound for
-        one that never was, and Unavailable where the router does not catch up.
+        Raises InvalidRequest for both an epoch and a lease, FailedPrecondition for a lease that has ended or an epoch
+        that is not kept, NotFound for an epoch that never existed, and Unavailable if the router does not catch up.
         """
         if options.epoch is not None and options.pin is not None:
-            raise InvalidRequest("epoch and pin exclude each other: a lease has its epoch")
+            raise InvalidRequest("epoch and pin exclude each other: a lease already fixes the epoch")
         if options.pin is not None:
             return self._leases.pin(options.pin)
         if options.epoch is not None:
@@ -56,45 +56,45 @@ class Pinning:
         return self._epochs.pin(number)
 
     async def fetch(self, number: int) -> None:
-        """Have an epoch loaded again; requests that ask for the same one at the same time wait for one recall."""
+        """Recall an epoch; concurrent requests for the same epoch share one recall."""
         if self.recall is None:
             raise VersionGone(f"epoch {number} is not loaded here; the current one is {self._epochs.number}")
-        under_way = self._recalls.get(number)
-        if under_way is None:
-            under_way = self._recalls[number] = asyncio.ensure_future(_awaited(self.recall(number)))
-            under_way.add_done_callback(lambda done: self._recalled(number, done))
-        await asyncio.shield(under_way)  # the others still wait for it where this caller gives up
+        pending = self._recalls.get(number)
+        if pending is None:
+            pending = self._recalls[number] = asyncio.ensure_future(_awaited(self.recall(number)))
+            pending.add_done_callback(lambda recall: self._recalled(number, recall))
+        await asyncio.shield(pending)  # other requests still wait for it if this one is cancelled
 
-    def _recalled(self, number: int, done: asyncio.Future[Any]) -> None:
+    def _recalled(self, number: int, recall: asyncio.Future[Any]) -> None:
         del self._recalls[number]
-        if not done.cancelled():
-            done.exception()  # whoever waited for it may be gone: that is no bug
+        if not recall.cancelled():
+            recall.exception()  # mark it as retrieved: every request that waited may have been cancelled
 
     async def _catch_up(self, options: CallOptions, timeout: float) -> None:
-        """Wait until the router has the epoch that the client has seen: half of its time, so that it hears of it."""
-        until = asyncio.get_running_loop().time() + min(timeout / 2, CATCH_UP_SECONDS)
+        """Wait for the epoch that the client has seen, at most half its timeout, so that an error still reaches it."""
+        deadline = asyncio.get_running_loop().time() + min(timeout / 2, CATCH_UP_SECONDS)
         while self._behind(options):
             adopted = self._adopted
             try:
-                await asyncio.wait_for(adopted.wait(), until - asyncio.get_running_loop().time())
+                await asyncio.wait_for(adopted.wait(), deadline - asyncio.get_running_loop().time())
             except (asyncio.TimeoutError, TimeoutError):
                 raise Unavailable(
                     f"this router is at epoch {self._epochs.number}, the client has seen epoch {options.min_epoch}: "
-                    "retry in a moment; if the cluster's state was restored from a backup, make a new client"
+                    "retry in a moment; if the cluster's state was restored from a backup, create a new client"
                 ) from None
 
     def _behind(self, options: CallOptions) -> bool:
         if self._epochs.number >= options.min_epoch:
             return False
-        ours = self._epochs.current.cluster if self._epochs.number else ""
-        return not options.cluster or not ours or options.cluster == ours
+        cluster = self._epochs.current.cluster if self._epochs.number else ""
+        return not options.cluster or not cluster or options.cluster == cluster
 
 
 async def _awaited(work: Awaitable[None]) -> None:
     await work
 
 
-def refuse_restart(options: CallOptions, error: VersionGone) -> FailedPrecondition:
-    """What a caller is told who has fixed the epoch, and whose versions are gone: no other epoch would do."""
-    which = f"epoch {options.epoch}" if options.epoch is not None else "the leased epoch"
-    return VersionGone(f"{which} cannot be answered: {error.message}; call without it, or retry in a moment")
+def fixed_epoch_gone(options: CallOptions, error: VersionGone) -> FailedPrecondition:
+    """The error of a request with a fixed epoch whose versions are gone: it cannot run on another epoch."""
+    epoch = f"epoch {options.epoch}" if options.epoch is not None else "the leased epoch"
+    return VersionGone(f"{epoch} cannot serve the request: {error.message}; call without it, or retry in a moment")

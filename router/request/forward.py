@@ -20,7 +20,7 @@ from ...experts.errors import (
 )
 from ..epochs.epochs import Epoch, Epochs
 from ..epochs.leases import Leases
-from ..epochs.pinning import Pinning, refuse_restart
+from ..epochs.pinning import Pinning, fixed_epoch_gone
 from ..fanout.fanout import Fanout
 from ..fanout.replica_view import Replica, View
 from ..fanout.telemetry import Telemetry
@@ -111,7 +111,7 @@ class Router:
                 return await self._on_epoch(request, epoch, deadline)
             except VersionGone as error:  # unloaded in the meantime
                 if attempt == EPOCH_ATTEMPTS:
-                    raise refuse_restart(options, error) if fixed else error from None
+                    raise fixed_epoch_gone(options, error) if fixed else error from None
                 if fixed:  # no other epoch will do; otherwise once more from the gate, on the current one
                     await self.pinning.fetch(epoch.number)
             finally:

@@ -16,7 +16,7 @@ from expertmesh.router.epochs.epochs import Epoch, Epochs
 def test_before_the_first_epoch_nothing_can_be_asked() -> None:
     epochs = Epochs()
     assert (epochs.number, epochs.oldest_pinned(), epochs.pins()) == (0, 0, {})
-    with pytest.raises(Unavailable, match="has not been told its layers yet"):
+    with pytest.raises(Unavailable, match="has not received its layers yet"):
         epochs.pin()
 
 

@@ -229,7 +229,7 @@ def test_what_is_refused_is_counted_by_its_code_and_never_by_a_strangers_name() 
 def test_before_the_first_epoch_a_request_is_unavailable_and_its_layer_is_not_counted() -> None:
     async def main() -> None:
         router = Router(Never())
-        with pytest.raises(Unavailable, match="has not been told its layers"):
+        with pytest.raises(Unavailable, match="has not received its layers"):
             await router.forward(ForwardRequest(X, CallOptions(layer="made up"), 1.0))
         assert router.telemetry.requests == {("", "UNAVAILABLE"): 1}
 

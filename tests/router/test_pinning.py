@@ -80,7 +80,7 @@ def test_versions_that_were_unloaded_under_a_named_epoch_are_recalled_and_no_oth
             assert await mesh.factor(epoch=1) == (1, 2.0)
             mesh.hosts["l/e#0"].unload("l/e", mesh.old["l/e"])
             mesh.report()
-            with pytest.raises(VersionGone, match="epoch 1 cannot be answered"):
+            with pytest.raises(VersionGone, match="epoch 1 cannot serve the request"):
                 await mesh.factor(epoch=1)
             assert mesh.recalls == [1, 1]
             assert await mesh.factor() == (2, 3.0)
