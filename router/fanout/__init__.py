@@ -1,1 +1,1 @@
-"""Rows on their way to replicas and back: work, choice of replica, messages, and one batch's answers."""
+"""Rows to replicas and back: the work of a batch, the choice of replicas, messages, and the answers."""

@@ -1,4 +1,4 @@
-"""What the experts of a batch answered: a row for each pair, or the sums that their replicas have made.
+"""The answers of a batch: a row for each pair, or the sums that its replicas computed.
 
 Shapes: T rows, N pairs of a row and an expert, sorted by expert, then by row.
 """
@@ -18,10 +18,10 @@ from .work import Assignment
 
 @dataclass(frozen=True, eq=False)
 class Answered:
-    """What came of one piece of work: its experts' rows, each [pairs, ...], or why there are none.
+    """The answer to one piece of work: the rows [pairs, ...] of each of its experts, or the expert's error.
 
-    Where they were added up, `total` [R, ...] is their sum, `outputs` None, and `lost` int64 are the pairs of the work
-    that are not in it because their answer was not finite.
+    If the replica added them up, `total` [R, ...] is the sum, `outputs` holds None in place of rows, and `lost` int64
+    are the pairs of the work that the sum leaves out because their answer is not finite.
     """
 
     outputs: tuple[Tensor | ExpertMeshError | None, ...]
@@ -33,7 +33,7 @@ Result = Answered | ExpertMeshError
 
 
 class Answers:
-    """The answers of one batch as they come in, by the key of the work in its assignment."""
+    """Collects the answers of one batch, by the key of the work in its assignment."""
 
     def __init__(self, layer: Layer, assignment: Assignment) -> None:
         self._layer = layer
@@ -44,7 +44,7 @@ class Answers:
         self._outputs_N: Tensor | None = None
 
     def put(self, key: int, result: Result) -> None:
-        """Take what came of one piece of work."""
+        """Store the result of one piece of work."""
         self._results[key] = result
 
     @property
@@ -52,16 +52,16 @@ class Answers:
         """Whether all work is answered."""
         return len(self._results) == len(self._assignment.work)
 
-    def lacking(self, experts: Sequence[int]) -> set[int]:
-        """The keys of the work of these experts that is not answered yet."""
+    def pending(self, experts: Sequence[int]) -> set[int]:
+        """The keys of the work of these experts that has no result yet."""
         return {self._assignment.owner[expert] for expert in experts} - self._results.keys()
 
     def errors(self, experts: Sequence[int]) -> dict[int, ExpertMeshError]:
-        """Why, for those of `experts` that failed."""
+        """The errors of those of `experts` that failed."""
         return {expert: error for expert in experts if (error := self._error(expert)) is not None}
 
     def answered(self, experts: Sequence[int]) -> Tensor | None:
-        """Bool [N], True where one of `experts` answered and its answer is not known to be lost; None where all did."""
+        """Bool [N], True where one of `experts` answered and its answer is not known to be lost; None if all did."""
         failed = self.errors(experts)
         lost = {key: answer.lost for key, answer in self._answers(experts).items() if answer.lost is not None}
         if not failed and not lost:
@@ -75,9 +75,9 @@ class Answers:
         return answered_N
 
     def outputs(self, experts: Sequence[int]) -> Tensor | None:
-        """The buffer of all pairs [N, ...] with the answers of `experts` in place; None when none has answered.
+        """The buffer of all pairs [N, ...] with the answers of `experts` filled in; None if none has answered.
 
-        Not for a batch whose replicas add up. Raises SpecMismatch when experts answer with rows of different shapes.
+        Not for a batch whose replicas add up. Raises SpecMismatch if experts answer with rows of different shapes.
         """
         for key, answer in self._answers(experts).items():
             if key in self._stored:
@@ -89,10 +89,10 @@ class Answers:
         return self._outputs_N
 
     def total(self, experts: Sequence[int], start: int, stop: int) -> Tensor | None:
-        """The sum [T, ...] for the rows start:stop of what replicas have added up; None when none has answered.
+        """The total [stop - start, ...] of the replicas' sums for the rows start:stop; None if none has answered.
 
-        Adds in ascending order of the first expert of each piece of work. What came in a message is never written to.
-        Raises SpecMismatch as `outputs` does.
+        Adds in ascending order of the first expert of each piece of work, and never writes to the tensors of a
+        message. Raises SpecMismatch as `outputs` does.
         """
         total: Tensor | None = None
         for key, answer in self._answers(experts).items():
@@ -105,7 +105,7 @@ class Answers:
         return total
 
     def shared_rows(self, shared: Sequence[int], start: int, stop: int) -> Tensor | None:
-        """The sum [stop - start, ...] of what shared experts answered to some rows; None without shared experts."""
+        """The sum [stop - start, ...] of the shared experts' answers to the rows start:stop; None without answers."""
         total: Tensor | None = None
         for key in shared:
             answer = self._results[key]
@@ -120,14 +120,14 @@ class Answers:
         return {key: answer for key in keys if isinstance(answer := self._results[key], Answered)}
 
     def _part(self, key: int, sums_R: Tensor, start: int, stop: int) -> Tensor:
-        """What one replica's sums have for the rows start:stop: [stop - start, ...], 0 where it has none."""
+        """One replica's sums for the rows start:stop [stop - start, ...], 0 for rows that it does not have."""
         work = self._assignment.work[key]
         first, last = 0, work.size
         if stop - start < self._handle.num_rows:
             first, last = work.rows_R.numpy().searchsorted((start, stop)).tolist()
         rows = sums_R[first:last]
-        if work.index_P is not None and last - first == stop - start:  # of a pack, whose rows are distinct: all of them
-            return rows if len(rows) == work.size else rows.clone()  # a few must not keep the whole in memory
+        if work.index_P is not None and last - first == stop - start:  # the rows of a pack are distinct: it has all
+            return rows if len(rows) == work.size else rows.clone()  # a slice would keep the whole message in memory
         return rows.new_zeros((stop - start, *rows.shape[1:])).index_add_(0, work.rows_R[first:last] - start, rows)
 
     def _error(self, expert: int) -> ExpertMeshError | None:
@@ -144,18 +144,18 @@ class Answers:
         return torch.cat([torch.arange(offsets[e], offsets[e + 1]) for e in self._assignment.members[key]])
 
     def _store(self, expert: int, rows: Tensor) -> None:
-        held, num_pairs = self._outputs_N, self._handle.num_pairs
-        if held is None:
+        buffer_N, num_pairs = self._outputs_N, self._handle.num_pairs
+        if buffer_N is None:
             if rows.shape[0] == num_pairs:
                 self._outputs_N = rows
                 return
-            held = torch.zeros((num_pairs, *rows.shape[1:]), dtype=rows.dtype)
-        if held.shape[1:] != rows.shape[1:]:
-            raise self._mismatch(expert, rows, held)
-        if held.dtype != rows.dtype:
-            held = held.to(torch.promote_types(held.dtype, rows.dtype))
-        held[self._handle.pairs(expert)] = rows.to(held.dtype)
-        self._outputs_N = held
+            buffer_N = torch.zeros((num_pairs, *rows.shape[1:]), dtype=rows.dtype)
+        if buffer_N.shape[1:] != rows.shape[1:]:
+            raise self._mismatch(expert, rows, buffer_N)
+        if buffer_N.dtype != rows.dtype:
+            buffer_N = buffer_N.to(torch.promote_types(buffer_N.dtype, rows.dtype))
+        buffer_N[self._handle.pairs(expert)] = rows.to(buffer_N.dtype)
+        self._outputs_N = buffer_N
 
     def _mismatch(self, expert: int, rows: Tensor, others: Tensor) -> SpecMismatch:
         return SpecMismatch(

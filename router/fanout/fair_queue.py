@@ -1,4 +1,4 @@
-"""A queue in which clients take turns, so that one that sends much does not keep others waiting. A pure decision."""
+"""A queue in which clients take turns, so that a busy client does not delay the others. Pure logic, no I/O."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class FairQueue(Generic[T]):
-    """Items of one client come in order of arrival, one of each client at a time."""
+    """Takes one item of each client in turn; the items of a client come in order of arrival."""
 
     def __init__(self) -> None:
         self._clients: dict[str, deque[T]] = {}
@@ -18,16 +18,16 @@ class FairQueue(Generic[T]):
         return sum(len(items) for items in self._clients.values())
 
     def put(self, client: str, item: T) -> None:
-        """Add an item to those of a client."""
+        """Add an item of a client."""
         self._clients.setdefault(client, deque()).append(item)
 
     def peek(self) -> T | None:
-        """The item whose turn it is, or None."""
+        """The next item, or None."""
         client = next(iter(self._clients), None)
         return None if client is None else self._clients[client][0]
 
     def pop(self) -> T:
-        """Take the item whose turn it is; its client goes behind the others. Raises IndexError for an empty queue."""
+        """Take the next item; its client moves behind the others. Raises IndexError if the queue is empty."""
         client = next(iter(self._clients), None)
         if client is None:
             raise IndexError("the queue is empty")
@@ -38,9 +38,9 @@ class FairQueue(Generic[T]):
         return item
 
     def items(self) -> list[T]:
-        """Everything that waits, in no order that matters; safe to call from another thread."""
+        """The waiting items, in no particular order; safe to call from another thread."""
         return [item for items in list(self._clients.values()) for item in list(items)]
 
     def drain(self) -> list[T]:
-        """Take everything, in turns."""
+        """Take all items, in turns."""
         return [self.pop() for _ in range(len(self))]

@@ -1,7 +1,7 @@
-"""Fan-out: a batch's work to the replicas that can do it, few messages, and another try when a replica is lost.
+"""Fan-out: sends the work of a batch to replicas that can do it, in few messages, and retries if a replica is lost.
 
-Every replica has a lane: at most `WINDOW` messages are under way to it, and what comes in the meantime waits and goes
-together in the next one. So a slow expert holds up only those who need it, and waiting work can still be dropped.
+Every replica has a lane with at most `WINDOW` messages in flight. Work that arrives meanwhile waits and goes together
+in the next message. So a slow expert delays only the requests that need it, and waiting work can still be dropped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..mixture.dispatch import Dispatch
 from ..mixture.layer import Layer
 from .answers import Answered, Answers, Result
 from .fair_queue import FairQueue
-from .message import Place, alike, build_call
+from .message import Place, build_call, same_kind
 from .replica_view import Replica, View
 from .telemetry import Telemetry
 from .transport import Transport, sending_error
@@ -36,9 +36,9 @@ MAX_ATTEMPTS = 3
 
 @dataclass(eq=False)
 class Batch:
-    """Rows `x` [T, ...] of one layer on one epoch, on their way to experts and back.
+    """Rows `x` [T, ...] of one layer on one epoch, in flight to experts and back.
 
-    The batch is held by those who wait for it; when the last one lets go, work that is left is given up by `cancel`.
+    Each request that waits for the batch holds it; when the last one releases it, `cancel` drops the unfinished work.
     """
 
     epoch: Epoch
@@ -49,71 +49,71 @@ class Batch:
     assignment: Assignment
     cancel: Callable[[], None] = lambda: None
     answers: Answers = field(init=False)
-    _waiting: list[tuple[set[int], asyncio.Future[None]]] = field(default_factory=list)
-    _complete: list[Callable[[], None]] = field(default_factory=list)
+    _waiters: list[tuple[set[int], asyncio.Future[None]]] = field(default_factory=list)
+    _callbacks: list[Callable[[], None]] = field(default_factory=list)
     _holders: int = 1
 
     def __post_init__(self) -> None:
         self.answers = Answers(self.layer, self.assignment)
 
     def hold(self) -> None:
-        """Keep the batch's work wanted."""
+        """Add a holder."""
         self._holders += 1
 
     def release(self) -> None:
-        """Let go; the last one gives up the work that is left."""
+        """Remove a holder; the last one cancels the unfinished work."""
         self._holders -= 1
         if self._holders == 0 and not self.answers.complete:
             self.cancel()
-            self._end()
+            self._call_back()
 
-    def when_complete(self, call: Callable[[], None]) -> None:
-        """Call something once all work is answered or given up; at once where it is."""
+    def when_complete(self, callback: Callable[[], None]) -> None:
+        """Call back once all work is answered or cancelled; at once if it is answered already."""
         if self.answers.complete:
-            call()
+            callback()
         else:
-            self._complete.append(call)
+            self._callbacks.append(callback)
 
     def answer(self, key: int, result: Result) -> None:
-        """Take what came of one piece of work, by its key in the assignment."""
+        """Store the result of one piece of work, by its key in the assignment."""
         self.answers.put(key, result)
-        for left, future in self._waiting:
-            left.discard(key)
-            if not left and not future.done():
+        for pending, future in self._waiters:
+            pending.discard(key)
+            if not pending and not future.done():
                 future.set_result(None)
         if self.answers.complete:
-            self._end()
+            self._call_back()
 
     async def wait(self, experts: Sequence[int]) -> dict[int, ExpertMeshError]:
-        """Wait until these experts have answered or failed; returns why, for those that failed."""
-        if left := self.answers.lacking(experts):
+        """Wait until these experts have answered or failed; returns the errors of those that failed."""
+        if pending := self.answers.pending(experts):
             future = asyncio.get_running_loop().create_future()
-            self._waiting.append((left, future))
+            self._waiters.append((pending, future))
             await future
         return self.answers.errors(experts)
 
-    def _end(self) -> None:
-        calls, self._complete = self._complete, []
-        for call in calls:
-            call()
+    def _call_back(self) -> None:
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
 
 
 @dataclass(eq=False)
 class Job:
-    """One piece of work; `done` gets its answer, or the reason why not, once."""
+    """One piece of work; `done` gets its answer or error, once."""
 
     work: Work
     done: Callable[[Result], None]
-    over: bool = False
+    finished: bool = False
     attempts: int = 0
     tried: set[str] = field(default_factory=set)
-    at: str | None = None
+    replica_id: str | None = None
     message: _Message | None = None
 
 
 @dataclass(eq=False)
 class _Message:
-    """Jobs under way together."""
+    """Jobs in flight together."""
 
     replica: Replica
     jobs: list[Job]
@@ -124,20 +124,22 @@ class _Message:
 
 @dataclass(eq=False)
 class _Lane:
+    """The jobs that wait for a replica, and the messages in flight to it."""
+
     replica: Replica
     waiting: FairQueue[Job] = field(default_factory=FairQueue)
-    under_way: set[_Message] = field(default_factory=set)
+    in_flight: set[_Message] = field(default_factory=set)
 
     def take(self) -> list[Job]:
-        """The jobs of the next message: clients in turns, up to the row limit, without those nobody waits for."""
+        """Take the jobs of the next message: clients in turns, up to the row and part limits, no cancelled jobs."""
         taken: list[Job] = []
         rows = parts = 0
         while (job := self.waiting.peek()) is not None:
             rows, parts = rows + job.work.size, parts + len(job.work.experts)
-            if job.over:
+            if job.finished:
                 rows, parts = rows - job.work.size, parts - len(job.work.experts)
             elif taken and not (
-                rows <= MAX_ROWS_PER_MESSAGE and parts <= MAX_PARTS_PER_MESSAGE and alike(job.work, taken[0].work)
+                rows <= MAX_ROWS_PER_MESSAGE and parts <= MAX_PARTS_PER_MESSAGE and same_kind(job.work, taken[0].work)
             ):
                 break
             else:
@@ -147,22 +149,22 @@ class _Lane:
 
 
 class Fanout:
-    """Sends work to replicas through a transport, as the view says."""
+    """Sends work through a transport to the replicas that the view chooses."""
 
     def __init__(self, transport: Transport, view: View, telemetry: Telemetry) -> None:
         self._transport = transport
         self._view = view
         self._telemetry = telemetry
         self._lanes: dict[str, _Lane] = {}
-        self._filled: dict[str, _Lane] = {}
+        self._to_flush: dict[str, _Lane] = {}
         self._attempts = itertools.count(1)
 
     def start(
         self, epoch: Epoch, layer: Layer, x: Tensor, routing: Routing, handle: Dispatch, *, deadline: float, client: str
     ) -> Batch:
-        """Send the rows `x` [T, ...] of a batch to the experts that `handle` groups them by. Held once, by the caller.
+        """Send the rows `x` [T, ...] of a batch to the experts that `handle` names. The caller holds the batch.
 
-        `deadline` is on the clock of the event loop; `client` is whose rows they are, "" for those of several.
+        `deadline` is in event-loop time; `client` sent the rows ("" for several).
         """
         assignment = assign(layer, epoch.versions, x, handle, deadline=deadline, client=client)
         batch = Batch(epoch, layer, x, routing, handle, assignment)
@@ -170,35 +172,34 @@ class Fanout:
         batch.cancel = partial(self._cancel_all, jobs)
         self.flush()
         self._telemetry.batches[layer.name] += 1
-        self._telemetry.chosen(layer.expert_ids, handle.mass())
+        self._telemetry.add_gate_mass(layer.expert_ids, handle.mass())
         return batch
 
     def submit(self, work: Work, done: Callable[[Result], None]) -> Job:
-        """Have a replica do some work; `done` gets what came of it.
+        """Send work to a replica; `done` gets the answer, or an error if no replica could do the work.
 
-        That is Unavailable, VersionGone or SpecMismatch where nobody could do it; an expert's own failure is in the
-        answer.
+        The failure of a single expert is part of the answer.
         """
         job = Job(work, done)
-        self._place(job)
+        self._enqueue(job)
         return job
 
     def cancel(self, job: Job) -> None:
-        """Give a job up: its rows are taken out of the queue if they still wait, and `done` hears nothing."""
-        if job.over:
+        """Cancel a job: rows that still wait are not sent, and `done` is not called."""
+        if job.finished:
             return
-        job.over = True
-        self._leave(job)
-        if job.message is not None and all(other.over for other in job.message.jobs):
+        job.finished = True
+        self._uncount(job)
+        if job.message is not None and all(other.finished for other in job.message.jobs):
             job.message.cancel()
-            self._ended(job.message)
+            self._close(job.message)
 
     def _cancel_all(self, jobs: Iterable[Job]) -> None:
         for job in jobs:
             self.cancel(job)
 
-    async def ask(self, work: Work) -> Answered:
-        """Submit and wait. Raises what `done` would get."""
+    async def submit_and_wait(self, work: Work) -> Answered:
+        """Submit work and wait for its answer. Raises the error that `done` would get."""
         answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         job = self.submit(work, lambda result: None if answer.done() else answer.set_result(result))
         try:
@@ -210,26 +211,28 @@ class Fanout:
         return result
 
     def refresh(self) -> None:
-        """Look at the view again: what was sent to an incarnation that is no more, or is dead, is sent elsewhere."""
-        now = {replica.id: replica.incarnation for replica in self._view.replicas() if replica.state != "restarting"}
+        """Compare the lanes with the view: work for an incarnation that is gone or restarting is sent again."""
+        incarnations = {
+            replica.id: replica.incarnation for replica in self._view.replicas() if replica.state != "restarting"
+        }
         for name, lane in list(self._lanes.items()):
-            if now.get(name) != lane.replica.incarnation:
+            if incarnations.get(name) != lane.replica.incarnation:
                 del self._lanes[name]
-                for message in lane.under_way:
+                for message in lane.in_flight:
                     message.cancel()
-                under_way = [job for message in lane.under_way for job in message.jobs]
-                self._replaced(name, [*under_way, *lane.waiting.drain()])
+                in_flight = [job for message in lane.in_flight for job in message.jobs]
+                self._resend(name, [*in_flight, *lane.waiting.drain()])
 
     def waiting(self) -> dict[str, int]:
-        """Rows that wait for their turn, by replica."""
-        # Copies first: the metrics page asks from a thread of its own.
+        """The rows that wait in each lane, by replica."""
+        # Iterate over copies: the metrics page reads this from another thread.
         return {name: sum(job.work.size for job in lane.waiting.items()) for name, lane in list(self._lanes.items())}
 
-    def _place(self, job: Job) -> None:
+    def _enqueue(self, job: Job) -> None:
         try:
-            replica = self._view.choose(job.work.wanted, exclude=job.tried)
+            replica = self._view.choose(job.work.versions, exclude=job.tried)
         except ExpertMeshError as error:
-            self._tell(job, error)
+            self._finish(job, error)
             return
         name = replica.id
         job.tried.add(name)
@@ -238,21 +241,21 @@ class Fanout:
         if lane is None:
             lane = self._lanes[name] = _Lane(replica)
         lane.waiting.put(job.work.client, job)
-        job.at = name
+        job.replica_id = name
         self._view.sent(name, job.work.size)
-        if len(lane.under_way) < WINDOW:
-            if not self._filled:
+        if len(lane.in_flight) < WINDOW:
+            if not self._to_flush:
                 asyncio.get_running_loop().call_soon(self.flush)
-            self._filled[name] = lane
+            self._to_flush[name] = lane
 
     def flush(self) -> None:
-        """Send what was submitted and has room. Without this it goes at the end of this turn of the loop."""
-        filled, self._filled = self._filled, {}
-        for name, lane in filled.items():
-            self._pump(name, lane)
+        """Send submitted work now, as far as lanes have room; otherwise it goes at the next turn of the event loop."""
+        lanes, self._to_flush = self._to_flush, {}
+        for name, lane in lanes.items():
+            self._fill(name, lane)
 
-    def _pump(self, name: str, lane: _Lane) -> None:
-        while len(lane.under_way) < WINDOW and self._lanes.get(name) is lane:
+    def _fill(self, name: str, lane: _Lane) -> None:
+        while len(lane.in_flight) < WINDOW and self._lanes.get(name) is lane:
             jobs = lane.take()
             if not jobs:
                 return
@@ -263,96 +266,96 @@ class Fanout:
         for job in jobs:
             job.message = message
         works = [job.work for job in jobs]
-        lane.under_way.add(message)
+        lane.in_flight.add(message)
         try:
             call, message.places = build_call(next(self._attempts), works, now=message.started)
             message.cancel = self._transport.send(lane.replica, call, partial(self._returned, lane, message))
-        except Exception as error:  # noqa: BLE001 (what cannot be written as a message, or memory that is not there)
-            lane.under_way.discard(message)
-            told = sending_error(error)
+        except Exception as error:  # noqa: BLE001 (the message cannot be encoded, or memory runs out)
+            lane.in_flight.discard(message)
+            failure = sending_error(error)
             for job in jobs:
-                self._tell(job, told)
+                self._finish(job, failure)
             return
         self._telemetry.messages[lane.replica.id] += 1
         self._telemetry.copied += 0 if call.rows is works[0].x else call.rows.nbytes
 
     def _returned(self, lane: _Lane, message: _Message, reply: ExpertReply | ExpertMeshError) -> None:
-        if message not in lane.under_way or self._lanes.get(lane.replica.id) is not lane:
-            return  # it was given up
-        self._ended(message)
+        if message not in lane.in_flight or self._lanes.get(lane.replica.id) is not lane:
+            return  # it was cancelled
+        self._close(message)
         if isinstance(reply, Unavailable):
             self._view.failed(lane.replica.id)
             for job in message.jobs:
-                self._again(job, reply)
+                self._retry(job, reply)
         elif isinstance(reply, ExpertMeshError):
             for job in message.jobs:
-                self._tell(job, reply)
+                self._finish(job, reply)
         else:
             seconds = asyncio.get_running_loop().time() - message.started
-            self._telemetry.replied(lane.replica.id, reply.queued, reply.computed)
+            self._telemetry.add_message_seconds(lane.replica.id, reply.queued, reply.computed)
             for job, place in zip(message.jobs, message.places, strict=True):
                 self._deliver(job, _answer(reply, place), seconds)
 
-    def _ended(self, message: _Message) -> None:
-        """A message is over: its lane has room for another."""
+    def _close(self, message: _Message) -> None:
+        """Remove a finished message from its lane, which has room for another."""
         name = message.replica.id
         lane = self._lanes.get(name)
-        if lane is not None and message in lane.under_way:
-            lane.under_way.discard(message)
-            self._pump(name, lane)
+        if lane is not None and message in lane.in_flight:
+            lane.in_flight.discard(message)
+            self._fill(name, lane)
 
     def _deliver(self, job: Job, answer: Result, seconds: float) -> None:
         if isinstance(answer, VersionGone):
-            self._again(job, answer)
+            self._retry(job, answer)
         elif isinstance(answer, ExpertMeshError):
             self._telemetry.errors[job.work.experts[0][0]] += 1
-            self._tell(job, answer)
+            self._finish(job, answer)
         else:
             for (expert, _, rows), output in zip(job.work.experts, answer.outputs, strict=True):
                 if isinstance(output, ExpertMeshError):
                     self._telemetry.errors[expert] += 1
                 else:
-                    self._telemetry.computed(expert, rows, seconds)
-            self._tell(job, answer)
+                    self._telemetry.count_answer(expert, rows, seconds)
+            self._finish(job, answer)
 
-    def _tell(self, job: Job, result: Result) -> None:
-        if not job.over:
-            job.over = True
-            self._leave(job)
+    def _finish(self, job: Job, result: Result) -> None:
+        if not job.finished:
+            job.finished = True
+            self._uncount(job)
             job.done(result)
 
-    def _replaced(self, name: str, jobs: Iterable[Job]) -> None:
-        """Send again what was with an incarnation that is no more; its successor may well take it."""
+    def _resend(self, name: str, jobs: Iterable[Job]) -> None:
+        """Send the jobs of a replaced incarnation again; its successor may take them."""
         for job in jobs:
             job.tried.discard(name)
-            self._again(job, Unavailable("the replica was replaced"))
+            self._retry(job, Unavailable("the replica was replaced"))
 
-    def _again(self, job: Job, error: ExpertMeshError) -> None:
-        """Inference is idempotent, so rows whose answer was lost are simply sent to another replica."""
-        if job.over:
+    def _retry(self, job: Job, error: ExpertMeshError) -> None:
+        """Send a job whose answer was lost to another replica; inference is idempotent."""
+        if job.finished:
             return
         self._telemetry.errors[job.work.experts[0][0]] += 1
-        self._leave(job)
+        self._uncount(job)
         if job.attempts >= MAX_ATTEMPTS:
-            self._tell(job, Unavailable(f"{job.work.experts[0][0]} did not answer: {error.message}"))
+            self._finish(job, Unavailable(f"{job.work.experts[0][0]} did not answer: {error.message}"))
             return
         self._telemetry.retries += 1
-        self._place(job)
+        self._enqueue(job)
 
-    def _leave(self, job: Job) -> None:
-        if job.at is not None:
-            self._view.sent(job.at, -job.work.size)
-            job.at = None
+    def _uncount(self, job: Job) -> None:
+        if job.replica_id is not None:
+            self._view.sent(job.replica_id, -job.work.size)
+            job.replica_id = None
 
 
 def _answer(reply: ExpertReply, place: Place) -> Answered | ExpertMeshError:
-    """What a reply says of one of the jobs of its message."""
+    """The part of a reply that belongs to one of the jobs of its message."""
     if len(reply.outputs) != place.all_parts or len(reply.sums) != place.all_sums:
         return DataLoss(f"a replica answered {len(reply.outputs)} of {place.all_parts} parts of a message")
     outputs = tuple(_output(output) for output in reply.outputs[place.parts])
-    gone = next((output for output in outputs if isinstance(output, VersionGone)), None)
-    if gone is not None:  # all of it goes to one replica, or none
-        return gone
+    version_gone = next((output for output in outputs if isinstance(output, VersionGone)), None)
+    if version_gone is not None:  # one replica must do the whole job
+        return version_gone
     if place.sum is None:
         return Answered(outputs)
     total = _output(reply.sums[place.sum])

@@ -1,4 +1,4 @@
-"""Several pieces of work as one message to a replica, and where in the reply each finds its own answer.
+"""Several pieces of work in one message to a replica, and the place of their answers in the reply.
 
 Shapes: R rows and N pairs of the message, P pairs of one piece of work.
 """
@@ -17,7 +17,10 @@ from .work import Work
 
 @dataclass(frozen=True)
 class Place:
-    """Which parts and which sum of a reply belong to one piece of work, and which pairs of the message were its own."""
+    """The parts and the sum of a reply, and the pairs of the message, that belong to one piece of work.
+
+    `all_parts` and `all_sums` are the numbers of parts and sums of the whole message.
+    """
 
     parts: slice
     pairs: slice
@@ -26,7 +29,7 @@ class Place:
     all_sums: int
 
     def lost(self, lost: Tensor | None) -> Tensor | None:
-        """The pairs of the work, counted from its first, among those of the message that were lost."""
+        """The pairs of the work, counted from its first one, among the lost pairs of the message."""
         if lost is None:
             return None
         own = lost[(lost >= self.pairs.start) & (lost < self.pairs.stop)] - self.pairs.start
@@ -34,7 +37,7 @@ class Place:
 
 
 def build_call(attempt: int, works: Sequence[Work], *, now: float) -> tuple[ExpertCall, list[Place]]:
-    """One message for some work, in which each row of a piece of work stands once. `now` is on the deadlines' clock."""
+    """Build one message from several pieces of work, with each row of a piece once. `now` is in event-loop time."""
     plain = all(work.index_P is None for work in works)
     summed = any(work.weights_P is not None for work in works)
     parts: list[Part] = []
@@ -63,13 +66,13 @@ def build_call(attempt: int, works: Sequence[Work], *, now: float) -> tuple[Expe
     return call, [Place(*place, all_parts=len(parts), all_sums=len(sums)) for place in places]
 
 
-def alike(one: Work, other: Work) -> bool:
-    """Whether the rows of two pieces of work can stand in one tensor."""
+def same_kind(one: Work, other: Work) -> bool:
+    """Whether the rows of two pieces of work fit in one tensor."""
     return one.x.dtype == other.x.dtype and one.x.shape[1:] == other.x.shape[1:]
 
 
 def _rows(work: Work) -> Tensor:
-    """The rows of a piece of work. Not a copy where a pack takes all rows: its replica copies them for each expert."""
+    """The rows of a piece of work; not a copy if a pack takes all rows, since its replica copies them per expert."""
     if work.index_P is not None and work.size == work.x.shape[0]:
         return work.x
     return work.x.index_select(0, work.rows_R)
@@ -85,12 +88,12 @@ def _index(works: Sequence[Work]) -> Tensor:
 
 
 def _weights(works: Sequence[Work]) -> Tensor:
-    """The weights of all pairs; those of pairs that are not added up are never read."""
-    given = [work.weights_P for work in works]
-    dtype = torch.float64 if any(w is not None and w.dtype == torch.float64 for w in given) else torch.float32
+    """The weights of all pairs; 0, which is never read, for pairs that are not added up."""
+    weights = [work.weights_P for work in works]
+    dtype = torch.float64 if any(w is not None and w.dtype == torch.float64 for w in weights) else torch.float32
     counts = [sum(size for _, _, size in work.experts) for work in works]
     return _joined(
-        [torch.zeros(n, dtype=dtype) if w is None else w.to(dtype) for w, n in zip(given, counts, strict=True)]
+        [torch.zeros(n, dtype=dtype) if w is None else w.to(dtype) for w, n in zip(weights, counts, strict=True)]
     )
 
 

@@ -1,4 +1,4 @@
-"""The view: which incarnation of which replica holds which version, and the choice among them."""
+"""The view: the live replicas, their incarnations and versions, and the choice among them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ...experts.errors import Unavailable, VersionGone
 
 READY = "ready"
 SUSPECT_REPORTS = 2
-"""How many ready reports a replica that failed needs before it is chosen again: one may have been under way."""
+"""The ready reports that a failed replica needs to be chosen again; the first may have been sent before it failed."""
 
 
 @dataclass(frozen=True)
 class Replica:
-    """What is known of one replica: the experts it is for, the (expert, version) pairs it holds, where it runs.
+    """The state of one replica: its experts, the (expert, version) pairs that it holds, where it runs.
 
-    `state` is "ready", or why it is not chosen: "starting", "restarting" or "unresponsive". `address` is where its
-    channel listens, empty where it has none.
+    `state` is "ready", or why it is not chosen: "starting", "restarting", "unresponsive" or, after a failure,
+    "suspect". `address` is where its channel listens, empty if it has none.
     """
 
     id: str
@@ -40,16 +40,16 @@ class _Entry:
 
 
 class View:
-    """A router's soft knowledge of live replicas. It is never durable and never part of an epoch."""
+    """A router's soft state of the live replicas. It is never durable and never part of an epoch."""
 
     def __init__(self, rng: random.Random | None = None) -> None:
         self._entries: dict[str, _Entry] = {}
         self._rng = rng or random.Random()
         self._by_version: dict[tuple[str, str], tuple[str, ...]] = {}
-        self._rows: dict[str, int] = {}  # also of replicas that are forgotten while rows are under way to them
+        self._rows: dict[str, int] = {}  # also of removed replicas with rows in flight
 
     def update(self, replicas: Iterable[Replica]) -> None:
-        """Take a full report of all replicas; those that it does not name are forgotten."""
+        """Take a full report of the replicas; those that it does not name are removed."""
         entries: dict[str, _Entry] = {}
         for replica in replicas:
             entry = self._entries.get(replica.id)
@@ -61,54 +61,55 @@ class View:
         self._index()
 
     def failed(self, replica_id: str) -> None:
-        """Note that a replica did not answer: it is not chosen until it is reported ready again."""
+        """Mark a replica as suspect: it is not chosen until `SUSPECT_REPORTS` ready reports, or a new incarnation."""
         entry = self._entries.get(replica_id)
         if entry is not None:
             entry.suspect = SUSPECT_REPORTS
 
-    def choose(self, wanted: Sequence[tuple[str, str]], *, exclude: Collection[str] = ()) -> Replica:
-        """Choose a replica that holds all of some (expert, version) pairs: the less busy of two drawn at random.
+    def choose(self, pairs: Sequence[tuple[str, str]], *, exclude: Collection[str] = ()) -> Replica:
+        """Choose a replica that holds all these (expert, version) pairs: the less busy of two drawn at random.
 
-        Raises Unavailable when those that hold them are down or excluded, VersionGone when none holds one of them.
+        Raises Unavailable if all holders are suspect or excluded, or no replica of an expert is ready, and VersionGone
+        if the ready replicas of an expert hold other versions only.
         """
-        holders = self._by_version.get(wanted[0], ())
-        for held in wanted[1:]:
-            others = self._by_version.get(held, ())
+        holders = self._by_version.get(pairs[0], ())
+        for pair in pairs[1:]:
+            others = self._by_version.get(pair, ())
             holders = tuple(name for name in holders if name in others) if others is not holders else holders
-        for expert, version in wanted:
+        for expert, version in pairs:
             if (expert, version) not in self._by_version:
-                raise self._gone(expert, version)
+                raise self._no_holder(expert, version)
         usable = [name for name in holders if self._entries[name].suspect == 0 and name not in exclude]
         if not usable:
-            raise Unavailable(f"every replica of {wanted[0][0]} is down or restarting; retry in a moment")
+            raise Unavailable(f"every replica of {pairs[0][0]} is down or restarting; retry in a moment")
         if len(usable) == 1:
             return self._entries[usable[0]].replica
-        drawn = self._rng.sample(usable, 2)  # in random order, so that equals take turns
+        drawn = self._rng.sample(usable, 2)  # in random order, so that ties alternate
         return self._entries[min(drawn, key=lambda name: self._rows.get(name, 0))].replica
 
     def holds(self, replica_id: str, expert: str, version: str) -> bool:
-        """Whether a replica that may be chosen now holds this version."""
+        """Whether a replica holds this version and can be chosen now."""
         return replica_id in self._by_version.get((expert, version), ()) and not self._entries[replica_id].suspect
 
     def sent(self, replica_id: str, rows: int) -> None:
-        """Note rows that are on their way to a replica; give them back with a negative number."""
-        left = self._rows.pop(replica_id, 0) + rows
-        if left:
-            self._rows[replica_id] = left
+        """Add to the rows in flight to a replica; a negative number subtracts."""
+        remaining = self._rows.pop(replica_id, 0) + rows
+        if remaining:
+            self._rows[replica_id] = remaining
 
     def replicas(self) -> list[Replica]:
-        """Every replica, those that failed lately marked "suspect"."""
+        """All replicas; the state of a ready one that failed recently is "suspect"."""
         return [
             replace(entry.replica, state="suspect") if entry.suspect and entry.replica.state == READY else entry.replica
             for entry in self._entries.values()
         ]
 
     def rows_in_flight(self) -> dict[str, int]:
-        """Rows under way to each replica."""
+        """Rows in flight to each replica."""
         return {name: self._rows.get(name, 0) for name in self._entries}
 
-    def _gone(self, expert: str, version: str) -> Unavailable | VersionGone:
-        if any(held == expert for held, _ in self._by_version):
+    def _no_holder(self, expert: str, version: str) -> Unavailable | VersionGone:
+        if any(other == expert for other, _ in self._by_version):
             return VersionGone(f"no replica holds {expert} {version} any more")
         return Unavailable(f"no replica of {expert} is ready; retry in a moment")
 
@@ -116,6 +117,6 @@ class View:
         index: dict[tuple[str, str], list[str]] = {}
         for name, entry in self._entries.items():
             if entry.replica.state == READY:
-                for held in entry.replica.holds:
-                    index.setdefault(held, []).append(name)
-        self._by_version = {held: tuple(names) for held, names in index.items()}
+                for pair in entry.replica.holds:
+                    index.setdefault(pair, []).append(name)
+        self._by_version = {pair: tuple(names) for pair, names in index.items()}

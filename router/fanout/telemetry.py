@@ -1,4 +1,4 @@
-"""Plain counters of what the router does; status and the metrics page read them."""
+"""The counters of a router; the status document and the metrics page read them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-"""Upper bounds of the latency histogram, in seconds; one more bucket counts what is above them all."""
+"""Upper bounds of the latency histogram, in seconds; one more bucket counts everything above."""
 
 
 @dataclass
 class Histogram:
-    """Counts of observations by bucket, and their sum."""
+    """The number of observations in each bucket, and the sum of all."""
 
     counts: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_BUCKETS) + 1))
     total: float = 0.0
@@ -26,12 +26,12 @@ class Histogram:
 
 @dataclass
 class Telemetry:
-    """Everything that is counted, since the start of this router.
+    """Counts since the start of this router.
 
-    By expert id: rows, errors, gate_mass, seconds (from sending to the answer). By replica id: messages, and
-    the seconds that they waited there and were computed. By (layer, code): requests. By layer: latency of whole
-    requests, and batches that went through its gate. `copied`: bytes of rows that were copied on their way, beside what
-    the kernel copies.
+    By expert id: `rows`, `errors`, `gate_mass` and `expert_latency` (from sending to the answer). By replica id:
+    `messages`, and the seconds that they were `queued` and `computing` there. By (layer, code): `requests`. By layer:
+    `request_latency`, and `batches` that went through the gate. `retries`: pieces of work that were sent again.
+    `copied`: bytes of rows that were copied on their way, apart from copies by the kernel.
     """
 
     rows: Counter[str] = field(default_factory=Counter)
@@ -47,30 +47,30 @@ class Telemetry:
     request_latency: dict[str, Histogram] = field(default_factory=dict)
     expert_latency: dict[str, Histogram] = field(default_factory=dict)
 
-    def answered(self, layer: str, code: str, seconds: float) -> None:
-        """Count one request that ended, well ("OK") or not."""
+    def count_request(self, layer: str, code: str, seconds: float) -> None:
+        """Count one request that ended, with "OK" or the code of its error."""
         self.requests[layer, code] += 1
-        self._of(self.request_latency, layer).observe(seconds)
+        self._histogram(self.request_latency, layer).observe(seconds)
 
-    def chosen(self, experts: Sequence[str], mass: Mapping[int, float]) -> None:
-        """Count the |gate weight| with which some of the experts were chosen, by their position."""
+    def add_gate_mass(self, experts: Sequence[str], mass: Mapping[int, float]) -> None:
+        """Add to the |gate weight| of the chosen experts; `mass` is by position in `experts`."""
         for position, weight in mass.items():
             expert = experts[position]
             self.gate_mass[expert] = self.gate_mass.get(expert, 0.0) + weight
 
-    def replied(self, replica: str, queued: float, computed: float) -> None:
-        """Count the seconds that a message waited in a replica and was computed."""
+    def add_message_seconds(self, replica: str, queued: float, computed: float) -> None:
+        """Add the seconds that a message waited in a replica and was computed."""
         self.queued[replica] = self.queued.get(replica, 0.0) + queued
         self.computing[replica] = self.computing.get(replica, 0.0) + computed
 
-    def computed(self, expert: str, rows: int, seconds: float) -> None:
-        """Count rows that an expert answered."""
+    def count_answer(self, expert: str, rows: int, seconds: float) -> None:
+        """Count the rows of one answer of an expert, and its latency."""
         self.rows[expert] += rows
-        self._of(self.expert_latency, expert).observe(seconds)
+        self._histogram(self.expert_latency, expert).observe(seconds)
 
     @staticmethod
-    def _of(histograms: dict[str, Histogram], name: str) -> Histogram:
-        found = histograms.get(name)
-        if found is None:
-            found = histograms[name] = Histogram()
-        return found
+    def _histogram(histograms: dict[str, Histogram], name: str) -> Histogram:
+        histogram = histograms.get(name)
+        if histogram is None:
+            histogram = histograms[name] = Histogram()
+        return histogram

@@ -1,4 +1,4 @@
-"""The seam between router and replicas: one method. The in-process transport is the base case and ships here."""
+"""The interface between router and replicas, and its base case: the in-process transport."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Lost = Callable[[Replica], None]
 
 
 class Transport(Protocol):
-    """Carries one message to one replica and brings its reply.
+    """Carries one message to one replica and returns its reply.
 
-    `carried` counts the rows that went each way, by the way's name.
+    `carried` counts the rows that were sent, by route ("local", "unix", "tcp" or "ray").
     """
 
     carried: Counter[str]
@@ -32,22 +32,22 @@ class Transport(Protocol):
     def send(self, replica: Replica, call: ExpertCall, done: Done) -> Cancel:
         """Send a call; `done` gets its reply once, later, on the event loop.
 
-        It gets Unavailable when this incarnation is not there or dies before it answers. Cancelled, a message has no
-        reply, and what of it was not computed yet may be left out.
+        It gets Unavailable if this incarnation cannot be reached or dies before it answers. After a cancellation there
+        is no reply, and the replica may skip what it has not computed yet.
         """
 
     def refresh(self, replicas: Iterable[Replica], lost: Lost) -> None:
-        """Take a full report of the replicas, to connect to those that are new and to no others.
+        """Take a full report of the replicas: connect to new incarnations, and close the connections to all others.
 
-        `lost` is called for a replica whose loss is noticed while no message is under way to it.
+        `lost` is called for a replica that is lost while no message is in flight to it.
         """
 
     def close(self) -> None:
-        """Let go of every replica; idempotent."""
+        """Disconnect from every replica; idempotent."""
 
 
 class LocalTransport:
-    """Replicas as hosts in this process, each with one thread, so that slow experts do not wait for each other."""
+    """Runs replicas as hosts in this process, each in one thread, so that a slow expert does not delay the others."""
 
     def __init__(self, hosts: Mapping[str, ExpertHost] | None = None) -> None:
         self.carried: Counter[str] = Counter()
@@ -62,28 +62,28 @@ class LocalTransport:
         self._threads[replica_id] = ThreadPoolExecutor(1, thread_name_prefix=f"expert-{replica_id}")
 
     def remove(self, replica_id: str) -> None:
-        """Forget a replica; what it computes now it still finishes."""
+        """Remove a replica; it still finishes the message that it is computing."""
         self._hosts.pop(replica_id, None)
         thread = self._threads.pop(replica_id, None)
         if thread is not None:
             thread.shutdown(wait=False)
 
     def send(self, replica: Replica, call: ExpertCall, done: Done) -> Cancel:
-        """Compute in the thread of the host."""
+        """Compute the call in the thread of the host."""
         loop = asyncio.get_running_loop()
         host, thread = self._hosts.get(replica.id), self._threads.get(replica.id)
         try:
             if host is None or thread is None:
                 raise RuntimeError
             answer = loop.run_in_executor(thread, host.compute, call)
-        except RuntimeError:  # it was removed, perhaps by another thread just now
+        except RuntimeError:  # the host was removed, perhaps by another thread just now
             return loop.call_soon(done, Unavailable("the replica is gone; retry")).cancel
         self.carried["local"] += int(call.rows.shape[0])
-        answer.add_done_callback(lambda answered: _tell(answered, done))
+        answer.add_done_callback(lambda future: _deliver(future, done))
         return answer.cancel
 
     def refresh(self, replicas: Iterable[Replica], lost: Lost) -> None:
-        """Nothing to connect: hosts are added and removed by whoever made them."""
+        """Nothing to connect: `add` and `remove` manage the hosts."""
 
     def close(self) -> None:
         """Stop every thread; idempotent."""
@@ -92,23 +92,23 @@ class LocalTransport:
 
 
 def in_task(exchange: Coroutine[Any, Any, ExpertReply], done: Done) -> Cancel:
-    """`send` for a transport that awaits its replies: runs the exchange as a task."""
+    """Implement `send` for a transport that awaits its replies: run the exchange as a task."""
     task = asyncio.get_running_loop().create_task(exchange)
-    task.add_done_callback(lambda answered: _tell(answered, done))
+    task.add_done_callback(lambda future: _deliver(future, done))
     return task.cancel
 
 
-def _tell(answered: asyncio.Future[ExpertReply], done: Done) -> None:
-    """The border to hosts and foreign libraries: whatever they raise, nobody may wait for ever."""
-    if answered.cancelled():
+def _deliver(future: asyncio.Future[ExpertReply], done: Done) -> None:
+    """The border to hosts and foreign libraries: whatever they raise ends the wait of the requests."""
+    if future.cancelled():
         return
-    error = answered.exception()
-    done(answered.result() if error is None else sending_error(error))
+    error = future.exception()
+    done(future.result() if error is None else sending_error(error))
 
 
 def sending_error(error: BaseException) -> ExpertMeshError:
-    """What those who wait are told of anything that was raised on the way to a replica; what is not ours is logged."""
+    """The error to return for an exception on the way to a replica; one that is not an ExpertMeshError is logged."""
     if isinstance(error, ExpertMeshError):
         return error
     log.error("message failed", exc_info=error)
-    return ExpertMeshError(f"the rows could not be sent ({type(error).__name__}); see the router's log")
+    return ExpertMeshError(f"the rows could not be sent ({type(error).__name__}); see the log of the router")

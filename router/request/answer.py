@@ -124,7 +124,7 @@ class Answer:
             deadline=self.asked.deadline,
             client=self.request.client,
         )
-        (answer,) = (await self.fanout.ask(work)).outputs
+        (answer,) = (await self.fanout.submit_and_wait(work)).outputs
         if not isinstance(answer, Tensor):
             raise answer or Unavailable(f"{expert} gave no rows")
         filled = answer.new_zeros((handle.num_rows, *answer.shape[1:]))

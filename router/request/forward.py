@@ -96,7 +96,7 @@ class Router:
             code = error.code
             raise
         finally:
-            self.telemetry.answered(name, code, loop.time() - started)
+            self.telemetry.count_request(name, code, loop.time() - started)
 
     def layer(self, name: str) -> Layer:
         """A layer of the current epoch by its name. Raises NotFound."""

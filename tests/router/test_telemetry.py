@@ -27,7 +27,7 @@ def test_every_observation_is_in_its_bucket(observed: list[float]) -> None:
 def test_requests_are_counted_by_layer_and_end(requests: list[tuple[str, str, float]]) -> None:
     telemetry = Telemetry()
     for layer, code, took in requests:
-        telemetry.answered(layer, code, took)
+        telemetry.count_request(layer, code, took)
     assert sum(telemetry.requests.values()) == len(requests)
     for layer in {layer for layer, _, _ in requests}:
         assert sum(telemetry.request_latency[layer].counts) == sum(name == layer for name, _, _ in requests)
@@ -35,6 +35,6 @@ def test_requests_are_counted_by_layer_and_end(requests: list[tuple[str, str, fl
 
 def test_two_telemetries_share_nothing() -> None:
     one, other = Telemetry(), Telemetry()
-    one.computed("l/e", 5, 0.1)
+    one.count_answer("l/e", 5, 0.1)
     assert one.rows["l/e"] == 5
     assert (other.rows, other.expert_latency) == ({}, {})
