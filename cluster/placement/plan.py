@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ...experts.errors import ConfigError
 from ...experts.spec import Expert
-from ...router.mixture.layer import Layer
+
+if TYPE_CHECKING:  # a layer has a gate, and that is torch's
+    from ...router.mixture.layer import Layer
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from fnmatch import fnmatch
@@ -45,6 +47,13 @@ NO_TORCH = (  # what a process with the base install alone imports
     "experts/errors.py", "experts/optional_imports.py", "experts/protocol.py", "experts/spec.py", "experts/version.py",
     "experts/wire.py",
 )  # fmt: skip
+DECISIONS = (  # rules that are told everything, the time too, and do nothing themselves
+    "router/epochs/epochs.py", "router/epochs/leases.py", "router/fanout/fair_queue.py",
+    "router/fanout/replica_view.py", "router/request/admission.py", "cluster/control/events.py",
+    "cluster/control/reconciler.py", "cluster/control/replica_health.py", "cluster/control/retention.py",
+    "cluster/control/swap.py", "cluster/placement/plan.py",
+)  # fmt: skip
+NO_DECISION_KNOWS = ("asyncio", "datetime", "grpc", "ray", "socket", "sqlite3", "threading", "time", "torch")
 NEVER_IMPORTED = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve")
 NEVER_CALLED = ("eval", "exec", "torch.load", "yaml.unsafe_load", "yaml.full_load", "os.system")
 MOST_LINES = 400
@@ -145,6 +154,15 @@ def test_what_the_base_install_imports_needs_no_torch(pattern: str) -> None:
     assert paths
     heavy = {name_of(p): m for p in paths for m, _ in imports(p) if m.split(".")[0] in ("torch", "ray")}
     assert not heavy
+
+
+def test_a_decision_knows_no_clock_no_socket_no_torch_and_no_ray() -> None:
+    known = {name: [m for m, _ in imports(ROOT / name) if m.split(".")[0] in NO_DECISION_KNOWS] for name in DECISIONS}
+    assert not {name: modules for name, modules in known.items() if modules}
+    names = ", ".join(f"expertmesh.{name[:-3].replace('/', '.')}" for name in DECISIONS)
+    code = f"import sys, {names}; print(*({{'grpc', 'ray', 'torch'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def test_nothing_runs_bytes_that_came_from_outside() -> None:
