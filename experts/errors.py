@@ -55,7 +55,7 @@ class InvalidRequest(ExpertMeshError, ValueError):
 
     >>> gates.TopK(in_features=16, num_experts=4, k=5)
     Traceback (most recent call last):
-    expertmesh.experts.errors.InvalidRequest: k is 5, but gate 'top_k' has 4 experts...
+    expertmesh.experts.errors.InvalidRequest: k is 5, but must be between 1 and 4, the number of experts of gate 'top_k'
     """
 
     code = "INVALID_ARGUMENT"
