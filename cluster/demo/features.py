@@ -11,19 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import Normalizer
 from torch import Tensor
 
-from ...experts.errors import ConfigError, MissingExtra
+from ...experts.errors import ConfigError
 from .text import Corpus
-
-try:
-    from sklearn.decomposition import TruncatedSVD
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.model_selection import train_test_split
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import Normalizer
-except ImportError as error:
-    raise MissingExtra("the demo needs scikit-learn: pip install 'expertmesh[cluster,demo]'") from error
 
 HELD_OUT = 0.2
 WIDTH = 512

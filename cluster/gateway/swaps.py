@@ -124,17 +124,7 @@ class SwapMethods:
         self._swaps.add(work)
         work.add_done_callback(self._ended)
         result = await asyncio.shield(work)
-        outcome = SwapOutcome(
-            swap_id=result.swap_id,
-            epoch=result.epoch,
-            before=dict(result.before),
-            after=dict(result.after),
-            drift=dict(result.drift),
-            committed=result.committed,
-            flipped=result.flipped,
-            pending=list(result.pending),
-            cluster=self._cluster(),
-        )
+        outcome = SwapOutcome(**vars(result) | {"pending": list(result.pending), "cluster": self._cluster()})
         return encode_document("swap", outcome.to_document())
 
     async def progress(self, frame: Frame, role: Role) -> bytes:
@@ -169,9 +159,7 @@ class SwapMethods:
         except ExpertMeshError:
             await self._drop_uploads(change.upload for change in request.changes.values())
             raise
-        await self._drop_uploads(
-            change.upload for change in request.changes.values()
-        )  # those of a rehearsal; the others are versions now
+        await self._drop_uploads(change.upload for change in request.changes.values())  # of a rehearsal: others moved
         return result
 
     async def _drop_uploads(self, uploads: Iterable[Any]) -> None:

@@ -21,11 +21,7 @@ IDENTITY_ONLY = 1
 def client_options(max_message_bytes: int = MAX_MESSAGE_BYTES, *, loopback: bool = False) -> Options:
     """Settings of a client's channel; on loopback no HTTP proxy of the environment is used."""
     return (
-        ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.keepalive_time_ms", CLIENT_PING_MS),
-        ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
-        ("grpc.http2.max_pings_without_data", 0),
+        *_both(max_message_bytes, CLIENT_PING_MS),
         ("grpc.initial_reconnect_backoff_ms", FIRST_RECONNECT_MS),
         ("grpc.max_reconnect_backoff_ms", LONGEST_RECONNECT_MS),
         ("grpc.use_local_subchannel_pool", 1),
@@ -37,12 +33,18 @@ def client_options(max_message_bytes: int = MAX_MESSAGE_BYTES, *, loopback: bool
 def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> Options:
     """Settings of the gateway's server: one owner of the port, and the client's pings are welcome."""
     return (
-        ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.max_receive_message_length", max_message_bytes),
+        *_both(max_message_bytes, SERVER_PING_MS),
         ("grpc.so_reuseport", 0),
-        ("grpc.keepalive_time_ms", SERVER_PING_MS),
-        ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
-        ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
         ("grpc.compression_enabled_algorithms_bitset", IDENTITY_ONLY),
+    )
+
+
+def _both(max_message_bytes: int, ping_ms: int) -> Options:
+    return (
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.keepalive_time_ms", ping_ms),
+        ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
+        ("grpc.http2.max_pings_without_data", 0),
     )

@@ -91,7 +91,7 @@ class RouterService:
     async def start(self) -> tuple[int, int | None]:
         """Listen; returns the ports of the gateway and of the metrics page."""
         here = asyncio.get_running_loop()
-        self.router.pinning.recall = lambda number: elsewhere(here, lambda: self.control.recall(number, RECALL_SECONDS))
+        self.router.pinning.recall = lambda number: elsewhere(here, self.control.recall(number, RECALL_SECONDS))
         port = await self._server.start()
         wanted = self._settings.metrics_port
         if wanted is not None:

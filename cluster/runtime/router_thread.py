@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
 from ...router.request.forward import Router
@@ -27,7 +27,7 @@ class RouterThread:
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine there; cancelling the caller cancels it."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+        return await elsewhere(self._loop, work)
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function there."""
@@ -59,10 +59,6 @@ class RouterThread:
         self._loop.stop()
 
 
-def elsewhere(loop: asyncio.AbstractEventLoop, work: Callable[[], Awaitable[T]]) -> Awaitable[T]:
-    """Run a coroutine on another event loop, for a caller on this one."""
-
-    async def run() -> T:
-        return await work()
-
-    return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(run(), loop))
+def elsewhere(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> asyncio.Future[T]:
+    """Run a coroutine on another event loop; cancelling the future here cancels it there."""
+    return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))

@@ -133,12 +133,3 @@ def damaged(why: str) -> DataLoss:
         f"the registry (registry.sqlite in state_dir) is damaged: {why}. Restore the state folder from a backup, or "
         "move it away to start again from the configuration"
     )
-
-
-def names_version(plan: object, version: str) -> bool:
-    """Whether a swap's plan names a version anywhere, also inside a text."""
-    if isinstance(plan, Mapping):
-        return any(names_version(item, version) for pair in plan.items() for item in pair)
-    if isinstance(plan, (list, tuple)):
-        return any(names_version(item, version) for item in plan)
-    return isinstance(plan, str) and version in plan

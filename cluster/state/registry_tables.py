@@ -15,7 +15,6 @@ from .records import (
     VersionRecord,
     damaged,
     from_json,
-    names_version,
     to_json,
 )
 from .registry_schema import Database
@@ -165,13 +164,13 @@ def collect(db: Database, retain_epochs: int, in_use: Collection[tuple[str, str]
     if kept:
         db.execute("DELETE FROM epochs WHERE number < ?", (kept[0].number,))
     named = {(id, version) for epoch in kept for id, version in epoch.versions.items()} | set(in_use)
-    plans = [swap.plan for swap in open_swaps(db)]
+    plans = [to_json(swap.plan, "the plan of a swap") for swap in open_swaps(db)]
     # What was registered while a swap is open may be its candidate.
     since = "(SELECT COALESCE(MIN(since), 9e18) FROM swaps WHERE state = ?)"
     rows = db.execute(f"SELECT record FROM versions WHERE seq <= {since} ORDER BY seq", (OPEN,)).fetchall()
     records = [VersionRecord.from_json(text) for (text,) in rows]
     gone = [record for record in records if (record.id, record.version) not in named]
-    gone = [record for record in gone if not names_version(plans, record.version)]
+    gone = [record for record in gone if not any(record.version in plan for plan in plans)]
     for record in gone:
         db.execute("DELETE FROM versions WHERE id = ? AND version = ?", (record.id, record.version))
     db.execute(

@@ -29,10 +29,12 @@ class _Lease:
 class Leases:
     """The leases of a router; `clock` returns monotonic seconds."""
 
-    def __init__(self, epochs: Epochs, clock: Callable[[], float], *, new_id: Callable[[], str] | None = None) -> None:
+    def __init__(
+        self, epochs: Epochs, clock: Callable[[], float], *, new_id: Callable[[], str] = lambda: uuid.uuid4().hex
+    ) -> None:
         self._epochs = epochs
         self._clock = clock
-        self._new_id = new_id or _random_id
+        self._new_id = new_id
         self._leases: dict[str, _Lease] = {}
 
     def __len__(self) -> int:
@@ -81,7 +83,3 @@ class Leases:
         for lease_id in expired:
             self.give_back(lease_id)
         return len(expired)
-
-
-def _random_id() -> str:
-    return uuid.uuid4().hex

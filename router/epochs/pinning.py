@@ -61,7 +61,7 @@ class Pinning:
             raise VersionGone(f"epoch {number} is not loaded here; the current one is {self._epochs.number}")
         pending = self._recalls.get(number)
         if pending is None:
-            pending = self._recalls[number] = asyncio.ensure_future(_awaited(self.recall(number)))
+            pending = self._recalls[number] = asyncio.ensure_future(self.recall(number))
             pending.add_done_callback(lambda recall: self._recalled(number, recall))
         await asyncio.shield(pending)  # other requests still wait for it if this one is cancelled
 
@@ -88,10 +88,6 @@ class Pinning:
             return False
         cluster = self._epochs.current.cluster if self._epochs.number else ""
         return not options.cluster or not cluster or options.cluster == cluster
-
-
-async def _awaited(work: Awaitable[None]) -> None:
-    await work
 
 
 def fixed_epoch_gone(options: CallOptions, error: VersionGone) -> FailedPrecondition:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -36,41 +36,33 @@ class Telemetry:
 
     rows: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
-    gate_mass: dict[str, float] = field(default_factory=dict)
+    gate_mass: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     messages: Counter[str] = field(default_factory=Counter)
-    queued: dict[str, float] = field(default_factory=dict)
-    computing: dict[str, float] = field(default_factory=dict)
+    queued: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    computing: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     retries: int = 0
     copied: int = 0
     requests: Counter[tuple[str, str]] = field(default_factory=Counter)
     batches: Counter[str] = field(default_factory=Counter)
-    request_latency: dict[str, Histogram] = field(default_factory=dict)
-    expert_latency: dict[str, Histogram] = field(default_factory=dict)
+    request_latency: defaultdict[str, Histogram] = field(default_factory=lambda: defaultdict(Histogram))
+    expert_latency: defaultdict[str, Histogram] = field(default_factory=lambda: defaultdict(Histogram))
 
     def count_request(self, layer: str, code: str, seconds: float) -> None:
         """Count one request that ended, with "OK" or the code of its error."""
         self.requests[layer, code] += 1
-        self._histogram(self.request_latency, layer).observe(seconds)
+        self.request_latency[layer].observe(seconds)
 
     def add_gate_mass(self, experts: Sequence[str], mass: Mapping[int, float]) -> None:
         """Add to the |gate weight| of the chosen experts; `mass` is by position in `experts`."""
         for position, weight in mass.items():
-            expert = experts[position]
-            self.gate_mass[expert] = self.gate_mass.get(expert, 0.0) + weight
+            self.gate_mass[experts[position]] += weight
 
     def add_message_seconds(self, replica: str, queued: float, computed: float) -> None:
         """Add the seconds that a message waited in a replica and was computed."""
-        self.queued[replica] = self.queued.get(replica, 0.0) + queued
-        self.computing[replica] = self.computing.get(replica, 0.0) + computed
+        self.queued[replica] += queued
+        self.computing[replica] += computed
 
     def count_answer(self, expert: str, rows: int, seconds: float) -> None:
         """Count the rows of one answer of an expert, and its latency."""
         self.rows[expert] += rows
-        self._histogram(self.expert_latency, expert).observe(seconds)
-
-    @staticmethod
-    def _histogram(histograms: dict[str, Histogram], name: str) -> Histogram:
-        histogram = histograms.get(name)
-        if histogram is None:
-            histogram = histograms[name] = Histogram()
-        return histogram
+        self.expert_latency[expert].observe(seconds)
