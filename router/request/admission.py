@@ -1,4 +1,4 @@
-"""Admission: how many rows may be in flight at once, in all and per layer, and early refusal above that."""
+"""Admission: limits the rows in flight, in total and per layer, and rejects requests above the limit early."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ...experts.errors import Overloaded, TooLarge
 class Admission:
     """Counts the rows of admitted requests.
 
-    `max_rows` bounds all layers together. A layer may use at most three quarters of it, so that one slow layer cannot
-    starve the others; a layer that is alone loses little by that.
+    `max_rows` limits all layers together. One layer may use at most three quarters of it, so that a slow layer cannot
+    starve the others; this costs a cluster with a single layer little.
     """
 
     LAYER_SHARE = 0.75
@@ -24,17 +24,19 @@ class Admission:
 
     @contextmanager
     def admit(self, layer: str, rows: int) -> Iterator[None]:
-        """Hold `rows` for a request of `layer`; a request without rows counts as one.
+        """Hold `rows` for a request of `layer`; a request without rows counts as one row.
 
-        Raises TooLarge for a request that can never fit, Overloaded where it does not fit now.
+        Raises TooLarge for a request that can never fit, Overloaded for one that does not fit now.
         """
         rows = max(1, rows)
         layer_limit = max(1, int(self.max_rows * self.LAYER_SHARE))
         held = self._by_layer.get(layer, 0)
         if rows > layer_limit:
-            raise TooLarge(f"the request has {rows} rows; at most {layer_limit} fit (max_rows_in_flight): split it")
+            raise TooLarge(
+                f"the request has {rows} rows, but max_rows_in_flight leaves room for {layer_limit} per layer: split it"
+            )
         if held + rows > layer_limit or self.rows + rows > self.max_rows:
-            raise Overloaded(f"{held} rows are in flight in layer {layer}, {self.rows} in all; retry later")
+            raise Overloaded(f"too many rows in flight: {held} in layer {layer}, {self.rows} in all; retry later")
         self._by_layer[layer] = held + rows
         self.rows += rows
         try:
@@ -46,5 +48,5 @@ class Admission:
                 del self._by_layer[layer]
 
     def by_layer(self) -> dict[str, int]:
-        """Rows in flight of each layer that has any."""
+        """The rows in flight of each layer that has any."""
         return dict(self._by_layer)

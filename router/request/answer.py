@@ -1,6 +1,6 @@
-"""The last part of a request's life: its rows are under way; wait for them, fill gaps, combine, answer.
+"""The last part of a request, when its rows are in flight: wait, cover losses, combine, reply.
 
-Shapes: T rows of the request, K choices a row, N pairs of the batch that carries it.
+Shapes: T rows of the request, K choices per row, N pairs of the batch that carries it.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from .gating import GateRequest, Routed
 
 @dataclass(frozen=True, eq=False)
 class ForwardRequest:
-    """Rows `x` [T, ...] for one layer, the caller's options, and the time that is left, in seconds.
+    """Rows `x` [T, ...] for one layer, the caller's options, and the remaining time in seconds.
 
-    `features` [T, ...] is what the gate looks at instead of `x`; `indices` [T, K] and `weights` [T, K] are a routing
-    that the caller already has. `client` says whose rows they are: clients take turns.
+    The gate reads `features` [T, ...], if given, instead of `x`. `indices` [T, K] and `weights` [T, K] are a routing of
+    the caller's own. `client` identifies the sender, since clients take turns.
     """
 
     x: Tensor
@@ -49,7 +49,7 @@ class ForwardRequest:
 
 @dataclass(frozen=True, eq=False)
 class ForwardReply:
-    """The answer: `output` [T, ...], `lost_mass` float32 [T], and on demand the routing [T, K]."""
+    """The reply: `output` [T, ...], `lost_mass` float32 [T], and on request the routing [T, K]."""
 
     summary: CallSummary
     output: Tensor
@@ -59,12 +59,12 @@ class ForwardReply:
 
 
 class Answer:
-    """One request whose rows are under way in a batch."""
+    """One request whose rows are in flight in a batch."""
 
-    def __init__(self, fanout: Fanout, request: ForwardRequest, asked: GateRequest, routed: Routed) -> None:
+    def __init__(self, fanout: Fanout, request: ForwardRequest, gate_request: GateRequest, routed: Routed) -> None:
         self.fanout = fanout
         self.request = request
-        self.asked = asked
+        self.gate_request = gate_request
         self.batch = routed.batch
         self.layer = routed.batch.layer
         self.routed = routed
@@ -73,11 +73,11 @@ class Answer:
         self.max_lost_mass = self.layer.max_lost_mass if options.max_lost_mass is None else options.max_lost_mass
 
     async def complete(self) -> ForwardReply:
-        """Wait for the experts that the rows need, and combine what they answer."""
+        """Wait for the experts that the rows need, and combine their answers."""
         handle, rows = self.routed.handle(), (self.routed.start, self.routed.stop)
         experts = handle.experts()
         shared = tuple(position for position in self.batch.assignment.work if position >= len(self.layer.experts))
-        self._refuse(await self.batch.wait(experts + shared), shared)
+        self._raise_uncovered(await self.batch.wait(experts + shared), shared)
         answers, added_up = self.batch.answers, self.batch.assignment.sums
         with torch.inference_mode():
             answered_N = answers.answered(experts)
@@ -89,10 +89,13 @@ class Answer:
             combined = self._combine(
                 handle, outputs, added_up, answered_N, fallback_T, answers.shared_rows(shared, *rows)
             )
-            return self._reply(handle, experts, combined, fell_back=fallback_T is not None)
+            return self._reply(handle, experts, combined, used_fallback=fallback_T is not None)
 
-    def _refuse(self, failed: dict[int, ExpertMeshError], shared: tuple[int, ...]) -> None:
-        """Pass on what no policy may cover: a version that is gone, the caller's mistakes, an expert's own error."""
+    def _raise_uncovered(self, failed: dict[int, ExpertMeshError], shared: tuple[int, ...]) -> None:
+        """Raise the errors that the policy does not cover.
+
+        It never covers a version that is gone, invalid input or a failed shared expert, and "error" covers nothing.
+        """
         for error in failed.values():
             if isinstance(error, (VersionGone, SpecMismatch, InvalidRequest)):
                 raise error
@@ -101,7 +104,7 @@ class Answer:
             raise next((error for error in errors if isinstance(error, ExpertFailed)), errors[0])
 
     def _no_outputs(self, size: int, fallback_T: Tensor | None) -> Tensor:
-        """What stands for the answers to a request of no rows, or one that lost every expert."""
+        """Zeros in place of the answers, for a request without rows or one that lost every expert."""
         if fallback_T is not None:
             return fallback_T.new_zeros((size, *fallback_T.shape[1:]))
         expert = next(iter(self.layer.experts.values()))
@@ -121,12 +124,12 @@ class Answer:
             ((expert, version, int(rows.shape[0])),),
             self.request.x,
             rows,
-            deadline=self.asked.deadline,
+            deadline=self.gate_request.deadline,
             client=self.request.client,
         )
         (answer,) = (await self.fanout.submit_and_wait(work)).outputs
         if not isinstance(answer, Tensor):
-            raise answer or Unavailable(f"{expert} gave no rows")
+            raise answer or Unavailable(f"fallback expert {expert} returned no rows; retry")
         filled = answer.new_zeros((handle.num_rows, *answer.shape[1:]))
         filled[rows] = answer
         return filled
@@ -159,7 +162,9 @@ class Answer:
             )
         except Unavailable:
             if x.is_floating_point() and not bool(x.isfinite().all()):
-                raise InvalidRequest("x holds NaN or infinity, and so does the answer of an expert") from None
+                raise InvalidRequest(
+                    "x holds NaN or infinity, and so does the answer of an expert: send finite rows"
+                ) from None
             raise
 
     def _reply(
@@ -168,17 +173,17 @@ class Answer:
         experts: tuple[int, ...],
         combined: Combined,
         *,
-        fell_back: bool,
+        used_fallback: bool,
     ) -> ForwardReply:
         ids, versions, lost_TK = self.layer.expert_ids, self.batch.epoch.versions, combined.lost_TK
         if lost_TK is not None:
             experts = handle.without(lost_TK).experts()
         took_part = [*(ids[expert] for expert in experts), *(self.layer.shared_ids if handle.num_rows else ())]
-        if fell_back:
+        if used_fallback:
             took_part.append(f"{self.layer.name}/{self.policy.expert}")
-        if self.asked.given is None:
+        if self.gate_request.routing is None:
             took_part.append(self.layer.gate_id)
-        missing = [] if lost_TK is None else _named(handle, lost_TK, ids)
+        missing = [] if lost_TK is None else _names_of(handle, lost_TK, ids)
         summary = CallSummary(
             request_id=self.request.options.request_id or uuid.uuid4().hex,
             epoch=self.batch.epoch.number,
@@ -196,5 +201,5 @@ class Answer:
         return ForwardReply(summary, combined.output, combined.lost_mass_T, indices, weights)
 
 
-def _named(handle: Dispatch, pairs_TK: Tensor, ids: Sequence[str]) -> list[str]:
+def _names_of(handle: Dispatch, pairs_TK: Tensor, ids: Sequence[str]) -> list[str]:
     return [ids[expert] for expert in sorted({handle.expert_of(slot) for slot in handle.slots_TK[pairs_TK].tolist()})]

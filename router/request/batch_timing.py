@@ -1,38 +1,41 @@
-"""When the next batch of a layer begins: at once, or later and larger. A pure decision.
+"""When the next batch of a layer starts: now, or later and larger. Pure logic, no I/O.
 
-One batch is on its way at a time, or a second that is as large as the last that began: while replicas compute the one,
-requests gather for the other. More would only wait behind them, and small ones cost as much as large ones. A batch
-gathers for as long as batches take lately, `LONGEST_WAIT` at most, so that a slow expert cannot hold up those who do
-not need it; and after that wait the next ones are measured by the small batch, not by the large one that hangs.
+A batch starts at once if none is in flight. A second one starts as soon as it is as large as the last batch: requests
+gather for it while replicas compute the first. More batches would only queue behind these, and a small batch costs as
+much as a large one. Requests gather for as long as recent batches took, `LONGEST_WAIT` at most, so that a slow expert
+does not delay requests that do not need it. After such a wait, the next batches must reach the size of the small batch
+that started, not that of the large one that hangs.
 """
 
 from __future__ import annotations
 
-AT_ONCE = 2
+TARGET_IN_FLIGHT = 2
+"""With this many batches of a layer in flight, the next one waits."""
+
 LONGEST_WAIT = 0.005
 SMOOTHING = 0.2
 
 
 class BatchTiming:
-    """Counts the batches of a layer under way, and remembers how large the last one was and how long they take."""
+    """Tracks the batches of a layer: how many are in flight, the rows of the last one, the seconds of recent ones."""
 
     def __init__(self) -> None:
-        self.under_way = 0
+        self.in_flight = 0
         self.rows = 0
         self.seconds = 0.0
 
-    def begun(self, rows: int) -> None:
-        """A batch of so many rows was sent."""
-        self.under_way += 1
+    def started(self, rows: int) -> None:
+        """Record that a batch with this many rows was sent."""
+        self.in_flight += 1
         self.rows = rows
 
     def ended(self, seconds: float) -> None:
-        """A batch has all its answers, after so many seconds."""
-        self.under_way -= 1
+        """Record that a batch has all its answers, this many seconds after its start."""
+        self.in_flight -= 1
         self.seconds += SMOOTHING * (seconds - self.seconds)
 
     def wait(self, rows: int) -> float:
-        """How long the next batch may gather more than the `rows` that it has, in seconds: 0 when it may begin."""
-        if self.under_way == 0 or (self.under_way < AT_ONCE and rows >= self.rows):
+        """How many seconds the next batch, with `rows` so far, may gather more; 0 if it may start now."""
+        if self.in_flight == 0 or (self.in_flight < TARGET_IN_FLIGHT and rows >= self.rows):
             return 0.0
         return min(LONGEST_WAIT, self.seconds)

@@ -1,6 +1,6 @@
-"""One request from its rows to its answer: admit, pin an epoch, gate, fan out, wait, combine.
+"""One request from rows to reply: admit, pin an epoch, gate, fan out, wait, combine.
 
-Shapes: T rows of the request, E experts, K choices a row, N pairs of the batch that carries it.
+Shapes: T rows of the request, E experts, K choices per row, N pairs of the batch that carries it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ EPOCH_ATTEMPTS = 2
 
 
 class Router:
-    """Serves forward requests over the layers of the current epoch. It knows no Ray and no socket."""
+    """Serves forward requests on the layers of its epochs. It depends on neither Ray nor sockets."""
 
     def __init__(self, transport: Transport, *, max_rows_in_flight: int = 65_536) -> None:
         self.epochs = Epochs()
@@ -54,36 +54,37 @@ class Router:
         self._gating = Gating(self.fanout)
 
     def adopt(self, epoch: Epoch) -> bool:
-        """Make an epoch the current one; requests under way keep theirs."""
+        """Make an epoch the current one; requests in flight keep theirs. Returns False if it is not newer."""
         newer = self.epochs.adopt(epoch)
         if newer:
             self.pinning.adopted()
         return newer
 
     def update_view(self, replicas: Sequence[Replica]) -> None:
-        """Take a full report of the replicas."""
+        """Apply a full report of the replicas."""
         self.view.update(replicas)
-        self.transport.refresh(self.view.replicas(), self._lost)
+        self.transport.refresh(self.view.replicas(), self._replica_lost)
         self.fanout.refresh()
 
-    def _lost(self, replica: Replica) -> None:
-        if any(known.incarnation == replica.incarnation for known in self.view.replicas()):
+    def _replica_lost(self, replica: Replica) -> None:
+        if any(current.incarnation == replica.incarnation for current in self.view.replicas()):
             self.view.failed(replica.id)
 
     async def forward(self, request: ForwardRequest) -> ForwardReply:
         """Answer one request.
 
-        Raises NotFound, InvalidRequest, SpecMismatch, Overloaded, TooLarge, Unavailable, ExpertFailed, for an epoch
-        that the caller has fixed FailedPrecondition or, when `timeout` has passed, DeadlineExceeded.
+        Raises NotFound, InvalidRequest, SpecMismatch, Overloaded, TooLarge, Unavailable, ExpertFailed, DataLoss,
+        VersionGone if no replica holds the versions of the epoch, FailedPrecondition for a lease that has ended or an
+        epoch that is not kept, and DeadlineExceeded after `request.timeout`.
         """
         loop = asyncio.get_running_loop()
         started = loop.time()
-        name, code = "", ExpertMeshError.code  # only the names of layers are counted: there are few of them
+        name, code = "", ExpertMeshError.code  # counted by name only for existing layers: few names
         try:
             name = self.layer(request.options.layer).name
             with self.admission.admit(name, int(request.x.shape[0]) if request.x.ndim else 1):
-                async with timeout(request.timeout):  # a wait_for would be a task of its own: four turns of the loop
-                    reply = await self._on_some_epoch(request, started + request.timeout)
+                async with timeout(request.timeout):  # wait_for would add a task: four turns of the loop
+                    reply = await self._with_epoch(request, started + request.timeout)
             code = "OK"
             return reply
         except (asyncio.TimeoutError, TimeoutError):
@@ -99,37 +100,39 @@ class Router:
             self.telemetry.count_request(name, code, loop.time() - started)
 
     def layer(self, name: str) -> Layer:
-        """A layer of the current epoch by its name. Raises NotFound."""
+        """The layer of the current epoch with this name. Raises NotFound, or Unavailable before the first epoch."""
         return _layer(self.epochs.current, name)
 
-    async def _on_some_epoch(self, request: ForwardRequest, deadline: float) -> ForwardReply:
+    async def _with_epoch(self, request: ForwardRequest, deadline: float) -> ForwardReply:
         options = request.options
-        fixed = options.epoch is not None or options.pin is not None
+        epoch_is_fixed = options.epoch is not None or options.pin is not None
         for attempt in range(1, EPOCH_ATTEMPTS + 1):
             epoch = await self.pinning.pin(options, request.timeout)
             try:
-                return await self._on_epoch(request, epoch, deadline)
-            except VersionGone as error:  # unloaded in the meantime
+                return await self._answer(request, epoch, deadline)
+            except VersionGone as error:  # unloaded meanwhile
                 if attempt == EPOCH_ATTEMPTS:
-                    raise fixed_epoch_gone(options, error) if fixed else error from None
-                if fixed:  # no other epoch will do; otherwise once more from the gate, on the current one
+                    raise fixed_epoch_gone(options, error) if epoch_is_fixed else error from None
+                if epoch_is_fixed:  # load it again; otherwise start again from the gate on the current epoch
                     await self.pinning.fetch(epoch.number)
             finally:
                 self.epochs.unpin(epoch)
         raise Unavailable("unreachable")
 
-    async def _on_epoch(self, request: ForwardRequest, epoch: Epoch, deadline: float) -> ForwardReply:
+    async def _answer(self, request: ForwardRequest, epoch: Epoch, deadline: float) -> ForwardReply:
         layer = _layer(epoch, request.options.layer)
-        asked = gate_request(layer, request.x, request.options, request.features, request.indices, request.weights)
-        asked = replace(asked, deadline=deadline, client=request.client)
-        routed = await self._gating.route(epoch, layer, asked)
+        checked = gate_request(layer, request.x, request.options, request.features, request.indices, request.weights)
+        checked = replace(checked, deadline=deadline, client=request.client)
+        routed = await self._gating.route(epoch, layer, checked)
         try:
-            return await Answer(self.fanout, request, asked, routed).complete()
+            return await Answer(self.fanout, request, checked, routed).complete()
         finally:
             routed.batch.release()
 
 
 def _layer(epoch: Epoch, name: str) -> Layer:
     if name not in epoch.layers:
-        raise NotFound(f"there is no layer {name[:64]!r}; known are {', '.join(sorted(epoch.layers)[:20])}")
+        raise NotFound(
+            f"there is no layer {name[:64]!r}; this cluster serves {', '.join(sorted(epoch.layers)[:20]) or 'none'}"
+        )
     return epoch.layers[name]  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
-"""Gating: requests that wait together go through the gate as one batch, each with its own options.
+"""Gating: requests that wait together pass the gate as one batch, each with its own options.
 
-Shapes: T rows of a batch, E experts, K choices a row, N pairs of a row and an expert.
+Shapes: T rows of a batch, E experts, K choices per row, N pairs of a row and an expert.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class GateRequest:
-    """What the gate is asked for one request: rows `x` [T, ...] and what it may choose.
+    """A request to the gate: rows `x` [T, ...] and the choices that it allows.
 
-    `features` [T, ...] is what the gate looks at. `allowed` bool [E] or None; `k` or None; `given` is a routing that
-    the caller already has, which skips the gate. `deadline` is on the clock of the event loop.
+    The gate reads `features` [T, ...]. `allowed` is bool [E], None for all experts; `k` is None for the gate's own.
+    `routing` is the caller's own routing, which skips the gate. `deadline` is in event-loop time.
     """
 
     x: Tensor
     features: Tensor
     allowed: Tensor | None = None
     k: int | None = None
-    given: Routing | None = None
+    routing: Routing | None = None
     deadline: float = math.inf
     client: str = ""
 
@@ -54,154 +54,154 @@ class GateRequest:
 
 @dataclass(frozen=True, eq=False)
 class Routed:
-    """Where a request's rows lie in the batch that carries them, and who was chosen for them."""
+    """The place of a request's rows in the batch that carries them: its rows start:stop."""
 
     batch: Batch
     start: int
     stop: int
 
     def handle(self) -> Dispatch:
-        """The request's own part of the batch's dispatch."""
+        """The part of the batch's dispatch that belongs to the request."""
         return self.batch.handle.slice(self.start, self.stop)
 
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
     request: GateRequest
-    answer: asyncio.Future[Routed]
+    routed: asyncio.Future[Routed]
 
 
 @dataclass(eq=False)
-class _Line:
-    """Requests for one gate on one epoch, with rows of one kind."""
+class _BatchQueue:
+    """Waiting requests for one gate on one epoch, with rows of one kind."""
 
     epoch: Epoch
     layer: Layer
-    queue: FairQueue[_Waiting] = field(default_factory=FairQueue)
+    requests: FairQueue[_Waiting] = field(default_factory=FairQueue)
     rows: int = 0
 
     def take(self) -> list[_Waiting]:
-        """The requests of the next batch, clients in turns, up to the row limit, without those nobody waits for."""
+        """Take the requests of the next batch: clients in turns, up to the row limit, no cancelled requests."""
         taken: list[_Waiting] = []
         rows = 0
-        while (waiting := self.queue.peek()) is not None:
-            gone = waiting.answer.done()
-            if taken and not gone and rows + waiting.request.size > MAX_BATCH_ROWS:
+        while (waiting := self.requests.peek()) is not None:
+            cancelled = waiting.routed.done()
+            if taken and not cancelled and rows + waiting.request.size > MAX_BATCH_ROWS:
                 break
-            self.queue.pop()
+            self.requests.pop()
             self.rows -= waiting.request.size
-            if not gone:
+            if not cancelled:
                 taken.append(waiting)
                 rows += waiting.request.size
         return taken
 
 
 class Gating:
-    """Collects requests by (layer, epoch, kind of rows), runs the gate once over all that wait, and has them sent."""
+    """Collects requests by (layer, epoch, kind of rows), runs the gate once over all that wait, and starts a batch."""
 
     def __init__(self, fanout: Fanout) -> None:
         self._fanout = fanout
-        self._lines: dict[tuple[Any, ...], _Line] = {}
+        self._queues: dict[tuple[Any, ...], _BatchQueue] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._timings: defaultdict[str, BatchTiming] = defaultdict(BatchTiming)
-        self._room: dict[str, asyncio.Event] = {}
+        self._changed: dict[str, asyncio.Event] = {}
 
     async def route(self, epoch: Epoch, layer: Layer, request: GateRequest) -> Routed:
         """Choose experts for the rows of a request, together with others that wait for the same gate.
 
-        Raises what the gate raises: InvalidRequest, SpecMismatch.
+        Raises what the gate raises: InvalidRequest, SpecMismatch, or ExpertFailed for an exception of foreign code.
         """
         x, features = request.x, request.features
         key = (layer.name, epoch.number, x.dtype, x.shape[1:], features.dtype, features.shape[1:])
-        answer: asyncio.Future[Routed] = asyncio.get_running_loop().create_future()
-        line = self._lines.get(key)
-        if line is None:
-            line = self._lines[key] = _Line(epoch, layer)
-            task = asyncio.get_running_loop().create_task(self._drain(key, line))
+        routed: asyncio.Future[Routed] = asyncio.get_running_loop().create_future()
+        queue = self._queues.get(key)
+        if queue is None:
+            queue = self._queues[key] = _BatchQueue(epoch, layer)
+            task = asyncio.get_running_loop().create_task(self._drain(key, queue))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        line.queue.put(request.client, _Waiting(request, answer))
-        line.rows += request.size
-        if layer.name in self._room and self._wait(line) <= 0.0:
-            self._room[layer.name].set()
+        queue.requests.put(request.client, _Waiting(request, routed))
+        queue.rows += request.size
+        if layer.name in self._changed and self._wait(queue) <= 0.0:
+            self._changed[layer.name].set()
         try:
-            return await answer
+            return await routed
         except asyncio.CancelledError:
-            if answer.done() and not answer.cancelled() and answer.exception() is None:
-                answer.result().batch.release()  # it came, but whoever asked for it has just gone
+            if routed.done() and not routed.cancelled() and routed.exception() is None:
+                routed.result().batch.release()  # routed, but the request was cancelled at the same time
             raise
 
-    async def _drain(self, key: tuple[Any, ...], line: _Line) -> None:
-        while len(line.queue):
-            await self._gather(line)
-            taken = line.take()
+    async def _drain(self, key: tuple[Any, ...], queue: _BatchQueue) -> None:
+        while len(queue.requests):
+            await self._gather(queue)
+            taken = queue.take()
             if taken:
-                self._serve(line.epoch, line.layer, taken)
-        del self._lines[key]
+                self._start_or_fail(queue.epoch, queue.layer, taken)
+        del self._queues[key]
 
-    async def _gather(self, line: _Line) -> None:
-        """Let requests gather while there is no room for another batch of the layer."""
-        if (seconds := self._wait(line)) <= 0.0:
+    async def _gather(self, queue: _BatchQueue) -> None:
+        """Let requests gather until another batch of the layer may start."""
+        if (seconds := self._wait(queue)) <= 0.0:
             return
-        room, over = self._room.setdefault(line.layer.name, asyncio.Event()), False
+        changed, timed_out = self._changed.setdefault(queue.layer.name, asyncio.Event()), False
 
-        def end() -> None:
-            nonlocal over
-            over = True
-            room.set()
+        def time_out() -> None:
+            nonlocal timed_out
+            timed_out = True
+            changed.set()
 
-        timer = asyncio.get_running_loop().call_later(seconds, end)
-        while not over and self._wait(line) > 0.0:
-            room.clear()
-            await room.wait()
+        timer = asyncio.get_running_loop().call_later(seconds, time_out)
+        while not timed_out and self._wait(queue) > 0.0:
+            changed.clear()
+            await changed.wait()
         timer.cancel()
 
-    def _wait(self, line: _Line) -> float:
-        """How long requests of a line may gather from now on, in seconds."""
-        if line.rows >= MAX_BATCH_ROWS:
+    def _wait(self, queue: _BatchQueue) -> float:
+        """How many more seconds the requests of a queue may gather."""
+        if queue.rows >= MAX_BATCH_ROWS:
             return 0.0
-        return self._timings[line.layer.name].wait(line.rows)
+        return self._timings[queue.layer.name].wait(queue.rows)
 
-    def _serve(self, epoch: Epoch, layer: Layer, taken: list[_Waiting]) -> None:
+    def _start_or_fail(self, epoch: Epoch, layer: Layer, taken: list[_Waiting]) -> None:
         try:
-            self._batch(epoch, layer, taken)
+            self._start(epoch, layer, taken)
         except Exception as error:  # noqa: BLE001 (a custom gate is foreign code and may raise anything)
-            if len(taken) > 1:  # one bad request must not spoil those that waited with it
+            if len(taken) > 1:  # one bad request must not fail the others
                 for single in taken:
-                    self._serve(epoch, layer, [single])
-            elif not taken[0].answer.done():
-                taken[0].answer.set_exception(_gate_error(layer, error))
+                    self._start_or_fail(epoch, layer, [single])
+            elif not taken[0].routed.done():
+                taken[0].routed.set_exception(_gate_error(layer, error))
 
-    def _batch(self, epoch: Epoch, layer: Layer, taken: list[_Waiting]) -> None:
+    def _start(self, epoch: Epoch, layer: Layer, taken: list[_Waiting]) -> None:
         requests = [waiting.request for waiting in taken]
         x, routing, handle = route_together(layer.gate, requests, layer.capacity)
         clients = {request.client for request in requests}
         deadline = max(request.deadline for request in requests)
         client = clients.pop() if len(clients) == 1 else ""
         batch = self._fanout.start(epoch, layer, x, routing, handle, deadline=deadline, client=client)
-        self._watch(batch)
+        self._measure(batch)
         start = 0
         for waiting in taken:
             stop = start + waiting.request.size
-            if not waiting.answer.done():
+            if not waiting.routed.done():
                 batch.hold()
-                waiting.answer.set_result(Routed(batch, start, stop))
+                waiting.routed.set_result(Routed(batch, start, stop))
             start = stop
         batch.release()
 
-    def _watch(self, batch: Batch) -> None:
-        """Time the layer's batches: note when this one has all its answers. One without work says nothing of that."""
+    def _measure(self, batch: Batch) -> None:
+        """Measure the time until the batch has all its answers; a batch without work is not measured."""
         if batch.answers.complete:
             return
         loop, name = asyncio.get_running_loop(), batch.layer.name
-        timing, begun = self._timings[name], loop.time()
+        timing, started = self._timings[name], loop.time()
 
         def ended() -> None:
-            timing.ended(loop.time() - begun)
-            if name in self._room:
-                self._room[name].set()
+            timing.ended(loop.time() - started)
+            if name in self._changed:
+                self._changed[name].set()
 
-        timing.begun(batch.handle.num_rows)
+        timing.started(batch.handle.num_rows)
         batch.when_complete(ended)
 
 
@@ -211,7 +211,7 @@ def route_together(
 ) -> tuple[Tensor, Routing, Dispatch]:
     """Run the gate over the joined rows of several requests, and group the rows by expert.
 
-    What depends on other rows (a gate that is not `per_row`, capacity) is decided for each request alone.
+    Choices that depend on other rows (a gate that is not `per_row`, capacity) are made for each request alone.
     """
     x = requests[0].x if len(requests) == 1 else torch.cat([request.x for request in requests])
     routing = _select(gate, requests, capacity)
@@ -219,17 +219,17 @@ def route_together(
 
 
 def _select(gate: Gate, requests: Sequence[GateRequest], capacity: Capacity | None) -> Routing:
-    asked = [request for request in requests if request.given is None]
-    alike = len(asked) == len(requests) and all(request.k is None for request in requests)
-    if alike and gate.per_row and capacity is None:
+    to_route = [request for request in requests if request.routing is None]
+    one_select = len(to_route) == len(requests) and all(request.k is None for request in requests)
+    if one_select and gate.per_row and capacity is None:
         scores_TE = gate.scores(_joined([request.features for request in requests]))
         return gate.select(scores_TE, mask_TE=_mask(requests, gate.num_experts))
     scores: Iterator[Tensor] = iter(())
-    if asked:
-        scores_TE = gate.scores(_joined([request.features for request in asked]))
-        scores = iter(torch.split(scores_TE, [request.size for request in asked]))
+    if to_route:
+        scores_TE = gate.scores(_joined([request.features for request in to_route]))
+        scores = iter(torch.split(scores_TE, [request.size for request in to_route]))
     routings = [
-        request.given or gate.select(next(scores), mask_TE=request.allowed, k=request.k) for request in requests
+        request.routing or gate.select(next(scores), mask_TE=request.allowed, k=request.k) for request in requests
     ]
     if capacity is not None:
         routings = [capacity.apply(routing, gate.num_experts) for routing in routings]
@@ -239,8 +239,8 @@ def _select(gate: Gate, requests: Sequence[GateRequest], capacity: Capacity | No
 def _mask(requests: Sequence[GateRequest], num_experts: int) -> Tensor | None:
     if all(request.allowed is None for request in requests):
         return None
-    everyone = torch.ones(num_experts, dtype=torch.bool)
-    masks = [everyone if request.allowed is None else request.allowed for request in requests]
+    all_allowed = torch.ones(num_experts, dtype=torch.bool)
+    masks = [all_allowed if request.allowed is None else request.allowed for request in requests]
     return torch.cat([mask.expand(request.size, -1) for mask, request in zip(masks, requests, strict=True)])
 
 

@@ -1,4 +1,4 @@
-"""What a caller asks for, checked against the layer that it asks."""
+"""Checks the options of a request against its layer."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def gate_request(
     indices: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> GateRequest:
-    """Check rows `x` [T, ...] and options, and say what the gate is to choose from.
+    """Check rows `x` [T, ...] and options, and build the request to the gate.
 
-    Raises InvalidRequest or SpecMismatch, naming the option.
+    Raises InvalidRequest or SpecMismatch; the message names the option.
     """
     if x.ndim == 0:
         raise SpecMismatch("x must be rows [T, ...]; a single row of width D is [1, D]")
@@ -32,21 +32,23 @@ def gate_request(
     if options.max_lost_mass is not None and not 0 <= options.max_lost_mass <= 1:
         raise InvalidRequest(f"max_lost_mass must lie between 0 and 1, not {options.max_lost_mass}")
     if features is not None and features.shape[:1] != x.shape[:1]:
-        raise SpecMismatch(f"gate_input has {list(features.shape)[:1]} rows, x has {x.shape[0]}")
+        raise SpecMismatch(f"gate_input of shape {list(features.shape)} must have {x.shape[0]} rows, as x has")
     if options.top_k is not None and not 1 <= options.top_k <= len(layer.experts):
         raise InvalidRequest(f"top_k must lie between 1 and {len(layer.experts)}, not {options.top_k}")
-    chosen = x if features is None else features
+    gate_input = x if features is None else features
     if indices is None and weights is None:
-        return GateRequest(x, chosen, allowed_experts(layer, options.allow, options.deny), options.top_k)
+        return GateRequest(x, gate_input, allowed_experts(layer, options.allow, options.deny), options.top_k)
     if options.top_k is not None or options.allow is not None or options.deny is not None:
-        raise InvalidRequest("top_k, allow and deny have no meaning beside a routing that the caller gives")
-    return GateRequest(x, chosen, given=given_routing(layer, x, indices, weights))
+        raise InvalidRequest(
+            "top_k, allow and deny cannot be combined with a routing (top_k_index, top_k_weights): leave them out"
+        )
+    return GateRequest(x, gate_input, routing=own_routing(layer, x, indices, weights))
 
 
 def allowed_experts(layer: Layer, allow: list[str] | None, deny: list[str] | None) -> Tensor | None:
-    """Bool [E], True where the gate may choose, or None for all. Names may be "e3" or "layer/e3".
+    """Bool [E], True for each expert that the gate may choose, or None for all. Names are "e3" or "layer/e3".
 
-    Raises InvalidRequest for an unknown name, or when nothing is left.
+    Raises InvalidRequest for an unknown name, or if no expert is left.
     """
     if allow is None and deny is None:
         return None
@@ -56,12 +58,12 @@ def allowed_experts(layer: Layer, allow: list[str] | None, deny: list[str] | Non
         mask[_positions(layer, allow, "allow")] = True
     mask[_positions(layer, deny or [], "deny")] = False
     if not mask.any():
-        raise InvalidRequest(f"allow and deny leave no expert of layer {layer.name} to choose from")
+        raise InvalidRequest(f"allow and deny leave no expert of layer {layer.name} to choose from: allow at least one")
     return mask
 
 
-def given_routing(layer: Layer, x: Tensor, indices: Tensor | None, weights: Tensor | None) -> Routing:
-    """A routing from the caller's own `top_k_index` [T, K] and `top_k_weights` [T, K]; index -1 means no choice.
+def own_routing(layer: Layer, x: Tensor, indices: Tensor | None, weights: Tensor | None) -> Routing:
+    """Check the caller's own `top_k_index` [T, K] and `top_k_weights` [T, K]; index -1 means no choice.
 
     Raises InvalidRequest or SpecMismatch.
     """
@@ -92,5 +94,5 @@ def _positions(layer: Layer, names: list[str], option: str) -> list[int]:
     order |= {name: position for position, name in enumerate(layer.expert_ids)}
     unknown = [name for name in names if name not in order]
     if unknown:
-        raise InvalidRequest(f"{option} names {unknown[0][:64]!r}, which is no expert of layer {layer.name}")
+        raise InvalidRequest(f"{option} names {unknown[0][:64]!r}, which is not an expert of layer {layer.name}")
     return [order[name] for name in names]

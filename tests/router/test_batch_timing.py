@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertmesh.router.request.batch_timing import AT_ONCE, LONGEST_WAIT, BatchTiming
+from expertmesh.router.request.batch_timing import LONGEST_WAIT, TARGET_IN_FLIGHT, BatchTiming
 
 ROWS = st.integers(0, 5_000)
 
@@ -14,7 +14,7 @@ ROWS = st.integers(0, 5_000)
 def test_a_batch_begins_at_once_while_none_is_under_way(rows: int) -> None:
     timing = BatchTiming()
     assert timing.wait(rows) == 0.0
-    timing.begun(7)
+    timing.started(7)
     timing.ended(0.004)
     assert timing.wait(rows) == 0.0
 
@@ -22,11 +22,11 @@ def test_a_batch_begins_at_once_while_none_is_under_way(rows: int) -> None:
 @given(ROWS, ROWS, ROWS)
 def test_a_second_batch_is_as_large_as_the_last_that_began(first: int, second: int, rows: int) -> None:
     timing = BatchTiming()
-    timing.begun(1)
+    timing.started(1)
     timing.ended(0.004)
-    timing.begun(first)
+    timing.started(first)
     assert (timing.wait(rows) == 0.0) == (rows >= first)
-    timing.begun(second)
+    timing.started(second)
     assert timing.wait(5_000) > 0.0  # a third one waits for one of them to end
     timing.ended(0.002)
     assert (timing.wait(rows) == 0.0) == (rows >= second)
@@ -35,10 +35,10 @@ def test_a_second_batch_is_as_large_as_the_last_that_began(first: int, second: i
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=30), ROWS)
 def test_the_wait_follows_what_batches_take_and_is_bounded(seconds: list[float], rows: int) -> None:
     timing = BatchTiming()
-    for _ in range(AT_ONCE):
-        timing.begun(1)
+    for _ in range(TARGET_IN_FLIGHT):
+        timing.started(1)
     for taken in seconds:
-        timing.begun(1)
+        timing.started(1)
         timing.ended(taken)
         assert 0.0 <= timing.wait(rows) <= min(LONGEST_WAIT, max(seconds))
-    assert timing.under_way == AT_ONCE
+    assert timing.in_flight == TARGET_IN_FLIGHT

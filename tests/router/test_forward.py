@@ -340,7 +340,7 @@ def test_a_layer_that_is_no_more_is_not_found() -> None:
     async def main() -> None:
         async with RouterInProcess(one_expert(Expert("torch:sin"))) as mesh:
             mesh.router.adopt(Epoch(2, {}, {}))
-            with pytest.raises(NotFound, match="there is no layer 'l'; known are"):
+            with pytest.raises(NotFound, match="there is no layer 'l'; this cluster serves none"):
                 await mesh.ask(X)
 
     run_async(main())

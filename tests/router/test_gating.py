@@ -72,7 +72,7 @@ def rows_of(routed: Routed) -> tuple[Tensor, Tensor]:
 
 
 def alone(gate: Gate, request: GateRequest) -> Routing:
-    return request.given or gate.select(gate.scores(request.features), mask_TE=request.allowed, k=request.k)
+    return request.routing or gate.select(gate.scores(request.features), mask_TE=request.allowed, k=request.k)
 
 
 GATES: list[Callable[[], Gate]] = [
@@ -96,7 +96,7 @@ def some_requests(draw: st.DrawFn, k_allowed: bool) -> list[GateRequest]:
         choices = draw(st.integers(1, E))
         if kind == "given":
             indices = torch.argsort(torch.rand(rows, E, generator=generator), dim=1)[:, :choices]
-            made.append(GateRequest(x, x, given=Routing(indices, torch.rand(rows, choices, generator=generator))))
+            made.append(GateRequest(x, x, routing=Routing(indices, torch.rand(rows, choices, generator=generator))))
         else:
             k = choices if kind == "k" and k_allowed else None
             made.append(GateRequest(x, x, allowed if kind == "mask" else None, k))
@@ -359,7 +359,7 @@ def test_nobody_gathers_for_longer_than_the_bound(monkeypatch: pytest.MonkeyPatc
         for _ in range(3):
             await bench.gating.route(EPOCH, layer, plain(1))
         assert [batch.x.shape[0] for batch in bench.batches] == [4, 1, 1, 1]
-        assert bench.gating._timings["l"].under_way == 4
+        assert bench.gating._timings["l"].in_flight == 4
 
     run_async(main())
 
@@ -369,6 +369,6 @@ def test_a_batch_without_work_says_nothing_of_the_pace() -> None:
         bench, layer = Bench(), layer_of(gates.TopK(D, E, k=2))
         bench.gating._timings["l"].seconds = 60.0
         await bench.gating.route(EPOCH, layer, plain(0))
-        assert (bench.gating._timings["l"].under_way, bench.gating._timings["l"].seconds) == (0, 60.0)
+        assert (bench.gating._timings["l"].in_flight, bench.gating._timings["l"].seconds) == (0, 60.0)
 
     run_async(main())

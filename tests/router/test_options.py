@@ -33,22 +33,24 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], type[InvalidRequest], s
     "a stranger as fallback": ({}, {"on_missing": "fallback:z"}, InvalidRequest, "fallback 'z'"),
     "less than no lost mass": ({}, {"max_lost_mass": -0.1}, InvalidRequest, "max_lost_mass must lie between"),
     "lost mass that is no number": ({}, {"max_lost_mass": float("nan")}, InvalidRequest, "max_lost_mass must lie"),
-    "features of other rows": ({"features": torch.zeros(3, 4)}, {}, SpecMismatch, r"gate_input has \[3\] rows"),
-    "a scalar as features": ({"features": torch.tensor(1.0)}, {}, SpecMismatch, "gate_input has"),
+    "features of other rows": (
+        {"features": torch.zeros(3, 4)}, {}, SpecMismatch, r"gate_input of shape \[3, 4\] must have 2 rows"
+    ),
+    "a scalar as features": ({"features": torch.tensor(1.0)}, {}, SpecMismatch, r"gate_input of shape \[\] must"),
     "no choices": ({}, {"top_k": 0}, InvalidRequest, "top_k must lie between 1 and 3, not 0"),
     "too many choices": ({}, {"top_k": 4}, InvalidRequest, "top_k must lie between 1 and 3, not 4"),
     "nobody allowed": ({}, {"allow": []}, InvalidRequest, "leave no expert of layer l"),
     "everybody denied": ({}, {"deny": ["a", "l/b", "c"]}, InvalidRequest, "leave no expert"),
     "allowed and denied": ({}, {"allow": ["a"], "deny": ["l/a"]}, InvalidRequest, "leave no expert"),
-    "a stranger allowed": ({}, {"allow": ["z"]}, InvalidRequest, "allow names 'z', which is no expert of layer l"),
+    "a stranger allowed": ({}, {"allow": ["z"]}, InvalidRequest, "allow names 'z', which is not an expert of layer l"),
     "one of another layer": ({}, {"deny": ["m/a"]}, InvalidRequest, "deny names 'm/a'"),
     "indices alone": ({"indices": INDEX}, {}, InvalidRequest, "belong together"),
     "weights alone": ({"weights": WEIGHTS}, {}, InvalidRequest, "belong together"),
     "a routing and top_k": (
-        {"indices": INDEX, "weights": WEIGHTS}, {"top_k": 1}, InvalidRequest, "no meaning beside a routing"
+        {"indices": INDEX, "weights": WEIGHTS}, {"top_k": 1}, InvalidRequest, "cannot be combined with a routing"
     ),
     "a routing and deny": (
-        {"indices": INDEX, "weights": WEIGHTS}, {"deny": []}, InvalidRequest, "no meaning beside a routing"
+        {"indices": INDEX, "weights": WEIGHTS}, {"deny": []}, InvalidRequest, "cannot be combined with a routing"
     ),
     "a routing of other rows": (
         {"indices": INDEX[:1], "weights": WEIGHTS[:1]}, {}, SpecMismatch, r"must both be \[2, K\]"
@@ -98,17 +100,17 @@ def test_features_take_the_place_of_rows_for_the_gate() -> None:
     asked = gate_request(LAYER, X, CallOptions(layer="l", top_k=1, deny=["a"]), features=features)
     assert asked.features is features
     assert asked.x is X
-    assert (asked.k, asked.given) == (1, None)
+    assert (asked.k, asked.routing) == (1, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8])
 @pytest.mark.parametrize("weights", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_a_routing_of_the_callers_is_taken_as_it_is(dtype: torch.dtype, weights: torch.dtype) -> None:
     asked = gate_request(LAYER, X, CallOptions(layer="l"), indices=INDEX.to(dtype), weights=WEIGHTS.to(weights))
-    assert asked.given is not None
-    assert torch.equal(asked.given.indices_TK, INDEX)
-    assert asked.given.weights_TK.tolist() == [[0.5, 0.5], [1.0, 0.0]]
-    assert asked.given.weights_TK.dtype == (torch.float64 if weights == torch.float64 else torch.float32)
+    assert asked.routing is not None
+    assert torch.equal(asked.routing.indices_TK, INDEX)
+    assert asked.routing.weights_TK.tolist() == [[0.5, 0.5], [1.0, 0.0]]
+    assert asked.routing.weights_TK.dtype == (torch.float64 if weights == torch.float64 else torch.float32)
 
 
 @given(rows=st.integers(0, 4), choices=st.integers(0, 3), seed=st.integers(0, 999))
