@@ -104,6 +104,10 @@ NAIVE: dict[str, Callable[[list[float], Any], dict[int, float]]] = {
 }
 
 
+def test_every_gate_has_its_formula_here() -> None:
+    assert {sample.partition(" ")[0] for sample in NAIVE} | {"expert_choice"} == set(gates.GATES)
+
+
 @pytest.mark.parametrize("sample", NAIVE)
 @pytest.mark.parametrize("count", [1, 7, 300])
 def test_selection_is_the_formula(sample: str, count: int) -> None:

@@ -32,6 +32,10 @@ KINDS: dict[str, Gate] = {
 }
 
 
+def test_every_gate_is_staged_here() -> None:
+    assert {type(gate) for gate in KINDS.values()} | {gates.Hash} == set(gates.GATES.values())
+
+
 def moved(gate: Gate, by: float = 1.5) -> dict[str, Tensor]:
     return {
         name: value * by + 0.125 if value.is_floating_point() else value for name, value in gate.state_dict().items()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import pkgutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -219,6 +222,19 @@ def test_build_says_what_is_wrong(name: str, arguments: dict[str, Any], message:
 
 def test_build_knows_every_gate() -> None:
     assert set(gates.GATES) == {sample.partition(" ")[0] for sample in SAMPLES}
+
+
+def test_every_gate_of_the_folder_is_built_by_its_name_and_public() -> None:
+    files = [importlib.import_module(f"{gates.__name__}.{file.name}") for file in pkgutil.iter_modules(gates.__path__)]
+    classes = {kind for file in files for kind in vars(file).values() if isinstance(kind, type)}
+    named = {kind for kind in classes if issubclass(kind, Gate) and "name" in vars(kind)}
+    assert named == set(gates.GATES.values())
+    assert {kind.__name__ for kind in named} <= set(gates.__all__)
+
+
+def test_the_page_of_gates_has_a_row_for_each() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "gates.md").read_text()
+    assert [name for name in gates.GATES if f"\n| `{name}` | " not in page] == []
 
 
 def test_a_custom_gate_takes_live_objects_but_does_not_save_them(tmp_path: Any) -> None:
