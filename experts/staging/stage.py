@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,17 +12,16 @@ from torch import Tensor
 
 from ..construct.factory import RowFunction, build
 from ..construct.probe import complete
-from ..errors import ConfigError, ExpertMeshError, FailedPrecondition, SpecMismatch
+from ..errors import ConfigError, FailedPrecondition, SpecMismatch
 from ..identity.canonical import canonical
 from ..identity.code_digest import code_digest
 from ..identity.version_name import expert_digest, version_name
 from ..spec import ANY, Expert, TensorSpec
 from ..weights.files import described, joined_digest, load_into, load_tensors, tensor_digest
-from ..weights.inspect import LIMITS, ArtefactLimits, Contents, check_described, inspect_artefact, norms_of, survey
+from ..weights.inspect import LIMITS, ArtefactLimits, Contents, check_described, contents_of, norms_of
 from .memory import check_memory, within_memory
+from .refusals import refusals
 from .verify import Policy, check_applied, check_drift, check_norms, golden_rows, probe, probe_drift
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +92,8 @@ def stage(
         receipt = _receipt(proposal, function, contents, old, incarnation)
         return function, replace(receipt, seconds=clock() - started)
 
-    try:
+    with refusals(proposal.id, "expert", "the log of its replica, and mend the expert"):
         return within_memory(work, device)
-    except ExpertMeshError as error:
-        raise _named(error, proposal.id) from None
-    except Exception as error:  # an expert's constructor, hooks and state are foreign code and may raise anything
-        log.exception("staging failed", extra={"expert": proposal.id})
-        raise FailedPrecondition(
-            f"{proposal.id}: staging raised {type(error).__name__}; see the log of its replica, and mend the expert"
-        ) from None
 
 
 def _contents(
@@ -113,11 +104,8 @@ def _contents(
     wanted = described(old.state()) if old is not None and _same_code(proposal.expert, old.expert) else None
     if weights is None:
         return None, None
-    if isinstance(weights, Mapping):
-        if wanted is not None:
-            check_described(described(weights), wanted)
-        return survey(weights), weights
-    return inspect_artefact(weights, sha256=proposal.sha256, limits=limits, wanted=wanted), Path(weights)
+    contents = contents_of(weights, sha256=proposal.sha256, limits=limits, wanted=wanted)
+    return contents, weights if isinstance(weights, Mapping) else Path(weights)
 
 
 def _built(
@@ -199,7 +187,3 @@ def _size(contents: Contents | None, old: RowFunction | None) -> int:
     if contents is not None:
         return contents.tensor_bytes
     return sum(tensor.nbytes for tensor in old.state().values()) if old is not None else 0
-
-
-def _named(error: ExpertMeshError, name: str) -> ExpertMeshError:
-    return type(error)(f"{name}: {error.message}")

@@ -89,11 +89,42 @@ def inspect_artefact(
         raise NotFound(f"there is no weights file {name!r}")
     try:
         with Path(path).open("rb") as file:
-            return _inspect(file, Path(path), sha256, limits, wanted, owner)
+            nbytes = os.fstat(file.fileno()).st_size
+            if nbytes > limits.max_bytes:
+                raise TooLarge(
+                    f"it has {nbytes} bytes, the limit max_bytes is {limits.max_bytes}: raise the limit or shrink it"
+                )
+            entries = read_header(file, nbytes, max_bytes=limits.max_header_bytes, max_tensors=limits.max_tensors)
+            tensors = {entry.name: (entry.shape, torch_name(entry.dtype)) for entry in entries}
+            if wanted is not None:
+                check_described(tensors, wanted, owner)
+            header = file.tell()
+            file.seek(0)
+            whole, looks = _pass(file, entries, header)
+        if sha256 is not None and whole != sha256.lower():
+            raise DataLoss(f"its sha256 is {whole[:12]}..., the sender's is {short(sha256[:12])}...: send it again")
+        norms, digests = _judged(looks)
     except OSError as error:
         raise DataLoss(f"the weights file {name!r} cannot be read: {error.strerror or type(error).__name__}") from None
     except (DataLoss, SpecMismatch, TooLarge, FailedPrecondition) as error:
         raise type(error)(f"weights file {name!r}: {error.message}") from None
+    return Artefact(path=Path(path), sha256=whole, nbytes=nbytes, tensors=tensors, norms=norms, digests=digests)
+
+
+def contents_of(
+    weights: Mapping[str, Tensor] | str | os.PathLike[str],
+    *,
+    sha256: str | None = None,
+    limits: ArtefactLimits = LIMITS,
+    wanted: Mapping[str, Description] | None = None,
+    owner: str = "expert",
+) -> Contents:
+    """Inspect weights wherever they are, as `inspect_artefact` does a file."""
+    if not isinstance(weights, Mapping):
+        return inspect_artefact(weights, sha256=sha256, limits=limits, wanted=wanted, owner=owner)
+    if wanted is not None:
+        check_described(described(weights), wanted, owner)
+    return survey(weights)
 
 
 def survey(tensors: Mapping[str, Tensor]) -> Contents:
@@ -121,32 +152,6 @@ def check_described(given: Mapping[str, Description], wanted: Mapping[str, Descr
         check_fit(given, wanted, "it", owner)
     except SpecMismatch as error:
         raise SpecMismatch(f"{error.message}; write exactly the tensors of the {owner} that it replaces") from None
-
-
-def _inspect(
-    file: BinaryIO,
-    path: Path,
-    sha256: str | None,
-    limits: ArtefactLimits,
-    wanted: Mapping[str, Description] | None,
-    owner: str,
-) -> Artefact:
-    nbytes = os.fstat(file.fileno()).st_size
-    if nbytes > limits.max_bytes:
-        raise TooLarge(
-            f"it has {nbytes} bytes, the limit max_bytes is {limits.max_bytes}: raise the limit or shrink it"
-        )
-    entries = read_header(file, nbytes, max_bytes=limits.max_header_bytes, max_tensors=limits.max_tensors)
-    tensors = {entry.name: (entry.shape, torch_name(entry.dtype)) for entry in entries}
-    if wanted is not None:
-        check_described(tensors, wanted, owner)
-    header = file.tell()
-    file.seek(0)
-    whole, looks = _pass(file, entries, header)
-    if sha256 is not None and whole != sha256.lower():
-        raise DataLoss(f"its sha256 is {whole[:12]}..., the sender's is {short(sha256[:12])}...: send it again")
-    norms, digests = _judged(looks)
-    return Artefact(path=path, sha256=whole, nbytes=nbytes, tensors=tensors, norms=norms, digests=digests)
 
 
 def _pass(file: BinaryIO, entries: Iterable[Entry], header: int) -> tuple[str, list[_Look]]:

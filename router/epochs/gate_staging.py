@@ -6,30 +6,20 @@ Shapes: T rows, D features, E experts.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping
 from os import PathLike
 
 import torch
 from torch import Tensor
 
-from ...experts.errors import ExpertMeshError, FailedPrecondition
+from ...experts.errors import FailedPrecondition
 from ...experts.spec import TensorSpec
 from ...experts.staging.memory import within_memory
+from ...experts.staging.refusals import refusals
 from ...experts.staging.verify import Policy, check_applied, check_drift, check_norms, distance, golden_rows
 from ...experts.weights.files import described, load_tensors, tensors_of
-from ...experts.weights.inspect import (
-    LIMITS,
-    ArtefactLimits,
-    Contents,
-    check_described,
-    inspect_artefact,
-    norms_of,
-    survey,
-)
+from ...experts.weights.inspect import LIMITS, ArtefactLimits, contents_of, norms_of
 from ..gates.base import Gate
-
-log = logging.getLogger(__name__)
 
 OWNER = "gate"
 
@@ -54,7 +44,8 @@ def stage_gate(
 
     def build() -> tuple[Gate, float | None]:
         before = tensors_of(gate)
-        contents, tensors = _contents(weights, before, sha256, limits)
+        contents = contents_of(weights, sha256=sha256, limits=limits, wanted=described(before), owner=OWNER)
+        tensors = weights if isinstance(weights, Mapping) else load_tensors(weights)[0]
         check_norms(contents.norms, norms_of(before), policy)
         staged = copy.deepcopy(gate)
         staged.load_state_dict(dict(tensors), strict=False)  # the state of a scorer may hold more than tensors
@@ -63,29 +54,8 @@ def stage_gate(
         check_drift(drift, policy)
         return staged, drift
 
-    try:
+    with refusals(name, "gate", "the log of the router, and fix the scorer"):
         return within_memory(build, "cpu")
-    except ExpertMeshError as error:
-        raise type(error)(f"{name}: {error.message}") from None
-    except Exception as error:  # a custom scorer is foreign code and may raise anything
-        log.exception("staging a gate failed", extra={"gate": name})
-        raise FailedPrecondition(
-            f"{name}: staging raised {type(error).__name__}; see the log of the router, and fix the scorer"
-        ) from None
-
-
-def _contents(
-    weights: Mapping[str, Tensor] | str | PathLike[str],
-    before: Mapping[str, Tensor],
-    sha256: str | None,
-    limits: ArtefactLimits,
-) -> tuple[Contents, Mapping[str, Tensor]]:
-    expected = described(before)
-    if isinstance(weights, Mapping):
-        check_described(described(weights), expected, OWNER)
-        return survey(weights), weights
-    contents = inspect_artefact(weights, sha256=sha256, limits=limits, wanted=expected, owner=OWNER)
-    return contents, load_tensors(weights)[0]
 
 
 def _drift(staged: Gate, gate: Gate, policy: Policy) -> float | None:
