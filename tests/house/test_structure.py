@@ -158,16 +158,26 @@ def test_what_the_base_install_imports_needs_no_torch(pattern: str) -> None:
     assert not heavy
 
 
-def test_a_decision_knows_no_clock_no_socket_no_torch_and_no_ray() -> None:
+def decisions() -> list[str]:
     names = [name_of(path) for path in FILES if any(fnmatch(name_of(path), pattern) for pattern in DECISIONS)]
     assert set(SHELLS) < set(names)
-    pure = [name for name in names if name not in SHELLS]
-    known = {name: [m for m, _ in imports(ROOT / name) if m.split(".")[0] in NO_DECISION_KNOWS] for name in pure}
+    return [name for name in names if name not in SHELLS]
+
+
+def test_a_decision_knows_no_clock_no_socket_no_torch_and_no_ray() -> None:
+    known = {name: [m for m, _ in imports(ROOT / name) if m.split(".")[0] in NO_DECISION_KNOWS] for name in decisions()}
     assert not {name: modules for name, modules in known.items() if modules}
-    modules = ", ".join(f"expertmesh.{name[:-3].replace('/', '.').removesuffix('.__init__')}" for name in pure)
-    code = f"import sys, {modules}; print(*({{'grpc', 'ray', 'torch'}} & set(sys.modules)))"
+    files = ", ".join(f"expertmesh.{name[:-3].replace('/', '.').removesuffix('.__init__')}" for name in decisions())
+    code = f"import sys, {files}; print(*({{'grpc', 'ray', 'torch'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_a_decision_has_a_test_of_its_name() -> None:
+    for path in map(Path, decisions()):
+        if not any(isinstance(node, ast.FunctionDef) for node in ast.walk(tree_of(ROOT / path))):
+            continue  # records alone
+        assert list((ROOT / "tests" / path.parts[0]).rglob(f"test_{path.stem}.py")), path
 
 
 def test_nothing_runs_bytes_that_came_from_outside() -> None:
