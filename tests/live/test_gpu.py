@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.packed_kinds import KINDS
+from helpers.router_in_process import load
 from torch import Tensor
 
 from expertmesh.experts.errors import TooLarge
@@ -47,8 +48,8 @@ def rows_of(dtype: str, rows: int = 37, seed: int = 0) -> Tensor:
 def hosts_of(**experts: Expert) -> tuple[ExpertHost, ExpertHost, dict[str, str]]:
     """One host on the CPU, one on the GPU, and the versions that both hold."""
     cpu, gpu = ExpertHost(), ExpertHost(DEVICE)
-    versions = {name: cpu.load(name, expert, 1).version for name, expert in experts.items()}
-    assert versions == {name: gpu.load(name, expert, 1).version for name, expert in experts.items()}
+    versions = {name: load(cpu, name, expert).version for name, expert in experts.items()}
+    assert versions == {name: load(gpu, name, expert).version for name, expert in experts.items()}
     return cpu, gpu, versions
 
 
