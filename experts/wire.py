@@ -180,7 +180,7 @@ def _unpack(data: memoryview) -> object:
             data,
             raw=False,
             strict_map_key=True,
-            object_pairs_hook=_map_without_duplicates,
+            object_pairs_hook=without_duplicates,
             max_array_len=MAX_ITEMS,
             max_map_len=MAX_ITEMS,
             max_str_len=MAX_TEXT_BYTES,
@@ -195,13 +195,14 @@ def _unpack(data: memoryview) -> object:
     return value
 
 
-def _map_without_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
+    """A map of text keys, for a decoder of msgpack or JSON. Raises InvalidRequest for a key that stands twice."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if not isinstance(key, str):
             raise InvalidRequest("keys in the header must be text")
         if key in found:
-            raise InvalidRequest(f"key {key[:64]!r} stands twice in the header")
+            raise InvalidRequest(f"key {key[:64]!r} stands twice")
         found[key] = value
     return found
 

@@ -15,7 +15,6 @@ import socket
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
 from pathlib import Path
 
 from ...experts.errors import ExpertMeshError, InvalidRequest, Unauthenticated
@@ -61,21 +60,13 @@ class _Peer:
 class ChannelServer:
     """Serves a host to routers that know the secret. `counted` counts what happened, by name."""
 
-    def __init__(
-        self,
-        host: ExpertHost,
-        replica_id: str,
-        secret: bytes,
-        slots: CoreSlots | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, host: ExpertHost, replica_id: str, secret: bytes, slots: CoreSlots | None = None) -> None:
         self.counted: Counter[str] = Counter()
         self.address = ""
         self._host = host
         self._replica_id = replica_id
         self._secret = secret
         self._slots = slots
-        self._clock = clock
         self._selector = selectors.DefaultSelector()
         self._peers: deque[_Peer] = deque()
         self._listener: socket.socket | None = None
@@ -136,7 +127,7 @@ class ChannelServer:
         """Do what the sockets ask for."""
         for key, mask in self._selector.select(timeout):
             key.data(mask)
-        now = self._clock()
+        now = time.monotonic()
         for peer in list(self._peers):
             stalled = peer.framed.unsent and now - peer.since > STALL_SECONDS
             if stalled or (not peer.known and now - peer.since > STRANGER_SECONDS):
@@ -151,7 +142,7 @@ class ChannelServer:
             strangers = [peer for peer in self._peers if not peer.known]
             if len(strangers) >= STRANGERS:
                 self._drop(strangers[0], "stranger", "there are too many that have not proved themselves")
-            peer = _Peer(connection, self._clock())
+            peer = _Peer(connection, time.monotonic())
             self._peers.append(peer)
             self._selector.register(peer.framed, selectors.EVENT_READ, lambda mask, peer=peer: self._ready(peer, mask))
             self._send(
@@ -180,7 +171,7 @@ class ChannelServer:
             call = decode_call(frame)
             if len(peer.waiting) >= CREDITS:
                 raise InvalidRequest(f"it sent more than {CREDITS} calls at once")
-            peer.waiting.append((call, self._clock()))
+            peer.waiting.append((call, time.monotonic()))
         elif frame.kind == "cancel":
             attempt = attempt_of(frame)
             left = deque(waiting for waiting in peer.waiting if waiting[0].attempt != attempt)
@@ -216,7 +207,7 @@ class ChannelServer:
                 if not peer.waiting or peer.waiting[0][0] is not call:
                     return
             peer.waiting.popleft()
-            queued = self._clock() - arrived
+            queued = time.monotonic() - arrived
             if queued > call.timeout:
                 self.counted["expired"] += 1
                 reply = _failed(self._host, call, "DeadlineExceeded", "the deadline passed while the rows waited")
@@ -240,7 +231,7 @@ class ChannelServer:
             return
         try:
             if not peer.framed.send(parts):
-                peer.since = self._clock()
+                peer.since = time.monotonic()
                 both = selectors.EVENT_READ | selectors.EVENT_WRITE
                 self._selector.modify(peer.framed, both, self._selector.get_key(peer.framed).data)
         except OSError as error:

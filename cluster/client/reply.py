@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...experts.errors import DataLoss, InvalidRequest
-from ...experts.protocol import CallSummary, from_mapping
+from ...experts.errors import DataLoss
+from ...experts.protocol import CallSummary
 from ...experts.wire import Frame, WireTensor
+from ..rpc.swaps import read_answer
 from .arrays import ArrayKind
 
 
@@ -59,26 +60,13 @@ def read_reply(frame: Frame, *, rows: int, kind: ArrayKind) -> Reply:
     """
     if frame.kind != "reply":
         raise DataLoss(f"a reply was expected, the server sent a {frame.kind[:64]!r}")
-    try:
-        summary = from_mapping(CallSummary, frame.meta)
-    except InvalidRequest as error:
-        raise DataLoss(f"the reply's header is not a summary: {error}") from None
+    summary = read_answer(CallSummary, frame.meta)
     output = _tensor(frame, "output", rows)
     lost_mass = _optional(frame, "lost_mass", rows, kind)
-    return Reply(
-        output=kind.restore(output),
-        epoch=summary.epoch,
-        versions=summary.versions,
-        degraded=summary.degraded,
-        missing=summary.missing,
-        lost_mass=kind.zeros(rows) if lost_mass is None else lost_mass,
-        max_lost_mass=float(summary.max_lost_mass),
-        request_id=summary.request_id,
-        dropped=summary.dropped,
-        cluster=summary.cluster,
-        indices=_optional(frame, "indices", rows, kind),
-        weights=_optional(frame, "weights", rows, kind),
-    )
+    told = vars(summary) | {"max_lost_mass": float(summary.max_lost_mass)}
+    routing = {name: _optional(frame, name, rows, kind) for name in ("indices", "weights")}
+    lost_mass = kind.zeros(rows) if lost_mass is None else lost_mass
+    return Reply(output=kind.restore(output), lost_mass=lost_mass, **told, **routing)
 
 
 def _optional(frame: Frame, name: str, rows: int, kind: ArrayKind) -> Any:

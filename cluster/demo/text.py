@@ -65,13 +65,12 @@ def clean(text: str) -> str:
     return " ".join(_ADDRESS.sub(" ", _TAG.sub(" ", text)).split())
 
 
-def standard_library(root: Path | None = None) -> Corpus:
+def standard_library() -> Corpus:
     """The docstrings of some packages of the standard library, labelled by package, in the order of their files.
 
-    Sources are parsed, never imported. Raises ConfigError if `root` (default: this Python's standard library) has no
-    sources.
+    Sources are parsed, never imported. Raises ConfigError if this Python's standard library has no sources.
     """
-    folder = Path(sysconfig.get_path("stdlib")) if root is None else root
+    folder = Path(sysconfig.get_path("stdlib"))
     pairs = (
         (text, label)
         for label, entry in STANDARD_LIBRARY.items()

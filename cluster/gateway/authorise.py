@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import hmac
-from dataclasses import dataclass
 
 from ...experts.errors import PermissionDenied, Unauthenticated
 from ..machine.tokens import check_digest, token_digest
 from ..rpc.methods import METHODS, Role
 
 
-@dataclass(frozen=True)
-class _Entry:
-    digest: str
-    role: Role
-    expires: float | None
-
-
 class TokenTable:
     """The tokens that a cluster knows, as digests; it decides on every call and denies by default."""
 
     def __init__(self) -> None:
-        self._entries: list[_Entry] = []
+        self._entries: list[tuple[str, Role, float | None]] = []
 
     def __repr__(self) -> str:
         return f"TokenTable({len(self._entries)} tokens)"
@@ -32,7 +24,7 @@ class TokenTable:
         Raises ConfigError for a digest that is not 64 hex digits.
         """
         check_digest(sha256)
-        self._entries.append(_Entry(sha256, role, expires))
+        self._entries.append((sha256, role, expires))
 
     def authorise(self, method: str, token: str | None, now: float) -> Role:
         """The role in which `token` may call `method` at the time `now`, in seconds since 1970.
@@ -55,11 +47,11 @@ class TokenTable:
         presented = token_digest(token)
         live: Role | None = None
         known = False
-        for entry in self._entries:
-            if hmac.compare_digest(entry.digest, presented):
+        for digest, role, expires in self._entries:
+            if hmac.compare_digest(digest, presented):
                 known = True
-                if entry.expires is None or now < entry.expires:
-                    live = entry.role if live is None else max(live, entry.role)
+                if expires is None or now < expires:
+                    live = role if live is None else max(live, role)
         if live is not None:
             return live
         if known:

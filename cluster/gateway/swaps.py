@@ -109,7 +109,7 @@ class SwapMethods:
         loop = asyncio.get_running_loop()
         state = await loop.run_in_executor(self._disk, self._uploads.write, chunk, tensor.data)
         if self._busy():
-            await asyncio.sleep(self._uploads.limits.pause(len(tensor.data)))
+            await asyncio.sleep(len(tensor.data) / self._uploads.limits.upload_rate)
         return encode_document("uploaded", asdict(state))
 
     async def swap(self, frame: Frame, role: Role) -> bytes:

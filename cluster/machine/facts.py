@@ -15,6 +15,8 @@ from ...experts.staging.machine_memory import memory_bytes, read_text
 from .ports import is_free
 from .run_files import RunFile, list_all
 
+SHARED_MEMORY = "/dev/shm"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
@@ -45,7 +47,7 @@ def look(packages: Iterable[str], port: int) -> Machine:
         cores=cores(),
         memory=memory,
         memory_free=free,
-        shared_memory=_size(Path("/dev/shm")),
+        shared_memory=psutil.disk_usage(SHARED_MEMORY).total if Path(SHARED_MEMORY).is_dir() else None,
         gpus=gpus(),
         clusters=tuple(cluster for cluster in found if cluster not in stale),
         stale=stale,
@@ -92,11 +94,3 @@ def ray_processes(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
             nice = (process.info["environ"] or {}).get("RAY_worker_niceness", "15")
             found.append(f"pid {process.pid}, logs {logs}, workers at nice {nice}")
     return tuple(found)
-
-
-def _size(folder: Path) -> int | None:
-    try:
-        status = os.statvfs(folder)
-    except OSError:
-        return None
-    return status.f_frsize * status.f_blocks

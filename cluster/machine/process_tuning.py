@@ -51,6 +51,6 @@ def yield_to_serving() -> None:
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
-def background(name: str, threads: int = 4) -> ThreadPoolExecutor:
+def background(name: str) -> ThreadPoolExecutor:
     """Threads of the lowest priority, for reading and hashing weights that do not serve yet."""
-    return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=yield_to_serving)
+    return ThreadPoolExecutor(4, thread_name_prefix=name, initializer=yield_to_serving)

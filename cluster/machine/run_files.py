@@ -40,16 +40,9 @@ class RunFile:
     @classmethod
     def of_this_process(cls, name: str, endpoint: str, version: str, **more: Any) -> RunFile:
         """A run file for a cluster that this process runs."""
-        pid = os.getpid()
-        return cls(
-            name=name,
-            endpoint=endpoint,
-            token_path=str(token_path(name)),
-            pid=pid,
-            started=start_time(pid) or 0,
-            version=version,
-            **more,
-        )
+        pid, tokens = os.getpid(), str(token_path(name))
+        started = start_time(pid) or 0
+        return cls(name=name, endpoint=endpoint, token_path=tokens, pid=pid, started=started, version=version, **more)
 
     @classmethod
     def read(cls, name: str) -> RunFile:

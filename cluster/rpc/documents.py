@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from ...experts.errors import DataLoss
-from ...experts.wire import Frame, WireTensor, encode
+from ...experts.wire import Frame, WireTensor, encode, without_duplicates
 
 NAME = "json"
 
@@ -32,19 +32,12 @@ def decode_document(frame: Frame, kind: str) -> dict[str, Any]:
     if frame.kind != kind or tensor is None or tensor.dtype != "uint8":
         raise DataLoss(f"a {kind} with a JSON text was expected, the frame is a {frame.kind[:64]!r}")
     try:
-        document = json.loads(bytes(tensor.data), parse_constant=_no_constant, object_pairs_hook=_without_duplicates)
+        document = json.loads(bytes(tensor.data), parse_constant=_no_constant, object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
         raise DataLoss(f"the {kind} in the frame is not JSON: {type(error).__name__}") from None
     if not isinstance(document, dict):
         raise DataLoss(f"the {kind} in the frame is not a JSON object")
     return document
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands twice")
-    return found
 
 
 def _no_constant(name: str) -> NoReturn:

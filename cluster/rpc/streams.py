@@ -128,23 +128,20 @@ class StreamedAnswer:
     def take(self, message: Buffer) -> None:
         """Take the next message of the reply. Raises DataLoss, or TooLarge."""
         try:
-            if self._assembly is None:
-                self._assembly = Assembly(self._admitted(read_opening(message).total))
-            else:
-                self._assembly.take(message)
+            if self._assembly is not None:
+                return self._assembly.take(message)
+            total = read_opening(message).total
         except InvalidRequest as error:
             raise DataLoss(f"the reply cannot be read: {error.message}") from None
+        if total > self._most:
+            raise TooLarge(
+                f"the reply has {total} bytes, max_request_bytes of this client is {self._most}: "
+                "send fewer rows at a time, or raise it here"
+            )
+        self._assembly = Assembly(total)
 
     def finish(self) -> memoryview:
         """The reply. Raises DataLoss where it is not whole."""
         if self._assembly is None:
             raise DataLoss("the reply has no bytes")
         return self._assembly.finish()
-
-    def _admitted(self, total: int) -> int:
-        if total > self._most:
-            raise TooLarge(
-                f"the reply has {total} bytes, max_request_bytes of this client is {self._most}: "
-                "send fewer rows at a time, or raise it here"
-            )
-        return total

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import Coroutine
 from dataclasses import replace
@@ -12,8 +11,8 @@ from typing import Any, TypeVar
 from ...experts.errors import Unavailable
 from ...experts.host import ExpertHost
 from ...experts.staging.stage import Receipt
-from ...router.fanout.replica_view import READY, Replica
-from ...router.fanout.transport import LocalTransport
+from ...router.fanout.replica_view import Replica
+from ...router.fanout.transport import LocalTransport, report_of
 from ..control.controller import Controller, open_controller
 from ..control.messages import Candidate, Desired, SwapRequest, SwapResult, proposal_of
 from ..control.ports import ControllerState, StateSettings
@@ -67,7 +66,7 @@ class LocalBackend:
 
     def wait_replica(self, replica_id: str, deadline: float) -> Replica:
         """The report of a replica."""
-        return _report(replica_id, self._hosts[replica_id])
+        return report_of(replica_id, self._hosts[replica_id], node="local")
 
     def handles(self) -> dict[str, Any]:
         """No handles: the transport has the hosts."""
@@ -130,7 +129,7 @@ class _ReplicaPort:
         self._hosts = hosts
 
     async def probe(self, replica_id: str, handle: Any) -> Replica:
-        return _report(replica_id, self._host(replica_id))
+        return report_of(replica_id, self._host(replica_id), node="local")
 
     async def stage(self, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:
         proposal = replace(proposal_of(candidate), weights=candidate.weights)
@@ -144,15 +143,3 @@ class _ReplicaPort:
         if host is None:
             raise Unavailable(f"replica {replica_id} is not here")
         return host
-
-
-def _report(replica_id: str, host: ExpertHost) -> Replica:
-    return Replica(
-        id=replica_id,
-        incarnation=host.incarnation,
-        holds=host.holds(),
-        state=READY,
-        node="local",
-        pid=os.getpid(),
-        device=host.device,
-    )

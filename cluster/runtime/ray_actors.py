@@ -7,7 +7,6 @@ so that a long computation does not delay them.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +19,8 @@ from ...experts.host import ExpertHost
 from ...experts.protocol import ExpertCall
 from ...experts.staging.stage import Proposal, Receipt
 from ...experts.tensors import from_bytes
-from ...router.fanout.replica_view import READY, Replica
+from ...router.fanout.replica_view import Replica
+from ...router.fanout.transport import report_of
 from ..channel.router_end import ChannelTransport
 from ..channel.settings import ChannelSettings, open_channel
 from ..control.controller import Controller, open_controller
@@ -92,17 +92,9 @@ class ExpertActor:
     @ray.method(concurrency_group="control")
     def report(self) -> Replica:
         """What this replica is and holds."""
-        return Replica(
-            id=self._id,
-            experts=self._experts,
-            incarnation=self._host.incarnation,
-            holds=self._host.holds(),
-            state=READY,
-            node=_node(),
-            pid=os.getpid(),
-            device=_device_name(self._host.device),
-            address="" if self._channel is None else self._channel.address,
-        )
+        address = "" if self._channel is None else self._channel.address
+        device = _device_name(self._host.device)
+        return report_of(self._id, self._host, experts=self._experts, node=_node(), device=device, address=address)
 
 
 class RouterActor:

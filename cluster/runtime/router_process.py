@@ -130,18 +130,9 @@ class RouterService:
         gate, drift = staged_gate(candidate, old)
         tensors = tensors_of(gate)
         digest = gate_digest(gate.name, gate, tensors)
-        receipt = Receipt(
-            id=candidate.id,
-            version=version_name(candidate.counter, digest),
-            incarnation=self.incarnation,
-            digest=digest,
-            tensor_digest=tensor_digest(tensors),
-            drift=drift,
-            nbytes=sum(tensor.nbytes for tensor in tensors.values()),
-            seconds=0.0,
-            input=ANY,
-            output=ANY,
-        )
+        version, size = version_name(candidate.counter, digest), sum(tensor.nbytes for tensor in tensors.values())
+        told = (candidate.id, version, self.incarnation, digest, tensor_digest(tensors))
+        receipt = Receipt(*told, drift=drift, nbytes=size, seconds=0.0, input=ANY, output=ANY)
         return receipt, gate
 
     async def unload(self, id: str, version: str) -> None:

@@ -37,10 +37,6 @@ class UploadLimits:
     max_uploads_bytes: int = 16 * 2**30
     upload_rate: int = 64 * 2**20
 
-    def pause(self, nbytes: int) -> float:
-        """Seconds to wait after a chunk that came while requests are served, so that the rate is not exceeded."""
-        return nbytes / self.upload_rate
-
 
 class Uploads:
     """The uploads of one state folder. Every method may be called from any thread; `clock` is in monotonic seconds."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -107,6 +109,20 @@ def build(expert: Expert, device: str = "cpu", *, load_weights: bool = True) -> 
     elif expert.weights is not None:
         raise ConfigError("weights are given for an expert that is a plain function")
     return RowFunction(function, expert, place)
+
+
+def with_own_copy(expert: Expert, owner: str) -> Expert:
+    """The declaration with a copy of its live object, if it has one: the one that is given may be serving elsewhere.
+
+    Raises ConfigError, saying who needs the copy, for what cannot be copied.
+    """
+    try:
+        return replace(expert, live=copy.deepcopy(expert.live))
+    except MemoryError:
+        raise
+    except Exception as error:
+        kind = type(expert.live).__name__
+        raise ConfigError(f"the live {kind} cannot be copied, and {owner} needs its own: {error}") from error
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 
 import torch
@@ -13,7 +12,7 @@ from ..spec import FLOATING, Expert, TensorSpec
 from ..tensors import dtype_name, torch_dtype
 from ..weights.files import check_fit, describe_tensors
 from ..weights.header import DTYPES
-from .factory import RowFunction, build
+from .factory import RowFunction, build, with_own_copy
 
 
 def complete(function: RowFunction, name: str) -> tuple[TensorSpec, TensorSpec]:
@@ -59,7 +58,8 @@ def check_declaration(expert: Expert, name: str, rows: TensorSpec) -> tuple[Tens
 def _without_weights(expert: Expert) -> RowFunction:
     """The expert to try, with tensors that have shapes and no bytes where its code can do without these."""
     if expert.live is not None:
-        return build(_copy(expert), load_weights=False)  # building freezes a module: not that of the caller
+        own = with_own_copy(expert, "every replica")  # building freezes a module
+        return build(own, load_weights=False)
     try:
         function = build(expert, "meta", load_weights=False)
     except ConfigError as error:
@@ -69,14 +69,6 @@ def _without_weights(expert: Expert) -> RowFunction:
     if function.module is None:  # a plain function has no weights to allocate, and may not know meta tensors
         return build(expert)
     return function
-
-
-def _copy(expert: Expert) -> Expert:
-    try:
-        return copy.deepcopy(expert)
-    except Exception as error:
-        kind = type(expert.live).__name__
-        raise ConfigError(f"the live {kind} cannot be copied, and every replica needs its own: {error}") from error
 
 
 def _needs_data(error: BaseException | None) -> bool:

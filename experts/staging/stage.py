@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,15 +9,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..construct.factory import RowFunction, build
+from ..construct.factory import RowFunction, build, with_own_copy
 from ..construct.probe import complete
-from ..errors import ConfigError, FailedPrecondition, SpecMismatch
+from ..errors import FailedPrecondition, SpecMismatch
 from ..identity.canonical import canonical
 from ..identity.code_digest import code_digest
 from ..identity.version_name import expert_digest, version_name
 from ..spec import ANY, Expert, TensorSpec
 from ..weights.files import described, joined_digest, load_into, load_tensors, tensor_digest
-from ..weights.inspect import LIMITS, ArtefactLimits, Contents, check_described, contents_of, norms_of
+from ..weights.inspect import LIMITS, ArtefactLimits, Contents, check_described, inspect_artefact, norms_of, survey
 from .memory import check_memory, within_memory
 from .refusals import refusals
 from .verify import Policy, check_applied, check_drift, check_norms, golden_rows, probe, probe_drift
@@ -104,14 +103,17 @@ def _contents(
     wanted = described(old.state()) if old is not None and _same_code(proposal.expert, old.expert) else None
     if weights is None:
         return None, None
-    contents = contents_of(weights, sha256=proposal.sha256, limits=limits, wanted=wanted)
-    return contents, weights if isinstance(weights, Mapping) else Path(weights)
+    if not isinstance(weights, Mapping):
+        return inspect_artefact(weights, sha256=proposal.sha256, limits=limits, wanted=wanted), Path(weights)
+    if wanted is not None:
+        check_described(described(weights), wanted)
+    return survey(weights), weights
 
 
 def _built(
     proposal: Proposal, contents: Contents | None, weights: Mapping[str, Tensor] | Path | None, device: str
 ) -> RowFunction:
-    function = build(_own(proposal.expert), device)
+    function = build(with_own_copy(replace(proposal.expert, weights=None), "a new version"), device)
     if contents is None or weights is None:
         return function
     if function.module is None:
@@ -160,17 +162,6 @@ def _drift(proposal: Proposal, function: RowFunction, old: RowFunction | None, r
         drift = probe_drift(function, old, golden, proposal.output)
     check_drift(drift, proposal.policy)
     return drift
-
-
-def _own(expert: Expert) -> Expert:
-    """The declaration without its weights, and with a live object of its own: the one that is given may be serving."""
-    try:
-        return replace(expert, weights=None, live=copy.deepcopy(expert.live))
-    except MemoryError:
-        raise
-    except Exception as error:
-        kind = type(expert.live).__name__
-        raise ConfigError(f"the live {kind} cannot be copied, and a new version needs its own: {error}") from error
 
 
 def _same_code(one: Expert, other: Expert) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ..errors import DataLoss, SpecMismatch, TooLarge
+from ..wire import without_duplicates
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -74,7 +75,7 @@ def short(name: str) -> str:
 def _parsed(raw: bytes) -> dict[str, Any]:
     """What a header says of each tensor, by name; metadata is checked and left out."""
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_each_once)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
         raise _malformed(f"it is not JSON as safetensors writes it, {error}") from None
     if not isinstance(header, dict):
@@ -83,15 +84,6 @@ def _parsed(raw: bytes) -> dict[str, Any]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _malformed("its metadata is not a map of text to text")
     return header
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in values:
-            raise _malformed(f"it names {short(name)} twice")
-        values[name] = value
-    return values
 
 
 def _entry(name: str, described: object, base: int) -> Entry:

@@ -111,22 +111,6 @@ def inspect_artefact(
     return Artefact(path=Path(path), sha256=whole, nbytes=nbytes, tensors=tensors, norms=norms, digests=digests)
 
 
-def contents_of(
-    weights: Mapping[str, Tensor] | str | os.PathLike[str],
-    *,
-    sha256: str | None = None,
-    limits: ArtefactLimits = LIMITS,
-    wanted: Mapping[str, Description] | None = None,
-    owner: str = "expert",
-) -> Contents:
-    """Inspect weights wherever they are, as `inspect_artefact` does a file."""
-    if not isinstance(weights, Mapping):
-        return inspect_artefact(weights, sha256=sha256, limits=limits, wanted=wanted, owner=owner)
-    if wanted is not None:
-        check_described(described(weights), wanted, owner)
-    return survey(weights)
-
-
 def survey(tensors: Mapping[str, Tensor]) -> Contents:
     """Look at tensors in memory as `inspect_artefact` looks at those in a file.
 

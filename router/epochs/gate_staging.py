@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from os import PathLike
 
 import torch
 from torch import Tensor
@@ -17,35 +16,28 @@ from ...experts.spec import TensorSpec
 from ...experts.staging.memory import within_memory
 from ...experts.staging.refusals import refusals
 from ...experts.staging.verify import Policy, check_applied, check_drift, check_norms, distance, golden_rows
-from ...experts.weights.files import described, load_tensors, tensors_of
-from ...experts.weights.inspect import LIMITS, ArtefactLimits, contents_of, norms_of
+from ...experts.weights.files import described, tensors_of
+from ...experts.weights.inspect import check_described, norms_of, survey
 from ..gates.base import Gate
 
 OWNER = "gate"
 
 
 def stage_gate(
-    gate: Gate,
-    weights: Mapping[str, Tensor] | str | PathLike[str],
-    policy: Policy,
-    *,
-    name: str = OWNER,
-    sha256: str | None = None,
-    limits: ArtefactLimits = LIMITS,
+    gate: Gate, tensors: Mapping[str, Tensor], policy: Policy, *, name: str = OWNER
 ) -> tuple[Gate, float | None]:
     """Copy a gate with new tensors and verify the copy; returns it with the drift of its scores on probe rows.
 
-    The drift is None if the gate has no `in_features`, or if its own scores are not finite. `weights` is a safetensors
-    file, with the `sha256` that its sender computed, or tensors by name. The gate itself does not change. Error
-    messages begin with `name`.
+    The drift is None if the gate has no `in_features`, or if its own scores are not finite. The gate itself does not
+    change. Error messages begin with `name`.
 
     Raises NotFound, DataLoss, SpecMismatch, FailedPrecondition or TooLarge.
     """
 
     def build() -> tuple[Gate, float | None]:
         before = tensors_of(gate)
-        contents = contents_of(weights, sha256=sha256, limits=limits, wanted=described(before), owner=OWNER)
-        tensors = weights if isinstance(weights, Mapping) else load_tensors(weights)[0]
+        check_described(described(tensors), described(before), OWNER)
+        contents = survey(tensors)
         check_norms(contents.norms, norms_of(before), policy)
         staged = copy.deepcopy(gate)
         staged.load_state_dict(dict(tensors), strict=False)  # the state of a scorer may hold more than tensors

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from ...experts.errors import ExpertMeshError, Unavailable
 from ...experts.host import ExpertHost
 from ...experts.protocol import ExpertCall, ExpertReply
-from .replica_view import Replica
+from .replica_view import READY, Replica
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +50,10 @@ class Transport(Protocol):
 class LocalTransport:
     """Runs replicas as hosts in this process, each in one thread, so that a slow expert does not delay the others."""
 
-    def __init__(self, hosts: Mapping[str, ExpertHost] | None = None) -> None:
+    def __init__(self) -> None:
         self.carried: Counter[str] = Counter()
         self._hosts: dict[str, ExpertHost] = {}
         self._threads: dict[str, ThreadPoolExecutor] = {}
-        for replica_id, host in (hosts or {}).items():
-            self.add(replica_id, host)
 
     def add(self, replica_id: str, host: ExpertHost) -> None:
         """Make a host reachable as a replica."""
@@ -89,6 +88,12 @@ class LocalTransport:
         """Stop every thread; idempotent."""
         for replica_id in list(self._hosts):
             self.remove(replica_id)
+
+
+def report_of(replica_id: str, host: ExpertHost, **where: Any) -> Replica:
+    """What a replica whose host is in this process says of itself; `where` are fields that say where that is."""
+    held = host.holds()
+    return Replica(replica_id, incarnation=host.incarnation, holds=held, state=READY, pid=os.getpid(), **where)
 
 
 def in_task(exchange: Coroutine[Any, Any, ExpertReply], done: Done) -> Cancel:

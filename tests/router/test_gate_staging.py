@@ -11,9 +11,10 @@ from helpers.artefacts import bad_artefacts, sha256_of
 from torch import Tensor, nn
 
 from expertmesh.experts.errors import DataLoss, ExpertMeshError, FailedPrecondition, SpecMismatch, TooLarge
+from expertmesh.experts.staging.refusals import refusals
 from expertmesh.experts.staging.verify import Policy
-from expertmesh.experts.weights.files import save_tensors, tensor_digest
-from expertmesh.experts.weights.inspect import ArtefactLimits
+from expertmesh.experts.weights.files import described, load_tensors, save_tensors, tensor_digest, tensors_of
+from expertmesh.experts.weights.inspect import LIMITS, ArtefactLimits, inspect_artefact
 from expertmesh.router import gates
 from expertmesh.router.epochs.gate_staging import stage_gate
 from expertmesh.router.gates import Gate
@@ -42,14 +43,32 @@ def moved(gate: Gate, by: float = 1.5) -> dict[str, Tensor]:
     }
 
 
+def stage_file(
+    gate: Gate,
+    path: Path,
+    policy: Policy,
+    *,
+    name: str = "gate",
+    sha256: str | None = None,
+    limits: ArtefactLimits = LIMITS,
+) -> tuple[Gate, float | None]:
+    """Stage what a file holds as a cluster does: the controller inspects it, the router gets its tensors."""
+    wanted = described(tensors_of(gate))
+    with refusals(name, "gate", "the log"):
+        inspect_artefact(path, sha256=sha256, limits=limits, wanted=wanted, owner="gate")
+    return stage_gate(gate, load_tensors(path)[0], policy, name=name)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("in_file", [False, True])
 def test_a_gate_takes_new_tensors_and_the_old_one_stays(kind: str, in_file: bool, tmp_path: Path) -> None:
     gate = KINDS[kind].eval()
     before, new = tensor_digest(gate.state_dict()), moved(gate)
     save_tensors(tmp_path / "g", new)
-    source: Any = tmp_path / "g" if in_file else new
-    staged, drift = stage_gate(gate, source, Policy(), sha256=sha256_of(tmp_path / "g"))
+    if in_file:
+        staged, drift = stage_file(gate, tmp_path / "g", Policy(), sha256=sha256_of(tmp_path / "g"))
+    else:
+        staged, drift = stage_gate(gate, new, Policy())
     assert type(staged) is type(gate)
     assert tensor_digest(staged.state_dict()) == tensor_digest(new)
     assert tensor_digest(gate.state_dict()) == before
@@ -62,7 +81,7 @@ def test_every_bad_artefact_is_refused(tmp_path: Path) -> None:
     before = tensor_digest(gate.state_dict())
     for bad in bad_artefacts(tmp_path, dict(gate.state_dict())):
         with pytest.raises(ExpertMeshError) as caught:
-            stage_gate(gate, bad.path, Policy(max_drift=bad.max_drift), name="news/gate", sha256=bad.sha256)
+            stage_file(gate, bad.path, Policy(max_drift=bad.max_drift), name="news/gate", sha256=bad.sha256)
         assert caught.value.code == bad.code, bad.name
         assert caught.value.message.startswith("news/gate: "), bad.name
         assert all(word in caught.value.message for word in bad.words), (bad.name, caught.value.message)
@@ -126,6 +145,6 @@ def test_limits_and_bounds_are_handed_on(tmp_path: Path) -> None:
     gate = KINDS["top_k"].eval()
     save_tensors(tmp_path / "g", moved(gate))
     with pytest.raises(TooLarge, match="max_bytes"):
-        stage_gate(gate, tmp_path / "g", Policy(), limits=ArtefactLimits(max_bytes=9))
+        stage_file(gate, tmp_path / "g", Policy(), limits=ArtefactLimits(max_bytes=9))
     with pytest.raises(FailedPrecondition, match=r"max_drift is 0\.001"):
-        stage_gate(gate, tmp_path / "g", Policy(max_drift=0.001))
+        stage_file(gate, tmp_path / "g", Policy(max_drift=0.001))

@@ -26,6 +26,13 @@ def host_of(expert: Expert) -> tuple[ExpertHost, ExpertCall]:
     return host, ExpertCall(1, (Part("l/e", version, 0, 2),), ROWS, torch.tensor([0, 1]))
 
 
+def transport_to(**hosts: ExpertHost) -> LocalTransport:
+    transport = LocalTransport()
+    for name, host in hosts.items():
+        transport.add(name, host)
+    return transport
+
+
 async def sent(transport: LocalTransport, name: str, call: ExpertCall) -> ExpertReply:
     answer: asyncio.Future[ExpertReply | ExpertMeshError] = asyncio.get_running_loop().create_future()
     transport.send(Replica(name), call, answer.set_result)
@@ -43,7 +50,7 @@ def answer_of(reply: ExpertReply) -> Tensor:
 
 def test_a_message_is_computed_by_its_host() -> None:
     host, call = host_of(Expert("torch:exp"))
-    transport = LocalTransport({"a": host})
+    transport = transport_to(a=host)
     reply = asyncio.run(sent(transport, "a", call))
     assert reply.incarnation == host.incarnation
     assert torch.equal(answer_of(reply), ROWS.exp())
@@ -52,7 +59,7 @@ def test_a_message_is_computed_by_its_host() -> None:
 
 def test_a_replica_that_is_gone_or_closed_is_unavailable() -> None:
     host, call = host_of(Expert("torch:exp"))
-    transport = LocalTransport({"a": host})
+    transport = transport_to(a=host)
     for name in ("b", "a"):
         if name == "a":
             transport.remove("a")
@@ -64,7 +71,7 @@ def test_a_replica_that_is_gone_or_closed_is_unavailable() -> None:
 
 def test_a_thread_that_is_shut_down_under_a_message_is_unavailable() -> None:
     host, call = host_of(Expert("torch:exp"))
-    transport = LocalTransport({"a": host})
+    transport = transport_to(a=host)
     transport._threads["a"].shutdown()  # as `remove` in another thread does, between the look-up and the call
     with pytest.raises(Unavailable, match="the replica is gone; retry"):
         asyncio.run(sent(transport, "a", call))
@@ -82,7 +89,7 @@ def test_hosts_do_not_wait_for_each_other_and_one_computes_one_message_at_a_time
 
     host, call = host_of(Expert.from_function(both))
     other, _ = host_of(Expert.from_function(both))
-    transport = LocalTransport({"a": host, "b": other})
+    transport = transport_to(a=host, b=other)
 
     async def main() -> None:
         calls = [sent(transport, name, call) for name in ("a", "b", "a", "b")]
