@@ -64,10 +64,21 @@ class InvalidRequest(ExpertMeshError, ValueError):
 class ConfigError(InvalidRequest):
     """A configuration is wrong; the message names file and line where there is a file.
 
+    `mistakes` are what is wrong inside a value: the keys and positions that lead to each, and what to say of it.
+
     >>> Expert("torch.nn.Linear")
     Traceback (most recent call last):
     expertmesh.experts.errors.ConfigError: factory must be "module:attribute", as in "torch.nn:Linear"...
     """
+
+    mistakes: tuple[tuple[tuple[str | int, ...], str], ...] = ()
+
+    @classmethod
+    def of(cls, *mistakes: tuple[tuple[str | int, ...], str]) -> ConfigError:
+        """The error that tells all of these mistakes."""
+        error = cls("; ".join(message for _, message in mistakes))
+        error.mistakes = mistakes
+        return error
 
 
 class SpecMismatch(InvalidRequest):

@@ -16,8 +16,7 @@ import numpy as np
 from ...experts.errors import ConfigError, ExpertMeshError, InvalidRequest, NotFound
 from ...experts.spec import ANY, TensorSpec
 from ...experts.suggestion import suggestion
-from ..config.value_tree import Located, Mistakes
-from ..config.yaml_file import parse_tree, read_trusted
+from ..config.yaml_file import read_document, read_trusted
 from ..machine.run_files import DEFAULT_NAME, find
 
 DEFAULT_DTYPE = "float32"
@@ -65,27 +64,26 @@ def read_mesh(path: Path) -> MeshFile:
 
     Raises ConfigError for a file that cannot be read or has no layers.
     """
-    mistakes = Mistakes()
-    tree = parse_tree(read_trusted(path), str(path), mistakes)
-    mistakes.raise_if_any(str(path))
-    entries = dict(tree.items())
-    layers = dict(entries["layers"].items()) if "layers" in entries else {}
+    document = read_document(read_trusted(path), str(path))
+    document.raise_if_wrong()
+    layers = _map(document.data.get("layers"))
     if not layers:
-        raise ConfigError(f"{tree.where_of('layers')}: the file has no layers to send requests to")
-    file_name = entries["name"].value if "name" in entries else None
-    name = os.environ.get("EXPERTMESH_NAME") or file_name or DEFAULT_NAME
-    return MeshFile(name=str(name), layers={key: _declared_rows(layer) for key, layer in layers.items()})
+        raise ConfigError(f"{document.place(('layers',)).text}: the file has no layers to send requests to")
+    name = os.environ.get("EXPERTMESH_NAME") or document.data.get("name") or DEFAULT_NAME
+    return MeshFile(name=str(name), layers={key: _declared(_map(layer)) for key, layer in layers.items()})
 
 
-def _declared_rows(layer: Located) -> TensorSpec:
+def _declared(layer: Mapping[str, Any]) -> TensorSpec:
     """The rows that a layer declares; what it leaves open comes from the first expert that declares it."""
-    entries = dict(layer.items())
-    experts = [expert for _, expert in entries["experts"].items()] if "experts" in entries else []
     spec = ANY
-    for node in (layer, *experts):
-        declared = _spec(dict(node.items()).get("input", Located(None, node.where)).plain())
-        spec = spec.filled(declared)
+    for node in (layer, *_map(layer.get("experts")).values()):
+        spec = spec.filled(_spec(_map(node).get("input")))
     return spec
+
+
+def _map(value: object) -> Mapping[str, Any]:
+    """A value that is a map, or an empty one: what should be one is refused by the cluster itself."""
+    return value if isinstance(value, dict) else {}
 
 
 def _spec(plain: object) -> TensorSpec:

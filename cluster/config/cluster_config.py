@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from datetime import date, datetime, timezone
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, InstanceOf, TypeAdapter
 
 from ...experts.errors import ConfigError
 from ...experts.spec import is_import_string
@@ -19,10 +22,35 @@ from ...router.mixture.layer import Layer, check_name
 from ..machine.tokens import check_digest
 from ..rpc.methods import Role
 from ..rpc.streams import MAX_REQUEST_BYTES
+from .document import Keys, Mistakes
+from .records import typed
 
-TRANSPORTS = ("channel", "ray", "local")
-LOG_LEVELS = ("debug", "info", "warning", "error")
-MAX_GRPC_BYTES = (1 << 31) - 1
+
+def _whole(least: int, most: int, more: str = "") -> Any:
+    return Field(ge=least, le=most, description=f"a whole number from {least} to {most}{more}")
+
+
+def _one_of(*names: str) -> Any:
+    return Field(pattern=f"^({'|'.join(names)})$", description=f"one of {', '.join(names)}")
+
+
+def _seconds(time: object) -> object:
+    """A time or date of YAML, or text in ISO form, as seconds since 1970; a time without zone is UTC."""
+    if isinstance(time, (date, str)):
+        moment = _TIME.validate_python(time)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+    return time
+
+
+_TIME = TypeAdapter(datetime)
+_EXPIRY = Field(allow_inf_nan=False, description="a time, in seconds since 1970 or as 2030-01-31T12:00:00Z")
+_HOST = Field(pattern=r"^[A-Za-z0-9_.:\[\]%-]{1,255}$", description="the address to listen on, as 127.0.0.1")
+_ADDRESS = Field(description='the address of a Ray cluster, "auto", or null to start one')
+_LAYERS = Field(description="a list of expertmesh.Layer")
+_TOKENS = Field(description="a list of tokens, each with role and sha256")
+_PEM_FILE = Field(strict=False, description="the path of a PEM file")
+_SECONDS = Field(gt=0, le=86400, description="a number of seconds above 0, at most 86400")
+_FACTORIES = Field(description='a list of factories, each "module:attribute"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +59,11 @@ class TokenEntry:
 
     role: Role
     sha256: str = field(repr=False)
-    expires: float | None = None
+    expires: Annotated[float | None, _EXPIRY, BeforeValidator(_seconds)] = None
 
     def __post_init__(self) -> None:
         check_digest(self.sha256)
-        if self.expires is not None and not _is_number(self.expires):
-            raise ConfigError("expires must be a time, in seconds since 1970 or as 2030-01-31T12:00:00Z")
+        object.__setattr__(self, "expires", typed(TokenEntry, "expires", self.expires))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,44 +92,41 @@ class ClusterConfig:
     """
 
     name: str = "default"
-    host: str = "127.0.0.1"
-    port: int = 50051
-    metrics_port: int | None = 0
-    transport: str = "channel"
-    address: str | None = None
-    layers: tuple[Layer, ...] = ()
-    runtime_env: Mapping[str, Any] | None = None
-    tokens: tuple[TokenEntry, ...] = ()
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    max_message_bytes: int = MAX_FRAME_BYTES
-    max_request_bytes: int = MAX_REQUEST_BYTES
-    max_stream_bytes: int = 2 * MAX_REQUEST_BYTES
-    max_rows_in_flight: int = 65536
-    default_timeout: float = 30.0
-    start_timeout: float = 120.0
-    log_level: str = "info"
-    state_dir: Path | None = None
-    retain_epochs: int = 2
-    max_upload_bytes: int = LIMITS.max_bytes
-    max_uploads_bytes: int = 2 * LIMITS.max_bytes
-    upload_rate: int = 64 * 2**20
-    allowed_factories: tuple[str, ...] | None = None
+    host: Annotated[str, _HOST] = "127.0.0.1"
+    port: Annotated[int, _whole(0, 65535)] = 50051
+    metrics_port: Annotated[int | None, _whole(0, 65535, ", or null for no metrics")] = 0
+    transport: Annotated[str, _one_of("channel", "ray", "local")] = "channel"
+    address: Annotated[str | None, _ADDRESS] = None
+    layers: Annotated[tuple[InstanceOf[Layer], ...], _LAYERS] = ()
+    runtime_env: Annotated[Mapping[str, Any] | None, Field(description="a map, as Ray takes it")] = None
+    tokens: Annotated[tuple[InstanceOf[TokenEntry], ...], _TOKENS] = ()
+    tls_cert: Annotated[Path | None, _PEM_FILE] = None
+    tls_key: Annotated[Path | None, _PEM_FILE] = None
+    max_message_bytes: Annotated[int, _whole(4096, (1 << 31) - 1)] = MAX_FRAME_BYTES
+    max_request_bytes: Annotated[int, _whole(4096, 1 << 40)] = MAX_REQUEST_BYTES
+    max_stream_bytes: Annotated[int, _whole(4096, 1 << 50)] = 2 * MAX_REQUEST_BYTES
+    max_rows_in_flight: Annotated[int, _whole(1, 1 << 40)] = 65536
+    default_timeout: Annotated[float, _SECONDS] = 30.0
+    start_timeout: Annotated[float, _SECONDS] = 120.0
+    log_level: Annotated[str, _one_of("debug", "info", "warning", "error")] = "info"
+    state_dir: Annotated[Path | None, Field(strict=False, description="the path of a folder")] = None
+    retain_epochs: Annotated[int, _whole(0, 1000)] = 2
+    max_upload_bytes: Annotated[int, _whole(1, LIMITS.max_bytes)] = LIMITS.max_bytes
+    max_uploads_bytes: Annotated[int, _whole(1, 1 << 50)] = 2 * LIMITS.max_bytes
+    upload_rate: Annotated[int, _whole(1 << 23, 1 << 50)] = 64 * 2**20
+    allowed_factories: Annotated[tuple[str, ...] | None, _FACTORIES] = None
 
     def __post_init__(self) -> None:
-        for name in ("tls_cert", "tls_key", "state_dir"):
-            if isinstance(getattr(self, name), str):
-                object.__setattr__(self, name, Path(getattr(self, name)))
-        for name in ("layers", "tokens", "allowed_factories"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        found = mistakes(vars(self))
-        if found:
-            raise ConfigError("; ".join(message for _, message in found))
+        wrong = Mistakes()
+        for name in SETTINGS:
+            with wrong.at(name):
+                object.__setattr__(self, name, typed(ClusterConfig, name, getattr(self, name)))
+        refused = {keys[0] for keys, _ in wrong.found}
+        wrong.found += _broken_rules({name: value for name, value in vars(self).items() if name not in refused})
+        wrong.raise_if_any()
 
 
 SETTINGS = tuple(item.name for item in fields(ClusterConfig))
-DEFAULTS: Mapping[str, Any] = {item.name: item.default for item in fields(ClusterConfig)}
 
 
 def allowed_factories(config: ClusterConfig) -> tuple[str, ...]:
@@ -113,28 +137,6 @@ def allowed_factories(config: ClusterConfig) -> tuple[str, ...]:
     return tuple(sorted(factory for factory in named if factory is not None))
 
 
-def mistakes(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Every mistake in the values of a ClusterConfig, as (setting, message); the message names the setting."""
-    found: list[tuple[str, str]] = []
-    for name, (fits, wanted) in _RULES.items():
-        if not fits(values[name]):
-            found.append((name, f"{name} must be {wanted}, not {values[name]!r}"))
-    try:
-        check_name(values["name"], "cluster")
-    except ConfigError as error:
-        found.append(("name", str(error)))
-    found += _layer_mistakes(values["layers"])
-    wrong = {name for name, _ in found}
-    if not wrong & {"host", "tls_cert", "tls_key"}:
-        found += _tls_mistakes(values["host"], values["tls_cert"], values["tls_key"])
-    for least, most in pairwise(("max_message_bytes", "max_request_bytes", "max_stream_bytes")):
-        if not wrong & {least, most} and values[least] > values[most]:
-            found.append(
-                (most, f"{most} is {values[most]}, less than {least}, {values[least]}: raise it, or lower that")
-            )
-    return found
-
-
 def is_loopback(host: str) -> bool:
     """Whether an address to listen on can be reached from this machine alone."""
     try:
@@ -143,85 +145,34 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _layer_mistakes(layers: object) -> Iterable[tuple[str, str]]:
-    if not isinstance(layers, tuple) or not all(isinstance(layer, Layer) for layer in layers):
-        yield "layers", "layers must be a list of expertmesh.Layer"
-        return
-    if not layers:
-        yield "layers", "layers is empty: a cluster serves at least one layer"
-    names = [layer.name for layer in layers]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        yield "layers", f"layers must have different names, {name!r} stands twice"
+def _broken_rules(values: Mapping[str, Any]) -> Iterator[tuple[Keys, str]]:
+    """What is wrong with settings beyond their types; those of another type are not among the values."""
+    try:
+        check_name(values.get("name", "default"), "cluster")
+    except ConfigError as error:
+        yield ("name",), error.message
+    if values.get("layers") == ():
+        yield ("layers",), "layers is empty: a cluster serves at least one layer"
+    for name, count in Counter(layer.name for layer in values.get("layers", ())).items():
+        if count > 1:
+            yield ("layers",), f"layers must have different names, {name!r} stands twice"
+    for factory in values.get("allowed_factories") or ():
+        if not is_import_string(factory):
+            yield ("allowed_factories",), f"allowed_factories must be {_FACTORIES.description}, not {factory!r}"
+    if {"host", "tls_cert", "tls_key"} <= values.keys():
+        yield from _broken_tls_rules(values["host"], values["tls_cert"], values["tls_key"])
+    for least, most in pairwise(("max_message_bytes", "max_request_bytes", "max_stream_bytes")):
+        if values.get(least, 0) > values.get(most, math.inf):
+            yield (most,), f"{most} is {values[most]}, less than {least}, {values[least]}: raise it, or lower that"
 
 
-def _tls_mistakes(host: str, cert: Path | None, key: Path | None) -> Iterable[tuple[str, str]]:
+def _broken_tls_rules(host: str, cert: Path | None, key: Path | None) -> Iterator[tuple[Keys, str]]:
     if (cert is None) != (key is None):
         given, missing = ("tls_key", "tls_cert") if cert is None else ("tls_cert", "tls_key")
-        yield given, f"{given} is given without {missing}: TLS needs both"
+        yield (given,), f"{given} is given without {missing}: TLS needs both"
     elif cert is None and not is_loopback(host):
-        yield (
-            "host",
-            f"host {host!r} can be reached from other machines, which requires TLS: give tls_cert and tls_key, "
-            "or listen on 127.0.0.1",
-        )
+        reason = f"host {host!r} can be reached from other machines, which requires TLS"
+        yield ("host",), f"{reason}: give tls_cert and tls_key, or listen on 127.0.0.1"
     for name, path in (("tls_cert", cert), ("tls_key", key)):
         if path is not None and not path.is_file():
-            yield name, f"{name}: there is no file {str(path)!r}"
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _whole(least: int, most: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and least <= value <= most
-
-
-def _seconds(value: Any) -> bool:
-    return _is_number(value) and 0 < value <= 86400
-
-
-def _host(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_.:\[\]%-]{1,255}", value) is not None
-
-
-def _tokens(value: Any) -> bool:
-    return isinstance(value, tuple) and all(isinstance(entry, TokenEntry) for entry in value)
-
-
-def _factories(value: Any) -> bool:
-    return isinstance(value, tuple) and all(is_import_string(factory) for factory in value)
-
-
-def _optional(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or fits(value)
-
-
-def _is(*kinds: type) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, kinds)
-
-
-_RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "host": (_host, "the address to listen on, as 127.0.0.1"),
-    "port": (_whole(0, 65535), "a whole number from 0 to 65535"),
-    "metrics_port": (_optional(_whole(0, 65535)), "a whole number from 0 to 65535, or null for no metrics"),
-    "transport": (lambda value: value in TRANSPORTS, f"one of {', '.join(TRANSPORTS)}"),
-    "address": (_optional(_is(str)), 'the address of a Ray cluster, "auto", or null to start one'),
-    "runtime_env": (_optional(_is(Mapping)), "a map, as Ray takes it"),
-    "tokens": (_tokens, "a list of tokens, each with role and sha256"),
-    "tls_cert": (_optional(_is(Path)), "the path of a PEM file"),
-    "tls_key": (_optional(_is(Path)), "the path of a PEM file"),
-    "max_message_bytes": (_whole(4096, MAX_GRPC_BYTES), f"a whole number from 4096 to {MAX_GRPC_BYTES}"),
-    "max_request_bytes": (_whole(4096, 1 << 40), f"a whole number from 4096 to {1 << 40}"),
-    "max_stream_bytes": (_whole(4096, 1 << 50), "a whole number of at least 4096"),
-    "max_rows_in_flight": (_whole(1, 1 << 40), "a whole number of at least 1"),
-    "default_timeout": (_seconds, "a number of seconds above 0, at most 86400"),
-    "start_timeout": (_seconds, "a number of seconds above 0, at most 86400"),
-    "state_dir": (_optional(_is(Path)), "the path of a folder"),
-    "retain_epochs": (_whole(0, 1000), "a whole number from 0 to 1000"),
-    "max_upload_bytes": (_whole(1, LIMITS.max_bytes), f"a whole number from 1 to {LIMITS.max_bytes}"),
-    "max_uploads_bytes": (_whole(1, 1 << 50), "a whole number of at least 1"),
-    "upload_rate": (_whole(1 << 23, 1 << 50), f"a whole number of bytes a second, at least {1 << 23}"),
-    "allowed_factories": (_optional(_factories), 'a list of factories, each "module:attribute"'),
-    "log_level": (lambda value: value in LOG_LEVELS, f"one of {', '.join(LOG_LEVELS)}"),
-}
+            yield (name,), f"{name}: there is no file {str(path)!r}"

@@ -3,295 +3,183 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from ...experts.construct.factory import locate, seeded
-from ...experts.construct.probe import check_declaration
-from ...experts.errors import ConfigError, DataLoss, ExpertMeshError
+from ...experts.construct.probe import check_rows, check_weights, without_weights
+from ...experts.errors import ConfigError, ExpertMeshError
 from ...experts.identity.canonical import canonical
 from ...experts.spec import Expert, TensorSpec
+from ...experts.suggestion import suggestion
 from ...experts.weights.files import load_into, load_tensors
 from ...router import gates
 from ...router.mixture.capacity import Capacity
 from ...router.mixture.layer import Layer, check_name
 from ..placement.plan import plan_layer
+from .document import Mistakes, as_map, check_key, each, shown
 from .preflight import check_layer
-from .value_tree import Located, Mistakes, suggestion
+from .records import Readers, Record, filled, typed
 
-T = TypeVar("T")
-
-_EXPERT_KEYS = tuple(item.name for item in fields(Expert) if item.name != "live")
-_EXPERT_KINDS = {
-    "args": "list", "kwargs": "map", "weights": "text", "resources": "map", "pack": "text", "runtime_env": "map",
-    "framework": "text",
-}  # fmt: skip
-_LAYER_KEYS = tuple(item.name for item in fields(Layer) if item.name != "name")
-_LAYER_KINDS = {
-    "combine": "text", "on_missing": "text", "max_lost_mass": "number", "on_dropped": "text",
-}  # fmt: skip
-_CAPACITY_KINDS = {"factor": "number", "drop": "text", "minimum": "number"}
-_REQUIRED = ("factory", "gate", "experts")
+_STAND_IN = Expert("torch.nn:Identity")  # takes the place of an expert that is wrong, so that the rest is checked
 _ELSEWHERE = "; install it, or say where its code is: runtime_env: {working_dir: FOLDER}"
-_STAND_IN = "torch.nn:Identity"  # takes the place of a factory that is wrong, so that the rest is still checked
 
 
 class DeclarationReader:
-    """Reads declarations; paths in them are relative to `folder`.
+    """Reads declarations of a file in `folder`. Each method raises ConfigError with every mistake that it finds.
 
     Factories are imported, unless `code_elsewhere` or a runtime_env of the expert says that their code is not here.
     """
 
-    def __init__(self, folder: Path, mistakes: Mistakes, *, code_elsewhere: bool = False) -> None:
+    def __init__(self, folder: Path, *, code_elsewhere: bool) -> None:
         self._folder = folder
-        self._mistakes = mistakes
         self._code_elsewhere = code_elsewhere
-        self._readers: Mapping[str, Callable[[Located], object]] = {
-            "input": self._input,
-            "output": self._output,
-            "runtime_env": self.runtime_env,
+        self._readers: Readers = {
+            "input": lambda declared: _read(TensorSpec(), declared, "input"),
+            "output": lambda declared: _read(TensorSpec(), declared, "output"),
+            "capacity": _capacity,
             "weights": self._weights,
+            "runtime_env": self.runtime_env,
         }
 
-    def layers(self, node: Located) -> tuple[Layer, ...]:
-        """Every layer of the map `layers`, those apart that cannot be built; their mistakes are noted."""
-        if not self._mistakes.check_kind(node, "map", "layers"):
-            return ()
-        made = [self._layer(name, child) for name, child in node.items()]
-        return tuple(layer for layer in made if layer is not None)
+    def layers(self, declared: object) -> tuple[Layer, ...]:
+        """The layers of a map."""
+        return tuple(each(as_map(declared, "layers"), self._layer).values())
 
-    def runtime_env(self, node: Located) -> dict[str, Any] | None:
-        """A runtime_env whose local folders are absolute; a folder that is missing is noted."""
-        if node.value is None or not self._mistakes.check_kind(node, "map", "runtime_env"):
-            return None
-        environment: dict[str, Any] = node.plain()
-        for key, child in node.items():
-            if key == "working_dir":
-                environment[key] = self._code(child)
-            elif key == "py_modules" and isinstance(child.value, list):
-                environment[key] = [self._code(item) for item in child.value]
-        return environment
+    def runtime_env(self, declared: object) -> dict[str, Any]:
+        """A runtime_env whose local folders are absolute."""
+        environment = as_map(declared, "runtime_env")
+        places = {key: place for key, place in environment.items() if key in ("working_dir", "py_modules")}
+        return environment | each(places, self._code)
 
-    def _layer(self, name: str, node: Located) -> Layer | None:
-        if not self._mistakes.check_kind(node, "map", f"layer {name}"):
-            return None
-        before = len(self._mistakes)
-        arguments = self._arguments(node, "a layer", _LAYER_KEYS, _LAYER_KINDS)
-        if "input" in arguments:
-            arguments["input"] = self._input(node.value["input"])
-        rows = arguments.get("input", TensorSpec())
-        experts = self._experts(name, node, rows)
-        if "shared" in arguments:
-            arguments["shared"] = self._named_experts(name, node.value["shared"], "shared", rows)
-        if "capacity" in arguments:
-            arguments["capacity"] = self._capacity(node.value["capacity"])
-        gate = self._gate(node)
-        if experts:
-            gate = gate or gates.Fixed([1.0] * len(experts))  # a stand-in: why it has no gate is noted already
-            arguments.update(name=self._name(name, "layer", node.where), gate=gate, experts=experts)
-            layer = self._build(Layer, arguments, node)
-            if layer is not None and len(self._mistakes) == before:
-                self._check_together(layer, node)
-            return layer
-        return None
+    def _code(self, key: object, place: Any) -> Any:
+        """Where code is: a folder, as an absolute path, or an address; or a list of such."""
+        if isinstance(place, list):
+            return list(each(dict(enumerate(place)), self._code).values())
+        if not isinstance(place, str) or "://" in place:
+            return place
+        path = self._folder / place
+        if not path.exists():
+            raise ConfigError(f"there is no folder {str(path)!r} to take code from")
+        return str(path)
 
-    def _check_together(self, layer: Layer, node: Located) -> None:
-        """Whether experts that are right each by itself fit together, and the gate with them."""
-        try:
-            check_layer(layer, code_elsewhere=self._code_elsewhere)
-            plan_layer(layer)
-        except ExpertMeshError as error:
-            self._mistakes.add(node.where, str(error))
+    def _weights(self, name: Any) -> Path:
+        path: Path = self._folder / typed(Expert, "weights", name)
+        if not path.is_file():
+            raise ConfigError(f"there is no weights file {str(path)!r}")
+        return path
 
-    def _experts(self, layer: str, node: Located, rows: TensorSpec) -> dict[str, Expert]:
-        found = node.value.get("experts")
-        if found is None or not found.value:
-            self._mistakes.add(node.where_of("experts"), f"layer {layer} has no experts: give them under `experts`")
-            return {}
-        return self._named_experts(layer, found, "experts", rows)
+    def _layer(self, name: str, declared: object) -> Layer:
+        entries, wrong, gate = dict(as_map(declared, f"layer {name}")), Mistakes(), None
+        with wrong.at("experts"):
+            if not entries.get("experts"):
+                entries.pop("experts", None)
+                raise ConfigError(f"layer {name} has no experts: give them under `experts`")
+        experts, shared = (self._experts(name, key, entries.pop(key, None), wrong) for key in ("experts", "shared"))
+        with wrong.at("gate"):
+            gate = self._gate(entries.pop("gate", None))
+        with wrong.at():
+            check_name(name, "layer")
+            if experts:
+                layer = Layer(name, gates.Fixed([1.0] * len(experts)), experts)
+                layer = filled(layer, {**entries, "shared": shared}, "a layer", wrong, self._readers)
+                self._check_experts(layer, wrong)
+                layer = replace(layer, gate=gate or layer.gate)
+        wrong.raise_if_any()
+        check_layer(layer, code_elsewhere=self._code_elsewhere)
+        plan_layer(layer)
+        return layer
 
-    def _named_experts(self, layer: str, node: Located, key: str, rows: TensorSpec) -> dict[str, Expert]:
-        if not self._mistakes.check_kind(node, "map", key):
-            return {}
-        return {
-            self._name(name, "expert", child.where): self._expert(f"{layer}/{name}", child, rows)
-            for name, child in node.items()
-        }
+    def _experts(self, layer: str, key: str, declared: object, wrong: Mistakes) -> dict[str, Expert]:
+        """The experts of a layer; what is wrong with one is noted, and another stands in for it."""
+        made: dict[str, Expert] = {}
+        with wrong.at(key):
+            for name, expert in as_map({} if declared is None else declared, key).items():
+                with wrong.at(key, name):
+                    check_name(name, "expert")
+                    made[name] = _STAND_IN
+                    made[name] = self._expert(f"{layer}/{name}", expert)
+        return made
 
-    def _capacity(self, node: Located) -> Capacity | None:
-        if not self._mistakes.check_kind(node, "map", "capacity"):
-            return None
-        arguments = self._arguments(node, "a capacity", _CAPACITY_KINDS, _CAPACITY_KINDS)
-        if "factor" not in arguments:
-            self._mistakes.add(node.where, "a capacity needs a factor, as in `capacity: {factor: 1.25}`")
-            return None
-        return self._build(Capacity, arguments, node)
-
-    def _name(self, name: str, what: str, where: str) -> str:
-        """The name, or one that may stand in for a name that cannot be one."""
-        try:
-            check_name(name, what)
-            return name
-        except ConfigError as error:
-            self._mistakes.add(where, str(error))
-            return "_".join(map(str, name.encode()))[:64] or "_"
-
-    def _expert(self, name: str, node: Located, rows: TensorSpec) -> Expert:
-        if not self._mistakes.check_kind(node, "map", f"expert {name}"):
-            return Expert(_STAND_IN)
-        before = len(self._mistakes)
-        entries = dict(node.items())
-        arguments = self._arguments(node, "an expert", _EXPERT_KEYS, _EXPERT_KINDS)
-        arguments["factory"] = self._factory(name, node)
-        for key, reader in self._readers.items():
-            if key in arguments:
-                arguments[key] = reader(entries[key])
-        if "resources" in arguments:
-            for resource, amount in entries["resources"].items():
-                self._mistakes.check_kind(amount, "number", f"resource {resource}")
-        expert = self._build(Expert, arguments, node) or Expert(_STAND_IN)
-        if len(self._mistakes) == before and not self._is_elsewhere(node):
-            self._check(expert, name, rows, node)
+    def _expert(self, name: str, declared: object) -> Expert:
+        entries, wrong, expert = dict(as_map(declared, f"expert {name}")), Mistakes(), _STAND_IN
+        with wrong.at("factory"):
+            expert = self._factory(name, entries.pop("factory", None), entries.get("runtime_env"))
+        expert = filled(expert, entries, "an expert", wrong, self._readers)
+        wrong.raise_if_any()
         return expert
 
-    def _check(self, expert: Expert, name: str, rows: TensorSpec, node: Located) -> None:
+    def _factory(self, name: str, factory: Any, environment: object) -> Expert:
+        if factory is None:
+            raise ConfigError(f'expert {name} needs a factory, as in `factory: "torch.nn:Linear"`')
+        expert = Expert(factory)
         try:
-            check_declaration(expert, name, rows)
-        except ExpertMeshError as error:
-            of_weights = isinstance(error, DataLoss) or "weights" in str(error)
-            self._mistakes.add(node.where_of("weights") if of_weights else node.where, str(error))
-
-    def _is_elsewhere(self, node: Located) -> bool:
-        return self._code_elsewhere or dict(node.items()).get("runtime_env") is not None
-
-    def _factory(self, name: str, node: Located) -> str:
-        found = node.value.get("factory")
-        if found is None or found.value is None:
-            self._mistakes.add(node.where, f'expert {name} needs a factory, as in `factory: "torch.nn:Linear"`')
-            return _STAND_IN
-        try:
-            Expert(found.value)
-            if not self._is_elsewhere(node):
-                locate(found.value)
+            if not (self._code_elsewhere or environment):
+                locate(factory)
         except ConfigError as error:
             hint = _ELSEWHERE if isinstance(error.__cause__, ModuleNotFoundError) else ""
-            self._mistakes.add(found.where, f"{error}{hint}")
-            return _STAND_IN
-        return str(found.value)
+            raise ConfigError(f"{error.message}{hint}") from None
+        return expert
 
-    def _input(self, node: Located) -> TensorSpec:
-        return self._spec(node, "input")
+    def _check_experts(self, layer: Layer, wrong: Mistakes) -> None:
+        """Check each expert that is right by itself: its code, its weights, and whether it takes the layer's rows."""
+        for key, experts in (("experts", layer.experts), ("shared", layer.shared)):
+            for name, expert in experts.items():
+                if expert is _STAND_IN or self._code_elsewhere or expert.runtime_env:
+                    continue
+                with wrong.at(key, name):
+                    function = without_weights(expert)
+                    with wrong.at(key, name, "weights"):
+                        check_weights(expert, function, f"{layer.name}/{name}")
+                    check_rows(expert, function, f"{layer.name}/{name}", layer.input)
 
-    def _output(self, node: Located) -> TensorSpec:
-        return self._spec(node, "output")
-
-    def _spec(self, node: Located, name: str) -> TensorSpec:
-        if not self._mistakes.check_kind(node, "map", name):
-            return TensorSpec()
-        kinds = {"shape": "list", "dtype": "text"}
-        return self._build(TensorSpec, self._arguments(node, f"the {name}", kinds, kinds), node) or TensorSpec()
-
-    def _gate(self, node: Located) -> gates.Gate | None:
-        found = node.value.get("gate")
-        if found is None:
-            self._mistakes.add(node.where, f"a layer needs a gate, of type {', '.join(gates.GATES)}")
-            return None
-        if not self._mistakes.check_kind(found, "map", "gate"):
-            return None
-        kind = found.plain().get("type")
-        if kind is None:
-            self._mistakes.add(found.where, f"a gate needs a type: one of {', '.join(gates.GATES)}")
-            return None
-        if kind not in list(gates.GATES):
-            self._mistakes.add(found.where_of("type"), f"there is no gate {kind!r}{suggestion(str(kind), gates.GATES)}")
-            return None
-        return self._gate_of(kind, found)
-
-    def _gate_of(self, kind: str, node: Located) -> gates.Gate | None:
+    def _gate(self, declared: object) -> gates.Gate:
         """A gate of a known kind. `weights` is its safetensors file, unless the gate has an argument of that name."""
-        before = len(self._mistakes)
+        if declared is None:
+            raise ConfigError(f"a layer needs a gate, of type {', '.join(gates.GATES)}")
+        arguments, wrong, weights = dict(as_map(declared, "gate")), Mistakes(), None
+        kind = arguments.pop("type", None)
+        if kind is None:
+            raise ConfigError(f"a gate needs a type: one of {', '.join(gates.GATES)}")
+        if kind not in list(gates.GATES):
+            raise ConfigError.of(
+                (("type",), f"there is no gate {kind!r}{suggestion(str(kind), gates.GATES, 'it takes')}")
+            )
         known = inspect.signature(gates.GATES[kind]).parameters
-        self._mistakes.check_keys(node, dict.fromkeys(("type", *known, "weights")), f"gate {kind!r}")
-        arguments = node.plain()
-        del arguments["type"]
-        path = None
-        if "weights" in known and "weights" in arguments:
-            self._mistakes.check_kind(node.value["weights"], "list", "weights")
-        elif arguments.pop("weights", None) is not None:
-            path = self._weights(node.value["weights"])
-        return self._built_gate(kind, arguments, path, node) if len(self._mistakes) == before else None
-
-    def _built_gate(
-        self, kind: str, arguments: dict[str, Any], weights: Path | None, node: Located
-    ) -> gates.Gate | None:
-        where = node.where
+        for key in arguments:
+            with wrong.at(key):
+                check_key(key, dict.fromkeys(("type", *known, "weights")), f"gate {kind!r}")
+        with wrong.at("weights"):
+            given = arguments.get("weights")
+            if "weights" in known and not isinstance(given, (list, type(None))):
+                raise ConfigError(f"weights must be a list, not {shown(given)}")
+            if "weights" not in known and given is not None:
+                weights = self._weights(given)
+        wrong.raise_if_any()
+        arguments = {key: value for key, value in arguments.items() if key in known}
         try:
             with seeded(f"gate {kind}|{canonical(arguments)}"), torch.device("cpu"):
                 gate = gates.build(kind, **arguments)
+        except ValueError as error:
+            raise error if isinstance(error, ExpertMeshError) else ConfigError(f"gate {kind!r}: {error}") from None
+        with wrong.at("weights"):
             if weights is not None:
-                where = node.where_of("weights")
                 load_into(gate, load_tensors(weights)[0], weights.name)
-            return gate
-        except (ExpertMeshError, ValueError) as error:
-            self._mistakes.add(where, str(error) if isinstance(error, ExpertMeshError) else f"gate {kind!r}: {error}")
-            return None
-
-    def _weights(self, node: Located) -> Path | None:
-        if not self._mistakes.check_kind(node, "text", "weights"):
-            return None
-        path = self._folder / str(node.value)
-        if not path.is_file():
-            self._mistakes.add(node.where, f"there is no weights file {str(path)!r}")
-            return None
-        return path
-
-    def _code(self, node: Located) -> Any:
-        if not isinstance(node.value, str) or "://" in node.value:
-            return node.plain()
-        path = self._folder / node.value
-        if not path.exists():
-            self._mistakes.add(node.where, f"there is no folder {str(path)!r} to take code from")
-        return str(path)
-
-    def _arguments(self, node: Located, what: str, known: Iterable[str], kinds: Mapping[str, str]) -> dict[str, Any]:
-        """The entries of a map that are known and of the right kind; an entry that is null counts as not given."""
-        self._mistakes.check_keys(node, known, what)
-        return {
-            key: child.plain()
-            for key, child in node.items()
-            if key in known
-            and child.value is not None
-            and (key not in kinds or self._mistakes.check_kind(child, kinds[key], key))
-        }
-
-    def _build(self, kind: Callable[..., T], arguments: dict[str, Any], node: Located) -> T | None:
-        """Build a record; an argument that it refuses is noted and left out, so that the next mistake is found too."""
-        while True:
-            try:
-                return kind(**arguments)
-            except ExpertMeshError as error:
-                optional = [key for key, _ in node.items() if key not in _REQUIRED]
-                guilty = _guilty(kind, arguments, str(error), optional)
-                self._mistakes.add(node.where if guilty is None else node.where_of(guilty), str(error))
-                if guilty is None:
-                    return None
-                del arguments[guilty]
+        wrong.raise_if_any()
+        return gate
 
 
-def _guilty(kind: Callable[..., T], arguments: dict[str, Any], message: str, optional: Iterable[str]) -> str | None:
-    """The argument without which the same refusal does not come again."""
-    for name in [name for name in optional if name in arguments]:
-        try:
-            kind(**{key: value for key, value in arguments.items() if key != name})
-        except ExpertMeshError as error:
-            if str(error) != message:
-                return name
-        except TypeError:
-            continue
-        else:
-            return name
-    return None
+def _read(record: Record, declared: object, name: str) -> Record:
+    wrong = Mistakes()
+    record = filled(record, as_map(declared, name), f"the {name}", wrong, {})
+    wrong.raise_if_any()
+    return record
+
+
+def _capacity(declared: object) -> Capacity:
+    if as_map(declared, "capacity").get("factor") is None:
+        raise ConfigError("a capacity needs a factor, as in `capacity: {factor: 1.25}`")
+    return _read(Capacity(factor=1.0), declared, "capacity")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from datetime import date, datetime, time, timezone
 from pathlib import Path
 from typing import Any
 
 from ...experts.errors import ConfigError
 from ..rpc.methods import Role
-from .cluster_config import DEFAULTS, SETTINGS, ClusterConfig, TokenEntry, mistakes
+from .cluster_config import SETTINGS, ClusterConfig, TokenEntry
 from .declarations import DeclarationReader
-from .value_tree import Located, Mistakes
-from .yaml_file import parse_tree, parse_value, read_trusted
+from .document import Document, Mistakes, Place, as_map, check_key, each, shown
+from .records import Readers
+from .yaml_file import parse_value, read_document, read_trusted
 
 __all__ = ["ClusterConfig", "TokenEntry", "load_config", "parse_override"]
 
@@ -35,19 +35,22 @@ def load_config(
 
     Raises one ConfigError that lists every mistake with file and line.
     """
-    found = Mistakes()
-    tree = parse_tree(read_trusted(Path(path)), str(path), found)
-    tree = _with_environment(tree, os.environ if environ is None else environ, found)
+    document = read_document(read_trusted(Path(path)), str(path))
+    _put_environment(document, os.environ if environ is None else environ)
     for key, value in (overrides or {}).items():
-        tree = tree.replaced(tuple(key.split(".")), Located.given(_from_here(key, value), f"override {key}"))
-    found.check_keys(tree, SETTINGS, "the configuration")
-    values = _values(tree, Path(path).absolute().parent, found)
-    layers_are_wrong = len(found) > 0 and not values["layers"]
-    for name, message in mistakes(values):
-        if name != "layers" or not layers_are_wrong:
-            found.add(tree.where_of(name), message)
-    found.raise_if_any(str(path))
-    return ClusterConfig(**values)
+        document.put(tuple(key.split(".")), _from_here(key, value), f"override {key}")
+    readers, values, wrong = _readers(document, Path(path).absolute().parent), dict[str, Any](), Mistakes()
+    for key, value in document.data.items():
+        with wrong.at(key):
+            check_key(key, SETTINGS, "the configuration")
+            values[key] = readers[key](value) if key in readers else value
+    refused = {keys[0] for keys, _ in wrong.found}
+    try:
+        config = ClusterConfig(**values)
+    except ConfigError as error:
+        wrong.found += [mistake for mistake in error.mistakes if mistake[0][0] not in refused]
+    document.raise_if_wrong(wrong.found)
+    return config
 
 
 def parse_override(text: str) -> tuple[str, object]:
@@ -58,19 +61,15 @@ def parse_override(text: str) -> tuple[str, object]:
     return key.strip(), parse_value(value)
 
 
-def _with_environment(tree: Located, environ: Mapping[str, str], found: Mistakes) -> Located:
+def _put_environment(document: Document, environ: Mapping[str, str]) -> None:
     for variable, text in sorted(environ.items()):
-        name = variable.removeprefix(PREFIX).lower()
+        name, origin = variable.removeprefix(PREFIX).lower(), f"environment {variable}"
         if not variable.startswith(PREFIX) or not text or name not in _SCALARS:
             continue
-        where = f"environment {variable}"
         try:
-            value = text if name in _TEXTS else parse_value(text)
+            document.put((name,), _from_here(name, text if name in _TEXTS else parse_value(text)), origin)
         except ConfigError as error:
-            found.add(where, str(error))
-            continue
-        tree = tree.replaced((name,), Located(_from_here(name, value), where))
-    return tree
+            document.mistakes.add((Place(0, origin), error.message))
 
 
 def _from_here(key: str, value: object) -> object:
@@ -78,53 +77,26 @@ def _from_here(key: str, value: object) -> object:
     return str(Path(value).absolute()) if key in _PATHS and isinstance(value, (str, Path)) else value
 
 
-def _values(tree: Located, folder: Path, found: Mistakes) -> dict[str, Any]:
-    values = dict(DEFAULTS)
-    entries = {key: child for key, child in tree.items() if key in values}
-    elsewhere = "runtime_env" in entries and entries["runtime_env"].value is not None
-    reader = DeclarationReader(folder, found, code_elsewhere=elsewhere)
-    for key, child in entries.items():
-        if key == "layers":
-            values[key] = reader.layers(child)
-        elif key == "runtime_env":
-            values[key] = reader.runtime_env(child)
-        elif key == "tokens":
-            values[key] = _tokens(child, found)
-        elif key == "allowed_factories" and isinstance(child.value, list):
-            values[key] = tuple(child.plain())
-        elif key in _PATHS and isinstance(child.value, str):
-            values[key] = folder / child.value
-        else:
-            values[key] = child.plain()
-    return values
+def _readers(document: Document, folder: Path) -> Readers:
+    """How the settings are read that stand otherwise in a file than in a ClusterConfig."""
+    environment = document.data.get("runtime_env")
+    reader = DeclarationReader(folder, code_elsewhere=environment is not None)
+    return {
+        "layers": reader.layers,
+        "tokens": _tokens,
+        "runtime_env": lambda given: None if given is None else reader.runtime_env(given),
+        **dict.fromkeys(_PATHS, lambda given: folder / given if isinstance(given, str) else given),
+    }
 
 
-def _tokens(node: Located, found: Mistakes) -> tuple[TokenEntry, ...]:
-    made: list[TokenEntry] = []
-    if node.value is None or not found.check_kind(node, "list", "tokens"):
-        return ()
-    for child in node.value:
-        if not found.check_kind(child, "map", "an entry of tokens"):
-            continue
-        found.check_keys(child, ("role", "sha256", "expires"), "an entry of tokens")
-        given = child.plain()
-        try:
-            role, expires = Role.parse(given.get("role")), _seconds_since_1970(given.get("expires"))
-            made.append(TokenEntry(role=role, sha256=given.get("sha256"), expires=expires))
-        except ConfigError as error:
-            found.add(child.where, str(error))
-    return tuple(made)
+def _tokens(declared: object) -> tuple[TokenEntry, ...]:
+    if not isinstance(declared, (list, tuple, type(None))):
+        raise ConfigError(f"tokens must be a list, not {shown(declared)}")
+    return tuple(each(dict(enumerate(declared or ())), _token).values())
 
 
-def _seconds_since_1970(value: Any) -> Any:
-    """YAML's times and dates, and text in ISO form, as seconds; a time without zone is UTC; the rest as it is."""
-    if isinstance(value, str):
-        try:
-            value = datetime.fromisoformat(value.replace("Z", "+00:00"))
-        except ValueError:
-            return value
-    if isinstance(value, date) and not isinstance(value, datetime):
-        value = datetime.combine(value, time())
-    if isinstance(value, datetime):
-        return (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()
-    return value
+def _token(index: int, declared: object) -> TokenEntry:
+    entries = as_map(declared, "an entry of tokens")
+    each(entries, lambda key, _: check_key(key, ("role", "sha256", "expires"), "an entry of tokens"))
+    role, sha256, expires = Role.parse(entries.get("role")), entries.get("sha256", ""), entries.get("expires")
+    return TokenEntry(role=role, sha256=sha256, expires=expires)

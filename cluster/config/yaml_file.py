@@ -1,4 +1,4 @@
-"""YAML text as values that know their line; the one file that reads YAML, and never more than plain data of it."""
+"""YAML text as plain data that knows its lines; the one file that reads YAML, and never more than plain data of it."""
 
 from __future__ import annotations
 
@@ -7,25 +7,15 @@ import os
 import pwd
 import re
 import stat
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from ...experts.errors import ConfigError
-from .value_tree import Located, Mistakes
+from .document import Document, Keys, Place
 
-_PLAIN = ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
-_MERGE = "tag:yaml.org,2002:merge"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, and 1e-3 is a number, as in YAML 1.2."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+_TEXT, _LIST, _MAP, _MERGE = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map", "merge"))
 
 
 def read_trusted(path: Path) -> str:
@@ -47,36 +37,27 @@ def read_trusted(path: Path) -> str:
         raise ConfigError(f"{path} cannot be read: {error}") from None
 
 
-def _is_private_group(status: os.stat_result) -> bool:
-    """Whether the file's group is the one that many systems give each user for himself alone."""
-    try:
-        group, owner = grp.getgrgid(status.st_gid), pwd.getpwuid(status.st_uid)
-    except KeyError:
-        return False
-    return group.gr_name == owner.pw_name and set(group.gr_mem) <= {owner.pw_name}
-
-
-def parse_tree(text: str, source: str, found: Mistakes) -> Located:
-    """Read the map that a file is, with the line of every entry; keys that stand twice are among the mistakes.
+def read_document(text: str, source: str) -> Document:
+    """Read the map that a file is; what cannot be read, and keys that stand twice, are noted in the document.
 
     Raises ConfigError where it is not YAML, or not a map.
     """
     loader = _Loader(text)
+    loader.document = document = Document(source)
     try:
         root = loader.get_single_node()
         if root is None:
             raise ConfigError(f"{source}:1: the file is empty; it needs `layers`")
-        tree = _located(root, f"{source}:1", source, loader, found, ())
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise ConfigError(f"{source}:{mark.line + 1 if mark else 1}: this is not YAML: {error.problem}") from None
+        document.data = loader.read(root, (), Place(1, f"{source}:1"))
     except yaml.YAMLError as error:
-        raise ConfigError(f"{source}:1: this is not YAML: {error}") from None
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        line, problem = mark.line + 1 if mark else 1, getattr(error, "problem", error)
+        raise ConfigError(f"{source}:{line}: this is not YAML: {problem}") from None
     finally:
         loader.dispose()
-    if not isinstance(tree.value, dict):
+    if not isinstance(document.data, dict):
         raise ConfigError(f"{source}:1: the file must be a map with the key `layers`")
-    return tree
+    return document
 
 
 def parse_value(text: str) -> object:
@@ -87,62 +68,69 @@ def parse_value(text: str) -> object:
         raise ConfigError(f"{text!r} is not YAML: put it in quotes") from None
 
 
-def _located(
-    node: yaml.Node, where: str, source: str, loader: _Loader, found: Mistakes, inside: tuple[yaml.Node, ...]
-) -> Located:
-    """A node of YAML with all it holds; `inside` are the nodes round it, so that one that holds itself is refused."""
-    if node in inside:
-        found.add(where, "an alias (*) stands inside its own anchor (&)")
-        return Located(None, where)
-    inside = (*inside, node)
-    if isinstance(node, yaml.CollectionNode) and node.tag not in _PLAIN:
-        found.add(where, f"the tag {node.tag!r} is not understood: leave it out")
-        return Located(None, where)
-    if isinstance(node, yaml.SequenceNode):
-        children = [_located(child, _at(child, source), source, loader, found, inside) for child in node.value]
-        return Located(children, where)
-    if isinstance(node, yaml.MappingNode):
-        entries: dict[str, Located] = {}
-        for key, place, child in _entries(node, source, loader, found, inside):
-            if key in entries:
-                found.add(place, f"key {key!r} stands twice, first at {entries[key].where}")
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, and 1e-3 is a number, as in YAML 1.2; `read` marks its lines in a document."""
+
+    document: Document
+
+    def read(self, node: yaml.Node, keys: Keys, place: Place, inside: tuple[yaml.Node, ...] = ()) -> Any:
+        """The data of a node that lies `inside` others; one that holds itself is refused."""
+        self.document.places[keys] = place
+        if node in inside:
+            return self._refuse(place, "an alias (*) stands inside its own anchor (&)")
+        inside = (*inside, node)
+        if isinstance(node, yaml.MappingNode) and node.tag == _MAP:
+            entries = self._entries(node, inside).items()
+            return {key: self.read(child, (*keys, key), at, inside) for key, (at, child) in entries}
+        if isinstance(node, yaml.SequenceNode) and node.tag == _LIST:
+            return [self.read(child, (*keys, i), self._place(child), inside) for i, child in enumerate(node.value)]
+        if isinstance(node, yaml.CollectionNode):
+            return self._refuse(place, f"the tag {node.tag!r} is not understood: leave it out")
+        try:
+            return self.construct_object(node)
+        except (yaml.YAMLError, ValueError):
+            kind = node.tag.rpartition(":")[2]
+            return self._refuse(place, f"{node.value!r} cannot be read as {kind}: put it in quotes, without a tag")
+
+    def _entries(self, node: yaml.MappingNode, inside: tuple[yaml.Node, ...]) -> dict[str, tuple[Place, yaml.Node]]:
+        """Place and value of each entry; those that `<<` takes over come last, and only where the map has none."""
+        own: dict[str, tuple[Place, yaml.Node]] = {}
+        merged: list[dict[str, tuple[Place, yaml.Node]]] = []
+        for key, child in node.value:
+            place = self._place(key)
+            if key.tag == _MERGE:
+                for base in child.value if isinstance(child, yaml.SequenceNode) else [child]:
+                    if isinstance(base, yaml.MappingNode) and base not in inside:
+                        merged.append(self._entries(base, (*inside, base)))
+                    else:
+                        self._refuse(place, "<< must take over a map")
+            elif key.tag != _TEXT:
+                self._refuse(place, f"key {key.value!r} must be text: put it in quotes")
+            elif key.value in own:
+                self._refuse(place, f"key {key.value!r} stands twice, first at {own[key.value][0].text}")
             else:
-                entries[key] = _located(child, place, source, loader, found, inside)
-        return Located(entries, where)
+                own[key.value] = (place, child)
+        for entries in merged:
+            own |= {key: entry for key, entry in entries.items() if key not in own}
+        return own
+
+    def _place(self, node: yaml.Node) -> Place:
+        line = node.start_mark.line + 1
+        return Place(line, f"{self.document.source}:{line}")
+
+    def _refuse(self, place: Place, message: str) -> None:
+        self.document.mistakes.add((place, message))
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _is_private_group(status: os.stat_result) -> bool:
+    """Whether the file's group is the one that many systems give each user for himself alone."""
     try:
-        return Located(loader.construct_object(node), where)
-    except (yaml.YAMLError, ValueError):
-        kind = node.tag.rpartition(":")[2]
-        found.add(where, f"{node.value!r} cannot be read as {kind}: put it in quotes, without a tag")
-        return Located(None, where)
-
-
-def _entries(
-    node: yaml.MappingNode, source: str, loader: _Loader, found: Mistakes, inside: tuple[yaml.Node, ...]
-) -> Iterator[tuple[str, str, yaml.Node]]:
-    """Key, place and value of each entry; those that `<<` takes over come last and only where the map has none."""
-    own: set[str] = set()
-    merged: list[yaml.Node] = []
-    for key_node, child in node.value:
-        place = _at(key_node, source)
-        if key_node.tag == _MERGE:
-            merged += child.value if isinstance(child, yaml.SequenceNode) else [child]
-            continue
-        key = loader.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else None
-        if isinstance(key, str):
-            own.add(key)
-            yield key, place, child
-        else:
-            found.add(place, f"key {getattr(key_node, 'value', key)!r} must be text: put it in quotes")
-    for base in merged:
-        if not isinstance(base, yaml.MappingNode) or base in inside:
-            found.add(_at(base, source), "<< must take over a map")
-            continue
-        for key, place, child in _entries(base, source, loader, found, (*inside, base)):
-            if key not in own:
-                own.add(key)
-                yield key, place, child
-
-
-def _at(node: yaml.Node, source: str) -> str:
-    return f"{source}:{node.start_mark.line + 1}"
+        group, owner = grp.getgrgid(status.st_gid), pwd.getpwuid(status.st_uid)
+    except KeyError:
+        return False
+    return group.gr_name == owner.pw_name and set(group.gr_mem) <= {owner.pw_name}

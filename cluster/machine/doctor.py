@@ -19,6 +19,7 @@ CLUSTER: Mapping[str, str] = {
     "click": "8.1",
     "rich": "13.7",
     "pyyaml": "6.0",
+    "pydantic": "2.9",
     "prometheus-client": "0.20",
     "psutil": "6.0",
 }

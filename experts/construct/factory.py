@@ -107,7 +107,7 @@ def build(expert: Expert, device: str = "cpu", *, load_weights: bool = True) -> 
             load_into(function, load_tensors(expert.weights)[0], f"weights {str(expert.weights)!r}")
         function = function.to(place).eval().requires_grad_(False)
     elif expert.weights is not None:
-        raise ConfigError("weights are given for an expert that is a plain function")
+        raise ConfigError.of((("weights",), "weights are given for an expert that is a plain function"))
     return RowFunction(function, expert, place)
 
 

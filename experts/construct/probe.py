@@ -41,9 +41,16 @@ def check_declaration(expert: Expert, name: str, rows: TensorSpec) -> tuple[Tens
     `rows` is what the layer says of its rows, for an expert that declares nothing; of floating dtypes each expert keeps
     its own. Raises ConfigError, SpecMismatch, NotFound or DataLoss.
     """
-    function = _without_weights(expert)
-    if function.module is not None and expert.weights is not None:
-        _check_weights(expert, function.module, name)
+    function = without_weights(expert)
+    check_weights(expert, function, name)
+    return check_rows(expert, function, name, rows)
+
+
+def check_rows(expert: Expert, function: RowFunction, name: str, rows: TensorSpec) -> tuple[TensorSpec, TensorSpec]:
+    """The specs of an expert that was built `without_weights`, among rows as `check_declaration` takes them.
+
+    Raises SpecMismatch.
+    """
     shape = expert.input.shape if expert.input.shape is not None else rows.shape
     wanted = TensorSpec(shape, expert.input.dtype or (None if rows.dtype in FLOATING else rows.dtype))
     declared = expert.with_specs(wanted, expert.output)
@@ -55,8 +62,11 @@ def check_declaration(expert: Expert, name: str, rows: TensorSpec) -> tuple[Tens
         raise
 
 
-def _without_weights(expert: Expert) -> RowFunction:
-    """The expert to try, with tensors that have shapes and no bytes where its code can do without these."""
+def without_weights(expert: Expert) -> RowFunction:
+    """An expert to try, with tensors that have shapes and no bytes where its code can do without these.
+
+    Raises ConfigError.
+    """
     if expert.live is not None:
         own = with_own_copy(expert, "every replica")  # building freezes a module
         return build(own, load_weights=False)
@@ -78,11 +88,16 @@ def _needs_data(error: BaseException | None) -> bool:
     )
 
 
-def _check_weights(expert: Expert, module: nn.Module, name: str) -> None:
-    path = expert.weights or ""
-    given = {key: (shape, DTYPES.get(dtype, dtype)) for key, (shape, dtype) in describe_tensors(path).items()}
-    wanted = {key: (tuple(value.shape), value.dtype) for key, value in module.state_dict().items()}
-    check_fit(given, wanted, f"{name}: weights {str(path)!r}")
+def check_weights(expert: Expert, function: RowFunction, name: str) -> None:
+    """Compare the header of an expert's weights, if it has some, with what was built `without_weights`.
+
+    Raises ConfigError, SpecMismatch, NotFound or DataLoss.
+    """
+    if function.module is None or expert.weights is None:
+        return
+    given = {key: (shape, DTYPES.get(dtype, dtype)) for key, (shape, dtype) in describe_tensors(expert.weights).items()}
+    wanted = {key: (tuple(value.shape), value.dtype) for key, value in function.module.state_dict().items()}
+    check_fit(given, wanted, f"{name}: weights {str(expert.weights)!r}")
 
 
 def _input_spec(function: RowFunction) -> TensorSpec:

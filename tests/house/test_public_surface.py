@@ -55,10 +55,25 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
 
 
 def test_a_client_needs_neither_ray_nor_torch() -> None:
-    heavy = ("ray", "torch", "click", "rich", "yaml", "safetensors", "sklearn", "prometheus_client", "transformers")
+    heavy = (
+        "ray",
+        "torch",
+        "click",
+        "rich",
+        "yaml",
+        "pydantic",
+        "safetensors",
+        "sklearn",
+        "prometheus_client",
+        "transformers",
+    )
     code = "import expertmesh; from expertmesh import AsyncClient, Client, Lease, Reply, SwapOutcome, errors"
     assert imported(code, *heavy) == []
     assert imported("import expertmesh", "grpc", "numpy", "msgpack") == []
+
+
+def test_a_load_is_aimed_by_a_configuration_without_ray_torch_or_pydantic() -> None:
+    assert imported("import expertmesh.cluster.bench.target", "ray", "torch", "pydantic") == []
 
 
 def test_declaring_an_expert_needs_neither_ray_nor_torch() -> None:

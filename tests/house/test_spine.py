@@ -39,7 +39,7 @@ MOST = 10
 HELPERS = (  # what the ten call, and what returns to them
     "cluster/client/arrays.py", "cluster/client/half_precision.py", "cluster/client/reply.py",
     "cluster/client/requests.py", "cluster/client/retry.py", "cluster/client/seen_epoch.py", "cluster/rpc/methods.py",
-    "cluster/rpc/status.py", "cluster/gateway/authorise.py", "cluster/gateway/frames.py",
+    "cluster/rpc/status.py", "cluster/rpc/swaps.py", "cluster/gateway/authorise.py", "cluster/gateway/frames.py",
     "cluster/gateway/grpc_server.py", "cluster/machine/tokens.py", "cluster/runtime/router_thread.py",
     "cluster/channel/core_slots.py", "cluster/channel/framed_socket.py", "cluster/channel/messages.py",
     "router/epochs/epochs.py", "router/epochs/pinning.py", "router/fanout/answers.py", "router/fanout/fair_queue.py",

@@ -37,6 +37,7 @@ FENCES = {  # who alone may import what
     "safetensors": ("experts/weights/files.py",),
     "transformers": ("cluster/checkpoints/*.py",),
     "yaml": ("cluster/config/yaml_file.py",),
+    "pydantic": ("cluster/config/cluster_config.py", "cluster/config/records.py"),
     "matplotlib": ("cluster/bench/plot.py",),
     "click": ("cluster/cli/*.py",),
     "rich": ("cluster/cli/*.py", "cluster/demo/*.py"),

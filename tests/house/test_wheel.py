@@ -32,7 +32,7 @@ SCRIPT = """
         from expertmesh import Cluster
     except ImportError as error:
         print(error)
-    for name in ("torch", "ray", "yaml", "click", "safetensors"):
+    for name in ("torch", "ray", "yaml", "pydantic", "click", "safetensors"):
         try:
             __import__(name)
         except ImportError:

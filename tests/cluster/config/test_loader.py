@@ -217,6 +217,16 @@ WRONG = {
     "an expert that is text": (layer(expert="torch.nn:Linear"), r"^mesh.yaml:4: expert x/e must be a map"),
     "a factory that is no import string": (layer(expert="{factory: torch.nn.Linear}"), r'^mesh.yaml:4: .*"module:attr'),
     "a module that is not there": (layer(expert='{factory: "nosuch:f"}'), r"^mesh.yaml:4: .*'nosuch'.*working_dir"),
+    "a module, and no code elsewhere": (
+        layer(expert='{factory: "nosuch:f", runtime_env: null}'),
+        r"^mesh.yaml:4: .*'nosuch'",
+    ),
+    "a size that is no number": (
+        layer(expert='{factory: "torch:sin", input: {shape: [x]}}'),
+        r":4: shape must .*, not 'x'",
+    ),
+    "weights that are no path": (layer(expert='{factory: "torch:sin", weights: {a: 1}}'), r":4: weights must be text"),
+    "shared experts that are none": (layer(more="shared: ''"), r"^mesh.yaml:5: shared must be a map, not ''"),
     "an attribute that is not there": (layer(expert='{factory: "torch:sinn"}'), r"^mesh.yaml:4: .*'sinn'"),
     "arguments that do not fit": (layer(expert='{factory: "torch.nn:Linear", kwargs: {in: 1}}'), r"^mesh.yaml:4: "),
     "a resource that is no number": (layer(expert='{factory: "torch:sin", resources: {a: b}}'), r":4: resource a must"),
@@ -310,6 +320,59 @@ layers:
 """
     found = mistakes_in(tmp_path, text)
     assert [line.partition(": ")[0] for line in found] == ["mesh.yaml:7", "mesh.yaml:12", "mesh.yaml:16"]
+
+
+def test_what_is_to_blame_follows_from_the_step_that_failed_and_not_from_words_in_its_message(tmp_path: Path) -> None:
+    save_module(tmp_path / "e.safetensors", nn.Linear(4, 2))
+    text = """\
+layers:
+  x:
+    gate: {type: fixed, weights: [1, 1]}
+    experts:
+      a:
+        factory: "torch.nn:Linear"
+        kwargs: {weights: 4}
+        weights: e.safetensors
+      b:
+        factory: "torch:sin"
+        weights: e.safetensors
+"""
+    found = mistakes_in(tmp_path, text)
+    assert [line.partition(": ")[0] for line in found] == ["mesh.yaml:5", "mesh.yaml:11"]
+    assert "unexpected keyword argument 'weights'" in found[0]
+    assert "plain function" in found[1]
+
+
+def test_of_two_settings_that_exclude_each_other_the_second_is_told(tmp_path: Path) -> None:
+    (found,) = mistakes_in(tmp_path, layer(more="combine: vote\n    on_missing: residual"))
+    assert re.match(r"mesh\.yaml:6: .*'residual' has no meaning for combine 'vote'", found)
+
+
+def test_several_values_of_one_expert_are_told_each_at_its_line(tmp_path: Path) -> None:
+    text = """\
+layers:
+  x:
+    gate: {type: fixed, weights: [1]}
+    experts:
+      e:
+        factory: "torch:sin"
+        num_gpus: 1.5
+        num_cpus: a
+        replicas: true
+        framework: jax
+        pack: 5
+        resources: {a: b, c: 1}
+        args: {a: b}
+        kwargs: [a]
+        runtime_env: x
+        output:
+          shape: [-1]
+          dtyp: float32
+"""
+    found = mistakes_in(tmp_path, text)
+    assert [line.partition(": ")[0] for line in found] == [f"mesh.yaml:{n}" for n in (*range(7, 16), 17, 18)]
+    wanted = ["num_gpus", "num_cpus", "replicas", "framework", "pack", "resource a", "args", "kwargs", "runtime_env"]
+    assert all(name in line for name, line in zip([*wanted, "shape", "'dtype'"], found, strict=True))
 
 
 def test_an_expert_that_refuses_its_declared_rows_is_told(tmp_path: Path) -> None:
