@@ -281,7 +281,7 @@ class Fanout:
 
     def _returned(self, lane: _Lane, message: _Message, reply: ExpertReply | ExpertMeshError) -> None:
         if message not in lane.in_flight or self._lanes.get(lane.replica.id) is not lane:
-            return  # it was cancelled
+            return  # it was cancelled, or its lane was dropped
         self._close(message)
         if isinstance(reply, Unavailable):
             self._view.failed(lane.replica.id)

@@ -1,4 +1,4 @@
-"""Every gate and every combine through a live cluster, from YAML and from Python, and options mixed in one batch."""
+"""Every gate and combine method through a live cluster, from YAML and Python, and mixed options in one batch."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def rows(seed: int = 0, count: int = T) -> Tensor:
 
 
 class Scores(nn.Module):
-    """A gate of the user's own: any module that returns scores."""
+    """A custom scorer: any module that returns scores."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return x_TD[:, :E]
@@ -70,8 +70,11 @@ def client() -> Iterator[Client]:
         for drop, to in (("position", "zero"), ("probability", "residual"))
     ]
     layers.append(Layer("shared", make_gate("top_k"), experts(), shared={"always": scale(-0.5), "too": scale(0.25)}))
-    with Cluster.start(layers, name="options", port=0, transport="local") as cluster, Client(cluster.endpoint) as found:
-        yield found
+    with (
+        Cluster.start(layers, name="options", port=0, transport="local") as cluster,
+        Client(cluster.endpoint) as connected,
+    ):
+        yield connected
 
 
 @pytest.mark.parametrize("name", sorted(set(gates.GATES) - {"custom"}))
@@ -126,7 +129,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def test_options_are_each_requests_own_within_a_batch(client: Client) -> None:
+def test_each_request_in_a_batch_keeps_its_own_options(client: Client) -> None:
     local = LocalLayer(make_gate("top_k"), functions())
 
     def expected(number: int) -> Tensor:
@@ -149,15 +152,15 @@ def test_options_are_each_requests_own_within_a_batch(client: Client) -> None:
         list(threads.map(call, range(256)))
     after = client.status()["router"]
     assert after["requests"] - before["requests"] == 256
-    assert after["batches"]["top_k"] - before["batches"]["top_k"] < 256  # some did share a batch
+    assert after["batches"]["top_k"] - before["batches"]["top_k"] < 256  # some shared a batch
 
 
-def test_a_row_without_any_expert_is_refused(client: Client) -> None:
+def test_a_row_without_an_expert_is_rejected(client: Client) -> None:
     with pytest.raises(InvalidRequest, match="leave no expert"):
         client.call("top_k", rows(), allow=["e0"], deny=["e0"])
 
 
-def test_a_routing_that_the_caller_has(client: Client) -> None:
+def test_a_routing_of_the_caller_is_used(client: Client) -> None:
     indices = torch.tensor([[0, 3], [2, -1]])
     weights = torch.tensor([[0.5, 0.25], [2.0, 0.0]])
     reply = client.call("top_k", rows(0, 2), top_k_index=indices, top_k_weights=weights)
@@ -170,11 +173,11 @@ def test_every_gate_from_yaml(tmp_path: Path) -> None:
     lines = ["name: from-yaml", "port: 0", "transport: local", "layers:"]
     for name, arguments in GATES.items():
         make_gate(name).save(tmp_path / f"{name}.safetensors")
-        given = "".join(f", {key}: {value}" for key, value in arguments.items())
+        arguments_text = "".join(f", {key}: {value}" for key, value in arguments.items())
         weights = f", weights: {name}.safetensors" if make_gate(name).state_dict() and name != "fixed" else ""
         lines += [
             f"  {name}:",
-            f"    gate: {{type: {name}{given}{weights}}}",
+            f"    gate: {{type: {name}{arguments_text}{weights}}}",
             "    shared:",
             '      always: {factory: "numpy:negative"}',
             "    capacity: {factor: 4.0, drop: probability}",

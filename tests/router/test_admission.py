@@ -1,4 +1,4 @@
-"""Admission: never more rows than its bounds, everything given back, and no layer that starves the others."""
+"""Admission: rows never exceed the limits, all rows are released, and no layer starves the others."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from expertmesh.router.request.admission import Admission
 
 
 class Admitting(RuleBasedStateMachine):
-    @initialize(most=st.integers(1, 40))
-    def start(self, most: int) -> None:
-        self.admission = Admission(most)
-        self.limit = max(1, int(most * 0.75))
+    @initialize(max_rows=st.integers(1, 40))
+    def start(self, max_rows: int) -> None:
+        self.admission = Admission(max_rows)
+        self.limit = max(1, int(max_rows * 0.75))
         self.held: list[tuple[str, int, AbstractContextManager[None]]] = []
 
     def rows(self, layer: str | None = None) -> int:
@@ -42,10 +42,10 @@ class Admitting(RuleBasedStateMachine):
 
     @precondition(lambda self: self.held)
     @rule(data=st.data(), fails=st.booleans())
-    def give_back(self, data: Any, fails: bool) -> None:
+    def release(self, data: Any, fails: bool) -> None:
         _, _, admitted = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
         arguments = (ValueError, ValueError("the request failed"), None) if fails else (None, None, None)
-        assert not admitted.__exit__(*arguments)  # an error goes on to whoever called
+        assert not admitted.__exit__(*arguments)  # an error propagates to the caller
 
     @invariant()
     def the_count_is_right(self) -> None:
@@ -59,11 +59,11 @@ TestAdmitting = Admitting.TestCase
 TestAdmitting.settings = settings(max_examples=60, deadline=None)
 
 
-@given(most=st.integers(4, 100_000))
+@given(max_rows=st.integers(4, 100_000))
 @settings(max_examples=30)
-def test_a_full_layer_leaves_room_for_others(most: int) -> None:
-    admission = Admission(most)
-    with admission.admit("slow", int(most * 0.75)):
+def test_a_full_layer_leaves_room_for_others(max_rows: int) -> None:
+    admission = Admission(max_rows)
+    with admission.admit("slow", int(max_rows * 0.75)):
         with pytest.raises(Overloaded, match="in layer slow"), admission.admit("slow", 1):
             pass
         with admission.admit("other", 1):

@@ -1,4 +1,4 @@
-"""Balance losses and statistics against their formulas written out."""
+"""Balance losses and statistics against their formulas, written out."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def test_statistics_and_losses_are_the_formulas(count: int, seed: int) -> None:
     assert balance.importance(routing, EXPERTS).tolist() == pytest.approx(importance, rel=1e-5, abs=1e-6)
     probabilities = scores_TE.softmax(dim=1)
     mean = probabilities.mean(dim=0).tolist()
-    wanted = EXPERTS * sum(load[e] / (count * CHOICES) * mean[e] for e in range(EXPERTS))
-    assert balance.load_balance_loss(probabilities, routing).item() == pytest.approx(wanted, rel=1e-4)
+    expected = EXPERTS * sum(load[e] / (count * CHOICES) * mean[e] for e in range(EXPERTS))
+    assert balance.load_balance_loss(probabilities, routing).item() == pytest.approx(expected, rel=1e-4)
     logs = [math.log(sum(math.exp(score) for score in row)) ** 2 for row in scores_TE.tolist()]
     assert balance.z_loss(scores_TE).item() == pytest.approx(sum(logs) / count, rel=1e-4)
     average = sum(importance) / EXPERTS
     variance = sum((value - average) ** 2 for value in importance) / EXPERTS
-    found = balance.squared_variation(balance.importance(routing, EXPERTS)).item()
-    assert found == pytest.approx(variance / average**2, rel=1e-3, abs=1e-6)
+    variation = balance.squared_variation(balance.importance(routing, EXPERTS)).item()
+    assert variation == pytest.approx(variance / average**2, rel=1e-3, abs=1e-6)
 
 
 def test_perfect_balance_costs_one_for_any_k() -> None:
@@ -52,7 +52,7 @@ def test_perfect_balance_costs_one_for_any_k() -> None:
         assert balance.load_balance_loss(flat, routing).item() == pytest.approx(1.0)
 
 
-def test_choices_that_were_dropped_carry_no_load() -> None:
+def test_dropped_choices_carry_no_load() -> None:
     routing = Routing(torch.tensor([[0, -1], [-1, -1]]), torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
     assert balance.load(routing, 2).tolist() == [1, 0]
     assert balance.importance(routing, 2).tolist() == [1.0, 0.0]
@@ -67,16 +67,16 @@ def test_gradients_flow() -> None:
     assert torch.autograd.gradcheck(lambda w: balance.importance(Routing(routing.indices_TK, w), EXPERTS), (weights,))
 
 
-def test_expected_load_is_the_chance_of_being_chosen_again() -> None:
+def test_expected_load_is_the_probability_of_being_chosen_again() -> None:
     torch.manual_seed(0)
     clean, noise = torch.randn(1, EXPERTS), torch.rand(1, EXPERTS) + 0.2
     noisy = clean + torch.randn(1, EXPERTS) * noise
-    wanted = []
+    expected = []
     for e in range(EXPERTS):
         others = torch.cat([noisy[0, :e], noisy[0, e + 1 :]]).sort(descending=True).values
         again = clean[0, e] + torch.randn(200_000) * noise[0, e]
-        wanted.append((again > others[CHOICES - 1]).float().mean().item())
-    assert balance.expected_load(clean, noisy, noise, CHOICES).tolist() == pytest.approx(wanted, abs=6e-3)
+        expected.append((again > others[CHOICES - 1]).float().mean().item())
+    assert balance.expected_load(clean, noisy, noise, CHOICES).tolist() == pytest.approx(expected, abs=6e-3)
     with pytest.raises(InvalidRequest, match="k is"):
         balance.expected_load(clean, noisy, noise, EXPERTS)
 

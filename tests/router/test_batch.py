@@ -1,4 +1,4 @@
-"""A batch: answers in their places whatever order they come in, and cancelled when the last one lets go."""
+"""A batch: answers reach their places in any order of arrival, and the last release cancels unfinished work."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_each_request_reads_its_own_answers(
     run_async(main())
 
 
-def test_answers_of_different_dtypes_are_promoted_and_of_different_shapes_refused() -> None:
+def test_different_dtypes_are_promoted_and_different_shapes_rejected() -> None:
     async def main() -> None:
         batch = batch_of([[0, 1], [1, 2]])
         batch.answer(0, answer(batch, 0, torch.float16))
@@ -91,7 +91,7 @@ def test_answers_of_different_dtypes_are_promoted_and_of_different_shapes_refuse
     run_async(main())
 
 
-def test_nothing_is_there_when_nobody_answered_or_nothing_was_asked() -> None:
+def test_there_are_no_outputs_without_answers_or_without_experts() -> None:
     async def main() -> None:
         batch = batch_of([[0, 1]])
         assert await batch.wait(()) == {}
@@ -106,7 +106,7 @@ def test_nothing_is_there_when_nobody_answered_or_nothing_was_asked() -> None:
     run_async(main())
 
 
-def test_who_waits_for_some_experts_does_not_wait_for_the_others() -> None:
+def test_waiting_for_some_experts_does_not_wait_for_the_others() -> None:
     async def main() -> None:
         batch = batch_of([[0, -1], [1, 2]])
         batch.answer(0, answer(batch, 0))
@@ -123,12 +123,12 @@ def test_who_waits_for_some_experts_does_not_wait_for_the_others() -> None:
 
 @given(holders=st.integers(0, 5), answered=st.booleans())
 @settings(deadline=None, max_examples=20)
-def test_the_last_one_to_let_go_gives_up_what_is_left(holders: int, answered: bool) -> None:
+def test_the_last_release_cancels_unfinished_work(holders: int, answered: bool) -> None:
     async def main() -> None:
-        told: list[str] = []
+        events: list[str] = []
         batch = batch_of([[0, 1]])
-        batch.cancel = lambda: told.append("given up")
-        batch.when_complete(lambda: told.append("complete"))
+        batch.cancel = lambda: events.append("cancelled")
+        batch.when_complete(lambda: events.append("complete"))
         batch.answer(0, answer(batch, 0))
         if answered:
             batch.answer(1, answer(batch, 1))
@@ -136,15 +136,15 @@ def test_the_last_one_to_let_go_gives_up_what_is_left(holders: int, answered: bo
             batch.hold()
         for _ in range(holders):
             batch.release()
-            assert told == (["complete"] if answered else [])
+            assert events == (["complete"] if answered else [])
         batch.release()
-        assert told == (["complete"] if answered else ["given up", "complete"])
+        assert events == (["complete"] if answered else ["cancelled", "complete"])
 
     run_async(main())
 
 
 def packed_batch(indices: list[list[int]]) -> tuple[Batch, Answered]:
-    """e0 and e1 share a replica that adds up, e2 has one alone with the sums 1, 2, ...; and what the first answered."""
+    """A batch with a replica for e0 and e1 whose sums are 10, one for e2 with sums 1, 2, ...; and the first answer."""
     names = {"e0": "p", "e1": "p", "e2": None}
     layer = Layer("l", gates.Fixed([1.0] * E), {name: Expert("torch:sin", pack=pack) for name, pack in names.items()})
     indices_TK = torch.tensor(indices)
@@ -166,7 +166,7 @@ def test_a_row_that_an_expert_has_twice_counts_twice() -> None:
     assert total.tolist() == [[3.0], [10.0]]
 
 
-def test_a_sum_of_a_message_is_never_written_to_and_not_kept_for_a_part_of_it() -> None:
+def test_the_sum_in_a_message_is_never_written_to_and_a_part_does_not_keep_it() -> None:
     batch, sums = packed_batch([[0, 1], [0, 1], [0, 1]])
     part = batch.answers.total((0, 1), 1, 2)
     assert part is not None

@@ -1,4 +1,4 @@
-"""Capacity against its definition: who is kept, what is counted, and that requests stay apart."""
+"""Capacity against its definition: which choices are kept, and what counts as dropped."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def sample(count: int, k: int, seed: int) -> Routing:
     generator = torch.Generator().manual_seed(seed)
     indices_TK = torch.rand(count, EXPERTS, generator=generator).argsort(dim=1)[:, :k]
     weights_TK = (torch.rand(count, k, generator=generator) * 4).round() / 4  # with ties
-    gone_TK = torch.rand(count, k, generator=generator) < 0.2
-    return Routing(indices_TK.masked_fill(gone_TK, -1), weights_TK.masked_fill(gone_TK, 0))
+    empty_TK = torch.rand(count, k, generator=generator) < 0.2
+    return Routing(indices_TK.masked_fill(empty_TK, -1), weights_TK.masked_fill(empty_TK, 0))
 
 
 @pytest.mark.parametrize("drop", DROP)
@@ -36,16 +36,16 @@ def test_each_expert_keeps_the_first_or_the_heaviest(drop: str, count: int, k: i
     routing = sample(count, k, seed)
     capacity = Capacity(factor=factor, drop=drop)
     limited = capacity.apply(routing, EXPERTS)
-    made = int((routing.indices_TK >= 0).sum())
-    most = max(1, math.ceil(factor * made / EXPERTS))
-    assert capacity.rows(made, EXPERTS) == most
+    choices = int((routing.indices_TK >= 0).sum())
+    limit = max(1, math.ceil(factor * choices / EXPERTS))
+    assert capacity.rows(choices, EXPERTS) == limit
     kept = set()
     for expert in range(EXPERTS):
         rows, columns = (routing.indices_TK == expert).nonzero(as_tuple=True)
-        takers = list(zip(rows.tolist(), columns.tolist(), strict=True))
+        candidates = list(zip(rows.tolist(), columns.tolist(), strict=True))
         if drop == "probability":
-            takers.sort(key=lambda place: (-float(routing.weights_TK[place]), place[0]))
-        kept |= set(takers[:most])
+            candidates.sort(key=lambda place: (-float(routing.weights_TK[place]), place[0]))
+        kept |= set(candidates[:limit])
     for place in [(t, j) for t in range(count) for j in range(k)]:
         expected = int(routing.indices_TK[place]) if place in kept else -1
         assert int(limited.indices_TK[place]) == expected
@@ -55,7 +55,7 @@ def test_each_expert_keeps_the_first_or_the_heaviest(drop: str, count: int, k: i
     assert torch.equal(limited.dropped_T, dropped)
 
 
-def test_what_the_gate_dropped_is_counted_too() -> None:
+def test_choices_that_the_gate_dropped_are_counted_too() -> None:
     routing = Routing(torch.tensor([[0], [0], [-1]]), torch.ones(3, 1), torch.tensor([0, 0, 1]))
     limited = Capacity(factor=0.5).apply(routing, 2)
     assert limited.dropped_T is not None
@@ -66,6 +66,6 @@ def test_what_the_gate_dropped_is_counted_too() -> None:
 @pytest.mark.parametrize(
     "arguments", [{"factor": 0}, {"factor": math.nan}, {"factor": 1, "drop": "last"}, {"factor": 1, "minimum": -1}]
 )
-def test_values_that_cannot_be_right(arguments: dict[str, float]) -> None:
+def test_invalid_values_are_rejected(arguments: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="capacity"):
         Capacity(**arguments)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Combine against its definition, row by row, with answers lost, not finite, dropped and sliced."""
+"""Combine against its definition, row by row, with answers that are lost, not finite, dropped or sliced."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def sample(count: int, k: int, seed: int, holes: bool = False) -> tuple[Dispatch
     indices_TK = torch.rand(count, EXPERTS, generator=generator).argsort(dim=1)[:, :k]
     weights_TK = torch.rand(count, k, generator=generator) + 0.1
     if holes:
-        gone_TK = torch.rand(count, k, generator=generator) < 0.4
-        indices_TK, weights_TK = indices_TK.masked_fill(gone_TK, -1), weights_TK.masked_fill(gone_TK, 0)
+        empty_TK = torch.rand(count, k, generator=generator) < 0.4
+        indices_TK, weights_TK = indices_TK.masked_fill(empty_TK, -1), weights_TK.masked_fill(empty_TK, 0)
     handle = dispatch(Routing(indices_TK, weights_TK), EXPERTS)
     answers = torch.randn(handle.num_pairs, WIDTH, generator=generator)
     return handle, answers, torch.randn(count, WIDTH, generator=generator)
@@ -51,8 +51,8 @@ def naive(
             if policy == "renormalize":
                 total *= sum(weights.values()) / sum(weights[slot] for slot in answered)
             else:
-                instead = x[t] if policy == "residual" else fallback[t]
-                total += sum(weights[slot] for slot in held if slot in lost) * instead
+                substitute = x[t] if policy == "residual" else fallback[t]
+                total += sum(weights[slot] for slot in held if slot in lost) * substitute
         rows.append(total + (x[t] if method == "residual" else 0))
     return torch.stack(rows) if rows else torch.zeros(0, WIDTH)
 
@@ -92,8 +92,8 @@ def test_lost_answers_follow_the_policy(method: str, policy: str, how: str, coun
     assert combined.degraded
     for slots, mass in zip(handle.slots_TK.tolist(), combined.lost_mass_T.tolist(), strict=True):
         weights = [float(handle.weights_N[slot]) for slot in slots]
-        gone = sum(float(handle.weights_N[slot]) for slot in slots if slot in lost)
-        assert mass == pytest.approx(gone / sum(weights), abs=1e-6)
+        lost_weight = sum(float(handle.weights_N[slot]) for slot in slots if slot in lost)
+        assert mass == pytest.approx(lost_weight / sum(weights), abs=1e-6)
     with pytest.raises(Unavailable, match=f"{len(lost)} .*pairs"):
         combine(handle, broken, on_missing="error", **arguments)
     with pytest.raises(Unavailable, match="above max_lost_mass"):
@@ -102,7 +102,9 @@ def test_lost_answers_follow_the_policy(method: str, policy: str, how: str, coun
 
 @MANY
 @given(count=st.integers(2, 20), k=st.integers(1, EXPERTS), seed=st.integers(0, 99), data=st.data())
-def test_a_slice_gives_the_bits_of_the_whole_and_never_reads_others(count: int, k: int, seed: int, data: Any) -> None:
+def test_a_slice_is_bit_identical_to_the_whole_and_never_reads_other_rows(
+    count: int, k: int, seed: int, data: Any
+) -> None:
     handle, answers, x = sample(count, k, seed)
     start = data.draw(st.integers(0, count - 1))
     stop = data.draw(st.integers(start + 1, count))
@@ -117,16 +119,16 @@ def test_a_slice_gives_the_bits_of_the_whole_and_never_reads_others(count: int, 
     assert not combined.degraded
 
 
-def test_a_row_without_any_answer_is_an_error_or_the_stand_in() -> None:
+def test_a_row_without_answers_is_an_error_or_the_substitute() -> None:
     handle, answers, x = sample(3, 2, 0)
     answers[handle.slots_TK[1]] = math.nan
     with pytest.raises(Unavailable, match="nothing is left"):
         combine(handle, answers, on_missing="renormalize", max_lost_mass=1.0)
     with pytest.raises(Unavailable, match=r"above max_lost_mass 0\.5"):
         combine(handle, answers, on_missing="residual", x_T=x)
-    stood_in = combine(handle, answers, on_missing="residual", x_T=x, max_lost_mass=1.0)
-    torch.testing.assert_close(stood_in.output[1], handle.weights_N[handle.slots_TK[1]].sum() * x[1])
-    assert stood_in.lost_mass_T.tolist() == [0.0, 1.0, 0.0]
+    replaced = combine(handle, answers, on_missing="residual", x_T=x, max_lost_mass=1.0)
+    torch.testing.assert_close(replaced.output[1], handle.weights_N[handle.slots_TK[1]].sum() * x[1])
+    assert replaced.lost_mass_T.tolist() == [0.0, 1.0, 0.0]
 
 
 def test_weights_of_zero_cannot_be_renormalized() -> None:
@@ -139,7 +141,7 @@ def test_weights_of_zero_cannot_be_renormalized() -> None:
 
 
 @pytest.mark.parametrize("policy", ["residual", "fallback:e0"])
-def test_a_stand_in_that_is_missing_or_not_finite_is_an_error(policy: str) -> None:
+def test_a_substitute_that_is_missing_or_not_finite_is_an_error(policy: str) -> None:
     handle, answers, _ = sample(3, 2, 0)
     answers[0] = math.nan
     with pytest.raises(Unavailable, match="are not available"):
@@ -166,17 +168,17 @@ def test_vote_is_the_majority(count: int, k: int, seed: int, logits: bool) -> No
     assert output.tolist() == [majority(labels[slots].tolist()) for slots in handle.slots_TK]
 
 
-def test_vote_of_those_that_answered() -> None:
+def test_only_experts_that_answered_vote() -> None:
     handle = dispatch(Routing(torch.tensor([[0, 1, 2]]), torch.full((1, 3), 1 / 3)), 3)
     labels = torch.tensor([[7, 1], [7, 2], [3, 2]])
     assert combine(handle, labels, method="vote").output.tolist() == [[7, 2]]
     answered = torch.tensor([False, True, True])
     arguments: dict[str, Any] = {"method": "vote", "answered_N": answered}
     assert combine(handle, labels, on_missing="renormalize", **arguments).output.tolist() == [[3, 2]]
-    stand_in = torch.tensor([[7, 1]])
-    assert combine(handle, labels, on_missing="fallback:f", fallback_T=stand_in, **arguments).output.tolist() == [
-        [7, 2]
-    ]
+    substitute_rows = torch.tensor([[7, 1]])
+    assert combine(
+        handle, labels, on_missing="fallback:f", fallback_T=substitute_rows, **arguments
+    ).output.tolist() == [[7, 2]]
     with pytest.raises(Unavailable, match=r"1 .*pairs"):
         combine(handle, labels, **arguments)
     with pytest.raises(InvalidRequest, match="no meaning"):
@@ -191,11 +193,11 @@ def test_vote_leaves_out_logits_that_are_not_finite() -> None:
     assert combined.lost_mass_T.tolist() == pytest.approx([1 / 3])
 
 
-# --- rows that no expert takes, shared experts, shapes and dtypes -------------------------------------------------
+# --- rows without an expert, shared experts, shapes and dtypes ----------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["weighted_sum", "mean", "residual"])
-def test_rows_that_no_expert_takes_are_flagged_and_follow_the_declared_policy(method: str) -> None:
+def test_rows_without_an_expert_are_flagged_and_follow_the_declared_policy(method: str) -> None:
     routing = Routing(torch.tensor([[0, 1], [-1, -1]]), torch.tensor([[0.5, 0.5], [0.0, 0.0]]), torch.tensor([0, 2]))
     handle = dispatch(routing, 2)
     x, answers = torch.full((2, 1), 5.0), torch.tensor([[1.0], [3.0]])
@@ -227,16 +229,16 @@ def test_any_trailing_shape_and_float_dtype(shape: tuple[int, ...], dtype: torch
     output = combine(handle, answers).output
     assert (output.shape, output.dtype) == ((7, *shape), dtype)
     weights = handle.weights_N.double()[handle.slots_TK].view(7, 3, *(1 for _ in shape))
-    wanted = (weights * answers.double()[handle.slots_TK]).sum(dim=1)
+    expected = (weights * answers.double()[handle.slots_TK]).sum(dim=1)
     torch.testing.assert_close(
-        output.double(), wanted.to(dtype).double(), rtol=1e-2 if dtype.itemsize == 2 else 1e-6, atol=1e-6
+        output.double(), expected.to(dtype).double(), rtol=1e-2 if dtype.itemsize == 2 else 1e-6, atol=1e-6
     )
     assert combine(handle, answers, out_dtype=torch.float32).output.dtype == torch.float32
 
 
 @pytest.mark.parametrize("holes", [False, True])
 @torch.no_grad()
-def test_narrow_answers_are_summed_in_blocks_to_the_same_bits(holes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precision_answers_are_summed_in_blocks_bit_for_bit(holes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     handle, answers, x = sample(40, 3, 5, holes)
     narrow = answers.bfloat16()
     whole = [combine(handle, narrow).output, combine(handle, narrow, shared_T=x).output]
@@ -246,7 +248,7 @@ def test_narrow_answers_are_summed_in_blocks_to_the_same_bits(holes: bool, monke
     assert torch.equal(combine(handle, narrow, out_dtype=torch.float32).output, combine(handle, narrow.float()).output)
 
 
-def test_integers_are_summed_as_floats_and_narrow_results_may_not_overflow() -> None:
+def test_integers_are_summed_as_floats_and_float16_results_may_not_overflow() -> None:
     handle = dispatch(Routing(torch.tensor([[0, 1]]), torch.ones(1, 2)), 2)
     assert combine(handle, torch.tensor([[3], [4]])).output.tolist() == [[7.0]]
     halves = torch.full((2, 1), 60000.0, dtype=torch.float16)
@@ -255,7 +257,7 @@ def test_integers_are_summed_as_floats_and_narrow_results_may_not_overflow() -> 
         combine(handle, halves)
 
 
-def test_sums_are_in_expert_order_and_repeat_to_the_bit() -> None:
+def test_sums_are_in_expert_order_and_repeat_bit_for_bit() -> None:
     handle, answers, _ = sample(50, 4, 3)
     step = torch.zeros(50, WIDTH)
     for k in range(4):
@@ -284,7 +286,7 @@ def test_gradients_flow_to_answers_and_weights() -> None:
 # --- bad input ---------------------------------------------------------------------------------------------------
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_arguments_that_do_not_fit_are_rejected() -> None:
     handle, answers, x = sample(4, 2, 1)
     for arguments in ({"method": "median"}, {"on_dropped": "drop"}, {"on_missing": "ignore"}, {"method": "residual"}):
         with pytest.raises(InvalidRequest):
@@ -299,17 +301,17 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.parametrize("text", ["error", "renormalize", "residual", "fallback:e7", "fallback:a:b"])
-def test_policies_are_read_and_written(text: str) -> None:
+def test_policies_are_parsed_and_printed(text: str) -> None:
     assert str(OnMissing.parse(text)) == text
 
 
 @pytest.mark.parametrize("text", ["", "Error", "fallback", "fallback:", "error:e1", "residual:"])
-def test_unknown_policies_are_refused(text: str) -> None:
+def test_unknown_policies_are_rejected(text: str) -> None:
     with pytest.raises(InvalidRequest, match="fallback:<expert>"):
         OnMissing.parse(text)
 
 
-def test_lost_pairs_looks_at_its_own_pairs_alone() -> None:
+def test_lost_pairs_looks_only_at_its_own_pairs() -> None:
     handle, answers, _ = sample(4, 2, 1)
     assert lost_pairs(handle, answers) is None
     answers[handle.slots_TK[3]] = math.inf

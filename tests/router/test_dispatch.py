@@ -1,4 +1,4 @@
-"""Dispatch against its definition: pairs sorted by expert, then row, and slots that lead back."""
+"""Dispatch against its definition: pairs sorted by expert, then row, and slots that point back to them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def routings(draw: st.DrawFn, holes: bool = True) -> Routing:
 @given(routing=routings() | routings(holes=False))
 def test_pairs_and_slots_are_as_defined(routing: Routing) -> None:
     handle = dispatch(routing, EXPERTS)
-    wanted = sorted(
+    expected = sorted(
         (expert, row, weight)
         for row, (experts, weights) in enumerate(
             zip(routing.indices_TK.tolist(), routing.weights_TK.tolist(), strict=True)
@@ -40,15 +40,15 @@ def test_pairs_and_slots_are_as_defined(routing: Routing) -> None:
         if expert >= 0
     )
     experts_N = [handle.expert_of(slot) for slot in range(handle.num_pairs)]
-    assert list(zip(experts_N, handle.rows_N.tolist(), handle.weights_N.tolist(), strict=True)) == wanted
+    assert list(zip(experts_N, handle.rows_N.tolist(), handle.weights_N.tolist(), strict=True)) == expected
     assert handle.offsets[0] == 0
-    assert handle.offsets[-1] == handle.num_pairs == len(wanted)
+    assert handle.offsets[-1] == handle.num_pairs == len(expected)
     assert [pair for e in range(EXPERTS) for pair in range(handle.num_pairs)[handle.pairs(e)]] == list(
-        range(len(wanted))
+        range(len(expected))
     )
     for row, slots in enumerate(handle.slots_TK.tolist()):
         held = [slot for slot in slots if slot >= 0]
-        assert held == [slot for slot, pair in enumerate(wanted) if pair[1] == row]
+        assert held == [slot for slot, pair in enumerate(expected) if pair[1] == row]
         assert sorted(slots) == slots
     assert handle.full == (routing.indices_TK >= 0).all()
 
@@ -66,13 +66,13 @@ def test_a_slice_is_the_part_of_one_request(routing: Routing, data: st.DataObjec
     assert part.experts() == tuple(sorted(set(routing.indices_TK[start:stop].flatten().tolist()) - {-1}))
 
 
-def test_without_takes_slots_away() -> None:
+def test_without_removes_slots() -> None:
     handle = dispatch(Routing(torch.tensor([[0, 1], [1, 2]]), torch.ones(2, 2)), EXPERTS)
     fewer = handle.without(torch.tensor([[True, False], [False, False]]))
     assert fewer.slots_TK.tolist() == [[-1, 1], [2, 3]]
     assert not fewer.full
 
 
-def test_an_expert_that_does_not_exist_is_refused() -> None:
+def test_an_expert_that_does_not_exist_is_rejected() -> None:
     with pytest.raises(InvalidRequest, match="expert 5"):
         dispatch(Routing(torch.tensor([[0, 5]]), torch.ones(1, 2)), EXPERTS)

@@ -1,4 +1,4 @@
-"""Epochs: newer ones only, and pins that keep an old one known until the last is given back."""
+"""Epochs: only newer ones are adopted, and an old one stays known until its last pin is released."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from expertmesh.experts.errors import Unavailable
 from expertmesh.router.epochs.epochs import Epoch, Epochs
 
 
-def test_before_the_first_epoch_nothing_can_be_asked() -> None:
+def test_before_the_first_epoch_nothing_can_be_pinned() -> None:
     epochs = Epochs()
     assert (epochs.number, epochs.oldest_pinned(), epochs.pins()) == (0, 0, {})
     with pytest.raises(Unavailable, match="has not received its layers yet"):
@@ -60,7 +60,7 @@ TestPinning = Pinning.TestCase
 TestPinning.settings = settings(max_examples=40, deadline=None)
 
 
-def test_a_pin_that_nobody_holds_cannot_be_given_back() -> None:
+def test_a_pin_that_does_not_exist_cannot_be_released() -> None:
     epochs = Epochs()
     epochs.adopt(Epoch(1))
     with pytest.raises(KeyError):

@@ -1,4 +1,4 @@
-"""Clients take turns, whatever each of them sends."""
+"""Clients take turns, however much each of them sends."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def test_everything_comes_out_once_in_each_clients_order(clients: list[str]) -> 
 
 
 @given(puts)
-def test_nobody_waits_for_more_than_one_item_of_each_other(clients: list[str]) -> None:
+def test_no_client_waits_for_more_than_one_item_of_each_other_client(clients: list[str]) -> None:
     queue: FairQueue[str] = FairQueue()
     for client in clients:
         queue.put(client, client)
-    left = Counter(clients)
-    since: Counter[str] = Counter()
+    remaining = Counter(clients)
+    waited: Counter[str] = Counter()
     for client in queue.drain():
-        left[client] -= 1
-        since[client] = 0
+        remaining[client] -= 1
+        waited[client] = 0
         for other in "abc":
-            if other != client and left[other]:
-                since[other] += 1
-                assert since[other] <= 2
+            if other != client and remaining[other]:
+                waited[other] += 1
+                assert waited[other] <= 2

@@ -120,14 +120,14 @@ def test_selection_is_the_formula(sample: str, count: int) -> None:
 def test_linear_scores_are_the_formula() -> None:
     gate = make("top_k grouped")
     x = rows(5)
-    wanted = [
+    expected = [
         [
             sum(a * b for a, b in zip(row, w, strict=True)) + bias
             for w, bias in zip(gate.weight.tolist(), gate.bias.tolist(), strict=True)
         ]
         for row in x.tolist()
     ]
-    torch.testing.assert_close(gate.scores(x), torch.tensor(wanted))
+    torch.testing.assert_close(gate.scores(x), torch.tensor(expected))
 
 
 def test_cosine_scores_are_the_formula() -> None:
@@ -135,8 +135,10 @@ def test_cosine_scores_are_the_formula() -> None:
     x = rows(5)
     projected = x @ gate.projection_weight.T + gate.projection_bias
     scale = min(math.exp(gate.log_scale.item()), 100.0)
-    wanted = [[(scale * torch.cosine_similarity(p, e, dim=0)).item() for e in gate.expert_embedding] for p in projected]
-    torch.testing.assert_close(gate.scores(x), torch.tensor(wanted))
+    expected = [
+        [(scale * torch.cosine_similarity(p, e, dim=0)).item() for e in gate.expert_embedding] for p in projected
+    ]
+    torch.testing.assert_close(gate.scores(x), torch.tensor(expected))
 
 
 def test_noise_is_that_of_the_paper_and_only_in_training() -> None:
@@ -145,9 +147,9 @@ def test_noise_is_that_of_the_paper_and_only_in_training() -> None:
     assert torch.equal(gate.scores(x), gate.clean_scores(x))
     gate.train()
     drawn = torch.stack([gate.scores(x) for _ in range(4000)]).detach()
-    wanted = torch.nn.functional.softplus(x @ gate.noise_weight.T)
+    expected = torch.nn.functional.softplus(x @ gate.noise_weight.T)
     torch.testing.assert_close(drawn.mean(dim=0), gate.clean_scores(x).detach(), atol=0.25, rtol=0)
-    torch.testing.assert_close(drawn.std(dim=0) / wanted.detach(), torch.ones_like(wanted), atol=0.06, rtol=0)
+    torch.testing.assert_close(drawn.std(dim=0) / expected.detach(), torch.ones_like(expected), atol=0.06, rtol=0)
 
 
 @pytest.mark.parametrize("count", [1, 5, 64])
@@ -156,14 +158,14 @@ def test_expert_choice_is_the_formula(count: int) -> None:
     h = gate.scores(rows(count)).tolist()
     p = [softmax(row) for row in h]
     capacity = min(count, math.ceil(count * gate.capacity_factor / EXPERTS))
-    wanted: list[dict[int, float]] = [{} for _ in range(count)]
+    expected: list[dict[int, float]] = [{} for _ in range(count)]
     for e in range(EXPERTS):
         for t in best([p[t][e] for t in range(count)], capacity):
-            wanted[t][e] = p[t][e]
+            expected[t][e] = p[t][e]
     routing = gate.select(torch.tensor(h))
-    close(chosen(routing), wanted)
+    close(chosen(routing), expected)
     assert routing.dropped_T is not None
-    assert routing.dropped_T.tolist() == [int(not row) for row in wanted]
+    assert routing.dropped_T.tolist() == [int(not row) for row in expected]
 
 
 def mix(z: int) -> int:
@@ -178,5 +180,5 @@ def test_hash_scores_are_the_formula(ids: list[int], seed: int) -> None:
     golden = 0x9E3779B97F4A7C15
     place = (golden + seed) % 2**64
     hashed = [mix((mix((x + place) % 2**64) + place) % 2**64) for x in ids]
-    wanted = [[(mix(row ^ mix((e + 1) * golden % 2**64)) >> 40) / 2**24 for e in range(5)] for row in hashed]
-    assert gates.Hash(5, seed=seed).scores(torch.tensor(ids)).tolist() == wanted
+    expected = [[(mix(row ^ mix((e + 1) * golden % 2**64)) >> 40) / 2**24 for e in range(5)] for row in hashed]
+    assert gates.Hash(5, seed=seed).scores(torch.tensor(ids)).tolist() == expected

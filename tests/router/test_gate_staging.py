@@ -1,4 +1,4 @@
-"""Staging a gate: every kind takes tensors of its own kind, bad ones are refused, the old gate stays as it is."""
+"""Staging a gate: every kind takes tensors of its own kind, bad ones are rejected, the old gate does not change."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def stage_file(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("in_file", [False, True])
-def test_a_gate_takes_new_tensors_and_the_old_one_stays(kind: str, in_file: bool, tmp_path: Path) -> None:
+def test_a_gate_takes_new_tensors_and_the_old_one_does_not_change(kind: str, in_file: bool, tmp_path: Path) -> None:
     gate = KINDS[kind].eval()
     before, new = tensor_digest(gate.state_dict()), moved(gate)
     save_tensors(tmp_path / "g", new)
@@ -76,7 +76,7 @@ def test_a_gate_takes_new_tensors_and_the_old_one_stays(kind: str, in_file: bool
     assert drift is None if gate.in_features is None else drift is not None and drift > 0
 
 
-def test_every_bad_artefact_is_refused(tmp_path: Path) -> None:
+def test_every_bad_artefact_is_rejected(tmp_path: Path) -> None:
     gate = KINDS["top_k"].eval()
     before = tensor_digest(gate.state_dict())
     for bad in bad_artefacts(tmp_path, dict(gate.state_dict())):
@@ -96,7 +96,7 @@ def test_a_gate_without_tensors_takes_none() -> None:
 
 
 class Scorer(nn.Linear):
-    """Scores that turn bad with the bias."""
+    """A scorer whose scores go bad with certain biases."""
 
     def forward(self, rows: Tensor) -> Tensor:
         kind = round(float(self.bias.sum()))
@@ -111,8 +111,8 @@ class Scorer(nn.Linear):
         return super().forward(rows)
 
 
-class Deaf(nn.Linear):
-    """A scorer that keeps its bias, whatever it is given."""
+class IgnoresBias(nn.Linear):
+    """A scorer that keeps its bias, whatever it loads."""
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict({**state, f"{prefix}bias": self.bias}, prefix, *rest)
@@ -127,7 +127,9 @@ class Deaf(nn.Linear):
         (13.0, FailedPrecondition, r"scores probe rows with \[8, 3\] torch.float64"),
     ],
 )
-def test_a_scorer_that_breaks_with_its_new_weights(bias: float, kind: type[ExpertMeshError], words: str) -> None:
+def test_a_scorer_that_breaks_with_its_new_weights_is_rejected(
+    bias: float, kind: type[ExpertMeshError], words: str
+) -> None:
     gate = gates.Custom(Scorer(4, 3), num_experts=3, in_features=4).eval()
     new = {"scorer.weight": torch.ones(3, 4), "scorer.bias": torch.full((3,), bias)}
     with pytest.raises(kind, match=f"^gate: .*{words}") as caught:
@@ -135,13 +137,13 @@ def test_a_scorer_that_breaks_with_its_new_weights(bias: float, kind: type[Exper
     assert "secret" not in caught.value.message
 
 
-def test_a_tensor_that_was_not_applied() -> None:
-    gate = gates.Custom(Deaf(4, 3), num_experts=3, in_features=4)
+def test_a_tensor_that_was_not_applied_is_data_loss() -> None:
+    gate = gates.Custom(IgnoresBias(4, 3), num_experts=3, in_features=4)
     with pytest.raises(DataLoss, match=r"'scorer\.bias' is not what was sent"):
         stage_gate(gate, moved(gate), Policy())
 
 
-def test_limits_and_bounds_are_handed_on(tmp_path: Path) -> None:
+def test_limits_and_policy_apply(tmp_path: Path) -> None:
     gate = KINDS["top_k"].eval()
     save_tensors(tmp_path / "g", moved(gate))
     with pytest.raises(TooLarge, match="max_bytes"):

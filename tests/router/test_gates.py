@@ -1,4 +1,4 @@
-"""The properties that all gates share, and what they refuse."""
+"""Properties that all gates share, and the input that they reject."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_weights_are_finite_experts_distinct_and_masks_hold(
 @pytest.mark.parametrize("sample", [name for name in SAMPLES if "grouped" not in name and name != "expert_choice"])
 @MANY
 @given(seed=st.integers(0, 50), allowed=st.sets(st.integers(0, EXPERTS - 1), min_size=4))
-def test_denied_experts_might_as_well_not_exist(sample: str, seed: int, allowed: set[int]) -> None:
+def test_denied_experts_count_as_absent(sample: str, seed: int, allowed: set[int]) -> None:
     gate = make(sample, seed)
     scores_TE = gate.scores(rows(9, seed))
     keep = sorted(allowed)
@@ -81,7 +81,7 @@ def test_permuting_rows_permutes_the_routing(sample: str, count: int, seed: int)
 @pytest.mark.parametrize("sample", [name for name in SAMPLES if gates.GATES[name.partition(" ")[0]].per_row])
 @MANY
 @given(count=st.integers(1, 600), seed=st.integers(0, 100), ties=st.booleans())
-def test_a_rows_choice_does_not_depend_on_the_batch(sample: str, count: int, seed: int, ties: bool) -> None:
+def test_the_choice_for_a_row_does_not_depend_on_the_batch(sample: str, count: int, seed: int, ties: bool) -> None:
     gate = make(sample)
     scores_TE = gate.scores(rows(count, seed))
     if ties:
@@ -178,12 +178,12 @@ def test_scores_that_are_not_finite_are_an_error(sample: str, value: float) -> N
         make(sample).select(scores_TE)
 
 
-def test_huge_finite_scores_are_no_error() -> None:
+def test_huge_finite_scores_are_accepted() -> None:
     routing = make("top_k").select(torch.full((2, EXPERTS), 3e38))
     assert routing.weights_TK.isfinite().all()
 
 
-def test_shapes_that_do_not_fit() -> None:
+def test_shapes_that_do_not_fit_are_rejected() -> None:
     gate = make("top_k")
     with pytest.raises(SpecMismatch, match="7 features"):
         gate(torch.zeros(2, 7))
@@ -256,7 +256,7 @@ def test_hash_is_the_same_in_every_process_and_version() -> None:
     assert len(set(gates.Hash(64)(rows_of_floats).indices_TK.flatten().tolist())) == 1
 
 
-def test_hash_spreads_rows_and_denial_moves_only_the_denied() -> None:
+def test_hash_spreads_rows_and_denying_an_expert_moves_only_its_rows() -> None:
     gate = gates.Hash(EXPERTS)
     ids = torch.arange(8000)
     before = gate(ids).indices_TK.flatten()

@@ -1,4 +1,4 @@
-"""Requests that wait together: one run of the gate, each with its own options, and none that spoils the others."""
+"""Requests that wait together: one run of the gate, each with its own options, and none that fails the others."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def layer_of(gate: Gate, name: str = "l", **options: Any) -> Layer:
 
 @dataclass
 class Bench:
-    """A gating, with a stand-in for its fan-out that keeps the batches; `before` runs when a batch begins."""
+    """A gating with a fake fan-out that keeps the batches; `before` runs when a batch starts."""
 
     gating: Gating = field(init=False)
     batches: list[Batch] = field(default_factory=list)
-    given_up: list[Batch] = field(default_factory=list)
-    asked: list[tuple[float, str]] = field(default_factory=list)
+    cancelled: list[Batch] = field(default_factory=list)
+    started: list[tuple[float, str]] = field(default_factory=list)
     answers: bool = False
     before: Callable[[], None] = lambda: None
 
@@ -56,9 +56,9 @@ class Bench:
     ) -> Batch:
         assignment = assign(layer, dict.fromkeys(layer.expert_ids, "v1"), x, handle)
         batch = Batch(epoch, layer, x, routing, handle, assignment)
-        batch.cancel = lambda: self.given_up.append(batch)
+        batch.cancel = lambda: self.cancelled.append(batch)
         self.batches.append(batch)
-        self.asked.append((deadline, client))
+        self.started.append((deadline, client))
         if self.answers:
             for key, work in assignment.work.items():
                 batch.answer(key, Answered((x[work.rows_R],)))
@@ -86,7 +86,7 @@ GATES: list[Callable[[], Gate]] = [
 
 @st.composite
 def some_requests(draw: st.DrawFn, k_allowed: bool) -> list[GateRequest]:
-    made = []
+    requests = []
     for _ in range(draw(st.integers(1, 5))):
         rows = draw(st.integers(0, 3))
         generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
@@ -96,11 +96,11 @@ def some_requests(draw: st.DrawFn, k_allowed: bool) -> list[GateRequest]:
         choices = draw(st.integers(1, E))
         if kind == "given":
             indices = torch.argsort(torch.rand(rows, E, generator=generator), dim=1)[:, :choices]
-            made.append(GateRequest(x, x, routing=Routing(indices, torch.rand(rows, choices, generator=generator))))
+            requests.append(GateRequest(x, x, routing=Routing(indices, torch.rand(rows, choices, generator=generator))))
         else:
             k = choices if kind == "k" and k_allowed else None
-            made.append(GateRequest(x, x, allowed if kind == "mask" else None, k))
-    return made
+            requests.append(GateRequest(x, x, allowed if kind == "mask" else None, k))
+    return requests
 
 
 @given(data=st.data(), gate_number=st.integers(0, len(GATES) - 1), limited=st.booleans())
@@ -117,18 +117,18 @@ def test_each_request_is_routed_as_if_it_were_alone(data: Any, gate_number: int,
         routed = await asyncio.gather(*(bench.gating.route(EPOCH, layer, request) for request in requests))
         assert len(bench.batches) == 1
         start = 0
-        for request, found in zip(requests, routed, strict=True):
-            assert (found.start, found.stop) == (start, start + request.size)
-            start = found.stop
-            indices, weights = rows_of(found)
-            wanted = alone(gate, request)
+        for request, part in zip(requests, routed, strict=True):
+            assert (part.start, part.stop) == (start, start + request.size)
+            start = part.stop
+            indices, weights = rows_of(part)
+            expected = alone(gate, request)
             if capacity is not None:
-                wanted = capacity.apply(wanted, E)
-            width = wanted.indices_TK.shape[1]
-            assert torch.equal(indices[:, :width], wanted.indices_TK)
-            assert torch.allclose(weights[:, :width], wanted.weights_TK.to(weights.dtype), atol=1e-6)
+                expected = capacity.apply(expected, E)
+            width = expected.indices_TK.shape[1]
+            assert torch.equal(indices[:, :width], expected.indices_TK)
+            assert torch.allclose(weights[:, :width], expected.weights_TK.to(weights.dtype), atol=1e-6)
             assert bool((indices[:, width:] == -1).all())
-            assert torch.equal(found.batch.x[found.start : found.stop], request.x)
+            assert torch.equal(part.batch.x[part.start : part.stop], request.x)
 
     run_async(main())
 
@@ -143,17 +143,17 @@ def test_only_requests_of_one_layer_epoch_and_kind_of_rows_share_a_batch() -> No
         bench = Bench()
         gate = gates.TopK(D, E, k=2)
         one, other = layer_of(gate), layer_of(gate, "m")
-        wanted = [
+        calls = [
             (EPOCH, one, plain()),
             (EPOCH, one, plain(seed=1)),
             (Epoch(2), one, plain()),
             (EPOCH, other, plain()),
             (EPOCH, one, plain(dtype=torch.bfloat16)),
         ]
-        routed = await asyncio.gather(*(bench.gating.route(*arguments) for arguments in wanted))
+        routed = await asyncio.gather(*(bench.gating.route(*arguments) for arguments in calls))
         assert len(bench.batches) == 4
         assert routed[0].batch is routed[1].batch
-        assert [found.batch.epoch.number for found in routed] == [1, 1, 2, 1, 1]
+        assert [part.batch.epoch.number for part in routed] == [1, 1, 2, 1, 1]
         assert routed[3].batch.layer is other
 
     run_async(main())
@@ -168,12 +168,12 @@ def test_a_batch_has_a_limit_but_a_large_request_goes_alone(monkeypatch: pytest.
         sizes = [2, 3, 1, 9, 0, 4, 1, 1]
         routed = await asyncio.gather(*(bench.gating.route(EPOCH, layer, plain(size)) for size in sizes))
         assert [batch.x.shape[0] for batch in bench.batches] == [5, 1, 9, 5, 1]
-        assert [found.stop - found.start for found in routed] == sizes
+        assert [part.stop - part.start for part in routed] == sizes
 
     run_async(main())
 
 
-def test_what_comes_during_a_run_goes_together_in_the_next() -> None:
+def test_requests_that_arrive_during_a_run_share_the_next_batch() -> None:
     async def main() -> None:
         bench = Bench()
         layer = layer_of(gates.TopK(D, E, k=2))
@@ -186,7 +186,7 @@ def test_what_comes_during_a_run_goes_together_in_the_next() -> None:
         bench.before = more
         await bench.gating.route(EPOCH, layer, plain())
         routed = await asyncio.gather(*later)
-        assert len({id(found.batch) for found in routed}) == 1
+        assert len({id(part.batch) for part in routed}) == 1
         assert len(bench.batches) == 2
 
     run_async(main())
@@ -197,7 +197,7 @@ def bad_requests() -> dict[str, tuple[GateRequest, type[Exception], str]]:
     return {
         "NaN": (GateRequest(nan, nan), InvalidRequest, "NaN or infinite"),
         "too many choices": (GateRequest(plain().x, plain().x, k=E + 1), InvalidRequest, "must be between 1 and 4"),
-        "nobody allowed": (
+        "no expert allowed": (
             GateRequest(plain().x, plain().x, torch.zeros(E, dtype=torch.bool)), InvalidRequest, "without any expert"
         ),
     }  # fmt: skip
@@ -205,7 +205,7 @@ def bad_requests() -> dict[str, tuple[GateRequest, type[Exception], str]]:
 
 @pytest.mark.parametrize("case", bad_requests())
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_one_bad_request_does_not_spoil_the_others(case: str, place: int) -> None:
+def test_one_bad_request_does_not_fail_the_others(case: str, place: int) -> None:
     bad, kind, message = bad_requests()[case]
     gate = gates.TopK(D, E, k=2)
 
@@ -214,33 +214,33 @@ def test_one_bad_request_does_not_spoil_the_others(case: str, place: int) -> Non
         layer = layer_of(gate)
         requests = [plain(seed=n) for n in range(2)]
         requests.insert(place, bad)
-        found = await asyncio.gather(
+        results = await asyncio.gather(
             *(bench.gating.route(EPOCH, layer, request) for request in requests), return_exceptions=True
         )
-        error = found.pop(place)
+        error = results.pop(place)
         assert isinstance(error, kind)
         assert message in str(error)
-        for number, routed in enumerate(found):
+        for number, routed in enumerate(results):
             assert isinstance(routed, Routed)
             assert torch.equal(rows_of(routed)[0], alone(gate, plain(seed=number)).indices_TK)
 
     run_async(main())
 
 
-def test_features_of_another_width_are_refused_alone() -> None:
+def test_only_the_request_with_features_of_another_width_is_rejected() -> None:
     async def main() -> None:
         bench = Bench()
         layer = layer_of(gates.TopK(D, E, k=2))
         good = bench.gating.route(EPOCH, layer, plain())
         bad = bench.gating.route(EPOCH, layer, plain(width=D + 1))
-        found = await asyncio.gather(good, bad, return_exceptions=True)
-        assert isinstance(found[0], Routed)
-        assert isinstance(found[1], SpecMismatch)
+        results = await asyncio.gather(good, bad, return_exceptions=True)
+        assert isinstance(results[0], Routed)
+        assert isinstance(results[1], SpecMismatch)
 
     run_async(main())
 
 
-def test_a_gate_of_foreign_code_that_raises_is_a_typed_error_without_its_words(caplog: Any) -> None:
+def test_an_exception_of_a_custom_gate_is_a_typed_error_without_its_message(caplog: Any) -> None:
     def scores(rows: Tensor) -> Tensor:
         raise ZeroDivisionError("a secret of the gate")
 
@@ -254,21 +254,21 @@ def test_a_gate_of_foreign_code_that_raises_is_a_typed_error_without_its_words(c
     run_async(main())
 
 
-def test_a_batch_is_wanted_while_somebody_holds_it() -> None:
+def test_a_batch_is_kept_while_a_request_holds_it() -> None:
     async def main() -> None:
         bench = Bench()
         layer = layer_of(gates.TopK(D, E, k=2))
         routed = await asyncio.gather(*(bench.gating.route(EPOCH, layer, plain()) for _ in range(2)))
         routed[0].batch.release()
-        assert not bench.given_up
+        assert not bench.cancelled
         routed[1].batch.release()
-        assert bench.given_up == bench.batches
+        assert bench.cancelled == bench.batches
 
     run_async(main())
 
 
 @pytest.mark.parametrize("moment", ["waiting", "as the answer comes"])
-def test_who_goes_away_holds_nothing(moment: str) -> None:
+def test_a_cancelled_request_holds_nothing(moment: str) -> None:
     async def main() -> None:
         bench = Bench()
         layer = layer_of(gates.TopK(D, E, k=2))
@@ -282,14 +282,14 @@ def test_who_goes_away_holds_nothing(moment: str) -> None:
             await task
         for _ in range(10):
             await asyncio.sleep(0)
-        assert bench.given_up == bench.batches
+        assert bench.cancelled == bench.batches
         assert len(bench.batches) == (0 if moment == "waiting" else 1)
-        await bench.gating.route(EPOCH, layer, plain())  # and the gating goes on
+        await bench.gating.route(EPOCH, layer, plain())  # and gating keeps working
 
     run_async(main())
 
 
-def test_without_rows_there_is_a_routing_too() -> None:
+def test_requests_without_rows_have_a_routing_too() -> None:
     for make in GATES:
         x, routing, handle = route_together(make(), [plain(0), plain(0)])
         assert x.shape == (0, D)
@@ -298,7 +298,7 @@ def test_without_rows_there_is_a_routing_too() -> None:
 
 
 class Slow(Bench):
-    """A layer whose batches end when the test says so."""
+    """A bench whose batches end when the test finishes them."""
 
     def finish(self, batch: Batch) -> None:
         for key, work in batch.assignment.work.items():
@@ -306,7 +306,7 @@ class Slow(Bench):
 
 
 async def slow_bench(monkeypatch: pytest.MonkeyPatch, longest: float) -> tuple[Slow, Layer]:
-    """A bench with a batch of four rows under way, where gathering may take `longest` seconds."""
+    """A bench with a batch of four rows in flight, where gathering may take `longest` seconds."""
     monkeypatch.setattr("expertmesh.router.request.batch_timing.LONGEST_WAIT", longest)
     bench, layer = Slow(), layer_of(gates.TopK(D, E, k=2))
     bench.gating._timings["l"].seconds = 60.0
@@ -336,7 +336,7 @@ def test_a_small_batch_gathers_until_it_is_as_large_or_alone(monkeypatch: pytest
     run_async(main())
 
 
-def test_lines_of_a_layer_wait_each_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_queues_of_a_layer_wait_independently(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         bench, layer = await slow_bench(monkeypatch, 50.0)
         small = asyncio.ensure_future(bench.gating.route(Epoch(2), layer, plain(1)))
@@ -346,14 +346,14 @@ def test_lines_of_a_layer_wait_each_for_themselves(monkeypatch: pytest.MonkeyPat
         assert (large.done(), small.done()) == (True, False)
         bench.finish(bench.batches[0])
         await turns()
-        assert not small.done()  # the large one is still under way
+        assert not small.done()  # the large one is still in flight
         bench.finish(bench.batches[1])
         await small
 
     run_async(main())
 
 
-def test_nobody_gathers_for_longer_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_batch_gathers_for_longer_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         bench, layer = await slow_bench(monkeypatch, 0.02)
         for _ in range(3):
@@ -364,7 +364,7 @@ def test_nobody_gathers_for_longer_than_the_bound(monkeypatch: pytest.MonkeyPatc
     run_async(main())
 
 
-def test_a_batch_without_work_says_nothing_of_the_pace() -> None:
+def test_a_batch_without_work_is_not_measured() -> None:
     async def main() -> None:
         bench, layer = Bench(), layer_of(gates.TopK(D, E, k=2))
         bench.gating._timings["l"].seconds = 60.0

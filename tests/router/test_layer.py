@@ -1,4 +1,4 @@
-"""What a layer's declaration refuses, and the names it gives."""
+"""Layer declarations: which ones are rejected, and the ids of a layer's experts."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "too much lost mass": ({"max_lost_mass": 1.5}, "must lie between 0 and 1, not 1.5"),
     "lost mass that is no number": ({"max_lost_mass": float("nan")}, "must lie between 0 and 1"),
     "an unknown policy": ({"on_missing": "ignore"}, "layer news: on_missing is 'ignore', but must be"),
-    "a fallback to nobody": ({"on_missing": "fallback:"}, "on_missing is 'fallback:', but must be"),
-    "a fallback to a stranger": ({"on_missing": "fallback:c"}, "the fallback 'c' is not one of its experts"),
+    "a fallback without a name": ({"on_missing": "fallback:"}, "on_missing is 'fallback:', but must be"),
+    "a fallback to an unknown expert": ({"on_missing": "fallback:c"}, "the fallback 'c' is not one of its experts"),
     "rows as votes": ({"combine": "vote", "on_missing": "residual"}, "no meaning for combine 'vote'"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_declarations_that_cannot_be_right(case: str) -> None:
+def test_invalid_declarations_are_rejected(case: str) -> None:
     change, message = WRONG[case]
     with pytest.raises(ConfigError, match=message):
         Layer(**{**BASE, **change})
@@ -52,14 +52,14 @@ def test_ids_are_in_the_gates_order() -> None:
     assert layer.gate_id == "news/gate"
 
 
-def test_a_request_may_bring_its_own_policy() -> None:
+def test_a_request_may_have_its_own_policy() -> None:
     layer = Layer(**BASE)
     assert str(layer.policy("fallback:b")) == "fallback:b"
     with pytest.raises(InvalidRequest, match="fallback 'c'"):
         layer.policy("fallback:c")
 
 
-def test_live_objects_stay_where_they_are() -> None:
+def test_a_layer_without_live_objects_has_placeholders() -> None:
     rows = torch.ones(1, 2)
     live = Layer(**{**BASE, "experts": {"a": Expert.from_function(torch.neg), "b": COS}})
     away = live.without_live_objects()
@@ -72,5 +72,5 @@ def test_live_objects_stay_where_they_are() -> None:
 
 
 @pytest.mark.parametrize("name", ["a", "A-1", "_x", "9", "a.b", "x" * 64])
-def test_names_that_are_fine(name: str) -> None:
+def test_valid_names_are_accepted(name: str) -> None:
     check_name(name, "layer")

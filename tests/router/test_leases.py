@@ -1,4 +1,4 @@
-"""Leases on epochs: they hold what they pin, live by use, and end by themselves; the clock is moved by hand."""
+"""Leases on epochs: they keep what they pin, are renewed by use, and expire; the test moves the clock."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ class World:
         self.now = 100.0
         self.epochs = Epochs()
         numbers = itertools.count()
-        self.pins = Leases(self.epochs, lambda: self.now, new_id=lambda: f"lease-{next(numbers)}")
+        self.leases = Leases(self.epochs, lambda: self.now, new_id=lambda: f"lease-{next(numbers)}")
         self.epochs.adopt(Epoch(1, {"l/e": "v1"}))
 
     def use(self, lease: str) -> int:
-        """What a request does: pin, work, give back."""
-        epoch = self.pins.pin(lease)
+        """Do what a request does: pin, work, unpin."""
+        epoch = self.leases.pin(lease)
         self.epochs.unpin(epoch)
         return epoch.number
 
 
 def test_a_lease_holds_its_epoch_while_others_are_adopted() -> None:
     world = World()
-    lease, epoch, ttl = world.pins.lease(30.0)
+    lease, epoch, ttl = world.leases.lease(30.0)
     assert (lease, epoch.number, ttl) == ("lease-0", 1, 30.0)
     world.epochs.adopt(Epoch(2, {"l/e": "v2"}))
     assert (world.epochs.oldest_pinned(), world.epochs.pins()) == (1, {1: 1})
     assert world.epochs.draining() == {"l/e": ["v1"]}
     assert world.use(lease) == 1
-    assert world.pins.give_back(lease)
+    assert world.leases.give_back(lease)
     assert (world.epochs.oldest_pinned(), world.epochs.pins(), world.epochs.draining()) == (2, {}, {})
-    assert not world.pins.give_back(lease)
+    assert not world.leases.give_back(lease)
     with pytest.raises(FailedPrecondition, match="pin again"):
         world.use(lease)
 
 
-def test_a_lease_ends_when_it_is_not_used_and_lives_by_use() -> None:
+def test_a_lease_expires_unused_and_is_renewed_by_use() -> None:
     world = World()
-    used, unused = world.pins.lease(10.0)[0], world.pins.lease(10.0)[0]
+    used, unused = world.leases.lease(10.0)[0], world.leases.lease(10.0)[0]
     for _ in range(5):
         world.now += 9.0
         assert world.use(used) == 1
@@ -53,25 +53,25 @@ def test_a_lease_ends_when_it_is_not_used_and_lives_by_use() -> None:
         world.use(unused)
     assert world.epochs.pins() == {1: 1}
     world.now += 10.0
-    assert world.pins.drop_expired() == 1
-    assert (len(world.pins), world.epochs.pins()) == (0, {})
+    assert world.leases.drop_expired() == 1
+    assert (len(world.leases), world.epochs.pins()) == (0, {})
 
 
-def test_a_request_that_began_on_a_lease_keeps_the_epoch_when_the_lease_ends() -> None:
+def test_a_request_on_a_lease_keeps_the_epoch_when_the_lease_ends() -> None:
     world = World()
-    lease = world.pins.lease(1.0)[0]
-    epoch = world.pins.pin(lease)
+    lease = world.leases.lease(1.0)[0]
+    epoch = world.leases.pin(lease)
     world.epochs.adopt(Epoch(2))
     world.now += 5.0
-    world.pins.drop_expired()
+    world.leases.drop_expired()
     assert world.epochs.oldest_pinned() == 1
     world.epochs.unpin(epoch)
     assert world.epochs.oldest_pinned() == 2
 
 
-def test_no_lease_lives_for_ever_however_often_it_is_used() -> None:
+def test_no_lease_lives_forever_however_often_it_is_used() -> None:
     world = World()
-    lease, _, ttl = world.pins.lease(1e9)
+    lease, _, ttl = world.leases.lease(1e9)
     assert ttl == MAX_TTL
     began = world.now
     while world.now + ttl / 2 < began + MAX_LIFE:
@@ -83,22 +83,22 @@ def test_no_lease_lives_for_ever_however_often_it_is_used() -> None:
 
 
 @pytest.mark.parametrize("ttl", [0.0, -1.0, float("nan")])
-def test_a_time_to_live_that_is_none_is_refused(ttl: float) -> None:
+def test_an_invalid_time_to_live_is_rejected(ttl: float) -> None:
     world = World()
     with pytest.raises(InvalidRequest, match="ttl"):
-        world.pins.lease(ttl)
+        world.leases.lease(ttl)
     assert world.epochs.pins() == {}
 
 
-def test_leases_are_bounded_and_those_that_are_over_make_room() -> None:
+def test_leases_are_limited_and_expired_ones_make_room() -> None:
     world = World()
     for _ in range(MAX_LEASES):
-        world.pins.lease(5.0)
+        world.leases.lease(5.0)
     with pytest.raises(Overloaded):
-        world.pins.lease(5.0)
+        world.leases.lease(5.0)
     world.now += 5.0
-    assert world.pins.lease(5.0)[1].number == 1
-    assert (len(world.pins), world.epochs.pins()) == (1, {1: 1})
+    assert world.leases.lease(5.0)[1].number == 1
+    assert (len(world.leases), world.epochs.pins()) == (1, {1: 1})
 
 
 def test_before_the_first_epoch_nothing_can_be_leased() -> None:

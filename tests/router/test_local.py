@@ -1,4 +1,4 @@
-"""The local layer against y = Σ wᵢ·fᵢ(x) written out, with unlike experts, policies, capacity and gradients."""
+"""The local layer against y = Σ wᵢ·fᵢ(x) written out, with mixed experts, policies, capacity and gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from expertmesh.router.mixture.local import LocalLayer
 WIDTH, EXPERTS = 6, 4
 
 
-def unlike() -> dict[str, Any]:
+def mixed_experts() -> dict[str, Any]:
     torch.manual_seed(0)
     return {
         "linear": nn.Linear(WIDTH, WIDTH),
@@ -29,17 +29,17 @@ def unlike() -> dict[str, Any]:
     }
 
 
-def test_unlike_experts_make_one_layer() -> None:
-    experts = unlike()
+def test_mixed_experts_make_one_layer() -> None:
+    experts = mixed_experts()
     gate = gates.TopK(WIDTH, EXPERTS, k=2)
     x = torch.randn(9, WIDTH)
     routing = gate(x)
-    wanted = torch.stack([
+    expected = torch.stack([
         sum((w * list(experts.values())[e](row[None])[0] for e, w in zip(es, ws, strict=True)), torch.zeros(WIDTH))
         for row, es, ws in zip(x, routing.indices_TK.tolist(), routing.weights_TK, strict=True)
     ])  # fmt: skip
-    torch.testing.assert_close(LocalLayer(gate, experts)(x), wanted)
-    torch.testing.assert_close(LocalLayer(gate, list(experts.values()))(x), wanted)
+    torch.testing.assert_close(LocalLayer(gate, experts)(x), expected)
+    torch.testing.assert_close(LocalLayer(gate, list(experts.values()))(x), expected)
 
 
 def test_rows_of_any_shape_and_no_rows_at_all() -> None:
@@ -51,7 +51,7 @@ def test_rows_of_any_shape_and_no_rows_at_all() -> None:
 
 def test_shared_experts_gate_input_and_mask() -> None:
     shared = nn.Linear(WIDTH, WIDTH)
-    layer = LocalLayer(gates.TopK(3, EXPERTS, k=1), unlike(), shared=shared)
+    layer = LocalLayer(gates.TopK(3, EXPERTS, k=1), mixed_experts(), shared=shared)
     x, features = torch.randn(5, WIDTH), torch.randn(5, 3)
     only_double = torch.tensor([False, False, False, True])
     answer = layer.answer(x, gate_input=features, mask_TE=only_double)
@@ -64,7 +64,7 @@ def test_shared_experts_gate_input_and_mask() -> None:
 @pytest.mark.parametrize("grouped", [False, True])
 def test_an_expert_that_answers_nan_follows_the_policy(policy: str, grouped: bool) -> None:
     x = torch.randn(4, WIDTH)
-    experts: Any = unlike() | {"linear": lambda rows: rows * math.nan}
+    experts: Any = mixed_experts() | {"linear": lambda rows: rows * math.nan}
     names = ["linear", "double"]
     if grouped:
         experts = PackedExperts(2, WIDTH, 8)
@@ -79,13 +79,13 @@ def test_an_expert_that_answers_nan_follows_the_policy(policy: str, grouped: boo
             layer(x)
         return
     kind = policy.partition(":")[0]
-    wanted = {
+    expected = {
         "renormalize": double(x),
         "residual": 0.25 * x + 0.75 * double(x),
         "fallback": 0.25 * double(x) + 0.75 * double(x),
     }[kind]
     answer = layer.answer(x)
-    torch.testing.assert_close(answer.output, wanted)
+    torch.testing.assert_close(answer.output, expected)
     assert answer.degraded
     assert answer.lost_mass_T.tolist() == [0.25] * 4
 
@@ -113,7 +113,7 @@ def test_gradients_reach_rows_gate_and_experts() -> None:
     assert all(parameter.grad is not None for parameter in layer.parameters())
 
 
-def test_a_routing_that_is_given_skips_the_gate() -> None:
+def test_an_existing_routing_skips_the_gate() -> None:
     layer = LocalLayer(gates.Fixed([1.0, 1.0]), [torch.sin, torch.cos])
     x = torch.randn(3, 2)
     routing = Routing(torch.tensor([[1], [0], [1]]), torch.ones(3, 1))
@@ -128,7 +128,7 @@ def test_votes_of_classifiers() -> None:
     assert layer(torch.zeros(2, 1)).tolist() == [4, 4]
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_arguments_that_do_not_fit_are_rejected() -> None:
     with pytest.raises(ConfigError, match="chooses among 3 experts, but 2"):
         LocalLayer(gates.Fixed([1.0] * 3), [torch.sin, torch.cos])
     with pytest.raises(InvalidRequest, match="on_missing"):

@@ -1,4 +1,4 @@
-"""What a caller may ask of a layer, and what is refused by the name of the option."""
+"""Options of a request: what is accepted, and what is rejected with the name of the option."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ LAYER = Layer(
 X = torch.zeros(2, 4)
 INDEX, WEIGHTS = torch.tensor([[0, 2], [1, -1]]), torch.tensor([[0.5, 0.5], [1.0, 9.0]])
 
-REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], type[InvalidRequest], str]] = {
+REJECTED: dict[str, tuple[dict[str, Any], dict[str, Any], type[InvalidRequest], str]] = {
     "a scalar": ({"x": torch.tensor(1.0)}, {}, SpecMismatch, r"x must be rows \[T, ...\]"),
     "another width": ({"x": torch.zeros(2, 5)}, {}, SpecMismatch, r"x has rows of shape \[5\], expected \[4\]"),
     "integers": ({"x": torch.zeros(2, 4).long()}, {}, SpecMismatch, "x has dtype int64, expected float32"),
     "complex rows": ({"x": torch.zeros(2, 4, dtype=torch.complex64)}, {}, InvalidRequest, "complex64 cannot be sent"),
     "an unknown policy": ({}, {"on_missing": "zero"}, InvalidRequest, "on_missing is 'zero'"),
-    "a stranger as fallback": ({}, {"on_missing": "fallback:z"}, InvalidRequest, "fallback 'z'"),
+    "an unknown fallback": ({}, {"on_missing": "fallback:z"}, InvalidRequest, "fallback 'z'"),
     "less than no lost mass": ({}, {"max_lost_mass": -0.1}, InvalidRequest, "max_lost_mass must lie between"),
     "lost mass that is no number": ({}, {"max_lost_mass": float("nan")}, InvalidRequest, "max_lost_mass must lie"),
     "features of other rows": (
@@ -39,11 +39,13 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], type[InvalidRequest], s
     "a scalar as features": ({"features": torch.tensor(1.0)}, {}, SpecMismatch, r"gate_input of shape \[\] must"),
     "no choices": ({}, {"top_k": 0}, InvalidRequest, "top_k must lie between 1 and 3, not 0"),
     "too many choices": ({}, {"top_k": 4}, InvalidRequest, "top_k must lie between 1 and 3, not 4"),
-    "nobody allowed": ({}, {"allow": []}, InvalidRequest, "leave no expert of layer l"),
-    "everybody denied": ({}, {"deny": ["a", "l/b", "c"]}, InvalidRequest, "leave no expert"),
+    "no expert allowed": ({}, {"allow": []}, InvalidRequest, "leave no expert of layer l"),
+    "every expert denied": ({}, {"deny": ["a", "l/b", "c"]}, InvalidRequest, "leave no expert"),
     "allowed and denied": ({}, {"allow": ["a"], "deny": ["l/a"]}, InvalidRequest, "leave no expert"),
-    "a stranger allowed": ({}, {"allow": ["z"]}, InvalidRequest, "allow names 'z', which is not an expert of layer l"),
-    "one of another layer": ({}, {"deny": ["m/a"]}, InvalidRequest, "deny names 'm/a'"),
+    "an unknown expert allowed": (
+        {}, {"allow": ["z"]}, InvalidRequest, "allow names 'z', which is not an expert of layer l"
+    ),
+    "an expert of another layer": ({}, {"deny": ["m/a"]}, InvalidRequest, "deny names 'm/a'"),
     "indices alone": ({"indices": INDEX}, {}, InvalidRequest, "belong together"),
     "weights alone": ({"weights": WEIGHTS}, {}, InvalidRequest, "belong together"),
     "a routing and top_k": (
@@ -73,9 +75,9 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], type[InvalidRequest], s
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_asked(case: str) -> None:
-    tensors, options, kind, message = REFUSED[case]
+@pytest.mark.parametrize("case", REJECTED)
+def test_invalid_options_are_rejected(case: str) -> None:
+    tensors, options, kind, message = REJECTED[case]
     arguments = {"x": X, **tensors}
     with pytest.raises(kind, match=message) as caught:
         gate_request(LAYER, arguments.pop("x"), CallOptions(layer="l", **options), **arguments)
@@ -84,7 +86,7 @@ def test_what_cannot_be_asked(case: str) -> None:
 
 def test_lists_of_names_become_masks() -> None:
     assert allowed_experts(LAYER, None, None) is None
-    for allow, deny, wanted in [
+    for allow, deny, expected in [
         (["a", "l/c"], None, [True, False, True]),
         (None, ["l/b"], [True, False, True]),
         (["a", "b", "b"], ["b"], [True, False, False]),
@@ -92,45 +94,45 @@ def test_lists_of_names_become_masks() -> None:
     ]:
         mask = allowed_experts(LAYER, allow, deny)
         assert mask is not None
-        assert mask.tolist() == wanted
+        assert mask.tolist() == expected
 
 
-def test_features_take_the_place_of_rows_for_the_gate() -> None:
+def test_features_replace_the_rows_for_the_gate() -> None:
     features = torch.ones(2, 7)
-    asked = gate_request(LAYER, X, CallOptions(layer="l", top_k=1, deny=["a"]), features=features)
-    assert asked.features is features
-    assert asked.x is X
-    assert (asked.k, asked.routing) == (1, None)
+    checked = gate_request(LAYER, X, CallOptions(layer="l", top_k=1, deny=["a"]), features=features)
+    assert checked.features is features
+    assert checked.x is X
+    assert (checked.k, checked.routing) == (1, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8])
 @pytest.mark.parametrize("weights", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_a_routing_of_the_callers_is_taken_as_it_is(dtype: torch.dtype, weights: torch.dtype) -> None:
-    asked = gate_request(LAYER, X, CallOptions(layer="l"), indices=INDEX.to(dtype), weights=WEIGHTS.to(weights))
-    assert asked.routing is not None
-    assert torch.equal(asked.routing.indices_TK, INDEX)
-    assert asked.routing.weights_TK.tolist() == [[0.5, 0.5], [1.0, 0.0]]
-    assert asked.routing.weights_TK.dtype == (torch.float64 if weights == torch.float64 else torch.float32)
+def test_the_callers_own_routing_is_used_as_it_is(dtype: torch.dtype, weights: torch.dtype) -> None:
+    checked = gate_request(LAYER, X, CallOptions(layer="l"), indices=INDEX.to(dtype), weights=WEIGHTS.to(weights))
+    assert checked.routing is not None
+    assert torch.equal(checked.routing.indices_TK, INDEX)
+    assert checked.routing.weights_TK.tolist() == [[0.5, 0.5], [1.0, 0.0]]
+    assert checked.routing.weights_TK.dtype == (torch.float64 if weights == torch.float64 else torch.float32)
 
 
 @given(rows=st.integers(0, 4), choices=st.integers(0, 3), seed=st.integers(0, 999))
 @settings(deadline=None)
-def test_a_routing_is_taken_or_refused_and_never_an_accident(rows: int, choices: int, seed: int) -> None:
+def test_a_routing_is_either_accepted_or_rejected(rows: int, choices: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     indices = torch.randint(-2, 4, (rows, choices), generator=generator)
     x = torch.zeros(rows, 4)
-    fine = all(
+    valid = all(
         all(-1 <= e <= 2 for e in row) and sum(e >= 0 for e in row) == len({e for e in row if e >= 0}) > 0
         for row in indices.tolist()
     )
     try:
         gate_request(LAYER, x, CallOptions(layer="l"), indices=indices, weights=torch.ones(rows, choices))
     except InvalidRequest:
-        assert not fine
+        assert not valid
     else:
-        assert fine
+        assert valid
 
 
-def test_no_rows_are_a_request_too() -> None:
+def test_a_request_without_rows_is_valid() -> None:
     empty: Tensor = X[:0]
     assert gate_request(LAYER, empty, CallOptions(layer="l")).size == 0

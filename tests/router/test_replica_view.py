@@ -1,4 +1,4 @@
-"""The view: only ready holders are chosen, suspects come back, and the rows under way always add up."""
+"""The view: only ready holders are chosen, suspects recover, and the rows in flight always add up."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_only_ready_holders_of_exactly_this_version_are_chosen() -> None:
     assert not any(view.holds(state, *OLD) for state in STATES[1:])
 
 
-def test_why_nobody_can_be_chosen() -> None:
+def test_the_error_says_why_no_replica_can_be_chosen() -> None:
     with pytest.raises(Unavailable, match="no replica of l/e is ready; retry"):
         view_of().choose([OLD])
     with pytest.raises(Unavailable, match="no replica of l/e is ready; retry"):
@@ -48,7 +48,7 @@ def test_why_nobody_can_be_chosen() -> None:
         view_of(replica("a", OLD)).choose([OLD], exclude={"a"})
 
 
-def test_the_less_busy_of_two_is_chosen_and_equals_take_turns() -> None:
+def test_the_less_busy_of_two_is_chosen_and_ties_alternate() -> None:
     view = view_of(replica("a", OLD), replica("b", OLD))
     counted = Counter(view.choose([OLD]).id for _ in range(200))
     assert min(counted["a"], counted["b"]) > 50
@@ -60,30 +60,30 @@ def test_the_less_busy_of_two_is_chosen_and_equals_take_turns() -> None:
 
 @given(loads=st.lists(st.integers(0, 20), min_size=2, max_size=6, unique=True), seed=st.integers(0, 99))
 @settings(deadline=None)
-def test_of_two_drawn_at_random_never_the_busier(loads: list[int], seed: int) -> None:
+def test_the_busier_of_two_drawn_is_never_chosen(loads: list[int], seed: int) -> None:
     view = view_of(*(replica(str(number), OLD) for number in range(len(loads))), seed=seed)
     for number, load in enumerate(loads):
         view.sent(str(number), load)
     chosen = Counter(view.choose([OLD]).id for _ in range(300))
     busiest = str(max(range(len(loads)), key=lambda number: loads[number]))
     assert busiest not in chosen
-    assert len(chosen) == len(loads) - 1  # every other one is, for some draw, the less busy
+    assert len(chosen) == len(loads) - 1  # every other replica is the less busy one of some draw
 
 
-def test_a_suspect_comes_back_after_two_ready_reports() -> None:
+def test_a_suspect_recovers_after_two_ready_reports() -> None:
     a, b = replica("a", OLD), replica("b", OLD)
     view = view_of(a, b)
     view.failed("a")
     for _ in range(SUSPECT_REPORTS - 1):
         assert {view.choose([OLD]).id for _ in range(20)} == {"b"}
-        assert [found.state for found in view.replicas()] == ["suspect", READY]
+        assert [shown.state for shown in view.replicas()] == ["suspect", READY]
         view.update([a, b])
     view.update([replica("a", OLD, state="restarting"), b])  # not a ready report
     view.update([a, b])
     assert view.holds("a", *OLD)
 
 
-def test_failing_again_begins_again_and_a_new_incarnation_is_no_suspect() -> None:
+def test_another_failure_starts_over_and_a_new_incarnation_is_not_suspect() -> None:
     a = replica("a", OLD)
     view = view_of(a)
     view.failed("a")
@@ -94,23 +94,23 @@ def test_failing_again_begins_again_and_a_new_incarnation_is_no_suspect() -> Non
     view.failed("a")
     view.update([replica("a", OLD, incarnation="2")])
     assert view.holds("a", *OLD)
-    view.failed("nobody")
-    assert [found.id for found in view.replicas()] == ["a"]
+    view.failed("unknown")
+    assert [shown.id for shown in view.replicas()] == ["a"]
 
 
 class Rows(RuleBasedStateMachine):
-    """Reports come and go in any order while rows are under way."""
+    """Reports arrive in any order while rows are in flight."""
 
     @initialize(seed=st.integers(0, 9))
     def start(self, seed: int) -> None:
         self.view = View(random.Random(seed))
-        self.known: dict[str, Replica] = {}
+        self.reported: dict[str, Replica] = {}
         self.sent: list[tuple[str, int]] = []
 
     @rule(names=st.sets(st.sampled_from("abc")), incarnation=st.sampled_from("12"), state=st.sampled_from(STATES))
     def report(self, names: set[str], incarnation: str, state: str) -> None:
-        self.known = {name: replica(name, OLD, incarnation=incarnation, state=state) for name in sorted(names)}
-        self.view.update(self.known.values())
+        self.reported = {name: replica(name, OLD, incarnation=incarnation, state=state) for name in sorted(names)}
+        self.view.update(self.reported.values())
 
     @rule(rows=st.integers(1, 9), exclude=st.sets(st.sampled_from("abc")))
     def send(self, rows: int, exclude: set[str]) -> None:
@@ -119,14 +119,14 @@ class Rows(RuleBasedStateMachine):
         except (Unavailable, VersionGone):
             return
         assert name not in exclude
-        assert self.known[name].state == READY
+        assert self.reported[name].state == READY
         assert self.view.holds(name, *OLD)
         self.view.sent(name, rows)
         self.sent.append((name, rows))
 
     @precondition(lambda self: self.sent)
     @rule(data=st.data(), lost=st.booleans())
-    def come_back(self, data: Any, lost: bool) -> None:
+    def return_rows(self, data: Any, lost: bool) -> None:
         name, rows = self.sent.pop(data.draw(st.integers(0, len(self.sent) - 1)))
         self.view.sent(name, -rows)
         if lost:
@@ -134,13 +134,13 @@ class Rows(RuleBasedStateMachine):
 
     @invariant()
     def rows_add_up(self) -> None:
-        if not hasattr(self, "known"):
+        if not hasattr(self, "reported"):
             return
-        wanted = {name: sum(rows for sent, rows in self.sent if sent == name) for name in self.known}
-        assert self.view.rows_in_flight() == wanted
+        expected = {name: sum(rows for sent, rows in self.sent if sent == name) for name in self.reported}
+        assert self.view.rows_in_flight() == expected
 
     def teardown(self) -> None:
-        if not hasattr(self, "known"):
+        if not hasattr(self, "reported"):
             return
         for name, rows in self.sent:
             self.view.sent(name, -rows)

@@ -1,4 +1,4 @@
-"""The histogram counts each observation once, in the first bucket that holds it."""
+"""Telemetry: each observation counts once, in its bucket, and each request by layer and code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gates and whole layers against the models that people trust: tiny random models built from transformers configs."""
+"""Gates and whole layers against reference models: tiny random models built from transformers configs."""
 
 from __future__ import annotations
 
@@ -158,10 +158,10 @@ def test_gate_gives_the_indices_and_weights_of_the_models_router(name: str) -> N
     _, weights, indices = router(x)
     indices, order = indices.sort(dim=1)
     weights = weights.gather(1, order)
-    ours = layer.gate(x)
-    our_indices, our_order = ours.indices_TK.sort(dim=1)
+    routing = layer.gate(x)
+    our_indices, our_order = routing.indices_TK.sort(dim=1)
     assert torch.equal(our_indices, indices)
-    torch.testing.assert_close(ours.weights_TK.gather(1, our_order), weights, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(routing.weights_TK.gather(1, our_order), weights, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -169,8 +169,8 @@ def test_gate_gives_the_indices_and_weights_of_the_models_router(name: str) -> N
 def test_layer_gives_the_output_of_the_models_block(name: str) -> None:
     block, layer = PAIRS[name]()
     x = _rows()
-    theirs = block(x[None])
-    theirs = theirs[0] if isinstance(theirs, tuple) else theirs
+    reference = block(x[None])
+    reference = reference[0] if isinstance(reference, tuple) else reference
     answer = layer.answer(x)
-    assert (answer.output - theirs[0]).abs().max() <= TOLERANCE
+    assert (answer.output - reference[0]).abs().max() <= TOLERANCE
     assert not answer.degraded
