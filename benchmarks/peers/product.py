@@ -13,8 +13,8 @@ from torch import Tensor
 
 from expertmesh import AsyncClient
 from expertmesh.cluster.channel.router_end import ChannelTransport
+from expertmesh.experts.package_version import version
 from expertmesh.experts.protocol import CallOptions
-from expertmesh.experts.version import version
 from expertmesh.router.epochs.epochs import Epoch
 from expertmesh.router.fanout.replica_view import Replica
 from expertmesh.router.request.answer import ForwardRequest

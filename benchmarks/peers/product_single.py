@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from expertmesh import AsyncClient
-from expertmesh.experts.version import version
+from expertmesh.experts.package_version import version
 
 from .arm import Arm
 from .helper import Helper

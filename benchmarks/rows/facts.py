@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from expertmesh.experts.version import version
+from expertmesh.experts.package_version import version
 
 CPU_INFO = Path("/proc/cpuinfo")
 BF16_FLAGS = ("amx_bf16", "avx512_bf16")

@@ -21,11 +21,11 @@ from torch import Tensor
 from expertmesh.cluster.channel import router_end
 from expertmesh.experts.protocol import ExpertReply
 from expertmesh.router.fanout import fanout
-from expertmesh.router.request import answer, forward, gating
+from expertmesh.router.request import answer, batching
 
 NAMES = ("admit", "gate", "dispatch", "channel", "queue", "compute", "combine", "reply")
 PARTS = (
-    (forward, "assign"),
+    (fanout, "assign"),
     (fanout, "build_call"),
     (router_end, "encode_call"),
     (router_end, "decode"),
@@ -137,9 +137,8 @@ def _traced() -> Iterator[Callable[[], Trace]]:
         return seen
 
     with ExitStack() as stack:
-        _wrap(stack, gating, "route_together", gated)
-        for name in ("_added_up", "_combine"):  # the second where the first does not do
-            _wrap(stack, answer.Answer, name, combined)
+        _wrap(stack, batching, "route_together", gated)
+        _wrap(stack, answer.Answer, "_combine", combined)
         _wrap(stack, fanout.Fanout, "_returned", returned)
         for module, name in PARTS:
             _wrap(stack, module, name, part(name))

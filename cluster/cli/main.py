@@ -10,7 +10,7 @@ import click
 
 from ...experts.errors import ExpertMeshError
 from ...experts.optional_imports import load
-from ...experts.version import version
+from ...experts.package_version import version
 
 _COMMANDS: Mapping[str, tuple[str, str]] = {
     "demo": ("Train, serve and swap experts on real text.", "cluster,demo"),

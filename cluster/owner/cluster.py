@@ -14,8 +14,8 @@ from types import FrameType
 from typing import IO, Any
 
 from ...experts.errors import ExpertMeshError, NotFound, Unavailable
+from ...experts.package_version import version
 from ...experts.spec import Expert
-from ...experts.version import version
 from ...router.mixture.layer import Layer
 from ..config.cluster_config import ClusterConfig, allowed_factories
 from ..config.loader import load_config

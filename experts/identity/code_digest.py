@@ -1,7 +1,8 @@
 """What code does, as a digest that is the same in every process: functions, classes, and what both hold on to.
 
 Code of torch, numpy, scipy and the standard library, and whatever is compiled, is described by its name and the version
-of its package. Code that is called by a global name is known by that name alone.
+of its package. Code that is called by a global name is known by that name alone. Our own gates are described by name
+and `revision`: rewording or rearranging their code must not make new versions of everybody's gates.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ..weights.files import tensor_digest, tensors_of
 from .canonical import canonical, named, sha256
 
 _FOREIGN = frozenset({"torch", "numpy", "scipy"}) | sys.stdlib_module_names
+_OWN_GATES = f"{__name__.partition('.')[0]}.router.gates."
 _MODULE_STATE = frozenset(vars(nn.Module()))
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
@@ -107,6 +109,8 @@ class _Describer:
     def _class(self, cls: type) -> list[str]:
         if _is_foreign(cls):
             return [named(cls)]
+        if cls.__module__.startswith(_OWN_GATES):
+            return [cls.__qualname__, str(getattr(cls, "revision", 1))]
         if cls in self._known:
             return [f"again:{cls.__qualname__}"]
         self._known.add(cls)

@@ -34,6 +34,9 @@ class Gate(nn.Module):
     """
 
     name: ClassVar[str]
+    revision: ClassVar[int] = 1
+    """Part of a gate's version: raise it whenever the gate computes something else than before."""
+
     per_row: ClassVar[bool] = True
     k_per_request: ClassVar[bool] = True
 

@@ -1,1 +1,1 @@
-"""The life of one request: options, admission, gating, and the answer."""
+"""The life of one request: options, admission, batching, and the answer."""

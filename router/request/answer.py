@@ -27,7 +27,7 @@ from ..fanout.work import Work
 from ..mixture.combine import Combined, combine
 from ..mixture.dispatch import Dispatch
 from ..mixture.missing import lost_pairs
-from .gating import GateRequest, Routed
+from .batching import GateRequest, Routed
 
 
 @dataclass(frozen=True, eq=False)

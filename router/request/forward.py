@@ -28,7 +28,7 @@ from ..fanout.transport import Transport
 from ..mixture.layer import Layer
 from .admission import Admission
 from .answer import Answer, ForwardReply, ForwardRequest
-from .gating import Gating
+from .batching import Batching
 from .options import gate_request
 
 if sys.version_info >= (3, 11):
@@ -51,7 +51,7 @@ class Router:
         self.admission = Admission(max_rows_in_flight)
         self.transport = transport
         self.fanout = Fanout(transport, self.view, self.telemetry)
-        self._gating = Gating(self.fanout)
+        self._batching = Batching(self.fanout)
 
     def adopt(self, epoch: Epoch) -> bool:
         """Make an epoch the current one; requests in flight keep theirs. Returns False if it is not newer."""
@@ -123,7 +123,7 @@ class Router:
         layer = _layer(epoch, request.options.layer)
         checked = gate_request(layer, request.x, request.options, request.features, request.indices, request.weights)
         checked = replace(checked, deadline=deadline, client=request.client)
-        routed = await self._gating.route(epoch, layer, checked)
+        routed = await self._batching.route(epoch, layer, checked)
         try:
             return await Answer(self.fanout, request, checked, routed).complete()
         finally:

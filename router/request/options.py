@@ -10,7 +10,7 @@ from ...experts.protocol import CallOptions
 from ...experts.tensors import dtype_name
 from ..gates import Routing
 from ..mixture.layer import Layer
-from .gating import GateRequest
+from .batching import GateRequest
 
 
 def gate_request(

@@ -30,7 +30,7 @@ from .experts.errors import (
     VersionGone,
 )
 from .experts.optional_imports import load
-from .experts.version import version
+from .experts.package_version import version
 
 if TYPE_CHECKING:
     from .cluster.client.client import AsyncClient, Client

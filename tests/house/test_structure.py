@@ -20,7 +20,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 ALL_FILES = [*FILES, *sorted(FACADE.glob("*.py"))]
 
 ORDER = (  # a folder, or a file beside the folders, imports only from its own and from those before it
-    "experts/errors", "experts/optional_imports", "experts/version", "experts/names", "experts/suggestion",
+    "experts/errors", "experts/optional_imports", "experts/package_version", "experts/names", "experts/suggestion",
     "experts/wire", "experts/spec", "experts/protocol", "experts/tensors", "experts/weights", "experts/identity",
     "experts/construct", "experts/sums", "experts/staging", "experts/grouped", "experts/modules",
     "experts/chaos", "experts/host",
@@ -45,8 +45,8 @@ FENCES = {  # who alone may import what
 NO_TORCH = (  # what a process with the base install alone imports
     "cluster/rpc/*.py", "cluster/machine/*.py", "cluster/client/*.py", "cluster/bench/*.py",
     "cluster/cli/main.py", "cluster/cli/bench.py", "cluster/cli/bench_view.py",
-    "experts/errors.py", "experts/optional_imports.py", "experts/protocol.py", "experts/spec.py", "experts/version.py",
-    "experts/wire.py",
+    "experts/errors.py", "experts/optional_imports.py", "experts/package_version.py", "experts/protocol.py",
+    "experts/spec.py", "experts/wire.py",
 )  # fmt: skip
 DECISIONS = (  # rules that are told everything, the time too, and do nothing themselves
     "cluster/control/*.py", "cluster/placement/*.py", "router/epochs/epochs.py", "router/epochs/leases.py",

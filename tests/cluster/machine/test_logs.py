@@ -62,7 +62,7 @@ def test_everything_of_ours_goes_to_the_file_and_nothing_below_the_level(own_hom
     path = log_file("news")
     assert Path(path).parent.stat().st_mode & 0o077 == 0
     configure_logs("router", "info", path)
-    logging.getLogger("expertmesh.router.request.gating").info("served", extra={"request_id": "r-1"})
+    logging.getLogger("expertmesh.router.request.batching").info("served", extra={"request_id": "r-1"})
     logging.getLogger("expertmesh.cluster").debug("not this")
     logging.getLogger("other").warning("not this either")
     entries = [json.loads(line) for line in Path(path).read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Gating: requests that wait together pass the gate as one batch, each with its own options.
+"""Batching: requests that wait together pass the gate as one batch, each with its own options.
 
 Shapes: T rows of a batch, E experts, K choices per row, N pairs of a row and an expert.
 """
@@ -96,7 +96,7 @@ class _BatchQueue:
         return taken
 
 
-class Gating:
+class Batching:
     """Collects requests by (layer, epoch, kind of rows), runs the gate once over all that wait, and starts a batch."""
 
     def __init__(self, fanout: Fanout) -> None:

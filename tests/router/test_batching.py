@@ -26,8 +26,8 @@ from expertmesh.router.gates import Gate, Routing
 from expertmesh.router.mixture.capacity import Capacity
 from expertmesh.router.mixture.dispatch import Dispatch
 from expertmesh.router.mixture.layer import Layer
-from expertmesh.router.request import gating as module
-from expertmesh.router.request.gating import GateRequest, Gating, Routed, route_together
+from expertmesh.router.request import batching as module
+from expertmesh.router.request.batching import Batching, GateRequest, Routed, route_together
 
 E, D = 4, 3
 EPOCH = Epoch(1)
@@ -39,9 +39,9 @@ def layer_of(gate: Gate, name: str = "l", **options: Any) -> Layer:
 
 @dataclass
 class Bench:
-    """A gating with a fake fan-out that keeps the batches; `before` runs when a batch starts."""
+    """Batching with a fake fan-out that keeps the batches; `before` runs when a batch starts."""
 
-    gating: Gating = field(init=False)
+    batching: Batching = field(init=False)
     batches: list[Batch] = field(default_factory=list)
     cancelled: list[Batch] = field(default_factory=list)
     started: list[tuple[float, str]] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Bench:
     before: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
-        self.gating = Gating(cast(Fanout, self))
+        self.batching = Batching(cast(Fanout, self))
 
     def start(
         self, epoch: Epoch, layer: Layer, x: Tensor, routing: Routing, handle: Dispatch, *, deadline: float, client: str
@@ -114,7 +114,7 @@ def test_each_request_is_routed_as_if_it_were_alone(data: Any, gate_number: int,
     async def main() -> None:
         bench = Bench()
         layer = layer_of(gate, capacity=capacity)
-        routed = await asyncio.gather(*(bench.gating.route(EPOCH, layer, request) for request in requests))
+        routed = await asyncio.gather(*(bench.batching.route(EPOCH, layer, request) for request in requests))
         assert len(bench.batches) == 1
         start = 0
         for request, part in zip(requests, routed, strict=True):
@@ -150,7 +150,7 @@ def test_only_requests_of_one_layer_epoch_and_kind_of_rows_share_a_batch() -> No
             (EPOCH, other, plain()),
             (EPOCH, one, plain(dtype=torch.bfloat16)),
         ]
-        routed = await asyncio.gather(*(bench.gating.route(*arguments) for arguments in calls))
+        routed = await asyncio.gather(*(bench.batching.route(*arguments) for arguments in calls))
         assert len(bench.batches) == 4
         assert routed[0].batch is routed[1].batch
         assert [part.batch.epoch.number for part in routed] == [1, 1, 2, 1, 1]
@@ -166,7 +166,7 @@ def test_a_batch_has_a_limit_but_a_large_request_goes_alone(monkeypatch: pytest.
         bench = Bench(answers=True)
         layer = layer_of(gates.TopK(D, E, k=2))
         sizes = [2, 3, 1, 9, 0, 4, 1, 1]
-        routed = await asyncio.gather(*(bench.gating.route(EPOCH, layer, plain(size)) for size in sizes))
+        routed = await asyncio.gather(*(bench.batching.route(EPOCH, layer, plain(size)) for size in sizes))
         assert [batch.x.shape[0] for batch in bench.batches] == [5, 1, 9, 5, 1]
         assert [part.stop - part.start for part in routed] == sizes
 
@@ -181,10 +181,10 @@ def test_requests_that_arrive_during_a_run_share_the_next_batch() -> None:
 
         def more() -> None:
             if not later:
-                later.extend(asyncio.ensure_future(bench.gating.route(EPOCH, layer, plain(1, n))) for n in range(7))
+                later.extend(asyncio.ensure_future(bench.batching.route(EPOCH, layer, plain(1, n))) for n in range(7))
 
         bench.before = more
-        await bench.gating.route(EPOCH, layer, plain())
+        await bench.batching.route(EPOCH, layer, plain())
         routed = await asyncio.gather(*later)
         assert len({id(part.batch) for part in routed}) == 1
         assert len(bench.batches) == 2
@@ -215,7 +215,7 @@ def test_one_bad_request_does_not_fail_the_others(case: str, place: int) -> None
         requests = [plain(seed=n) for n in range(2)]
         requests.insert(place, bad)
         results = await asyncio.gather(
-            *(bench.gating.route(EPOCH, layer, request) for request in requests), return_exceptions=True
+            *(bench.batching.route(EPOCH, layer, request) for request in requests), return_exceptions=True
         )
         error = results.pop(place)
         assert isinstance(error, kind)
@@ -231,8 +231,8 @@ def test_only_the_request_with_features_of_another_width_is_rejected() -> None:
     async def main() -> None:
         bench = Bench()
         layer = layer_of(gates.TopK(D, E, k=2))
-        good = bench.gating.route(EPOCH, layer, plain())
-        bad = bench.gating.route(EPOCH, layer, plain(width=D + 1))
+        good = bench.batching.route(EPOCH, layer, plain())
+        bad = bench.batching.route(EPOCH, layer, plain(width=D + 1))
         results = await asyncio.gather(good, bad, return_exceptions=True)
         assert isinstance(results[0], Routed)
         assert isinstance(results[1], SpecMismatch)
@@ -248,7 +248,7 @@ def test_an_exception_of_a_custom_gate_is_a_typed_error_without_its_message(capl
         bench = Bench()
         layer = layer_of(gates.Custom(scores, E, 2))
         with caplog.at_level(logging.CRITICAL), pytest.raises(ExpertFailed) as caught:
-            await bench.gating.route(EPOCH, layer, plain())
+            await bench.batching.route(EPOCH, layer, plain())
         assert caught.value.message == "the gate of layer l raised ZeroDivisionError; see the log of the router"
 
     run_async(main())
@@ -258,7 +258,7 @@ def test_a_batch_is_kept_while_a_request_holds_it() -> None:
     async def main() -> None:
         bench = Bench()
         layer = layer_of(gates.TopK(D, E, k=2))
-        routed = await asyncio.gather(*(bench.gating.route(EPOCH, layer, plain()) for _ in range(2)))
+        routed = await asyncio.gather(*(bench.batching.route(EPOCH, layer, plain()) for _ in range(2)))
         routed[0].batch.release()
         assert not bench.cancelled
         routed[1].batch.release()
@@ -272,7 +272,7 @@ def test_a_cancelled_request_holds_nothing(moment: str) -> None:
     async def main() -> None:
         bench = Bench()
         layer = layer_of(gates.TopK(D, E, k=2))
-        task = asyncio.ensure_future(bench.gating.route(EPOCH, layer, plain()))
+        task = asyncio.ensure_future(bench.batching.route(EPOCH, layer, plain()))
         if moment == "as the answer comes":
             bench.before = lambda: asyncio.get_running_loop().call_soon(task.cancel)  # type: ignore[assignment]
         else:
@@ -284,7 +284,7 @@ def test_a_cancelled_request_holds_nothing(moment: str) -> None:
             await asyncio.sleep(0)
         assert bench.cancelled == bench.batches
         assert len(bench.batches) == (0 if moment == "waiting" else 1)
-        await bench.gating.route(EPOCH, layer, plain())  # and gating keeps working
+        await bench.batching.route(EPOCH, layer, plain())  # and batching keeps working
 
     run_async(main())
 
@@ -309,8 +309,8 @@ async def slow_bench(monkeypatch: pytest.MonkeyPatch, longest: float) -> tuple[S
     """A bench with a batch of four rows in flight, where gathering may take `longest` seconds."""
     monkeypatch.setattr("expertmesh.router.request.batch_timing.LONGEST_WAIT", longest)
     bench, layer = Slow(), layer_of(gates.TopK(D, E, k=2))
-    bench.gating._timings["l"].seconds = 60.0
-    await bench.gating.route(EPOCH, layer, plain(4))
+    bench.batching._timings["l"].seconds = 60.0
+    await bench.batching.route(EPOCH, layer, plain(4))
     return bench, layer
 
 
@@ -323,11 +323,11 @@ async def turns(count: int = 10) -> None:
 def test_a_small_batch_gathers_until_it_is_as_large_or_alone(monkeypatch: pytest.MonkeyPatch, more: str) -> None:
     async def main() -> None:
         bench, layer = await slow_bench(monkeypatch, 50.0)
-        waiting = [asyncio.ensure_future(bench.gating.route(EPOCH, layer, plain(3)))]
+        waiting = [asyncio.ensure_future(bench.batching.route(EPOCH, layer, plain(3)))]
         await turns()
         assert len(bench.batches) == 1
         if more == "rows":
-            waiting.append(asyncio.ensure_future(bench.gating.route(EPOCH, layer, plain(1))))
+            waiting.append(asyncio.ensure_future(bench.batching.route(EPOCH, layer, plain(1))))
         else:
             bench.finish(bench.batches[0])
         await asyncio.gather(*waiting)
@@ -339,9 +339,9 @@ def test_a_small_batch_gathers_until_it_is_as_large_or_alone(monkeypatch: pytest
 def test_the_queues_of_a_layer_wait_independently(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         bench, layer = await slow_bench(monkeypatch, 50.0)
-        small = asyncio.ensure_future(bench.gating.route(Epoch(2), layer, plain(1)))
+        small = asyncio.ensure_future(bench.batching.route(Epoch(2), layer, plain(1)))
         await turns()
-        large = asyncio.ensure_future(bench.gating.route(Epoch(3), layer, plain(5)))
+        large = asyncio.ensure_future(bench.batching.route(Epoch(3), layer, plain(5)))
         await turns()
         assert (large.done(), small.done()) == (True, False)
         bench.finish(bench.batches[0])
@@ -357,9 +357,9 @@ def test_no_batch_gathers_for_longer_than_the_bound(monkeypatch: pytest.MonkeyPa
     async def main() -> None:
         bench, layer = await slow_bench(monkeypatch, 0.02)
         for _ in range(3):
-            await bench.gating.route(EPOCH, layer, plain(1))
+            await bench.batching.route(EPOCH, layer, plain(1))
         assert [batch.x.shape[0] for batch in bench.batches] == [4, 1, 1, 1]
-        assert bench.gating._timings["l"].in_flight == 4
+        assert bench.batching._timings["l"].in_flight == 4
 
     run_async(main())
 
@@ -367,8 +367,8 @@ def test_no_batch_gathers_for_longer_than_the_bound(monkeypatch: pytest.MonkeyPa
 def test_a_batch_without_work_is_not_measured() -> None:
     async def main() -> None:
         bench, layer = Bench(), layer_of(gates.TopK(D, E, k=2))
-        bench.gating._timings["l"].seconds = 60.0
-        await bench.gating.route(EPOCH, layer, plain(0))
-        assert (bench.gating._timings["l"].in_flight, bench.gating._timings["l"].seconds) == (0, 60.0)
+        bench.batching._timings["l"].seconds = 60.0
+        await bench.batching.route(EPOCH, layer, plain(0))
+        assert (bench.batching._timings["l"].in_flight, bench.batching._timings["l"].seconds) == (0, 60.0)
 
     run_async(main())
