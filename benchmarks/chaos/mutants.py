@@ -30,6 +30,8 @@ class FlipsEarly(Executor):
             return
         member, incarnation, swap_id, id = action.member, action.incarnation, action.swap_id, action.id
         candidate = self.transactions.candidate(swap_id, id)
+        if candidate is None:
+            return
         proposal = replace(proposal_of(candidate), weights=candidate.weights)
         try:
             receipt = await asyncio.to_thread(ExpertHost().stage, proposal)
@@ -40,7 +42,7 @@ class FlipsEarly(Executor):
         self._holds(member, incarnation, id, receipt.version)
         await self.perform(self.reconciler.staged(swap_id, member, incarnation, id, receipt.version))
         await asyncio.sleep(LATE_SECONDS)
-        await self._staged_at(member, self.transactions.builder.recorded(id, receipt.version))
+        await self._staged_at(member, self.transactions.recorded(id, receipt.version))
 
 
 class AnswersWithNewest(ExpertHost):

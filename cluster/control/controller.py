@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from ...experts.errors import ExpertMeshError, Unavailable
+from ...experts.errors import ExpertMeshError, Fenced, Unavailable
 from ...router.fanout.replica_view import READY
 from ..machine.process_tuning import background
 from ..state.registry import Registry
 from ..state.version_folders import VersionStore
+from .candidates import CandidateBuilder
 from .events import Action
 from .executor import ROUTER, Executor
 from .messages import Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
@@ -53,7 +53,7 @@ class Controller:
         self.executor = Executor(
             self.reconciler, transactions, self._health, router, replicas, self._sync, self._background
         )
-        self._router_heard = time.monotonic()
+        self._router_heard: float | None = None
         self._next_probe = 0.0
         self._turn = asyncio.Lock()
         self._drains = asyncio.Event()
@@ -73,7 +73,7 @@ class Controller:
                 self.desired = desired
                 self.executor.handles = desired.handles
                 self._health.expect(dict(desired.replicas))
-                self.transactions.builder.declare(desired.layers)
+                self.transactions.declare(desired.layers)
                 routers = [] if self.reconciler.epochs else [ROUTER]  # what it pins is not known yet
                 await self.executor.perform(self.reconciler.restore(self.transactions.epochs(), routers))
             self._next_probe = 0.0
@@ -84,7 +84,6 @@ class Controller:
                 request = await asyncio.to_thread(self.transactions.declared_swap, timeout)
                 if request is not None:
                     await self.swap(request)
-                self.transactions.remember_declared()
                 self._declared = self.desired.revision
             await self._until(self._at_rest, deadline)
         return dict(self.reconciler.epochs[self.reconciler.current])
@@ -148,10 +147,16 @@ class Controller:
             self.executor.spawn(self.executor.perform(self.reconciler.release(epoch)))
 
     async def run(self) -> None:
-        """Take turns for ever, in quick succession from a swap's commit until no request needs what it replaced."""
+        """Take turns until another controller takes over.
+
+        From a swap's commit until no request needs what it replaced, they follow in quick succession.
+        """
         while True:
             try:
                 await self.turn()
+            except Fenced as error:
+                log.warning("%s: it takes no more turns. Clusters need a state_dir each", error)
+                return
             except (ExpertMeshError, asyncio.TimeoutError, TimeoutError) as error:
                 log.warning("the router was not reached: %s", error)
             except Exception:  # the watch must go on
@@ -187,7 +192,7 @@ class Controller:
     def close(self) -> None:
         """Close the registry."""
         self._background.shutdown(wait=False, cancel_futures=True)
-        self.transactions.registry.close()
+        self.transactions.close()
 
     def state(self) -> ControllerState:
         """What is known here."""
@@ -257,13 +262,16 @@ class Controller:
 
     async def _sync(self) -> None:
         async with self._syncing:
+            await asyncio.to_thread(self.transactions.check_writer)
             update = RouterUpdate(
                 replicas=self._health.replicas(),
                 epochs=self.reconciler.known_to_routers(),
                 current=self.reconciler.current,
-                cluster_id=self.transactions.registry.cluster_id,
+                cluster_id=self.transactions.cluster_id,
             )
             loop = asyncio.get_running_loop()
+            if self._router_heard is None:
+                self._router_heard = loop.time()
             try:
                 report = await asyncio.wait_for(self._router.sync(update), ROUTER_TIMEOUT)
                 if report.revision < self.desired.revision:
@@ -290,4 +298,6 @@ class Controller:
 def open_controller(settings: StateSettings, router: RouterPort, replicas: ReplicaPort) -> Controller:
     """Open the registry, taking it over from whoever had it, and make a controller of it."""
     registry, store = Registry(settings.state_dir), VersionStore(settings.state_dir)
-    return Controller(SwapTransactions(registry, store, retain_epochs=settings.retain_epochs), router, replicas)
+    builder = CandidateBuilder(registry, store)
+    transactions = SwapTransactions(registry, store, builder, retain_epochs=settings.retain_epochs)
+    return Controller(transactions, router, replicas)

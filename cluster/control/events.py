@@ -60,7 +60,7 @@ class CommitRefused:
 
 @dataclass(frozen=True)
 class RouterReported:
-    """A router that holds a lease: the epoch that it has adopted, and the oldest that a request of it pins."""
+    """A router says which epoch it has adopted, and which is the oldest that a request of it pins."""
 
     router: str
     epoch: int
@@ -69,7 +69,7 @@ class RouterReported:
 
 @dataclass(frozen=True)
 class RouterGone:
-    """A router's lease has ended: it has fenced itself, and holds no pins."""
+    """A router has restarted, or was not heard for so long that what it may pin is given up."""
 
     router: str
 

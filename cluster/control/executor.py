@@ -20,6 +20,7 @@ from .swap_transactions import SwapTransactions
 log = logging.getLogger(__name__)
 ROUTER = "router"
 """The router as a member: it holds gates."""
+COMMIT_SECONDS = 0.2
 
 
 class Executor:
@@ -78,8 +79,10 @@ class Executor:
 
     async def _stage(self, action: StageCandidate) -> None:
         member, incarnation, swap_id, id = action.member, action.incarnation, action.swap_id, action.id
+        candidate = self.transactions.candidate(swap_id, id)
+        if candidate is None:
+            return  # the swap has ended while this waited for its turn
         try:
-            candidate = self.transactions.candidate(swap_id, id)
             receipt = await self._staged_at(member, candidate)
             _check_tensors(member, candidate, receipt)
             self.transactions.keep_receipt(swap_id, receipt)
@@ -97,7 +100,7 @@ class Executor:
 
     async def _load(self, action: LoadVersion) -> None:
         try:
-            candidate = await asyncio.to_thread(self.transactions.builder.recorded, action.id, action.version)
+            candidate = await asyncio.to_thread(self.transactions.recorded, action.id, action.version)
             receipt = await self._staged_at(action.member, candidate)
             if receipt.version != action.version:
                 raise FailedPrecondition(
@@ -116,6 +119,7 @@ class Executor:
 
     async def _unload(self, action: UnloadVersion) -> None:
         try:
+            await asyncio.to_thread(self.transactions.check_writer)  # another controller may need it by now
             if action.member == ROUTER:
                 await self._router.unload(action.id, action.version)
             else:
@@ -134,7 +138,7 @@ class Executor:
         try:
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self._background, self.transactions.write, action.swap_id, action.versions)
-            epoch, versions = await asyncio.to_thread(self.transactions.commit, action.swap_id, action.versions)
+            epoch, versions = await self._decided(action)
         except Fenced as error:  # whether it is durable, only the controller that took over can say
             self.transactions.answer(
                 action.swap_id, None, Unavailable(f"{error.message}: ask again with the same swap id")
@@ -148,6 +152,15 @@ class Executor:
         else:
             await self.perform(self.reconciler.committed(action.swap_id, epoch, versions))
             self.spawn(self._collect())
+
+    async def _decided(self, action: CommitSwap) -> tuple[int, Mapping[str, str]]:
+        """Commit, and where the disk does not say whether that is durable, ask until it does: nothing else can tell."""
+        while True:
+            try:
+                return await asyncio.to_thread(self.transactions.commit, action.swap_id, action.versions)
+            except Unavailable as error:
+                log.warning("whether swap %s is committed is not known yet: %s", action.swap_id, error)
+            await asyncio.sleep(COMMIT_SECONDS)
 
     async def _collect(self) -> None:
         in_use = {pair for versions in self.reconciler.in_use() for pair in versions.items()}

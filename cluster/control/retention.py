@@ -13,7 +13,7 @@ def epochs_in_use(
     """The epochs whose versions must stay loaded: the current one, all from the oldest that a router pins on, and those
     that were recalled by number.
 
-    `oldest_pinned` has one entry for every router that holds a lease.
+    `oldest_pinned` has one entry for every router that is not given up.
     """
     floor = min([current, *oldest_pinned])
     return [versions for number, versions in epochs.items() if number >= floor or number in recalled]

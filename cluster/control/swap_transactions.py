@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from ...experts.errors import (
 )
 from ...experts.staging.stage import Receipt
 from ...experts.staging.verify import Policy
+from ...router.mixture.layer import Layer
 from ..state.records import ABORTED, COMMITTED, OPEN, VersionRecord
 from ..state.registry import Registry
 from ..state.version_folders import VersionStore
@@ -33,10 +35,17 @@ class SwapTransactions:
     """Prepares swaps, makes them durable, and answers who asked. It alone writes to the registry."""
 
     def __init__(
-        self, registry: Registry, store: VersionStore, *, retain_epochs: int = 2, clock: Callable[[], float] = time.time
+        self,
+        registry: Registry,
+        store: VersionStore,
+        builder: CandidateBuilder,
+        *,
+        retain_epochs: int = 2,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.registry = registry
         self.store = store
+        self.builder = builder
         self._retain = retain_epochs
         self._clock = clock
         self._requests: dict[str, SwapRequest] = {}
@@ -45,10 +54,31 @@ class SwapTransactions:
         self._written: dict[str, list[VersionRecord]] = {}
         self._rehearsed: set[str] = set()
         self._answers: dict[str, asyncio.Future[SwapResult]] = {}
-        self.builder = CandidateBuilder(registry, store)
         for swap in registry.open_swaps():  # of a controller that died: what was not committed is discarded
             registry.end_swap(swap.swap_id, ABORTED, "the controller restarted before the commit")
         store.sweep(registry.known())
+
+    def close(self) -> None:
+        """Close the registry."""
+        self.registry.close()
+
+    @property
+    def cluster_id(self) -> str:
+        """The id of the cluster whose epochs these are."""
+        return self.registry.cluster_id
+
+    def check_writer(self) -> None:
+        """Raise Fenced where another controller has taken over. A disk that cannot be read says nothing of it."""
+        with suppress(Unavailable):
+            self.registry.check_writer()
+
+    def declare(self, layers: Mapping[str, Layer]) -> None:
+        """Take the declared layers."""
+        self.builder.declare(layers)
+
+    def recorded(self, id: str, version: str) -> Candidate:
+        """The candidate that loads a version of the registry again. Raises NotFound, FailedPrecondition or DataLoss."""
+        return self.builder.recorded(id, version)
 
     def epochs(self) -> dict[int, Mapping[str, str]]:
         """The epochs that are kept, by number."""
@@ -83,11 +113,6 @@ class SwapTransactions:
             note="declared",
         )
 
-    def remember_declared(self) -> None:
-        """Write down what was declared, so that an edited declaration is noticed at the next start."""
-        for id, digest in self.builder.digests.items():
-            self.registry.set_declared(id, digest)
-
     def prepare(self, request: SwapRequest) -> None:
         """Check a request, write it into the journal, and make its candidates. Raises what is wrong with it."""
         current = self.current()
@@ -103,9 +128,9 @@ class SwapTransactions:
         self._requests[request.swap_id], self._candidates[request.swap_id] = request, candidates
         self._receipts[request.swap_id] = {}
 
-    def candidate(self, swap_id: str, id: str) -> Candidate:
-        """A candidate of a swap that is under way."""
-        return self._candidates[swap_id][id]
+    def candidate(self, swap_id: str, id: str) -> Candidate | None:
+        """A candidate of a swap, or None where the swap has ended."""
+        return self._candidates.get(swap_id, {}).get(id)
 
     def keep_receipt(self, swap_id: str, receipt: Receipt) -> None:
         """Keep what a member said of a candidate: the record is made from it."""
@@ -126,17 +151,20 @@ class SwapTransactions:
         ]
 
     def commit(self, swap_id: str, versions: Mapping[str, str]) -> tuple[int, Mapping[str, str]]:
-        """Make what was written the next epoch, durably; returns it. Raises Aborted, and what the disk raises."""
+        """Make what was written the next epoch, durably; returns it.
+
+        What a declaration has brought is written down with it, so that the next start notices an edited declaration,
+        and that alone. Raises Aborted; after Unavailable it is open whether the epoch is durable: ask again.
+        """
         request = self._requests[swap_id]
         for record in self._written.get(swap_id, ()):
             self.registry.add_version(record)
         changes: dict[str, str | None] = dict(versions)
+        declared: dict[str, str] = {}
         if request.declares:
             changes |= {id: None for id in self.current() if id not in self.builder.declared}
-        try:
-            epoch = self.registry.commit(swap_id, changes, expect=request.expect)
-        except Unavailable:  # the disk hesitated: whether it is durable is known only by asking again
-            epoch = self.registry.commit(swap_id, changes, expect=request.expect)
+            declared = {id: self.builder.digests[id] for id in request.changes}
+        epoch = self.registry.commit(swap_id, changes, expect=request.expect, declared=declared)
         return epoch.number, epoch.versions
 
     def collect(self, in_use: Collection[tuple[str, str]], oldest_needed: int) -> dict[int, Mapping[str, str]]:
@@ -198,13 +226,17 @@ class SwapTransactions:
             log.warning("swap %s: %s", swap_id, error)
 
     def result_of(self, swap_id: str) -> SwapResult | None:
-        """The result of a swap that was committed, also by a controller before this one. Raises Aborted if aborted."""
+        """The result of a swap that was committed, also by a controller before this one. Raises Aborted if aborted.
+
+        The versions are left out where the epoch is not kept any more.
+        """
         record = self.registry.swap(swap_id)
         if record is None or record.state == OPEN:
             return None
         if record.state != COMMITTED or record.epoch is None:
             raise Aborted(f"swap {swap_id} was not committed: {record.message}")
-        after = {id: self.epoch(record.epoch).get(id, "") for id in record.plan}
+        versions = self.epochs().get(record.epoch, {})
+        after = {id: versions[id] for id in record.plan if id in versions}
         return SwapResult(swap_id=swap_id, epoch=record.epoch, before={}, after=after)
 
     def history(self, id: str) -> list[dict[str, Any]]:

@@ -99,6 +99,11 @@ class Registry:
         with self._read() as db:
             return set(db.execute("SELECT id, version FROM versions"))
 
+    def check_writer(self) -> None:
+        """Raise Fenced where another writer has opened the registry since, without changing anything."""
+        with self._read() as db:
+            self._check_term(db)
+
     def next_counter(self, id: str) -> int:
         """Take the next counter of an id. No number is given twice, also not after its version was collected."""
         check_id(id)
@@ -121,12 +126,18 @@ class Registry:
             return registry_tables.all_epochs(db)
 
     def commit(
-        self, swap_id: str, changes: Mapping[str, str | None], *, expect: Mapping[str, str | None]
+        self,
+        swap_id: str,
+        changes: Mapping[str, str | None],
+        *,
+        expect: Mapping[str, str | None],
+        declared: Mapping[str, str] | None = None,
     ) -> EpochRecord:
         """Make the next epoch out of the current one and `changes`: the point of no return of a swap, once it returns.
 
-        A change to None removes an id; an expected None says that the id is not there. The same swap a second time
-        gets the epoch that it made.
+        A change to None removes an id; an expected None says that the id is not there. `declared` are digests of what
+        the configuration declares, by id, and are written down with the epoch. The same swap a second time gets the
+        epoch that it made.
 
         Raises Aborted, with nothing changed, if the current epoch is not as expected or the swap was aborted; NotFound
         for a version that is not registered, an id to remove that is not there, or a swap that was not begun;
@@ -146,6 +157,7 @@ class Registry:
             number = 1 if current is None else current.number + 1
             epoch = EpochRecord(number=number, versions=versions, created=self._clock(), swap_id=swap_id)
             registry_tables.add_epoch(db, epoch)
+            registry_tables.set_declared(db, declared or {})
         return epoch
 
     def begin_swap(self, swap_id: str, plan: Mapping[str, Any]) -> SwapRecord:
@@ -189,7 +201,7 @@ class Registry:
             return registry_tables.open_swaps(db)
 
     def declared(self, id: str) -> str | None:
-        """The digest of what the configuration declared for an id when it was last written down, or None."""
+        """The digest of what the configuration declared for an id when that was last committed, or None."""
         with self._read() as db:
             row = db.execute("SELECT digest FROM declared WHERE id = ?", (id,)).fetchone()
             return None if row is None else str(row[0])
@@ -197,12 +209,6 @@ class Registry:
     def now(self) -> float:
         """Seconds since 1970 by the registry's clock."""
         return self._clock()
-
-    def set_declared(self, id: str, digest: str) -> None:
-        """Write down the digest of what the configuration declares for an id."""
-        check_id(id)
-        with self._change() as db:
-            db.execute("INSERT OR REPLACE INTO declared VALUES (?, ?)", (id, digest))
 
     def collect(self, retain_epochs: int, in_use: Collection[tuple[str, str]]) -> list[VersionRecord]:
         """Forget epochs older than the current one and its `retain_epochs` predecessors, and versions of no use.
@@ -226,10 +232,13 @@ class Registry:
     def _change(self) -> Iterator[sqlite3.Connection]:
         """One transaction of this writer: all of it is durable, or none of it happened."""
         with self._read() as db, _transaction(db):
-            term = registry_schema.meta(db, "term")
-            if term != self.term:
-                raise Fenced(f"another controller has taken the registry over (term {term}, ours is {self.term})")
+            self._check_term(db)
             yield db
+
+    def _check_term(self, db: sqlite3.Connection) -> None:
+        term = registry_schema.meta(db, "term")
+        if term != self.term:
+            raise Fenced(f"another controller has taken the registry over (term {term}, ours is {self.term})")
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -13,6 +13,7 @@ from .records import (
     EpochRecord,
     SwapRecord,
     VersionRecord,
+    check_id,
     damaged,
     from_json,
     to_json,
@@ -90,6 +91,13 @@ def add_epoch(db: Database, epoch: EpochRecord) -> None:
     db.execute("INSERT INTO epochs (number, created, swap_id, versions) VALUES (?, ?, ?, ?)", columns)
     ended = (COMMITTED, epoch.created, epoch.number, epoch.swap_id)
     db.execute("UPDATE swaps SET state = ?, ended = ?, epoch = ? WHERE swap_id = ?", ended)
+
+
+def set_declared(db: Database, digests: Mapping[str, str]) -> None:
+    """Write down the digests of what is declared, by id. Raises InvalidRequest for what is no id."""
+    for id, digest in digests.items():
+        check_id(id)
+        db.execute("INSERT OR REPLACE INTO declared VALUES (?, ?)", (id, digest))
 
 
 def check_expected(expect: Mapping[str, str | None], found: Mapping[str, str]) -> None:

@@ -35,13 +35,19 @@ def record(id: str = E3, counter: int = 1, **more: Any) -> VersionRecord:
     return replace(made, **more)
 
 
-def swapped(registry: Registry, *records: VersionRecord, expect: dict[str, str | None] | None = None) -> EpochRecord:
+def swapped(
+    registry: Registry,
+    *records: VersionRecord,
+    expect: dict[str, str | None] | None = None,
+    declared: dict[str, str] | None = None,
+) -> EpochRecord:
     """Register versions and commit them as one swap, which is named for the first of them."""
     swap_id = f"swap-{records[0].version}"
     registry.begin_swap(swap_id, {})
     for made in records:
         registry.add_version(made)
-    return registry.commit(swap_id, {made.id: made.version for made in records}, expect=expect or {})
+    changes = {made.id: made.version for made in records}
+    return registry.commit(swap_id, changes, expect=expect or {}, declared=declared)
 
 
 def files(folder: Path) -> set[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import logging
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from expertmesh.cluster.control.controller import Controller, open_controller
+from expertmesh.cluster.control.events import UnloadVersion
 from expertmesh.cluster.control.messages import (
     Candidate,
     Change,
@@ -19,10 +21,11 @@ from expertmesh.cluster.control.messages import (
     RouterReport,
     RouterUpdate,
     SwapRequest,
+    SwapResult,
     proposal_of,
 )
 from expertmesh.cluster.control.ports import StateSettings
-from expertmesh.experts.errors import Aborted, DataLoss, FailedPrecondition, Unavailable
+from expertmesh.experts.errors import Aborted, DataLoss, DeadlineExceeded, FailedPrecondition, Fenced, Unavailable
 from expertmesh.experts.host import ExpertHost
 from expertmesh.experts.spec import Expert, TensorSpec
 from expertmesh.experts.staging.stage import Receipt
@@ -324,7 +327,10 @@ def test_turns_follow_in_quick_succession_only_while_a_swap_drains(
         await world.until(lambda: world.replicas.holds("l/e0#0") == {(E0, after[E0])})
         monkeypatch.setattr("expertmesh.cluster.control.controller.TURN_SECONDS", 60.0)
         monkeypatch.setattr("expertmesh.cluster.control.controller.DRAIN_SECONDS", 0.0)
+        told = world.router.syncs
         turns = asyncio.ensure_future(world.controller.run())
+        while world.router.syncs == told:
+            await asyncio.sleep(0.001)
         held = world.replicas.hold_back = asyncio.Event()
         request = SwapRequest(swap_id="1", changes={E0: Change(version=before[E0])}, timeout=30.0)
         swap = asyncio.ensure_future(world.controller.swap(request))
@@ -460,5 +466,174 @@ def test_a_journal_whose_plans_are_notes_is_read(tmp_path: Path, monkeypatch: py
         assert (result.epoch, result.after) == (2, {E0: versions[E0]})
         with pytest.raises(Aborted, match="restarted before the commit"):
             await world.controller.swap(SwapRequest(swap_id="open", changes=change))
+
+    run(tmp_path, monkeypatch, story)
+
+
+async def swapped(world: World, request: SwapRequest) -> SwapResult:
+    waiting = asyncio.ensure_future(world.controller.swap(request))
+    await world.until(waiting.done)
+    return waiting.result()
+
+
+def test_a_controller_that_was_replaced_takes_no_more_turns_and_unloads_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It knows nothing of what its successor loads, and would unload it."""
+
+    async def story(world: World) -> None:
+        await world.declare(layer())
+        first = world.controller
+        turns = asyncio.ensure_future(first.run())
+        world.controller = world.open()
+        after = await world.declare(layer("torch:tanh"))
+        await asyncio.wait_for(turns, 5.0)
+        with pytest.raises(Fenced):
+            await first.turn()
+        unloaded: list[str] = []
+
+        async def noted(name: str, handle: Any, id: str, version: str) -> None:
+            unloaded.append(version)
+
+        monkeypatch.setattr(world.replicas, "unload", noted)
+        await first.executor.perform([UnloadVersion("l/e0#0", "", E0, after[E0])])
+        await asyncio.gather(*first.executor._tasks)
+        assert unloaded == []
+        first.close()
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_a_disk_that_does_not_say_whether_it_has_committed_is_asked_until_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the candidates would be unloaded, and be those of the current epoch."""
+
+    async def story(world: World) -> None:
+        monkeypatch.setattr("expertmesh.cluster.control.executor.COMMIT_SECONDS", 0.0)
+        before = await world.declare(layer())
+        await swapped(world, SwapRequest(swap_id="1", changes={E0: Change(version=before[E0])}, timeout=5.0))
+        registry, asked = world.controller.transactions.registry, []
+        commit = registry.commit
+
+        def late(swap_id: str, *given: Any, **more: Any) -> Any:
+            epoch = commit(swap_id, *given, **more)
+            asked.append(swap_id)
+            if len(asked) < 4:
+                raise Unavailable("the disk has done it, but did not say so in time")
+            return epoch
+
+        monkeypatch.setattr(registry, "commit", late)
+        result = await swapped(world, SwapRequest(swap_id="2", changes={E0: Change(version=before[E0])}, timeout=5.0))
+        assert (result.epoch, asked) == (3, ["2"] * 4)
+        assert world.controller.reconciler.current == 3
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_a_death_right_after_the_commit_of_a_declaration_does_not_bring_it_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what was swapped in since would be undone by the next start."""
+
+    async def story(world: World) -> None:
+        transactions = world.controller.transactions
+        commit = transactions.commit
+
+        def dies(swap_id: str, versions: Mapping[str, str]) -> Any:
+            commit(swap_id, versions)
+            raise Fenced("as good as dead")
+
+        monkeypatch.setattr(transactions, "commit", dies)
+        with pytest.raises(Unavailable):
+            await world.declare(layer())
+        world.controller.close()
+        world.controller = world.open()
+        await world.declare(layer())
+        assert world.controller.reconciler.current == 1
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_a_swap_that_was_committed_long_ago_is_still_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its epoch is not kept any more."""
+
+    async def story(world: World) -> None:
+        version = (await world.declare(layer()))[E0]
+        requests = [SwapRequest(swap_id=str(n), changes={E0: Change(version=version)}, timeout=5.0) for n in range(5)]
+        first = await swapped(world, requests[0])
+        for request in requests[1:]:
+            await world.until(lambda: not world.controller.reconciler.swaps.active())
+            await swapped(world, request)
+        await world.until(lambda: first.epoch not in world.controller.transactions.epochs())
+        again = await world.controller.swap(requests[0])
+        assert (again.epoch, again.committed, again.after) == (first.epoch, True, {})
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_a_candidate_whose_swap_has_ended_is_not_staged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story(world: World) -> None:
+        version = (await world.declare(layer()))[E0]
+        staged: list[int] = []
+        stage = world.replicas.stage
+
+        async def counted(name: str, handle: Any, candidate: Candidate) -> Receipt:
+            staged.append(candidate.counter)
+            return await stage(name, handle, candidate)
+
+        monkeypatch.setattr(world.replicas, "stage", counted)
+        held = world.replicas.hold_back = asyncio.Event()
+        for swap_id in ("1", "2"):  # the second waits for its turn behind the first
+            with pytest.raises(DeadlineExceeded):
+                await swapped(world, SwapRequest(swap_id=swap_id, changes={E0: Change(version=version)}, timeout=0.1))
+        held.set()
+        for _ in range(50):
+            await asyncio.sleep(0.001)
+        assert len(staged) == 2  # by either replica of the expert, for the first swap
+        assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_a_report_that_is_older_than_a_receipt_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a replica would be said not to hold what it has just staged, or still to hold what it has just unloaded."""
+
+    async def story(world: World) -> None:
+        before = await world.declare(layer())
+        after = await world.declare(layer("torch:tanh"))
+        await world.until(lambda: world.replicas.holds("l/e0#0") == {(E0, after[E0])})
+        monkeypatch.setattr("expertmesh.cluster.control.controller.PROBE_TIMEOUT", 30.0)
+        probe, taken, arrives = world.replicas.probe, asyncio.Event(), asyncio.Event()
+
+        async def late(name: str, handle: Any) -> Replica:
+            report = await probe(name, handle)
+            taken.set()
+            await arrives.wait()
+            return report
+
+        async def of_late_report(done: Callable[[], object]) -> frozenset[tuple[str, str]]:
+            """What is known of the replica after a report that was taken before `done` and came after it."""
+            taken.clear(), arrives.clear()
+            asked = asyncio.ensure_future(world.controller._probe("l/e0#0", None))
+            await taken.wait()
+            while not done():
+                await asyncio.sleep(0.001)
+            arrives.set()
+            await asked
+            return world.controller.state().replicas[0].holds
+
+        monkeypatch.setattr(world.replicas, "probe", late)
+        world.router.pinned = 2
+        request = SwapRequest(swap_id="1", changes={E0: Change(version=before[E0])}, timeout=30.0)
+        swap = asyncio.ensure_future(world.controller.swap(request))
+        assert await of_late_report(swap.done) == {(E0, before[E0]), (E0, after[E0])}
+        world.router.pinned = None
+        await world.controller.executor.perform(world.controller.reconciler.router_reported("router", 3, 3))
+        assert await of_late_report(lambda: len(world.replicas.holds("l/e0#0")) == 1) == {(E0, before[E0])}
 
     run(tmp_path, monkeypatch, story)

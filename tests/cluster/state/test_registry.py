@@ -23,6 +23,7 @@ from expertmesh.experts.errors import (
     DataLoss,
     ExpertMeshError,
     FailedPrecondition,
+    Fenced,
     InvalidRequest,
     NotFound,
     Unavailable,
@@ -63,8 +64,8 @@ def test_commits_are_durable_by_sqlites_strictest_rule(registry: Registry) -> No
 
 def test_what_was_written_is_there_after_reopening(folder: Path) -> None:
     with Registry(folder, clock=lambda: 5.0) as first:
-        epoch = swapped(first, record(E3), record(GATE, note="swap x", parent="v0-000000000000"))
-        first.set_declared(E3, "ab" * 32)
+        records = record(E3), record(GATE, note="swap x", parent="v0-000000000000")
+        epoch = swapped(first, *records, declared={E3: "ab" * 32})
         cluster_id = first.cluster_id
     with Registry(folder) as again:
         assert (again.cluster_id, again.term) == (cluster_id, 2)
@@ -176,7 +177,7 @@ def test_an_id_that_is_none_is_refused(registry: Registry, id: str) -> None:
     with pytest.raises(InvalidRequest, match="layer/expert"):
         registry.next_counter(id)
     with pytest.raises(InvalidRequest, match="layer/expert"):
-        registry.set_declared(id, "")
+        swapped(registry, record(E3), declared={id: ""})
     with pytest.raises(InvalidRequest, match="layer/expert"):
         record(id)
 
@@ -283,11 +284,10 @@ def test_the_journal_does_not_grow_for_ever(registry: Registry) -> None:
 CHANGES: dict[str, Callable[[Registry], object]] = {
     "add_version": lambda registry: registry.add_version(record(counter=2)),
     "next_counter": lambda registry: registry.next_counter(E3),
-    "commit": lambda registry: registry.commit("open", {E3: record(counter=9).version}, expect={}),
+    "commit": lambda registry: registry.commit("open", {E3: record(counter=9).version}, expect={}, declared={E3: "00"}),
     "commit again": lambda registry: registry.commit(f"swap-{record().version}", {E3: record().version}, expect={}),
     "begin_swap": lambda registry: registry.begin_swap("another", {"large": "x" * 20_000}),
     "end_swap": lambda registry: registry.end_swap("open", "aborted"),
-    "set_declared": lambda registry: registry.set_declared(E3, "00"),
     "collect": lambda registry: registry.collect(0, ()),
 }
 
@@ -308,6 +308,9 @@ def test_a_writer_that_was_taken_over_changes_nothing(folder: Path, change: Call
             before = facts(new)
             with pytest.raises(Aborted, match="taken the registry over \\(term 2, ours is 1\\)"):
                 change(old)
+            with pytest.raises(Fenced):
+                old.check_writer()
+            new.check_writer()
             assert facts(new) == facts(old) == before
             change(new)
 

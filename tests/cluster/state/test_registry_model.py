@@ -92,7 +92,7 @@ class RegistryMachine(RuleBasedStateMachine):
         for id in IDS:
             self.register(id)
         self.begin(random.Random(0))
-        self.model_commit("s0", {id: record(id).version for id in IDS}, {})
+        self.model_commit("s0", {id: record(id).version for id in IDS}, {}, {})
 
     @rule(id=st.sampled_from(IDS))
     def register(self, id: str) -> None:
@@ -140,9 +140,16 @@ class RegistryMachine(RuleBasedStateMachine):
         expect: dict[str, str | None] = {id: self.model.current.get(id) for id in IDS if random.random() < 0.5}
         if random.random() < 0.2:
             expect[random.choice(IDS)] = random.choice([self.pick(random).version, None])
-        self.model_commit(random.choice(sorted(self.model.swaps)), changes, expect)
+        declared = {id: random.choice(["aa", "bb"]) for id in IDS if random.random() < 0.3}
+        self.model_commit(random.choice(sorted(self.model.swaps)), changes, expect, declared)
 
-    def model_commit(self, swap_id: str, changes: dict[str, str | None], expect: dict[str, str | None]) -> None:
+    def model_commit(
+        self,
+        swap_id: str,
+        changes: dict[str, str | None],
+        expect: dict[str, str | None],
+        declared: dict[str, str],
+    ) -> None:
         swap = self.model.swaps[swap_id]
         if swap.made is not None:
             self.commit_again(swap_id, swap.made, changes)
@@ -150,9 +157,10 @@ class RegistryMachine(RuleBasedStateMachine):
         refusal = self.model.refusal(swap_id, changes, expect)
         if refusal is not None:
             with pytest.raises(refusal):
-                self.registry.commit(swap_id, changes, expect=expect)
+                self.registry.commit(swap_id, changes, expect=expect, declared=declared)
             return
-        epoch = self.registry.commit(swap_id, changes, expect=expect)
+        epoch = self.registry.commit(swap_id, changes, expect=expect, declared=declared)
+        self.model.declared |= declared
         after = {id: version for id, version in (self.model.current | changes).items() if version is not None}
         number = self.model.epochs[-1].number + 1 if self.model.epochs else 1
         assert epoch == EpochRecord(number=number, versions=after, created=1.5, swap_id=swap_id)
@@ -162,7 +170,8 @@ class RegistryMachine(RuleBasedStateMachine):
     def commit_again(self, swap_id: str, made: EpochRecord, changes: dict[str, str | None]) -> None:
         same = all(made.versions.get(id) == version for id, version in changes.items())
         if same and made in self.model.epochs:
-            assert self.registry.commit(swap_id, changes, expect={"news/e3": "whatever"}) == made
+            again = self.registry.commit(swap_id, changes, expect={"news/e3": "whatever"}, declared={E3: "cc"})
+            assert again == made
             return
         with pytest.raises(FailedPrecondition):
             self.registry.commit(swap_id, changes, expect={})
@@ -184,11 +193,6 @@ class RegistryMachine(RuleBasedStateMachine):
         picked = [self.pick(random) for _ in range(random.randint(0, 2))]
         in_use = {(made.id, made.version) for made in picked}
         assert self.registry.collect(retain, in_use) == self.model.collect(retain, in_use)
-
-    @rule(id=st.sampled_from(IDS), digest=st.sampled_from(["aa", "bb"]))
-    def declare(self, id: str, digest: str) -> None:
-        self.registry.set_declared(id, digest)
-        self.model.declared[id] = digest
 
     @rule()
     def restart(self) -> None:
