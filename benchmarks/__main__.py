@@ -101,16 +101,14 @@ def _options(arguments: list[str] | None) -> Any:
     parser.add_argument("--blocks", type=int, help="how often each arm has its turn (default 7, quick 4)")
     parser.add_argument("--seconds", type=float, help="of a block (default 0.4, quick 0.2)")
     parser.add_argument("--tiny", action="store_true", help="one short block on the smallest layer: no figures follow")
-    parser.add_argument("--without", metavar="ARM", action="append", default=[], help="leave an arm out; repeatable")
+    without = parser.add_argument("--without", action="append", default=[], help="leave an arm out; repeatable")
+    without.metavar, without.choices = "ARM", sorted(arms.ARMS)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result for machines")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the result (needs matplotlib)")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.rows if name not in catalogue.NAMES]
     if unknown:
         parser.error(f"there is no row {', '.join(unknown)}; known are {', '.join(catalogue.NAMES)}")
-    strange = [name for name in options.without if name not in arms.ARMS]
-    if strange:
-        parser.error(f"there is no arm {', '.join(strange)}; known are {', '.join(sorted(arms.ARMS))}")
     options.rows = [name for name in catalogue.NAMES if name in options.rows or not options.rows]
     return options
 

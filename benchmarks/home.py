@@ -7,20 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-VARIABLE = "EXPERTMESH_HOME"
+from unittest.mock import patch
 
 
 @contextmanager
 def own_home() -> Iterator[Path]:
     """A temporary EXPERTMESH_HOME for this process and those that it starts."""
-    before = os.environ.get(VARIABLE)
-    with TemporaryDirectory(prefix="expertmesh-bench-", ignore_cleanup_errors=True) as folder:
-        os.environ[VARIABLE] = folder
-        try:
-            yield Path(folder)
-        finally:
-            if before is None:
-                os.environ.pop(VARIABLE, None)
-            else:
-                os.environ[VARIABLE] = before
+    with (
+        TemporaryDirectory(prefix="expertmesh-bench-", ignore_cleanup_errors=True) as folder,
+        patch.dict(os.environ, EXPERTMESH_HOME=folder),
+    ):
+        yield Path(folder)

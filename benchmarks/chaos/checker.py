@@ -8,23 +8,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+
+from expertmesh import Reply
 
 from .exact import Shape, Tensors, answer, chosen
 
 RIGHT, WRONG, MIXED, UNKNOWN = "right", "wrong", "mixed", "unknown"
 """An answer is as it must be; differs in a bit; names versions of several epochs; names what nobody acknowledged."""
-
-
-class Answered(Protocol):
-    """What the checker looks at in a reply."""
-
-    output: Any
-    epoch: int
-    versions: dict[str, str]
-    degraded: bool
 
 
 @dataclass
@@ -68,7 +61,7 @@ class Checker:
     counts: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
 
-    def judge(self, x: Any, reply: Answered) -> str:
+    def judge(self, x: Any, reply: Reply) -> str:
         """The verdict on one reply to the rows `x` [T, D]."""
         verdict, why = self._verdict(x, reply)
         self.counts[verdict] += 1
@@ -76,7 +69,7 @@ class Checker:
             self.examples.append(f"{verdict}: epoch {reply.epoch}: {why}")
         return verdict
 
-    def _verdict(self, x: Any, reply: Answered) -> tuple[str, str]:
+    def _verdict(self, x: Any, reply: Reply) -> tuple[str, str]:
         epoch = self.ledger.epochs.get(reply.epoch)
         if epoch is None:
             return UNKNOWN, "this epoch was never acknowledged"
@@ -88,7 +81,7 @@ class Checker:
                 return MIXED, f"{id} is named as {version}, the epoch has {epoch.get(id)}"
         return self._recomputed(x, reply)
 
-    def _recomputed(self, x: Any, reply: Answered) -> tuple[str, str]:
+    def _recomputed(self, x: Any, reply: Reply) -> tuple[str, str]:
         shape, tensors = self.shape, self.ledger.tensors
         if reply.degraded or shape.gate_id not in reply.versions:
             return WRONG, f"degraded, or without its gate: {sorted(reply.versions)}"

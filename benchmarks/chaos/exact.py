@@ -56,10 +56,7 @@ class Maker:
 
     shape: Shape
     seed: int = 0
-    _next: Iterator[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._next = iter(range(1000, 1 << 20))
+    _next: Iterator[int] = field(default_factory=lambda: iter(range(1000, 1 << 20)))
 
     def tensors(self, id: str) -> dict[str, Array]:
         """The tensors of a new version of an expert or of the gate."""

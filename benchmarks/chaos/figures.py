@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -26,6 +25,11 @@ def between(seen: Iterable[SeenEpoch], begin: float, end: float) -> list[SeenEpo
 def p99_ms(seen: Iterable[SeenEpoch]) -> float:
     """The 99th percentile of the latency in milliseconds; a request that failed counts as never answered."""
     return 1000 * quantile((math.inf if one.error else one.latency for one in seen), 0.99)
+
+
+def overlapped(seen: Iterable[SeenEpoch], flips: Sequence[float]) -> int:
+    """How many answered requests had been sent before a flip, and were answered after it."""
+    return sum(any(one.sent < flip < one.done for flip in flips) for one in seen if not one.error)
 
 
 def rows_per_second(seen: Iterable[SeenEpoch], begin: float, end: float, count: int) -> float:
@@ -77,8 +81,9 @@ def say(name: str, value: object, wanted: str = "") -> None:
     print(f"{name:<44} {text:>12}  {wanted}".rstrip(), flush=True)
 
 
-def say_judged(found: Mapping[str, int], checker: Checker, load: Load) -> None:
-    """What the checker found, with an example of each kind of failure."""
+def say_judged(checker: Checker, load: Load) -> Mapping[str, int]:
+    """Judge every request of a load and say what was found, with an example of each kind of failure."""
+    found = judged(checker, load)
     say("requests, each answer recomputed", found["requests"])
     for name in ("failed", "wrong", "mixed", "went back"):
         say(name, found[name], "0 wanted")
@@ -86,8 +91,4 @@ def say_judged(found: Mapping[str, int], checker: Checker, load: Load) -> None:
         print(f"    {example}")
     for error, times in Counter(one.error for one in load.seen if one.error).most_common(3):
         print(f"    failed {times} times: {error}")
-
-
-def say_load() -> None:
-    """How busy the machine is, since every figure depends on that."""
-    say("load average, CPUs", f"{os.getloadavg()[0]:.1f}, {os.cpu_count()}")
+    return found

@@ -18,8 +18,3 @@ class HeavyExpert(ChaosExpert):
     def __init__(self, *, ballast: int, **options: Any) -> None:
         super().__init__(**options)
         self.register_buffer("ballast", torch.zeros(ballast // 4))
-
-
-def ballast(size: int, seed: int) -> Tensor:
-    """Random weights of so many bytes."""
-    return torch.randn(size // 4, generator=torch.Generator().manual_seed(seed))

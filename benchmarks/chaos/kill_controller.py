@@ -3,75 +3,29 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
-import uuid
-from dataclasses import dataclass, field
 from typing import Any
 
 from expertmesh import errors
 
-from .checker import RIGHT, Checker
-from .crash_steps import AFTER_COMMIT, RETIRING, STEPS, crash_file
+from .checker import RIGHT
 from .exact import rows
-from .figures import harm, judged, quantile, say, say_judged
-from .load import Load
+from .figures import harm, quantile, say, say_judged
 from .mesh import Mesh, processes, wait_until
-from .swaps import DRAINING_PAUSE, Made, Swapper, make_swap
+from .signals import AFTER_COMMIT, RETIRING, STEPS, crash_file
+from .swaps import Made, Swapper, make_swap
 
 CONVERGED_SECONDS = 10.0
 ANSWER_SECONDS = 60.0
-ACTOR = "CrashingControllerActor"
-
-
-@dataclass
-class Asked:
-    """A swap that is asked for from a thread of its own; `outcome` is "committed", "aborted", or an error's text."""
-
-    swapper: Swapper
-    made: Made
-    outcome: str = ""
-    _thread: threading.Thread = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._thread = threading.Thread(target=self._ask, name="swap")
-        self._thread.start()
-
-    def _ask(self) -> None:
-        made, client = self.made, self.swapper.mesh.client
-        try:
-            outcome = client.swap(made.paths, swap_id=made.swap_id, timeout=ANSWER_SECONDS)
-        except errors.Aborted as error:
-            if "draining" in error.message:
-                made.swap_id = uuid.uuid4().hex
-                time.sleep(DRAINING_PAUSE)
-                self._ask()
-                return
-            self.outcome = "aborted"
-        except errors.ExpertMeshError as error:
-            self.outcome = f"{type(error).__name__}: {error}"
-        else:
-            self.swapper.acknowledged(self.made, outcome.epoch, outcome.after)
-            self.outcome = "committed"
-
-    def wait(self) -> str:
-        """The outcome."""
-        self._thread.join()
-        return self.outcome
 
 
 def crash_points(mesh: Mesh, rate: float, count: int) -> list[str]:
     """The controller dies at every step of a swap, under load."""
-    load = Load(mesh.cluster.endpoint, mesh.shape.layer, rate=rate / 2, count=count).start()
     swapper, draw, problems = Swapper(mesh), random.Random(1), []
-    try:
+    with mesh.load(rate=rate / 2, count=count) as load:
         for step in STEPS:
-            problems += _crash_at(swapper, make_swap(mesh.files, "gate", draw), step)
-    finally:
-        load.stop()
-    checker = Checker(mesh.shape, mesh.ledger)
-    found = judged(checker, load)
-    say_judged(found, checker, load)
+            problems += _crash_at(swapper, make_swap(mesh, "gate", draw), step)
+    found = say_judged(mesh.checker(), load)
     return problems + ([f"{harm(found)} requests failed or were wrong"] if harm(found) else [])
 
 
@@ -86,12 +40,12 @@ def _crash_at(swapper: Swapper, made: Made, step: str) -> list[str]:
 
 def _still_leased(mesh: Mesh, lease: Any, step: str) -> list[str]:
     """Whether the epoch of a lease is still answered, whatever was committed and restarted since."""
-    checker, x = Checker(mesh.shape, mesh.ledger), rows(200_000, 16)
+    x = rows(200_000, 16)
     try:
         reply = mesh.client.call(mesh.shape.layer, x, pin=lease)
     except errors.ExpertMeshError as error:
         return [f"killed {step}: the leased epoch {lease.epoch} is not answered: {error}"]
-    verdict = checker.judge(x, reply)
+    verdict = mesh.checker().judge(x, reply)
     kept = verdict == RIGHT and reply.epoch == lease.epoch
     return [] if kept else [f"killed {step}: leased was epoch {lease.epoch}, the answer is {verdict} of {reply.epoch}"]
 
@@ -101,16 +55,16 @@ def _died_at(swapper: Swapper, made: Made, step: str) -> list[str]:
     before = mesh.ledger.current
     file = crash_file(mesh.settings["state_dir"])
     file.write_text(step)
-    asked = Asked(swapper, made)
+    asked = swapper.begin(made, ANSWER_SECONDS)
     try:
         wait_until(lambda: not file.exists(), 30.0, f"the controller dies {step}", pause=0.001)
     except TimeoutError as error:
         file.unlink(missing_ok=True)
-        return [f"{error}; the swap: {asked.wait()}"]
+        return [f"{error}; the swap: {asked.result()}"]
     died = time.monotonic()
     converged = _converged(mesh, before, made, died)
-    outcome = asked.wait()
-    after = mesh.versions()
+    outcome = asked.result()
+    after = mesh.state()["versions"]
     changed = {id for id in after if after[id] != before[id]}
     state = "after" if changed == set(made.paths) else "before" if not changed else "a third state"
     say(step, f"{converged:.1f} s", f"set: {state}, answer: {outcome}")
@@ -130,10 +84,7 @@ def _converged(mesh: Mesh, before: dict[str, str], made: Made, died: float) -> f
     """Seconds until a new controller serves, and it and the router tell the same epoch: the old set or the new one."""
 
     def there() -> bool:
-        try:
-            state, router = mesh.cluster.status(), mesh.client.status()
-        except (errors.Unavailable, errors.DeadlineExceeded):
-            return False
+        state, router = mesh.cluster.status(), mesh.client.status()
         changed = {id for id in before if state["versions"].get(id) != before[id]}
         heard = router["controller"]["heard_seconds_ago"]
         fresh = heard is not None and heard < time.monotonic() - died
@@ -147,17 +98,17 @@ def acknowledged_swaps(mesh: Mesh, kills: int) -> list[str]:
     """SIGKILL from outside at a random moment of a swap, again and again; what was acknowledged has to be there."""
     swapper, draw = Swapper(mesh), random.Random(2)
     for _ in range(5):
-        swapper.swap(make_swap(mesh.files, "set", draw))
+        swapper.swap(make_swap(mesh, "set", draw))
     usual = quantile(swapper.seconds, 0.5)
     outcomes, lost, problems, back = {"committed": 0, "aborted": 0}, 0, [], []
     for _ in range(kills):
         _at_rest(mesh)
-        asked = Asked(swapper, make_swap(mesh.files, draw.choice(("one", "set", "gate")), draw))
+        asked = swapper.begin(make_swap(mesh, draw.choice(("one", "set", "gate")), draw), ANSWER_SECONDS)
         time.sleep(draw.uniform(0.0, 1.2 * usual))
-        processes(ACTOR)[0].kill()
+        processes("CrashingControllerActor")[0].kill()
         died = time.monotonic()
-        outcome = asked.wait()
-        versions = mesh.versions()
+        outcome = asked.result()
+        versions = mesh.state()["versions"]
         back.append(time.monotonic() - died)
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
         lost += sum(versions.get(id) != version for id, version in mesh.ledger.current.items())
@@ -174,27 +125,31 @@ def cold_restart(mesh: Mesh, count: int) -> list[str]:
     """Stop everything and start it again: the same versions and the same bits."""
     inputs = [rows(100_000 + number, count) for number in range(50)]
     _at_rest(mesh)
-    before, epoch = mesh.versions(), mesh.epoch()
+    before = mesh.state()
     answers = [mesh.client.forward(mesh.shape.layer, x) for x in inputs]
     started = time.monotonic()
-    mesh.restart()
+    mesh.stop()
+    mesh.start()
     seconds = time.monotonic() - started
-    after, again = mesh.versions(), [mesh.client.forward(mesh.shape.layer, x) for x in inputs]
+    after, again = mesh.state(), [mesh.client.forward(mesh.shape.layer, x) for x in inputs]
     same = sum(one.tobytes() == other.tobytes() for one, other in zip(answers, again, strict=True))
     say("full stop and start, s", seconds)
-    say("versions that are the same", sum(after[id] == before[id] for id in before), f"{len(before)} wanted")
-    say("answers with the same bits", same, f"{len(inputs)} wanted; epoch {epoch} before, {mesh.epoch()} after")
-    return [] if after == before and same == len(inputs) else ["a full stop and start changed versions or answers"]
+    kept = sum(after["versions"][id] == version for id, version in before["versions"].items())
+    say("versions that are the same", kept, f"{len(before['versions'])} wanted")
+    epochs = f"epoch {before['epoch']} before, {after['epoch']} after"
+    say("answers with the same bits", same, f"{len(inputs)} wanted; {epochs}")
+    return (
+        []
+        if after["versions"] == before["versions"] and same == len(inputs)
+        else ["a full stop and start changed versions or answers"]
+    )
 
 
 def _at_rest(mesh: Mesh) -> None:
     """Wait until a controller serves and the router has heard of it lately, with no older epoch pinned."""
 
     def rested() -> bool:
-        try:
-            state, router = mesh.cluster.status(), mesh.client.status()
-        except (errors.Unavailable, errors.DeadlineExceeded):
-            return False
+        state, router = mesh.cluster.status(), mesh.client.status()
         ready = all(replica["state"] == "ready" for replica in state["replicas"].values())
         heard = router["controller"]["heard_seconds_ago"]
         return ready and heard is not None and heard < 1.0 and router["epoch"] == state["epoch"]

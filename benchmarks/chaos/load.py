@@ -12,12 +12,15 @@ import random
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from expertmesh import AsyncClient, errors
 
 from .exact import rows
+
+LOAD_SHARE = 0.6
+"""Of what a layer bears, in experiments with swaps and kills."""
 
 POOL = 256
 FREEZE_EVERY = 1000
@@ -41,51 +44,45 @@ class SeenEpoch:
         return self.done - self.due
 
 
+@dataclass
 class Load:
-    """Requests to one layer from a thread of its own, from `start` to `stop`; `seen` is complete after `stop`.
+    """Requests to one layer from a thread of its own, while it is entered; `seen` is complete after that.
 
     `rate` is in requests a second, in random order of arrival; with `callers` instead, so many callers ask as fast as
     they are answered.
     """
 
-    def __init__(
-        self,
-        endpoint: str,
-        layer: str,
-        *,
-        rate: float = 0.0,
-        callers: int = 0,
-        count: int = 4,
-        timeout: float = 10.0,
-        inputs: Sequence[Any] | None = None,
-    ) -> None:
-        self.seen: list[SeenEpoch] = []
-        self.count = count
-        self.inputs = [rows(number, count) for number in range(POOL)] if inputs is None else inputs
-        self._endpoint, self._layer, self._timeout = endpoint, layer, timeout
-        self._rate, self._callers = rate, callers
+    endpoint: str
+    layer: str
+    rate: float = 0.0
+    callers: int = 0
+    count: int = 4
+    timeout: float = 10.0
+    inputs: Sequence[Any] = ()
+    seen: list[SeenEpoch] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.inputs = self.inputs or [rows(number, self.count) for number in range(POOL)]
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="load")
 
-    def start(self) -> Load:
-        """Begin."""
+    def __enter__(self) -> Load:
         self._thread.start()
         return self
 
-    def stop(self) -> list[SeenEpoch]:
-        """Send nothing more, wait for what is under way, and return all that was seen."""
+    def __exit__(self, *error: object) -> None:
+        """Send nothing more, and wait for what is under way."""
         self._stop.set()
         self._thread.join()
-        return self.seen
 
     def input(self, seen: SeenEpoch) -> Any:
         """The rows of a request."""
         return self.inputs[seen.number % len(self.inputs)]
 
     async def _main(self) -> None:
-        async with AsyncClient(self._endpoint, timeout=self._timeout) as client:
-            if self._callers:
-                await asyncio.gather(*(self._caller(client, place) for place in range(self._callers)))
+        async with AsyncClient(self.endpoint, timeout=self.timeout) as client:
+            if self.callers:
+                await asyncio.gather(*(self._caller(client, place) for place in range(self.callers)))
             else:
                 await self._open_loop(client)
 
@@ -93,7 +90,7 @@ class Load:
         number = place
         while not self._stop.is_set():
             await self._ask(client, number, time.monotonic())
-            number += self._callers
+            number += self.callers
 
     async def _open_loop(self, client: AsyncClient) -> None:
         arrivals = random.Random(0)
@@ -107,7 +104,7 @@ class Load:
             task = asyncio.create_task(self._ask(client, number, due))
             asked.add(task)
             task.add_done_callback(asked.discard)
-            due += arrivals.expovariate(self._rate)
+            due += arrivals.expovariate(self.rate)
             number += 1
             await asyncio.sleep(0)
         await asyncio.gather(*asked)
@@ -120,7 +117,7 @@ class Load:
         sent = time.monotonic()
         x = self.inputs[number % len(self.inputs)]
         try:
-            reply = await client.call(self._layer, x)
+            reply = await client.call(self.layer, x)
         except errors.ExpertMeshError as error:
             name = f"{type(error).__name__}: {error.message[:160]}"
             self.seen.append(SeenEpoch(number, due, sent, time.monotonic(), error=name))
@@ -128,28 +125,19 @@ class Load:
             self.seen.append(SeenEpoch(number, due, sent, time.monotonic(), reply))
 
 
-def capacity(
-    endpoint: str,
-    layer: str,
-    *,
-    callers: int = 32,
-    count: int = 4,
-    seconds: float = 5.0,
-    warm: float = 1.0,
-    inputs: Sequence[Any] | None = None,
-) -> float:
-    """The most rows a second that a layer bears, after `warm` seconds to warm up.
+def capacity(load: Load, *, seconds: float = 5.0, warm: float = 1.0) -> float:
+    """The most rows a second that a layer bears from the callers of a load, after `warm` seconds to warm up.
 
     A request counts with the share of its time that lies in the window: answers come in bursts, as a batch ends, and
     whether one burst more or less falls into the window must not decide.
     """
-    load = Load(endpoint, layer, callers=callers, count=count, inputs=inputs).start()
-    time.sleep(warm)
-    begin = time.monotonic()
-    time.sleep(seconds)
-    end = time.monotonic()
-    time.sleep(warm)  # those under way at the end finish beside as many others as before
-    return sum(count * share(seen, begin, end) for seen in load.stop() if not seen.error) / (end - begin)
+    with load:
+        time.sleep(warm)
+        begin = time.monotonic()
+        time.sleep(seconds)
+        end = time.monotonic()
+        time.sleep(warm)  # those under way at the end finish beside as many others as before
+    return sum(load.count * share(seen, begin, end) for seen in load.seen if not seen.error) / (end - begin)
 
 
 def share(seen: SeenEpoch, begin: float, end: float) -> float:

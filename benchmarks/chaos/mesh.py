@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -19,36 +19,14 @@ from expertmesh.cluster.runtime.ray_environment import load_backend
 from expertmesh.experts.construct.factory import locate
 from expertmesh.experts.weights.files import load_tensors, save_tensors
 
-from .checker import Ledger
+from .checker import Checker, Ledger
 from .exact import WIDTH, Maker, Shape
-from .heavy import ballast as make_ballast
+from .figures import say
+from .load import Load, capacity
 
 START_SECONDS = 600.0
 CALL_SECONDS = 10.0
-
-
-@dataclass
-class Files:
-    """Writes the tensors of new versions as safetensors files."""
-
-    shape: Shape
-    folder: Path
-    ballast: int = 0
-    maker: Maker = field(init=False)
-    _numbers: Iterator[int] = field(default_factory=itertools.count)
-
-    def __post_init__(self) -> None:
-        self.maker = Maker(self.shape)
-
-    def make(self, id: str) -> tuple[Path, dict[str, Any]]:
-        """A file with new tensors for an id, and the tensors."""
-        tensors = self.maker.tensors(id)
-        path = self.folder / f"{id.replace('/', '-')}-{next(self._numbers)}.safetensors"
-        saved = {name: torch.from_numpy(value) for name, value in tensors.items()}
-        if self.ballast and id != self.shape.gate_id:
-            saved["ballast"] = make_ballast(self.ballast, next(self._numbers))
-        save_tensors(path, saved)
-        return path, tensors
+Told = TypeVar("Told")
 
 
 @dataclass
@@ -56,33 +34,68 @@ class Mesh:
     """A running cluster with the layer that the checker knows, and the ledger of what was acknowledged."""
 
     shape: Shape
-    files: Files
-    layers: tuple[Layer, ...]
+    folder: Path
+    ballast: int
     settings: Mapping[str, Any]
-    cluster: Cluster
-    client: Client
-    ledger: Ledger
+    layers: tuple[Layer, ...] = ()
+    ledger: Ledger = field(default_factory=Ledger)
+    cluster: Cluster = field(init=False)
+    client: Client = field(init=False)
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
 
-    def restart(self) -> None:
-        """Stop everything, and start it again from what is on disk."""
-        self.client.close()
-        self.cluster.stop()
+    def __post_init__(self) -> None:
+        self._maker = Maker(self.shape)
+
+    def make(self, id: str) -> tuple[Path, dict[str, Any]]:
+        """A safetensors file with the tensors of a new version of an id, and the tensors."""
+        tensors = self._maker.tensors(id)
+        path = self.folder / f"{id.replace('/', '-')}-{next(self._numbers)}.safetensors"
+        saved = {name: torch.from_numpy(value) for name, value in tensors.items()}
+        if self.ballast and id != self.shape.gate_id:
+            generator = torch.Generator().manual_seed(next(self._numbers))
+            saved["ballast"] = torch.randn(self.ballast // 4, generator=generator)
+        save_tensors(path, saved)
+        return path, tensors
+
+    def start(self) -> None:
+        """Start the cluster, from what is on disk if there is anything."""
         self.cluster = Cluster.start(self.layers, **self.settings)
         self.client = Client(self.cluster.endpoint, timeout=CALL_SECONDS)
 
-    def versions(self) -> dict[str, str]:
-        """The versions that the controller has; waits for one that is restarting."""
-        return dict(self._state()["versions"])
+    def stop(self) -> None:
+        """Stop everything."""
+        self.client.close()
+        self.cluster.stop()
 
-    def epoch(self) -> int:
-        """The epoch that the controller has; waits for one that is restarting."""
-        return int(self._state()["epoch"])
+    def load(self, *, rate: float, count: int = 4) -> Load:
+        """So many requests a second of `count` rows each, once it is entered."""
+        return Load(self.cluster.endpoint, self.shape.layer, rate=rate, count=count)
 
-    def pids(self, state: str = "ready") -> dict[str, list[int]]:
-        """The processes of the replicas in a state, by expert, as the router has heard of them."""
+    def rate(self, share: float, *, count: int = 4, seconds: float) -> float:
+        """A share of the requests a second that 32 callers get answered."""
+        full = capacity(Load(self.cluster.endpoint, self.shape.layer, callers=32, count=count), seconds=seconds)
+        say("capacity, rows/s (32 callers)", full)
+        say("open-loop load, requests/s", share * full / count)
+        return share * full / count
+
+    def checker(self) -> Checker:
+        """A checker of the answers by what was acknowledged until now."""
+        return Checker(self.shape, self.ledger)
+
+    def state(self) -> dict[str, Any]:
+        """What the controller tells, with its versions and epoch; waits for one that is restarting."""
+
+        def told() -> dict[str, Any] | None:
+            state = self.cluster.status()
+            return state if state["epoch"] else None
+
+        return wait_until(told, 30.0, "the controller answers")
+
+    def pids(self) -> dict[str, list[int]]:
+        """The processes of the replicas that are ready, by expert, as the router has heard of them."""
         experts = self.client.status()["layers"][self.shape.layer]["experts"]
         return {
-            id: [replica["pid"] for replica in known["replicas"] if replica["state"] == state]
+            id: [replica["pid"] for replica in known["replicas"] if replica["state"] == "ready"]
             for id, known in experts.items()
         }
 
@@ -90,19 +103,6 @@ class Mesh:
         """How many rows went which way, by the router's own count."""
         ways = self.client.status()["router"]["rows_carried"]
         return ", ".join(f"{rows} by {way}" for way, rows in ways.items())
-
-    def _state(self) -> dict[str, Any]:
-        found: list[dict[str, Any]] = []
-
-        def told() -> bool:
-            try:
-                found.append(self.cluster.status())
-            except errors.Unavailable:
-                return False
-            return bool(found[-1]["epoch"])
-
-        wait_until(told, 30.0, "the controller answers")
-        return found[-1]
 
 
 @contextmanager
@@ -127,9 +127,6 @@ def chaos_mesh(
         backend = load_backend(None)
         for actor, where in (actors or {}).items():
             setattr(backend, actor, locate(where))
-        files = Files(shape, folder, ballast)
-        made = {id: files.make(id) for id in shape.ids}
-        layers = (_layer(shape, {id: path for id, (path, _) in made.items()}, replicas, pause, ballast), *more)
         settings = {
             "name": name,
             "port": 0,
@@ -140,16 +137,18 @@ def chaos_mesh(
             "transport": transport,
         }
         started = time.monotonic()
-        mesh = Mesh(shape, files, layers, settings, Cluster.start(layers, **settings), None, Ledger())  # type: ignore[arg-type]
+        mesh = Mesh(shape, folder, ballast, settings)
+        made = {id: mesh.make(id) for id in shape.ids}
+        layer = _layer(shape, {id: path for id, (path, _) in made.items()}, replicas, pause, ballast)
+        mesh.layers = (layer, *more)
+        mesh.start()
         try:
-            mesh.client = Client(mesh.cluster.endpoint, timeout=CALL_SECONDS)
-            mesh.ledger.begin(mesh.epoch(), mesh.versions(), {id: tensors for id, (_, tensors) in made.items()})
+            state = mesh.state()
+            mesh.ledger.begin(state["epoch"], state["versions"], {id: tensors for id, (_, tensors) in made.items()})
             print(f"{experts} experts x {replicas} replicas run after {time.monotonic() - started:.0f} s", flush=True)
             yield mesh
         finally:
-            if mesh.client is not None:
-                mesh.client.close()
-            mesh.cluster.stop()
+            mesh.stop()
 
 
 def _layer(shape: Shape, weights: Mapping[str, Path], replicas: int, pause: float, ballast: int) -> Layer:
@@ -172,23 +171,32 @@ def _layer(shape: Shape, weights: Mapping[str, Path], replicas: int, pause: floa
     return Layer(shape.layer, gate, experts, input=TensorSpec((WIDTH,), "float32"))
 
 
-def wait_until(done: Callable[[], object], seconds: float, what: str, pause: float = 0.02) -> float:
-    """Wait for something that other processes do; returns how long it took. Raises TimeoutError."""
-    started = time.monotonic()
-    while not done():
-        if time.monotonic() - started > seconds:
-            raise TimeoutError(f"not within {seconds:g} s: {what}")
+def wait_until(done: Callable[[], Told | None], seconds: float, what: str, pause: float = 0.02) -> Told:
+    """Wait for something that other processes do, and return it; an error of the cluster means that it is not yet.
+
+    Raises TimeoutError.
+    """
+    deadline, problem = time.monotonic() + seconds, ""
+    while True:
+        try:
+            if found := done():
+                return found
+        except errors.ExpertMeshError as error:
+            problem = f" ({error})"
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {seconds:g} s: {what}{problem}")
         time.sleep(pause)
-    return time.monotonic() - started
 
 
 def processes(word: str) -> list[psutil.Process]:
     """The processes below this one whose command line holds a word, as Ray names them by their actor."""
-    found = []
+    return [process for process, words in command_lines().items() if word in words]
+
+
+def command_lines() -> dict[psutil.Process, str]:
+    """The command line of each process below this one that lives."""
+    found = {}
     for process in psutil.Process().children(recursive=True):
-        try:
-            if word in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.NoSuchProcess:
-            continue
+        with suppress(psutil.NoSuchProcess):  # zombies, too
+            found[process] = " ".join(process.cmdline())
     return found

@@ -5,14 +5,16 @@ from __future__ import annotations
 import random
 import time
 import uuid
-from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from expertmesh import errors
 
-from .mesh import Files, Mesh
+from .figures import between, say
+from .load import Load, SeenEpoch
+from .mesh import Mesh
 
 KINDS = ("one", "set", "one", "one", "gate", "one", "set", "one", "one", "set")
 """Ten swaps: six of one expert, three of a set, one of a set with the gate."""
@@ -45,13 +47,21 @@ class Swapper:
     seconds: list[float] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     draining: int = 0
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "swap"))
 
     def count(self, *kinds: str) -> int:
         """How many swaps of these kinds were committed."""
         return sum(made.kind in kinds for made in self.committed)
 
-    def swap(self, made: Made, timeout: float = 30.0) -> bool:
-        """Carry out a swap, and write into the ledger what was acknowledged."""
+    def begin(self, made: Made, timeout: float) -> Future[str]:
+        """Carry out a swap in a thread of its own."""
+        return self._thread.submit(self.swap, made, timeout)
+
+    def swap(self, made: Made, timeout: float = 30.0) -> str:
+        """Carry out a swap, and write into the ledger what was acknowledged.
+
+        Returns "committed", "aborted", or what else it ended with.
+        """
         until = time.monotonic() + timeout
         while True:
             started = time.monotonic()
@@ -60,46 +70,75 @@ class Swapper:
             except errors.Aborted as error:
                 if "draining" not in error.message or time.monotonic() > until:
                     self.refused.append(f"{made.kind}: {error}")
-                    return False
+                    return "aborted"
                 self.draining += 1
                 made.swap_id = uuid.uuid4().hex
                 time.sleep(DRAINING_PAUSE)
             except errors.ExpertMeshError as error:
                 self.refused.append(f"{made.kind}: {type(error).__name__}: {error}")
-                return False
+                return f"{type(error).__name__}: {error}"
             else:
                 self.seconds.append(time.monotonic() - started)
-                self.acknowledged(made, outcome.epoch, outcome.after)
-                return True
+                self.mesh.ledger.committed(outcome.epoch, outcome.after, made.tensors)
+                self.committed.append(made)
+                self.epochs.append(outcome.epoch)
+                return "committed"
 
-    def acknowledged(self, made: Made, epoch: int, after: dict[str, str]) -> None:
-        """Write down a swap that was committed."""
-        self.mesh.ledger.committed(epoch, after, made.tensors)
-        self.committed.append(made)
-        self.epochs.append(epoch)
+    def say(self, wanted: int, seconds: float) -> list[str]:
+        """Print how many swaps were committed, and why others were not; a problem if they are fewer than wanted."""
+        say("committed swaps", len(self.committed), f"{wanted} in {seconds:.1f} s")
+        say("  of them sets, with the gate", f"{self.count('set', 'gate')}, {self.count('gate')}")
+        say("  asked again while draining", self.draining)
+        for refusal in self.refused[:3]:
+            print(f"    swap refused: {refusal}")
+        missing = len(self.committed) < wanted
+        return [f"only {len(self.committed)} of {wanted} swaps were committed"] if missing else []
 
 
-def make_swaps(files: Files, count: int, seed: int = 0) -> list[Made]:
-    """The files of so many swaps, written ahead so that this costs nothing while the load runs."""
-    draw = random.Random(seed)
-    return [make_swap(files, KINDS[number % len(KINDS)], draw) for number in range(count)]
+@dataclass(frozen=True)
+class Swapped:
+    """What came of swaps under load; the times are when the quiet, the swaps, the quiet again began, and the end."""
+
+    load: Load
+    swapper: Swapper
+    times: tuple[float, float, float, float]
+
+    @property
+    def steady(self) -> list[SeenEpoch]:
+        """The requests that were due in the quiet before and after."""
+        return [*between(self.load.seen, *self.times[:2]), *between(self.load.seen, *self.times[2:])]
+
+    @property
+    def during(self) -> list[SeenEpoch]:
+        """The requests that were due while swaps were made."""
+        return between(self.load.seen, *self.times[1:3])
 
 
-def make_swap(files: Files, kind: str, draw: random.Random) -> Made:
+def swapped(mesh: Mesh, swaps: list[Made], load: Load, *, quiet: float, seconds: float, least: float = 0.0) -> Swapped:
+    """Swaps one after the other under a load, spread over `seconds`, with so much quiet before and after.
+
+    Those that are left after `seconds` are not asked for. The part with swaps lasts `least` seconds.
+    """
+    swapper = Swapper(mesh)
+    with load:
+        begin = time.monotonic()
+        time.sleep(quiet)
+        first = time.monotonic()
+        for number, made in enumerate(swaps):
+            now = time.monotonic() - first
+            if now < seconds:
+                time.sleep(max(0.0, number * PACE * seconds / len(swaps) - now))
+                swapper.swap(made)
+        time.sleep(max(0.0, first + least - time.monotonic()))
+        last = time.monotonic()
+        time.sleep(quiet)
+    return Swapped(load, swapper, (begin, first, last, last + quiet))
+
+
+def make_swap(mesh: Mesh, kind: str, draw: random.Random) -> Made:
     """The files of one swap."""
-    experts = list(files.shape.expert_ids)
+    experts = list(mesh.shape.expert_ids)
     size = 1 if kind == "one" else draw.randint(2, min(4, len(experts)))
-    ids = draw.sample(experts, size) + ([files.shape.gate_id] if kind == "gate" else [])
-    made = {id: files.make(id) for id in ids}
+    ids = draw.sample(experts, size) + ([mesh.shape.gate_id] if kind == "gate" else [])
+    made = {id: mesh.make(id) for id in ids}
     return Made(kind, {id: path for id, (path, _) in made.items()}, {id: value for id, (_, value) in made.items()})
-
-
-def paced(swapper: Swapper, swaps: list[Made], seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-    """Carry out swaps one after the other, evenly spread over `seconds`; those that then are left are not asked for."""
-    begin = clock()
-    for number, made in enumerate(swaps):
-        now = clock() - begin
-        if now >= seconds:
-            return
-        time.sleep(max(0.0, number * PACE * seconds / len(swaps) - now))
-        swapper.swap(made)

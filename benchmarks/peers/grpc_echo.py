@@ -24,7 +24,6 @@ from .model import Shape
 class GrpcEcho(Arm):
     """Raw `grpc.aio` between two processes: a call for each batch, or one stream for all with `streaming`."""
 
-    name = "grpc_echo"
     echoes = True
 
     def __init__(self, shape: Shape, dtype: torch.dtype, *, streaming: bool = False) -> None:
@@ -32,16 +31,14 @@ class GrpcEcho(Arm):
         self.version = f"grpcio {grpc.__version__}, {'streaming' if streaming else 'unary'}"
         self._streaming = streaming
         self._helper = Helper(f"{__package__}.grpc_echo_server")
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._echo: Callable[[bytes], Any] = lambda payload: None
+        self._echo: Callable[[bytes], Any] | None = None
         self._last: tuple[Tensor, bytes] | None = None
 
     async def call(self, x_TD: Tensor) -> Tensor:
         if self._last is None or self._last[0] is not x_TD:  # making bytes of rows is not what is measured
             self._last = x_TD, x_TD.view(torch.uint8).numpy().tobytes()
-        loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            self._loop, self._echo = loop, self._connect()
+        if self._echo is None:  # here, on the event loop
+            self._echo = self._connect()
         answer: bytes = await self._echo(self._last[1])
         return torch.frombuffer(answer, dtype=x_TD.dtype).view(x_TD.shape)
 

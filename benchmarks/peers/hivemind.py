@@ -2,19 +2,31 @@
 
 It is no arm: server and client run in that environment, and the client measures, one block when it is asked. The server
 computes in one process with all cores; the client's torch has one thread.
+
+Its pins are not ours, so the environment is made once, in a cache folder. The wheel needs no compiler: what hivemind
+wants for building (grpcio-tools) is not used when it runs. Packages that are installed here already, torch above all,
+are seen through a path file and not installed again.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
+import subprocess
+import sys
+import sysconfig
+import venv
 from contextlib import ExitStack, closing
-from typing import Any
+from pathlib import Path
 
 from .arm import ArmUnavailable
 from .helper import Helper
-from .hivemind_venv import python
+
+VERSION = "1.1.12"
+LIGHT = (
+    "prefetch_generator", "configargparse", "py-multihash", "varint", "base58", "netaddr", "py-cid", "uvloop", "scipy",
+    "cryptography", "msgpack", "sortedcontainers", "pydantic", "protobuf>=5.29", "pyyaml", "packaging", "idna",
+)  # fmt: skip
+INSTALL_SECONDS = 600.0
 
 
 class Hivemind:
@@ -25,17 +37,15 @@ class Hivemind:
 
     def __init__(self, *, experts: int = 8, width: int = 1024) -> None:
         interpreter, cores = python(), os.cpu_count() or 1
-        size = (str(experts), str(width))
         with ExitStack() as started:
-            server = Helper(
-                f"{__package__}.hivemind_server", *size, str(cores), python=interpreter, environment=_environment(cores)
-            )
-            started.enter_context(closing(server))
-            self._client = Helper(
-                f"{__package__}.hivemind_client", server.said, *size, python=interpreter, environment=_environment(1)
-            )
-            started.enter_context(closing(self._client))
-            self.version: str = json.loads(self._client.said)["version"]
+
+            def helper(module: str, threads: int, *arguments: object) -> Helper:
+                environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HIVEMIND_LOGLEVEL": "ERROR"}
+                made = Helper(f"{__package__}.{module}", *arguments, python=interpreter, environment=environment)
+                return started.enter_context(closing(made))
+
+            server = helper("hivemind_server", cores, experts, width, cores)
+            self._client = helper("hivemind_client", 1, server.said, experts, width)
             self._ends = started.pop_all()
 
     def block(self, what: str, rows: int, in_flight: int, seconds: float) -> dict[str, float]:
@@ -44,11 +54,10 @@ class Hivemind:
         `what` is "expert" or "layer"; the rate is the better one of one call and of `in_flight` at a time. Raises
         ArmUnavailable where the client has ended.
         """
-        asked: dict[str, Any] = {"what": what, "rows": rows, "in_flight": in_flight, "seconds": seconds}
-        line = self._client.ask(json.dumps(asked))
-        if not line:
+        asked = {"what": what, "rows": rows, "in_flight": in_flight, "seconds": seconds}
+        found: dict[str, float] | None = self._client.ask(asked)
+        if found is None:
             raise ArmUnavailable("the client of hivemind ended before it had measured everything")
-        found: dict[str, float] = json.loads(line)
         return found
 
     def close(self) -> None:
@@ -56,5 +65,41 @@ class Hivemind:
         self._ends.close()
 
 
-def _environment(threads: int) -> Mapping[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "HIVEMIND_LOGLEVEL": "ERROR"}
+def folder() -> Path:
+    """Where the environment is, or would be."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "expertmesh-peers" / f"hivemind-{VERSION}-py{sys.version_info.major}{sys.version_info.minor}"
+
+
+def exists() -> bool:
+    """Whether it has been made, to the end."""
+    return (folder() / "ready").exists()
+
+
+def python() -> str:
+    """The interpreter of the environment, which is made if need be. Raises ArmUnavailable where that fails."""
+    interpreter = folder() / "bin" / "python"
+    if exists():
+        return str(interpreter)
+    try:
+        venv.create(folder(), clear=True, with_pip=True)
+        paths = {"base": str(folder()), "platbase": str(folder())}
+        packages = Path(sysconfig.get_path("purelib", vars=paths))
+        (packages / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+        _pip(interpreter, "--no-deps", f"hivemind=={VERSION}")
+        _pip(interpreter, *LIGHT)
+        _run([str(interpreter), "-c", "import hivemind"])
+    except (OSError, subprocess.SubprocessError) as error:
+        words = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        raise ArmUnavailable(f"hivemind {VERSION} cannot be installed: {words[-1] if words else error}") from error
+    (folder() / "ready").touch()
+    return str(interpreter)
+
+
+def _pip(interpreter: Path, *packages: str) -> None:
+    _run([str(interpreter), "-m", "pip", "install", "--quiet", *packages])
+
+
+def _run(command: list[str]) -> None:
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=INSTALL_SECONDS, env=clean)

@@ -1,6 +1,6 @@
 """Runs in hivemind's environment: asks a server of experts, block by block, and prints what it saw as JSON lines.
 
-Arguments: ADDRESS EXPERTS WIDTH. Prints {"version"} when it is ready. Then each line of its input, {"what", "rows",
+Arguments: ADDRESS EXPERTS WIDTH. Says {"version"} when it is ready. Then each line of its input, {"what", "rows",
 "in_flight", "seconds"} with "expert" or "layer", is answered by a line {"p50", "rows_per_second", "calls"}: the better
 rate of one and of `in_flight` calls at a time. What was not asked before is called once to warm up. It ends with its
 input.
@@ -9,7 +9,6 @@ input.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from .helper import speaking
 from .measure import calls_per_second
 
 PATIENCE = 60.0
@@ -32,19 +32,13 @@ def main() -> None:
     """Measure, and print."""
     address = sys.argv[1]
     experts, width = (int(word) for word in sys.argv[2:4])
-    answer = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print
     torch.set_num_threads(1)
-    import hivemind
-    from hivemind.moe.server.dht_handler import get_experts
+    with speaking() as say, torch.no_grad():
+        import hivemind
+        from hivemind.moe.server.dht_handler import get_experts
 
-    dht = hivemind.DHT(initial_peers=[address], start=True)
-    try:
-        with os.fdopen(answer, "w", encoding="utf-8") as told, torch.no_grad():
-
-            def say(**found: Any) -> None:
-                print(json.dumps(found), file=told, flush=True)
-
+        dht = hivemind.DHT(initial_peers=[address], start=True)
+        try:
             expert = _found(lambda: get_experts(dht, ["ffn.0"])[0])
             layer = hivemind.RemoteMixtureOfExperts(
                 in_features=width, grid_size=(experts,), dht=dht, uid_prefix="ffn.", k_best=2, forward_timeout=PATIENCE
@@ -53,7 +47,7 @@ def main() -> None:
             def in_parts(x_TD: torch.Tensor) -> torch.Tensor:
                 return torch.cat([layer(part_TD) for part_TD in torch.split(x_TD, MOST_SCORES // experts)])
 
-            say(version=f"hivemind {hivemind.__version__}, torch {torch.__version__}")
+            say({"version": f"hivemind {hivemind.__version__}, torch {torch.__version__}"})
             warm: set[tuple[str, int]] = set()
             for line in sys.stdin:
                 asked = json.loads(line)
@@ -63,9 +57,9 @@ def main() -> None:
                     warm.add((what, rows))
                     call()
                 found = [_measured(call, rows, count, asked["seconds"]) for count in {1, asked["in_flight"]}]
-                say(**max(found, key=lambda one: one["rows_per_second"]))
-    finally:
-        dht.shutdown()
+                say(max(found, key=lambda one: one["rows_per_second"]))
+        finally:
+            dht.shutdown()
 
 
 def _measured(call: Callable[[], Any], rows: int, in_flight: int, seconds: float) -> dict[str, float]:

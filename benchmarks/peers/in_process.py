@@ -19,13 +19,13 @@ from .arm import Arm
 from .model import Shape, expert, gate, packed, reference
 
 ROUNDS = 7
+THREADS = (1, 2)
 
 
 @dataclass(frozen=True)
 class Form:
     """One way to compute the layer."""
 
-    name: str
     layer: Callable[[Tensor], Tensor]
     threads: int
 
@@ -41,13 +41,14 @@ class Form:
 class InProcess(Arm):
     """`LocalLayer`, in the best form for each number of rows: found by a short measurement at the first call."""
 
-    name = "in_process"
-
-    def __init__(self, shape: Shape, dtype: torch.dtype, *, threads: Sequence[int] = (1, 2)) -> None:
-        layers = {"packed": LocalLayer(gate(shape), packed(shape, dtype)).eval(), "separate": reference(shape, dtype)}
-        self._forms = [Form(f"{name}, {n} threads", layer, n) for name, layer in layers.items() for n in threads]
+    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+        self._forms = [Form(layer, threads) for layer in self._layers(shape, dtype) for threads in THREADS]
         self.chosen: dict[int, Form] = {}
         self.version = f"torch {torch.__version__}"
+
+    def _layers(self, shape: Shape, dtype: torch.dtype) -> Sequence[Callable[[Tensor], Tensor]]:
+        """The ways to compute it: experts packed, and one by one."""
+        return LocalLayer(gate(shape), packed(shape, dtype)).eval(), reference(shape, dtype)
 
     async def call(self, x_TD: Tensor) -> Tensor:
         with torch.inference_mode():
@@ -64,23 +65,18 @@ class InProcess(Arm):
 class OneExpertInProcess(InProcess):
     """The first expert alone: what its computation takes, with no message and no gate."""
 
-    name = "ffn_in_process"
     expert = 0
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, *, threads: Sequence[int] = (1, 2)) -> None:
-        module = expert(shape, 0, dtype).eval()
-        self._forms = [Form(f"{n} threads", module, n) for n in threads]
-        self.chosen = {}
-        self.version = f"torch {torch.__version__}"
+    def _layers(self, shape: Shape, dtype: torch.dtype) -> Sequence[Callable[[Tensor], Tensor]]:
+        return (expert(shape, 0, dtype),)
 
 
 def fastest(forms: Sequence[Form], x_TD: Tensor) -> Form:
     """The form with the least median time for these rows, over rounds that interleave all forms."""
-    times: dict[str, list[float]] = {form.name: [] for form in forms}
-    for round_ in range(ROUNDS + 1):
+    times: dict[Form, list[float]] = {form: [] for form in forms}
+    for _ in range(1 + ROUNDS):
         for form in forms:
             begin = time.perf_counter()
             form(x_TD)
-            if round_:  # the first one warms up
-                times[form.name].append(time.perf_counter() - begin)
-    return min(forms, key=lambda form: statistics.median(times[form.name]))
+            times[form].append(time.perf_counter() - begin)
+    return min(forms, key=lambda form: statistics.median(times[form][1:]))  # the first one warms up

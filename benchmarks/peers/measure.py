@@ -1,17 +1,18 @@
-"""Latency, throughput and CPU time of arms, one alone or several in turn, with blocks of a busy machine left out."""
+"""Latency, throughput and CPU time of an arm in a block, which is run again where others kept the machine busy."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import psutil
 from torch import Tensor
 
 from .arm import Arm
-from .processes import Meter
 
 MOST_FOREIGN = 0.05
 TRIES = 4
@@ -36,21 +37,6 @@ class Block:
     def p50(self) -> float:
         """The median latency in seconds."""
         return statistics.median(self.latencies)
-
-
-async def latency(arm: Arm, x_TD: Tensor, calls: int) -> list[float]:
-    """Seconds of each of `calls` calls, one after the other."""
-    seconds = []
-    for _ in range(calls):
-        begin = time.perf_counter()
-        await arm.call(x_TD)
-        seconds.append(time.perf_counter() - begin)
-    return seconds
-
-
-async def throughput(arm: Arm, x_TD: Tensor, in_flight: int, seconds: float) -> float:
-    """Rows a second with `in_flight` calls under way at any time, over about `seconds`."""
-    return (await _drive(arm, x_TD, in_flight, seconds))[0]
 
 
 async def block(arm: Arm, x_TD: Tensor, in_flight: int, seconds: float) -> Block:
@@ -94,3 +80,48 @@ def calls_per_second(ends: Sequence[float], in_flight: int, deadline: float) -> 
         full = list(ends)
     whole = len(full) - len(full) % in_flight
     return (whole - in_flight) / (full[whole - 1] - full[in_flight - 1])
+
+
+@dataclass(frozen=True)
+class Cost:
+    """CPU seconds of this process and all below it; `foreign` is the share of the machine that others used."""
+
+    cpu_seconds: float
+    foreign: float
+
+
+class Meter:
+    """Counts from its making on."""
+
+    def __init__(self) -> None:
+        self._ours = tree_seconds()
+        self._machine = machine_seconds()
+        self._begin = time.perf_counter()
+
+    def cost(self) -> Cost:
+        """What was used up to now."""
+        seconds = time.perf_counter() - self._begin
+        machine = machine_seconds() - self._machine
+        now = tree_seconds()
+        ours = sum(used - self._ours.get(process, 0.0) for process, used in now.items())
+        foreign = max(0.0, machine - ours) / (seconds * (os.cpu_count() or 1))
+        return Cost(ours, foreign)
+
+
+def tree_seconds() -> dict[tuple[int, float], float]:
+    """CPU seconds of this process and everything below it, by process id and time of birth."""
+    me = psutil.Process()
+    found = {}
+    for process in (me, *me.children(recursive=True)):
+        try:
+            times = process.cpu_times()
+            found[(process.pid, process.create_time())] = times.user + times.system
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def machine_seconds() -> float:
+    """CPU seconds that the machine has spent on anything; what its host took away counts too."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)

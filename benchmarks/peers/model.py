@@ -33,8 +33,19 @@ class Shape:
     hidden: int
 
 
-SHAPES = {"L": Shape(8, 2, 1024, 4096), "S": Shape(16, 4, 512, 1024), "T": Shape(4, 2, 16, 32)}
-"""Large, small, and tiny (for tests)."""
+SHAPES = {
+    "L": Shape(8, 2, 1024, 4096),
+    "S": Shape(16, 4, 512, 1024),
+    "W": Shape(4, 1, 128, 32_768),
+    "T": Shape(4, 2, 16, 32),
+}
+"""Large; small; wide, with as many multiplications a row as L for an eighth of its bytes; and tiny, for tests."""
+
+
+def names(shape: Shape, dtype: torch.dtype) -> tuple[str, str]:
+    """What shape and dtype are called, for a process that is told them by name."""
+    shapes, dtypes = ({value: name for name, value in known.items()} for known in (SHAPES, DTYPES))
+    return shapes[shape], dtypes[dtype]
 
 
 def expert(shape: Shape, index: int, dtype: torch.dtype) -> FeedForward:

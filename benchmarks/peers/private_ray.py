@@ -46,17 +46,6 @@ def private_ray() -> Iterator[Any]:
 def _running(ray: Any) -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="expertmesh-peers-")
     reaper = start_reaper(folder)
-    try:
-        _start(ray, folder)
-        yield
-    finally:
-        ray.shutdown()
-        end_marked_processes(folder)
-        shutil.rmtree(folder, ignore_errors=True)
-        reaper.communicate()
-
-
-def _start(ray: Any, folder: str) -> None:
     os.environ[MARKER] = folder  # only Ray's processes may carry it: the reaper ends all that do
     try:
         ray.init(
@@ -66,5 +55,11 @@ def _start(ray: Any, folder: str) -> None:
             logging_level=logging.ERROR,
             _temp_dir=folder,
         )
-    finally:
         del os.environ[MARKER]
+        yield
+    finally:
+        os.environ.pop(MARKER, None)
+        ray.shutdown()
+        end_marked_processes(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        reaper.communicate()

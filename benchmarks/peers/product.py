@@ -5,9 +5,6 @@ The router that runs here is the one that the cluster runs, over the same channe
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -22,82 +19,80 @@ from expertmesh.router.request.forward import Router
 
 from .arm import Arm
 from .helper import Helper
-from .model import DTYPES, SHAPES, Shape
+from .model import Shape, names
 from .product_host import LAYER, layer
 
 SECONDS = 120.0
 
 
-class _Served:
-    """A running cluster, and what it says of itself."""
+class Product(Arm):
+    """A running cluster of one layer, and in `said` what it says of itself.
 
-    def __init__(
-        self, shape: Shape, dtype: torch.dtype, actors: int | None, transport: str, stall: float = 0.0
-    ) -> None:
-        self.shape = next(name for name, known in SHAPES.items() if known == shape)
-        self.dtype = next(name for name, known in DTYPES.items() if known == dtype)
-        self.actors = actors or shape.experts
-        arguments = (self.shape, self.dtype, str(self.actors), transport, str(stall))
-        self._helper = Helper(f"{__package__}.product_host", *arguments)
-        self.said: dict[str, Any] = json.loads(self._helper.said)
-        self.version = f"expertmesh {version()}, torch {torch.__version__}, {self.actors} actors"
+    It has `actors` for its experts, by default one for each. `stall` is the seconds that one expert of the last actor
+    sleeps before it computes a message.
+    """
+
+    kind, transport = "layer", "channel"
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, *, actors: int | None = None, stall: float = 0.0) -> None:
+        self.layer = (*names(shape, dtype), actors or shape.experts)
+        self._helper = Helper(f"{__package__}.product_host", self.kind, *self.layer, self.transport, stall)
+        self.said = self._helper.said
+        what = f"{self.kind}, {self.layer[-1]} actors, rows by {self.transport}"
+        self.version = f"expertmesh {version()}, torch {torch.__version__}, {what}"
 
     def close(self) -> None:
         self._helper.close()
 
 
-class ProductRouter(Arm):
-    """A router here over the channels of a cluster's actors; by default each expert has one of its own.
-
-    `stall` is the seconds that one expert of the last actor sleeps before it computes a message.
-    """
-
-    name = "expertmesh"
+class ProductRouter(Product):
+    """A router here over the channels of a cluster's actors."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, *, actors: int | None = None, stall: float = 0.0) -> None:
-        self._served = served = _Served(shape, dtype, actors, "channel", stall)
-        self.version = served.version
-        self.replicas = [
-            Replica(
-                id=said["id"],
-                experts=tuple(said["experts"]),
-                incarnation=said["incarnation"],
-                holds=frozenset((expert, version) for expert, version in said["holds"]),
-                state=said["state"],
-                pid=said["pid"],
-                address=said["address"],
-            )
-            for said in served.said["replicas"]
+        super().__init__(shape, dtype, actors=actors, stall=stall)
+        self._replicas = [
+            Replica(**{**told, "experts": tuple(told["experts"]), "holds": frozenset(map(tuple, told["holds"]))})
+            for told in self.said["replicas"]
         ]
-        self.router = Router(ChannelTransport(bytes.fromhex(served.said["secret"])), max_rows_in_flight=1 << 20)
-        self._layer = layer(served.shape, served.dtype, served.actors, stall)
+        self._router = Router(ChannelTransport(bytes.fromhex(self.said["secret"])), max_rows_in_flight=1 << 20)
+        self._layer = layer(*self.layer, stall)
 
     async def call(self, x_TD: Tensor) -> Tensor:
-        if not self.router.epochs.number:
-            self.router.update_view(self.replicas)
-            self.router.adopt(Epoch(1, self._served.said["versions"], {LAYER: self._layer}))
-        return (await self.router.forward(ForwardRequest(x_TD, CallOptions(layer=LAYER), SECONDS))).output
+        if not self._router.epochs.number:
+            self._router.update_view(self._replicas)
+            self._router.adopt(Epoch(1, self.said["versions"], {LAYER: self._layer}))
+        return (await self._router.forward(ForwardRequest(x_TD, CallOptions(layer=LAYER), SECONDS))).output
 
     def close(self) -> None:
-        self.router.transport.close()
-        self._served.close()
+        self._router.transport.close()
+        super().close()
 
 
-class ProductClient(Arm):
+class ProductClient(Product):
     """The product as its users see it: the client over gRPC, from another process than the router's."""
 
-    name = "expertmesh_client"
-
-    def __init__(
-        self, shape: Shape, dtype: torch.dtype, *, actors: int | None = None, transport: str = "channel"
-    ) -> None:
-        self._served = _Served(shape, dtype, actors, transport)
-        self.version = f"{self._served.version}, rows by {transport}"
-        self._client = AsyncClient(self._served.said["endpoint"], timeout=SECONDS)
+    def __init__(self, shape: Shape, dtype: torch.dtype, *, actors: int | None = None) -> None:
+        super().__init__(shape, dtype, actors=actors)
+        self._client = AsyncClient(self.said["endpoint"], timeout=SECONDS)
 
     async def call(self, x_TD: Tensor) -> Tensor:
         answer: Tensor = await self._client.forward(LAYER, x_TD)
         return answer
 
-    def close(self) -> None:
-        self._served.close()
+
+class Identity(ProductClient):
+    """Rows back as they came, from the router's own process: what the client's path costs."""
+
+    kind, transport, echoes = "identity", "local", True
+
+
+class IdentityActor(Identity):
+    """The same through an actor."""
+
+    transport = "channel"
+
+
+class OneExpert(ProductClient):
+    """The first expert of a layer; `actors` are its one-thread replicas."""
+
+    kind, expert = "ffn", 0

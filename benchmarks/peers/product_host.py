@@ -1,23 +1,25 @@
-"""A cluster of the product for the arms: `python -m benchmarks.peers.product_host SHAPE DTYPE ACTORS TRANSPORT STALL`.
+"""A cluster of the product: `python -m benchmarks.peers.product_host KIND SHAPE DTYPE COUNT TRANSPORT STALL`.
 
-Prints one JSON line when it serves, and stops when its standard input ends. It is a process of its own because other
-arms have a Ray of theirs in the process that measures.
+KIND is `layer`, with its experts on COUNT actors, or one expert in COUNT replicas: `identity` or `ffn`. Says where it
+serves, and stops when its standard input ends. It is a process of its own because other arms have a Ray of theirs in
+the process that measures.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from expertmesh import Cluster, Expert, Layer
+from expertmesh import Cluster, Expert, Layer, TensorSpec, gates
 
+from .helper import speaking
 from .model import DTYPES, SHAPES, expert, gate
-from .ray_good import packs
+from .ray_actors import packs
 
 LAYER = "bench"
 
@@ -41,6 +43,9 @@ def make(shape: str, index: int, dtype: str, stall: float = 0.0) -> torch.nn.Mod
     return Stalled(module, stall) if stall else module
 
 
+MADE = f"{__package__}.product_host:make"
+
+
 def layer(shape: str, dtype: str, actors: int, stall: float = 0.0) -> Layer:
     """The layer that all arms compute, with its experts on `actors` actors.
 
@@ -52,18 +57,25 @@ def layer(shape: str, dtype: str, actors: int, stall: float = 0.0) -> Layer:
         for index in indices:
             seconds = stall if index == together[-1].start else 0.0
             name = f"pack{pack}" if len(indices) > 1 else None
-            arguments = (shape, index, dtype, seconds)
-            declared[f"e{index}"] = Expert(f"{__package__}.product_host:make", args=arguments, pack=name)
+            declared[f"e{index}"] = Expert(MADE, args=(shape, index, dtype, seconds), pack=name)
     return Layer(LAYER, gate=gate(SHAPES[shape]), experts=declared)
 
 
-def main(shape: str, dtype: str, actors: str, transport: str = "channel", stall: str = "0") -> None:
+def single(kind: str, shape: str, dtype: str, replicas: int) -> Layer:
+    """One expert that all rows go to, with weight 1."""
+    rows = TensorSpec((SHAPES[shape].width,), str(DTYPES[dtype]).removeprefix("torch."))
+    factory, arguments = ("torch.nn:Identity", ()) if kind == "identity" else (MADE, (shape, 0, dtype))
+    one = Expert(factory, args=arguments, replicas=replicas, input=rows, output=rows)
+    return Layer(LAYER, gates.Fixed([1.0]), {"e0": one}, input=rows)
+
+
+def main(kind: str, shape: str, dtype: str, count: str, transport: str, stall: str) -> None:
     """Serve until standard input ends."""
-    said = os.dup(1)
-    os.dup2(2, 1)  # Ray warns on standard output of many workers that start
-    options = {"name": f"bench-{os.getpid()}", "port": 0, "metrics_port": None, "transport": transport}
-    with Cluster.start([layer(shape, dtype, int(actors), float(stall))], **options) as cluster:
-        os.write(said, f"{json.dumps(described(cluster))}\n".encode())
+    whole = kind == "layer"
+    declared = layer(shape, dtype, int(count), float(stall)) if whole else single(kind, shape, dtype, int(count))
+    options: dict[str, Any] = {"port": 0, "metrics_port": None, "transport": transport}
+    with speaking() as say, Cluster.start([declared], name=f"bench-{os.getpid()}", **options) as cluster:
+        say(described(cluster))
         sys.stdin.read()
 
 
@@ -72,18 +84,7 @@ def described(cluster: Cluster) -> dict[str, Any]:
     backend: Any = cluster._backend
     state = backend.state()
     channel = getattr(backend, "_channel", None)
-    replicas = [
-        {
-            "id": replica.id,
-            "experts": list(replica.experts),
-            "incarnation": replica.incarnation,
-            "holds": [list(held) for held in replica.holds],
-            "state": replica.state,
-            "pid": replica.pid,
-            "address": replica.address,
-        }
-        for replica in state.replicas
-    ]
+    replicas = [asdict(replica) | {"holds": sorted(replica.holds)} for replica in state.replicas]
     secret = channel.secret.hex() if channel is not None else ""
     return {"endpoint": cluster.endpoint, "secret": secret, "versions": dict(state.versions), "replicas": replicas}
 

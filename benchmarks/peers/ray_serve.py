@@ -1,4 +1,4 @@
-"""Ray Serve: the layer as a composition of deployments, asked through its ingress or through a handle.
+"""Ray Serve: the layer as a composition of deployments, asked through its ingress.
 
 `optimised` sets what the documentation gives for throughput. RAY_SERVE_THROUGHPUT_OPTIMIZED runs user code and routers
 in the main loop of a replica, buffers logs, freezes the garbage collector, and opens the ingress at the router itself,
@@ -13,12 +13,9 @@ from __future__ import annotations
 import asyncio
 import importlib
 import importlib.util
-import json
 import os
-import sys
 import warnings
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
 
 import grpc
 import torch
@@ -26,8 +23,7 @@ from torch import Tensor
 
 from .arm import Arm, ArmUnavailable
 from .helper import Helper
-from .model import DTYPES, SHAPES, Shape
-from .private_ray import private_ray
+from .model import Shape, names
 
 FLAGS = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
@@ -42,10 +38,8 @@ OPTIONS = [
 ]
 
 
-class RayServeIngress(Arm):
+class RayServe(Arm):
     """A client of the ingress, over `protocol` "grpc" or "http"; Serve belongs to a process of its own."""
-
-    name = "ray_serve_ingress"
 
     def __init__(
         self,
@@ -56,74 +50,28 @@ class RayServeIngress(Arm):
         batched: bool = False,
         protocol: str = "http",
     ) -> None:
-        _check_installed()
-        names = [name for name, known in SHAPES.items() if known == shape]
-        names += [name for name, known in DTYPES.items() if known == dtype]
+        missing = [name for name in ("ray", "fastapi", "starlette") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ArmUnavailable(f"{', '.join(missing)} missing: install 'ray[serve]'")
         environment = {key: value for key, value in os.environ.items() if key not in FLAGS}
         environment |= FLAGS if optimised else {}
-        module = f"{__package__}.ray_serve_host"
-        self._helper = Helper(module, *names, *(["batched"] if batched else []), environment=environment)
-        try:
-            said = json.loads(self._helper.said)
-        except json.JSONDecodeError:
-            self._helper.close()
-            raise ArmUnavailable(f"Serve's owner said {self._helper.said!r} instead of its address") from None
+        arguments = (*names(shape, dtype), *(["batched"] if batched else []))
+        self._helper = Helper(f"{__package__}.ray_serve_host", *arguments, environment=environment)
+        said = self._helper.said
         self._address, self._protocol = said[protocol], protocol
-        self.version = f"{said['version']}, {_title(optimised, batched)}, over {protocol}"
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._ask: Callable[[bytes], Awaitable[bytes]]
+        kind = f"{'optimised' if optimised else 'default'}{', batched' if batched else ''}"
+        self.version = f"{said['version']}, Serve {kind}, over {protocol}"
+        self._ask: Callable[[bytes], Awaitable[bytes]] | None = None
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
     async def call(self, x_TD: Tensor) -> Tensor:
-        loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            self._loop = loop
+        if self._ask is None:  # here, on the event loop
             self._ask = _over_grpc(self._address) if self._protocol == "grpc" else _Http(self._address)
         answer = await self._ask(x_TD.view(torch.uint8).numpy().tobytes())
         return torch.frombuffer(answer, dtype=x_TD.dtype).view(x_TD.shape)
 
     def close(self) -> None:
         self._helper.close()
-
-
-class RayServeHandle(Arm):
-    """A caller in the process that owns Serve, through a handle.
-
-    Serve's flags are read when it is imported and by the Ray that it runs on: a process has one kind of these arms, and
-    it must start Ray itself. Raises ArmUnavailable where that came too early.
-    """
-
-    name = "ray_serve_handle"
-
-    def __init__(self, shape: Shape, dtype: torch.dtype, *, optimised: bool = False, batched: bool = False) -> None:
-        _check_installed()
-        if "ray.serve" in sys.modules or ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
-            raise ArmUnavailable("Serve's flags would come too late: Ray runs or Serve is imported in this process")
-        for name, value in FLAGS.items():
-            if optimised:
-                os.environ[name] = value
-            else:
-                os.environ.pop(name, None)
-        with ExitStack() as stack:
-            ray = stack.enter_context(private_ray())
-            host = importlib.import_module(f"{__package__}.ray_serve_host")  # here: it imports Serve
-            self._app = importlib.import_module(f"{__package__}.ray_serve_app")
-            self._handle = host.start(shape, dtype, batched=batched)
-            self._loop: asyncio.AbstractEventLoop | None = None
-            self.version = f"ray {ray.__version__}, {_title(optimised, batched)}, over a handle"
-            self._stack = stack.pop_all()
-
-    async def call(self, x_TD: Tensor) -> Tensor:
-        loop = asyncio.get_running_loop()
-        if self._loop is not loop:  # the flags let a handle work in the loop in which it is first used
-            cheap = {"request_serialization": "pickle", "response_serialization": "pickle"}
-            self._loop, self._layer = loop, self._handle.options(method_name="layer", **cheap)
-        answer = await self._layer.remote(self._app.to_bytes(x_TD))
-        y_TD: Tensor = self._app.to_rows(answer, x_TD.dtype, x_TD.shape[1])
-        return y_TD
-
-    def close(self) -> None:
-        self._stack.close()
 
 
 def _over_grpc(address: str) -> Callable[[bytes], Awaitable[bytes]]:
@@ -157,13 +105,3 @@ class _Http:
         if b" 200 " not in head.split(b"\r\n", 1)[0]:
             raise RuntimeError(f"Serve answered {head!r} {answer[:200]!r}")
         return answer
-
-
-def _check_installed() -> None:
-    missing = [name for name in ("ray", "fastapi", "starlette") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ArmUnavailable(f"{', '.join(missing)} missing: install 'ray[serve]'")
-
-
-def _title(optimised: bool, batched: bool) -> str:
-    return f"Serve {'optimised' if optimised else 'default'}{', batched' if batched else ''}"

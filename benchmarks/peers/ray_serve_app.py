@@ -26,7 +26,7 @@ from expertmesh.router.mixture.combine import combine
 from expertmesh.router.mixture.dispatch import dispatch
 
 from .model import Shape, expert, gate
-from .ray_good import Bytes, to_bytes, to_rows
+from .ray_actors import Bytes, to_bytes, to_rows
 
 SERVICE = "expertmesh.peers.Layer"
 MANY = 1024

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
-RATE, P50, ADDED = "rows/s", "p50", "added latency"
-"""Rows a second; the median latency; the median latency less that of the in-process layer in the same block."""
+RATE, P50, FASTER, ADDED = "rows/s", "p50", "times faster", "added latency"
+"""Rows a second; the median latency, ours in theirs; theirs in ours; both less that of the in-process layer."""
 
 LIMIT = "in_process"
 PLACEMENTS = ("expertmesh", "expertmesh_2")
@@ -51,7 +51,7 @@ class Target:
 class Comparison:
     """Arms of ours against arms of others under one condition; the best of each side decides.
 
-    Without a target it is printed and decides nothing. `limit` says whether the in-process layer is shown beside.
+    Without a target it is printed and decides nothing. `limit` is the arm in process that is shown beside, "" for none.
     """
 
     condition: Condition
@@ -59,13 +59,12 @@ class Comparison:
     theirs: tuple[str, ...]
     measure: str = RATE
     target: Target | None = None
-    limit: bool = True
+    limit: str = LIMIT
 
     @property
     def arms(self) -> tuple[str, ...]:
         """All arms that must run at once."""
-        names = (*((LIMIT,) if self.limit else ()), *self.ours, *self.theirs)
-        return tuple(dict.fromkeys(names))
+        return tuple(dict.fromkeys(name for name in (self.limit, *self.ours, *self.theirs) if name))
 
     def without(self, left_out: Collection[str]) -> Comparison | None:
         """The same without some arms; None where a side has no arm left."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 
 import psutil
 
+from expertmesh.cluster.machine.facts import version_of
 from expertmesh.experts.package_version import version
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -19,12 +19,7 @@ BF16_FLAGS = ("amx_bf16", "avx512_bf16")
 LIBRARIES = ("torch", "ray", "grpcio", "numpy", "msgpack")
 
 
-def now() -> datetime:
-    """The time."""
-    return datetime.now(timezone.utc)
-
-
-def facts(clock: Callable[[], datetime] = now) -> dict[str, Any]:
+def facts(clock: Callable[[], datetime] = lambda: datetime.now(timezone.utc)) -> dict[str, Any]:
     """The machine as it is before anything is started."""
     return {
         "when": clock().isoformat(timespec="seconds"),
@@ -34,7 +29,7 @@ def facts(clock: Callable[[], datetime] = now) -> dict[str, Any]:
         "memory GiB": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {"expertmesh": version()} | {name: _version(name) for name in LIBRARIES},
+        "versions": {"expertmesh": version()} | {name: version_of(name) or "not installed" for name in LIBRARIES},
         "load before": [round(value, 2) for value in os.getloadavg()],
         "threads of torch here": 1,
     }
@@ -58,10 +53,3 @@ def _cpu_info(file: Path) -> dict[str, str]:
     except OSError:
         return {}
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 import threading
@@ -16,16 +15,17 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.compare import Ratio
+from benchmarks.peers.helper import speaking
 
-from . import live_kill, live_skew, live_swap
+from . import live_faults, live_skew
 from .verdict import Line
 
 Found = tuple[list[Line], dict[str, Any]]
 """Lines, and a timeline for a plot."""
 
 ROWS: dict[str, Callable[[bool], Found]] = {
-    "C8": live_kill.run,
-    "C9": live_swap.run,
+    "C8": live_faults.kills,
+    "C9": live_faults.swaps,
     "C10": live_skew.run,
 }
 MOST_SECONDS = 240.0
@@ -33,11 +33,9 @@ MOST_SECONDS = 240.0
 
 def main() -> None:
     """Run one row here."""
-    answer = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the experiments print
-    lines, timeline = ROWS[sys.argv[1]](sys.argv[2] == "quick")
-    with os.fdopen(answer, "w", encoding="utf-8") as told:
-        print(json.dumps({"lines": [asdict(line) for line in lines], "timeline": timeline}), file=told)
+    with speaking() as say:  # the experiments print
+        lines, timeline = ROWS[sys.argv[1]](sys.argv[2] == "quick")
+        say({"lines": [asdict(line) for line in lines], "timeline": timeline})
 
 
 def measured(row: str, *, quick: bool) -> Found:

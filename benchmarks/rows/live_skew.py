@@ -14,23 +14,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.chaos.load import capacity
-from benchmarks.compare import ratio, turns
+from benchmarks.chaos.load import Load, capacity
+from benchmarks.compare import ratio, turn
 from benchmarks.home import own_home
+from benchmarks.peers.model import SHAPES
 
 from expertmesh import Cluster, Expert, Layer, TensorSpec, gates
 
 from .case import at_least
-from .stated import against
-from .verdict import Line
-from .wide import SHAPE, WIDTH
+from .verdict import Line, against
 
-EXPERTS = SHAPE.experts
+EXPERTS, WIDTH = SHAPES["W"].experts, SHAPES["W"].width
 HOT_SHARE = 0.75
 COUNT, CALLERS, BATCHES = 256, 8, 8
 """Rows enough at each expert that its time follows their number, and not the reading of its weights."""
 
-MADE = "benchmarks.rows.wide:make"
+MADE = "benchmarks.peers.product_host:make"
 
 
 def run(quick: bool) -> tuple[list[Line], dict[str, Any]]:
@@ -43,11 +42,11 @@ def run(quick: bool) -> tuple[list[Line], dict[str, Any]]:
     with own_home():
         layers = [layer("plain", 1), layer("more", 2)]
         with Cluster.start(layers, name="bench-skew", port=0, metrics_port=None, log_level="warning") as cluster:
-            for order in turns(list(cases), blocks):
-                for name in order:
+            for block in range(blocks):
+                for name in turn(list(cases), block):
                     asked, rows = cases[name]
-                    options: dict[str, Any] = {"callers": CALLERS, "count": COUNT, "seconds": seconds, "warm": warm}
-                    rates[name].append(capacity(cluster.endpoint, asked, inputs=rows, **options))
+                    load = Load(cluster.endpoint, asked, callers=CALLERS, count=COUNT, inputs=rows)
+                    rates[name].append(capacity(load, seconds=seconds, warm=warm))
     return lines_of([rates]), {"rates": rates}
 
 
@@ -72,7 +71,9 @@ def layer(name: str, replicas: int) -> Layer:
     gate.load_state_dict({"weight": weight_ED})
     rows = TensorSpec((WIDTH,), "float32")
     experts = {
-        f"e{index}": Expert(MADE, args=(index,), replicas=replicas if index == 0 else 1, input=rows, output=rows)
+        f"e{index}": Expert(
+            MADE, args=("W", index, "fp32"), replicas=replicas if index == 0 else 1, input=rows, output=rows
+        )
         for index in range(EXPERTS)
     }
     return Layer(name, gate, experts, input=rows)

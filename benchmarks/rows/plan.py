@@ -11,7 +11,7 @@ from .case import Comparison, Condition
 
 MOST_PROCESSES = 44
 PER_EXPERT = (
-    "expertmesh", "expertmesh_client", "expertmesh_over_ray", "ray_naive", "ray_good",
+    "expertmesh", "expertmesh_client", "ray_naive", "ray_good",
     "ray_serve", "ray_serve_optimised", "ray_serve_batched", "ray_serve_grpc",
 )  # fmt: skip
 NONE = ("in_process", "identity", "grpc_echo", "grpc_echo_stream")

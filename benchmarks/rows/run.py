@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from benchmarks.peers.measure import Block
+
 from .case import Comparison, Condition, Row, alone
 from .plan import Party, groups, parties, party_of
 from .session import Effort, Measured, Session
@@ -93,12 +95,5 @@ def _lines(
                 yield from lines(row, one, found.blocks, found.skipped)
 
 
-def _figures(block: Any) -> dict[str, float]:
-    return {
-        "rows_per_second": block.rows_per_second,
-        "p50": block.p50,
-        "cpu_seconds": block.cpu_seconds,
-        "foreign": block.foreign,
-        "tries": block.tries,
-        "round": block.round,
-    }
+def _figures(block: Block) -> dict[str, float]:
+    return {name: value for name, value in asdict(block).items() if name != "latencies"} | {"p50": block.p50}

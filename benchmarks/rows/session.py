@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -57,13 +57,13 @@ class Effort:
         return replace(self, seconds=kept * self.seconds)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measured:
     """What came of a party: blocks by arm, why others have none, and the stages of a call where they were asked for."""
 
     party: Party
-    blocks: Mapping[str, list[Block]]
-    skipped: Mapping[str, str]
+    blocks: dict[str, list[Block]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
     stages: Stages | None = None
 
     def joined(self, later: Measured) -> Measured:
@@ -73,38 +73,29 @@ class Measured:
 
 
 @dataclass
-class _Opened:
-    """A party whose arms run, and the blocks that they had until now."""
+class Turns(Measured):
+    """A party while it is measured, with its arms that run."""
 
-    party: Party
-    arms: dict[str, Arm]
-    skipped: dict[str, str]
-    seconds: float
-    blocks: dict[str, list[Block]] = field(default_factory=dict)
+    arms: dict[str, Arm] = field(default_factory=dict)
 
-    async def warm(self) -> None:
-        """A block of each arm that does not count."""
-        for name in list(self.arms):
-            if await self._block(name, min(self.seconds, WARM_SECONDS)):
-                self.blocks[name] = []
+    async def take(self, number: int, round_: int, seconds: float) -> None:
+        """One block of each arm, in the order of this turn.
 
-    async def take_turn(self, number: int, round_: int) -> None:
-        """One block of each arm, in the order of this turn."""
-        for name in turn(list(self.arms), number):
-            found = await self._block(name, self.seconds)
-            if found:
-                self.blocks[name].append(replace(found, round=round_))
-
-    async def _block(self, name: str, seconds: float) -> Block | None:
-        """A block of an arm. One that raises is left out from then on, with all its blocks: the others go on."""
+        An arm that raises is left out from then on, with all its blocks: the others go on.
+        """
         where = self.party.condition
-        try:
-            return await block(self.arms[name], x_TD=_rows(where), in_flight=where.in_flight, seconds=seconds)
-        except Exception as error:  # noqa: BLE001 (an arm stands on foreign code)
-            self.skipped[name] = f"it raised {_words(error)}"
-            self.blocks.pop(name, None)
-            del self.arms[name]
-            return None
+        for name in turn(list(self.arms), number):
+            try:
+                found = await block(self.arms[name], _rows(where), where.in_flight, seconds)
+                self.blocks.setdefault(name, []).append(replace(found, round=round_))
+            except Exception as error:  # noqa: BLE001 (an arm stands on foreign code)
+                self.skipped[name] = f"it raised {_words(error)}"
+                self.blocks.pop(name, None)
+                del self.arms[name]
+
+
+Key = tuple[str, str, str]
+"""An arm, a layer and a dtype."""
 
 
 @dataclass
@@ -113,20 +104,22 @@ class Session:
 
     effort: Effort
     say: Callable[[str], None]
-    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
-    _running: dict[tuple[str, str, str], Arm] = field(default_factory=dict)
-    _refused: dict[tuple[str, str, str], str] = field(default_factory=dict)
-    _ray: ExitStack = field(default_factory=ExitStack)
-    _has_ray: bool = False
     versions: dict[str, str] = field(default_factory=dict)
     timed: float = 0.0
     """Seconds that blocks took."""
+
+    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
+    _running: dict[Key, Arm] = field(default_factory=dict)
+    _refused: dict[Key, str] = field(default_factory=dict)
+    _ray: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Session:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.close()
+        for key in list(self._running):
+            self._end(key)
+        self._ray.close()
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
 
@@ -149,99 +142,80 @@ class Session:
         begin = time.monotonic()
         for number in range(self.effort.blocks if blocks is None else blocks):
             for one in opened:
-                self._loop.run_until_complete(one.take_turn(number, round_))
+                self._loop.run_until_complete(one.take(number, round_, self.effort.seconds))
             between()
         self.timed += time.monotonic() - begin
         left = set(staged)
-        return [Measured(one.party, one.blocks, one.skipped, self._stages(one, left)) for one in opened]
+        for one in opened:
+            where = alone(one.party.condition)
+            if where in left and STAGED in one.arms:
+                left.remove(where)
+                apart = taken_apart(one.arms[STAGED], _rows(where), self.effort.seconds)
+                one.stages = self._loop.run_until_complete(apart)
+            one.arms.clear()  # they end before what came of them is used
+        return list(opened)
 
-    def _stages(self, one: _Opened, left: set[Condition]) -> Stages | None:
-        """A call taken apart, once under each condition in `left`."""
-        where = alone(one.party.condition)
-        if where not in left or STAGED not in one.arms:
-            return None
-        left.remove(where)
-        return self._loop.run_until_complete(taken_apart(one.arms[STAGED], _rows(where), self.effort.seconds))
-
-    def _opened(self, party: Party) -> _Opened:
+    def _opened(self, party: Party) -> Turns:
         """A party with its arms running, their answers compared, and each warmed up."""
-        arms, skipped = self._arms(party)
-        self._check(arms, skipped, party.condition)
-        self.say(f"{party.condition}: {', '.join(arms)}")
-        opened = _Opened(party, arms, skipped, self.effort.seconds)
-        self._loop.run_until_complete(opened.warm())
+        opened = Turns(party)
+        where = party.condition
+        keys = {name: (name, where.shape, where.dtype) for name in party.arms}
+        for key in keys.values():
+            self._start(key)
+        for name, key in keys.items():
+            why = self._refused.get(key) or self._differs(self._running[key], where)
+            if why:
+                opened.skipped[name] = why
+                self.say(f"skipped {name}: {why}")
+            else:
+                opened.arms[name] = self._running[key]
+        self.say(f"{where}: {', '.join(opened.arms)}")
+        self._loop.run_until_complete(opened.take(0, 0, min(self.effort.seconds, WARM_SECONDS)))
+        opened.blocks = {name: [] for name in opened.arms}
         return opened
-
-    def close(self) -> None:
-        """End all arms."""
-        for key in list(self._running):
-            self._end(key)
-        self._end_ray()
 
     def _make_room(self, group: Sequence[Party]) -> None:
         """End the arms for which there is no room beside those of a group."""
         wanted = {name for party in group for name in party.arms}
         shape, dtype = group[0].condition.shape, group[0].condition.dtype
-        others = [key for key in self._running if key[1:] != (shape, dtype)]
-        spared = spare([key[0] for key in self._running if key[1:] == (shape, dtype)], wanted, shape)
-        for key in (*others, *((name, shape, dtype) for name in spared)):
+        same = [key[0] for key in self._running if key[1:] == (shape, dtype)]
+        spared = {(name, shape, dtype) for name in spare(same, wanted, shape)}
+        for key in [key for key in self._running if key[1:] != (shape, dtype) or key in spared]:
             self._end(key)
         if not any(name in ON_RAY for name in (*wanted, *(key[0] for key in self._running))):
-            self._end_ray()
+            self._ray.close()
 
-    def _arms(self, party: Party) -> tuple[dict[str, Arm], dict[str, str]]:
-        """The arms of a party, running, and why the others are not."""
-        shape, dtype = party.condition.shape, party.condition.dtype
-        for name in party.arms:
-            self._start((name, shape, dtype))
-        keys = {name: (name, shape, dtype) for name in party.arms}
-        running = {name: self._running[key] for name, key in keys.items() if key in self._running}
-        return running, {name: self._refused[key] for name, key in keys.items() if key in self._refused}
-
-    def _start(self, key: tuple[str, str, str]) -> None:
-        name, shape, dtype = key
+    def _start(self, key: Key) -> None:
         if key in self._running or key in self._refused:
             return
+        name, shape, dtype = key
         self.say(f"starting {name} ({shape} {dtype})")
         try:
-            if name in ON_RAY and not self._has_ray:
+            if name in ON_RAY:
                 self._ray.enter_context(private_ray())
-                self._has_ray = True
             self._running[key] = arm = catalogue.start(name, SHAPES[shape], DTYPES[dtype])
             self.versions[name] = arm.version
         except (ArmUnavailable, ImportError, RuntimeError) as error:  # the last is what Ray's libraries raise
             self._refused[key] = _words(error)
-            self.say(f"skipped {name}: {self._refused[key]}")
 
-    def _check(self, arms: dict[str, Arm], skipped: dict[str, str], where: Condition) -> None:
-        """Compare the answer of each arm with the reference; one that differs is not timed."""
-        shape, dtype = SHAPES[where.shape], DTYPES[where.dtype]
-        x_TD = rows(shape, where.rows, dtype)
-        for name, arm in list(arms.items()):
-            try:
-                apart = difference(self._loop.run_until_complete(_answer(arm, x_TD)), wanted(arm, where))
-            except Exception as error:  # noqa: BLE001 (an arm stands on foreign code)
-                skipped[name] = f"it raised {_words(error)}"
-            else:
-                if apart <= TOLERANCE[dtype]:
-                    continue
-                skipped[name] = f"its answer differs from the reference by {apart:.1e}"
-            self.say(f"skipped {name}: {skipped[name]}")
-            del arms[name]
+    def _differs(self, arm: Arm, where: Condition) -> str:
+        """Why an arm is not to be timed, by its answer to the rows; nothing if it is that of the reference."""
+        try:
+            answer_TD = self._loop.run_until_complete(arm.call(_rows(where)))
+            apart = difference(answer_TD, wanted(arm, where))
+        except Exception as error:  # noqa: BLE001 (an arm stands on foreign code)
+            return f"it raised {_words(error)}"
+        good = apart <= TOLERANCE[DTYPES[where.dtype]]
+        return "" if good else f"its answer differs from the reference by {apart:.1e}"
 
-    def _end(self, key: tuple[str, str, str]) -> None:
+    def _end(self, key: Key) -> None:
         self._running.pop(key).close()
         self._loop.run_until_complete(asyncio.sleep(0))  # what it cancelled ends
-
-    def _end_ray(self) -> None:
-        self._ray.close()
-        self._ray, self._has_ray = ExitStack(), False
 
 
 def wanted(arm: Arm, where: Condition) -> Tensor:
     """What an arm has to answer: the layer, or what it says of itself: its rows (`echoes`) or one expert (`expert`)."""
-    shape, dtype = SHAPES[where.shape], DTYPES[where.dtype]
-    x_TD = rows(shape, where.rows, dtype)
+    shape, dtype, x_TD = SHAPES[where.shape], DTYPES[where.dtype], _rows(where)
     if getattr(arm, "echoes", False):
         return x_TD
     index = getattr(arm, "expert", None)
@@ -258,7 +232,3 @@ def _words(error: Exception) -> str:
 
 def _rows(where: Condition) -> Tensor:
     return rows(SHAPES[where.shape], where.rows, DTYPES[where.dtype])
-
-
-async def _answer(arm: Arm, x_TD: Any) -> Any:
-    return await arm.call(x_TD)

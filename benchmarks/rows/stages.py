@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.peers.arm import Arm
 from torch import Tensor
@@ -69,12 +70,11 @@ class Trace:
 
     def stages(self, end: float) -> dict[str, float]:
         """Seconds of each stage of a call that has ended."""
-        channel_seconds = self.returned - self.sent - self.queued - self.computed
         seconds = (
             self.gated[0] - self.begin,
             self.gated[1] - self.gated[0],
             self.sent - self.gated[1],
-            channel_seconds,
+            self.returned - self.sent - self.queued - self.computed,
             self.queued,
             self.computed,
             self.combined[1] - self.combined[0],
@@ -117,11 +117,8 @@ def _traced() -> Iterator[Callable[[], Trace]]:
         current[0] = Trace()
         return current[0]
 
-    def gated(begin: float, end: float, *_: Any) -> None:
-        current[0].gated = begin, end
-
-    def combined(begin: float, end: float, *_: Any) -> None:
-        current[0].combined = begin, end
+    def span(name: str) -> Callable[..., None]:
+        return lambda begin, end, *_: setattr(current[0], name, (begin, end))
 
     def returned(begin: float, end: float, _: Any, lane: Any, message: Any, reply: Any) -> None:
         trace = current[0]
@@ -137,8 +134,8 @@ def _traced() -> Iterator[Callable[[], Trace]]:
         return seen
 
     with ExitStack() as stack:
-        _wrap(stack, batching, "route_together", gated)
-        _wrap(stack, answer.Answer, "_combine", combined)
+        _wrap(stack, batching, "route_together", span("gated"))
+        _wrap(stack, answer.Answer, "_combine", span("combined"))
         _wrap(stack, fanout.Fanout, "_returned", returned)
         for module, name in PARTS:
             _wrap(stack, module, name, part(name))
@@ -157,5 +154,4 @@ def _wrap(stack: ExitStack, owner: Any, name: str, told: Callable[..., None]) ->
         finally:
             told(begin, clock(), *given)
 
-    setattr(owner, name, timed)
-    stack.callback(setattr, owner, name, function)
+    stack.enter_context(patch.object(owner, name, timed))

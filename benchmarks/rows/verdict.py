@@ -1,17 +1,26 @@
-"""What a comparison says once its blocks are measured: a line for each arm of ours, and the verdict on the best."""
+"""The lines of the table: of a comparison one for each arm of ours, with the verdict on the best, or of one figure."""
 
 from __future__ import annotations
 
-import statistics
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 from benchmarks.compare import Ratio, ratio
 from benchmarks.peers.measure import Block
 
-from .case import ADDED, LIMIT, P50, RATE, Comparison, Target
+from .case import ADDED, FASTER, LIMIT, P50, RATE, Comparison, Target
 
 REACHED, NOT_REACHED, CLOSE = "reached", "not reached", "the interval holds the bound"
+SEE_OTHER = "see the other"
+OURS = "expertmesh"
+UNITS = {
+    RATE: "rows/s",
+    P50: "p50 ms",
+    FASTER: "p50 ms, times faster",
+    ADDED: "added latency (p50 ms shown)",
+}
 LITTLE = 1e-9
 
 
@@ -35,19 +44,53 @@ class Line:
 def lines(
     row: str, comparison: Comparison, blocks: Mapping[str, Sequence[Block]], skipped: Mapping[str, str]
 ) -> list[Line]:
-    """The lines of a comparison. `skipped` says why an arm has no blocks."""
-    theirs = [name for name in comparison.theirs if name in blocks]
-    ours = [name for name in comparison.ours if name in blocks]
-    missing = {name: why for name, why in skipped.items() if name in comparison.arms}
-    if not theirs or not ours or (comparison.measure == ADDED and LIMIT not in blocks):
-        why = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
-        return [_skipped(row, comparison, name, blocks, why) for name in ours or comparison.ours[:1]]
-    found = {name: _against(comparison, name, _best(comparison, theirs, blocks), blocks) for name in ours}
-    higher = comparison.measure == RATE
-    best = (max if higher else min)(found, key=lambda name: found[name].median)
-    note = "; ".join(f"skipped {name}: {reason}" for name, reason in missing.items())
-    absent = [name for name in comparison.theirs if name not in blocks]
-    return [_line(row, comparison, name, found[name], blocks, name == best, note, absent) for name in ours]
+    """The lines of a comparison. `skipped` says why an arm has no blocks.
+
+    A verdict says which baselines it had to do without: the best of all may have been among them.
+    """
+    target, measure = comparison.target, comparison.measure
+    what, bound = f"{comparison.condition}: {UNITS[measure]}", str(target or "")
+    values = {name: _value(measure, blocks[name]) for name in comparison.arms if name in blocks}
+    missing = [f"{name}: {why}" for name, why in skipped.items() if name in comparison.arms]
+    theirs = [name for name in comparison.theirs if name in values]
+    ours = [name for name in comparison.ours if name in values]
+    if not theirs or not ours or (measure == ADDED and LIMIT not in values):
+        verdict = f"skipped: {'; '.join(missing)}"
+        names = ours or comparison.ours[:1]
+        return [Line(row, what, name, values.get(name, math.nan), target=bound, verdict=verdict) for name in names]
+    rival = (max if measure == RATE else min)(theirs, key=lambda name: values[name])
+    ratios = {name: _ratio(measure, name, rival, blocks) for name in ours}
+    best = (max if measure in (RATE, FASTER) else min)(ours, key=lambda name: ratios[name].median)
+    absent = [name for name in comparison.theirs if name not in values]
+    verdict = decided(ratios[best], target) + (f", without {', '.join(absent)}" if absent else "") if target else ""
+    shown = {name: value for name, value in values.items() if name not in comparison.ours}
+    return [
+        Line(
+            row,
+            what,
+            name,
+            values[name],
+            shown,
+            ratios[name],
+            bound,
+            verdict if name == best or not target else SEE_OTHER,
+            {other: median(block.cpu_seconds for block in blocks[other]) for other in (name, *shown)},
+            max(block.foreign for other in (name, *shown) for block in blocks[other]),
+            "; ".join(f"skipped {why}" for why in missing),
+        )
+        for name in ours
+    ]
+
+
+def figure(row: str, what: str, value: float, target: Target | None = None, note: str = "") -> Line:
+    """The line of a figure that must keep a bound by itself."""
+    verdict = (REACHED if target.met(value) else NOT_REACHED) if target else ""
+    return Line(row, what, OURS, float(value), target=str(target or ""), verdict=verdict, note=note)
+
+
+def against(row: str, what: str, pair: tuple[float, float], base: str, ratio: Ratio, target: Target) -> Line:
+    """The line of a figure and the one that it is compared with."""
+    return Line(row, what, OURS, pair[0], {base: pair[1]}, ratio, str(target), decided(ratio, target))
 
 
 def decided(ratio: Ratio, target: Target) -> str:
@@ -57,68 +100,22 @@ def decided(ratio: Ratio, target: Target) -> str:
     return verdict if sure else f"{verdict} ({CLOSE})"
 
 
-def _best(comparison: Comparison, theirs: Sequence[str], blocks: Mapping[str, Sequence[Block]]) -> str:
-    if comparison.measure == RATE:
-        return max(theirs, key=lambda name: _value(comparison, blocks[name]))
-    return min(theirs, key=lambda name: _value(comparison, blocks[name]))
-
-
-def _value(comparison: Comparison, seen: Sequence[Block]) -> float:
+def _value(measure: str, seen: Sequence[Block]) -> float:
     """Rows a second, or milliseconds."""
-    if comparison.measure == RATE:
-        return statistics.median(block.rows_per_second for block in seen)
-    return 1000 * statistics.median(block.p50 for block in seen)
+    if measure == RATE:
+        return median(block.rows_per_second for block in seen)
+    return 1000 * median(block.p50 for block in seen)
 
 
-def _against(comparison: Comparison, ours: str, theirs: str, blocks: Mapping[str, Sequence[Block]]) -> Ratio:
+def _ratio(measure: str, ours: str, theirs: str, blocks: Mapping[str, Sequence[Block]]) -> Ratio:
     rounds = [block.round for block in blocks[ours]]
-    if comparison.measure == RATE:
+    if measure == RATE:
         mine, other = ([block.rows_per_second for block in blocks[name]] for name in (ours, theirs))
         return ratio(mine, other, rounds=rounds)
-    less = [0.0] * len(blocks[ours])
-    if comparison.measure == ADDED:
-        less = [block.p50 for block in blocks[LIMIT]]
-    mine, other = (
-        [block.p50 - part for block, part in zip(blocks[name], less, strict=True)] for name in (ours, theirs)
-    )
+    mine, other = ([block.p50 for block in blocks[name]] for name in (ours, theirs))
+    if measure == FASTER:
+        return ratio(other, mine, rounds=rounds)
+    if measure == ADDED:
+        limit = [block.p50 for block in blocks[LIMIT]]
+        mine, other = ([p50 - less for p50, less in zip(some, limit, strict=True)] for some in (mine, other))
     return ratio(mine, [max(value, LITTLE) for value in other], rounds=rounds)
-
-
-def _line(
-    row: str,
-    comparison: Comparison,
-    name: str,
-    found: Ratio,
-    blocks: Mapping[str, Sequence[Block]],
-    best: bool,
-    note: str,
-    absent: Sequence[str],
-) -> Line:
-    """A verdict says which baselines it had to do without: the best of all may have been among them."""
-    target = comparison.target
-    without = f", without {', '.join(absent)}" if absent else ""
-    shown = [other for other in comparison.arms if other in blocks and other not in comparison.ours]
-    return Line(
-        row,
-        _what(comparison),
-        name,
-        _value(comparison, blocks[name]),
-        {other: _value(comparison, blocks[other]) for other in shown},
-        found,
-        str(target) if target else "",
-        (decided(found, target) + without if best else "see the other") if target else "",
-        {other: statistics.median(b.cpu_seconds for b in blocks[other]) for other in (name, *shown)},
-        max(block.foreign for other in (name, *shown) for block in blocks[other]),
-        note,
-    )
-
-
-def _skipped(row: str, comparison: Comparison, name: str, blocks: Mapping[str, Sequence[Block]], why: str) -> Line:
-    value = _value(comparison, blocks[name]) if name in blocks else float("nan")
-    target = str(comparison.target) if comparison.target else ""
-    return Line(row, _what(comparison), name, value, target=target, verdict=f"skipped: {why}")
-
-
-def _what(comparison: Comparison) -> str:
-    units = {RATE: "rows/s", P50: "p50 ms", ADDED: "added latency (p50 ms shown)"}
-    return f"{comparison.condition}: {units[comparison.measure]}"

@@ -12,8 +12,7 @@ import pytest
 import torch
 from benchmarks.chaos.checker import MIXED, RIGHT, UNKNOWN, WRONG, Checker, Ledger
 from benchmarks.chaos.exact import CLASSES, WIDTH, Maker, Shape, chosen, rows
-from benchmarks.chaos.figures import harm, judged, longest_gap, p99_ms, went_back
-from benchmarks.chaos.flip_times import overlapped
+from benchmarks.chaos.figures import harm, judged, longest_gap, overlapped, p99_ms, went_back
 from benchmarks.chaos.load import Load, SeenEpoch, share
 from benchmarks.chaos.swaps import KINDS
 from hypothesis import given

@@ -17,11 +17,11 @@ from benchmarks.compare import Ratio, ratio
 from benchmarks.peers import catalogue as peers
 from benchmarks.peers.arm import ArmUnavailable
 from benchmarks.peers.measure import Block
-from benchmarks.rows import catalogue, facts, hivemind, live, live_skew, plots, report, run, session, stages, stated
+from benchmarks.rows import catalogue, facts, hivemind, live, live_skew, plots, report, run, session, stages
 from benchmarks.rows.case import ADDED, P50, Comparison, Condition, Row, at_least, at_most
 from benchmarks.rows.plan import MOST_PROCESSES, Party, groups, parties, party_of, processes, spare
 from benchmarks.rows.session import Effort, Measured
-from benchmarks.rows.verdict import Line, decided, lines
+from benchmarks.rows.verdict import Line, decided, figure, lines
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -142,9 +142,7 @@ def test_added_latency_is_what_is_above_the_limit() -> None:
 
 
 def test_the_best_of_the_others_is_the_one_to_beat() -> None:
-    one = Comparison(
-        SMALL, ("expertmesh_client",), ("ray_serve", "ray_serve_batched"), P50, at_most(1 / 3), limit=False
-    )
+    one = Comparison(SMALL, ("expertmesh_client",), ("ray_serve", "ray_serve_batched"), P50, at_most(1 / 3), limit="")
     seen = {"expertmesh_client": blocks(1, 0.001), "ray_serve": blocks(1, 0.009), "ray_serve_batched": blocks(1, 0.002)}
     (line,) = lines("C5", one, seen, {})
     assert line.verdict == "not reached"
@@ -350,9 +348,9 @@ def test_without_hivemind_its_row_is_skipped(monkeypatch: pytest.MonkeyPatch, le
 
 
 def test_a_figure_is_held_against_its_bound() -> None:
-    assert stated.figure("C8", "gap", 120.0, at_most(100)).verdict == "not reached"
-    assert stated.figure("C8", "gap", 80.0, at_most(100)).verdict == "reached"
-    assert stated.figure("C8", "told", 80.0).verdict == ""
+    assert figure("C8", "gap", 120.0, at_most(100)).verdict == "not reached"
+    assert figure("C8", "gap", 80.0, at_most(100)).verdict == "reached"
+    assert figure("C8", "told", 80.0).verdict == ""
 
 
 def test_skewed_rows_want_the_hot_expert() -> None:
