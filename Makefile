@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-ray check format clean bench bench-quick bench-plane bench-router
+.PHONY: help demo test test-fast test-ray check format clean bench bench-quick bench-plane
 .PHONY: sim chaos-swap chaos-kill chaos-slow soak-swap leak
 
 help: ## this list
@@ -59,9 +59,6 @@ bench-quick: $(BENCH_STAMP) ## fewer, shorter blocks, without the slowest rows a
 bench-plane: $(BENCH_STAMP) ## C1 to C4, the data plane, and where the time of a call goes (5 minutes)
 	@mkdir -p $(RESULTS)
 	$(BENCH) C1 C2 C3 C4 --seconds 0.2 --without expertmesh_4 --without ray_good --json $(RESULTS)/bench-plane.json --plots $(RESULTS)
-
-bench-router: $(STAMP) ## gate, dispatch and combine against their floor and against transformers
-	$(BIN)/python -m benchmarks.router
 
 sim: $(STAMP) ## the controller's decisions in 2,000 simulated worlds that crash, delay and lose
 	PYTHONPATH=tests $(BIN)/python -m sim

@@ -1,14 +1,11 @@
-"""Fair timing on a noisy machine: interleaved blocks, medians, and a bootstrap interval of a ratio."""
+"""Fair comparison on a noisy machine: blocks that take turns, medians, and a bootstrap interval of a ratio."""
 
 from __future__ import annotations
 
 import random
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-BLOCK_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -23,30 +20,8 @@ class Ratio:
         return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def interleaved(
-    functions: Mapping[str, Callable[[], object]], *, blocks: int = 9, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
-    """Seconds per call of each function in each of `blocks` rounds A B C, A B C, ..., after one round to warm up.
-
-    A block repeats its function for about `BLOCK_SECONDS`. Where a round begins rotates, so that none is always first.
-    """
-    repeats = {name: max(1, round(BLOCK_SECONDS / _timed(function, 2, clock))) for name, function in functions.items()}
-    names = list(functions)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for order in turns(names, blocks):
-        for name in order:
-            times[name].append(_timed(functions[name], repeats[name], clock))
-    return times
-
-
-def turns(names: Sequence[str], blocks: int) -> Iterator[list[str]]:
-    """The order of the names in each of `blocks` rounds: where it begins rotates."""
-    for block in range(blocks):
-        yield turn(names, block)
-
-
 def turn(names: Sequence[str], block: int) -> list[str]:
-    """The order of the names in one round."""
+    """The order of the names in one round: where it begins rotates, so that none is always first."""
     start = block % max(1, len(names))
     return [*names[start:], *names[:start]]
 
@@ -72,10 +47,3 @@ def ratio(
 def _drawn(groups: Sequence[Sequence[float]], generator: random.Random) -> list[float]:
     chosen = generator.choices(groups, k=len(groups)) if len(groups) > 1 else groups
     return [one for group in chosen for one in generator.choices(group, k=len(group))]
-
-
-def _timed(function: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
-    begin = clock()
-    for _ in range(repeats):
-        function()
-    return max(clock() - begin, 1e-9) / repeats
