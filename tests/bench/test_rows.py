@@ -22,7 +22,7 @@ from benchmarks.rows.case import ADDED, P50, Comparison, Condition, Row, at_leas
 from benchmarks.rows.plan import MOST_PROCESSES, Party, groups, parties, party_of, processes, spare
 from benchmarks.rows.session import Effort, Measured
 from benchmarks.rows.verdict import Line, decided, figure, lines
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -108,6 +108,7 @@ def test_arms_that_are_not_needed_go_only_to_make_room() -> None:
     assert Party(SMALL, ("in_process", "expertmesh", "gloo")).processes == 18
 
 
+@settings(deadline=None)  # thousands of draws each, on a machine that may be busy
 @given(st.lists(st.integers(-20, 20).map(lambda n: 2.0 ** (n / 10)), min_size=4, max_size=12), st.floats(1.5, 3.0))
 def test_rounds_that_disagree_make_the_interval_wider(values: list[float], apart: float) -> None:
     """The same blocks, seen as one round and as two of which the second is `apart` times the first."""
