@@ -60,7 +60,7 @@ bench-plane: $(BENCH_STAMP) ## C1 to C4, the data plane, and where the time of a
 	@mkdir -p $(RESULTS)
 	$(BENCH) C1 C2 C3 C4 --seconds 0.2 --without expertmesh_4 --without ray_good --json $(RESULTS)/bench-plane.json --plots $(RESULTS)
 
-sim: $(STAMP) ## the controller's decisions in 2,000 simulated worlds that crash, delay and lose
+sim: $(STAMP) ## the controller in 2,000 simulated worlds that crash, delay and lose
 	PYTHONPATH=tests $(BIN)/python -m sim
 
 chaos-swap: $(STAMP) ## 100 swaps in a minute under load on real Ray, every answer recomputed; then mutants, to be caught

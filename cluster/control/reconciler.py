@@ -1,7 +1,7 @@
 """All that the controller decides: who loads what, when a swap goes on, what may be forgotten. Reports in, actions out.
 
 It is level-triggered: every report of a replica or router is compared with what has to be, so it does not matter which
-of them restarted or which message was lost. No clock, no torch, no Ray; the simulator runs this very code.
+of them restarted or which message was lost. No clock, no torch, no Ray.
 """
 
 from __future__ import annotations
@@ -60,12 +60,11 @@ class Reconciler:
         self.swaps = Swaps()
         self._members: dict[str, _Member] = {}
         self._routers: dict[str, _Router] = {}
-        self._marks: dict[str, int] = {}
 
     def restore(self, epochs: Mapping[int, Versions], routers: Collection[str] = ()) -> list[Action]:
         """Begin with the epochs of the registry, the newest of which is the current one.
 
-        `routers` are those that may hold leases: nothing is unloaded, and no swap flips, before each of them has
+        `routers` are those that may serve requests: nothing is unloaded, and no swap flips, before each of them has
         reported or was lost, since nobody else knows what it pins.
         """
         self.epochs = dict(epochs)
@@ -85,13 +84,6 @@ class Reconciler:
         """The oldest epoch that is current, pinned, recalled or perhaps pinned: the registry must not collect it."""
         return max(min([self.current, *self._pinned(), *self.recalled]), min(self.epochs, default=0))
 
-    def mark(self, member: str) -> int:
-        """How often what is known of a member has changed.
-
-        Take it before a member is asked for a report, and hand it in with the report.
-        """
-        return self._marks.get(member, 0)
-
     def members(self) -> dict[str, str]:
         """The live members and their incarnations."""
         return {name: member.incarnation for name, member in self._members.items()}
@@ -99,19 +91,17 @@ class Reconciler:
     def member_reported(
         self, member: str, incarnation: str, ids: frozenset[str], holds: frozenset[tuple[str, str]]
     ) -> list[Action]:
-        """A live member says what it is for and what it holds."""
+        """A live member says what it is for and what it holds. What has to serve is loaded before what may serve."""
         known = self._members.get(member)
         if known is None or known.incarnation != incarnation:
             known = self._members[member] = _Member(incarnation, ids, holds)
-            self._changed(member)
         known.ids, known.holds = ids, holds
         known.asked -= holds
-        return [*self._tell(MemberReported(member, incarnation, ids)), *self._reconcile([member])]
+        return [*self._reconcile([member]), *self._tell(MemberReported(member, incarnation, ids))]
 
     def member_lost(self, member: str) -> list[Action]:
         """A member does not answer any more, or is not wanted any more."""
-        if self._members.pop(member, None) is not None:
-            self._changed(member)
+        self._members.pop(member, None)
         return self._tell(MemberGone(member))
 
     def router_reported(self, router: str, epoch: int, oldest_pinned: int) -> list[Action]:
@@ -120,7 +110,7 @@ class Reconciler:
         return [*self._tell(RouterReported(router, epoch, oldest_pinned)), *self._reconcile()]
 
     def router_lost(self, router: str) -> list[Action]:
-        """A router's lease has ended, or another incarnation of it has taken its place."""
+        """A router was not heard for too long, or another incarnation of it has taken its place."""
         self._routers.pop(router, None)
         return [*self._tell(RouterGone(router)), *self._reconcile()]
 
@@ -144,7 +134,6 @@ class Reconciler:
         known = self._members.get(member)
         if known is not None and known.incarnation == incarnation:
             known.holds |= {(id, version)}
-            self._changed(member)
         return self._tell(Staged(member, incarnation, id, version), swap_id)
 
     def stage_refused(
@@ -160,7 +149,6 @@ class Reconciler:
             return []
         known.holds |= {(id, version)}
         known.asked.discard((id, version))
-        self._changed(member)
         return [Sync()]
 
     def load_failed(self, member: str, incarnation: str, id: str, version: str) -> None:
@@ -240,9 +228,6 @@ class Reconciler:
         older = [versions for number, versions in self.epochs.items() if number >= floor]
         return sorted(id for id in ids if self._blind() or any(v.get(id) != current.get(id) for v in older))
 
-    def _changed(self, member: str) -> None:
-        self._marks[member] = self.mark(member) + 1
-
     def _reconcile(self, names: Collection[str] | None = None) -> list[Action]:
         """Compare what members hold with what they have to hold; all members, if none is named."""
         in_use, may_unload = self.in_use(), not self._blind()
@@ -258,7 +243,6 @@ class Reconciler:
             if surplus:
                 member.holds -= set(surplus)
                 member.asked -= set(surplus)  # or what is needed once more would not be asked for again
-                self._changed(name)
             actions += [LoadVersion(name, member.incarnation, *pair) for pair in missing]
             actions += [UnloadVersion(name, member.incarnation, *pair) for pair in surplus]
         return actions

@@ -43,7 +43,7 @@ def main() -> int:
 def replay(seed: int) -> int:
     """Run one world and print every message of it; a broken promise is raised."""
     world = World(seed)
-    print(f"seed {seed}: {world.kind}, experts on {', '.join(world.replica_names)}, {', '.join(world.router_names)}")
+    print(f"seed {seed}: {world.kind}, experts on {', '.join(world.replica_names)}")
     world.network.tell = lambda text: print(f"{world.clock.now:9.4f} {text}")
     world.run()
     return 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sqlite3
+from collections.abc import Coroutine, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from sim.controller import Controller
-from sim.registry import Registry
+from sim.controller import Transactions, Watched
+from sim.disk import Registry
 from sim.replica import Replica
 from sim.router import Router
 from sim.world import Broken, World
@@ -15,11 +18,13 @@ from expertmesh.cluster.control.events import Action, CommitSwap, MemberReported
 from expertmesh.cluster.control.reconciler import Reconciler
 from expertmesh.cluster.control.retention import Versions
 from expertmesh.cluster.control.swap import Phase, Swap, Swaps
+from expertmesh.cluster.state.registry import _transaction
+from expertmesh.experts.errors import Aborted, Fenced
 from expertmesh.router.epochs.epochs import Epoch, Epochs
 
 
-def _control_with(swap: type[Swap]) -> type[Reconciler]:
-    """A `Reconciler` whose swaps are of another make."""
+def _swaps_of(swap: type[Swap]) -> type[Swaps]:
+    """`Swaps` of another make."""
 
     class Others(Swaps):
         def begin(self, swap_id: str, ids: frozenset[str], draining: object = ()) -> Swap:
@@ -27,12 +32,7 @@ def _control_with(swap: type[Swap]) -> type[Reconciler]:
             self._active[swap_id] = swap(swap_id, ids)
             return self._active[swap_id]
 
-    class Changed(Reconciler):
-        def __init__(self) -> None:
-            super().__init__()
-            self.swaps = Others()
-
-    return Changed
+    return Others
 
 
 class FlipsEarly(Swap):
@@ -71,11 +71,25 @@ class ForgetsRoutersAtStart(Reconciler):
         return super().restore(epochs)
 
 
-class BelievesOldReports(Reconciler):
+class BelievesOldReports(Watched):
     """Takes reports that are older than a receipt."""
 
-    def mark(self, member: str) -> int:
-        return 0
+    def changed_since(self, member: str, moment: float) -> bool:
+        return False
+
+
+class AllAtOnce(Watched):
+    """Has a member do several things at once, so that one may overtake another."""
+
+    async def _in_turn(self, member: str, work: Coroutine[Any, Any, None]) -> None:
+        await work
+
+
+class TakesSilenceForRefusal(Watched):
+    """Gives a swap up when the disk does not say whether it is committed."""
+
+    async def _decided(self, action: CommitSwap) -> tuple[int, Mapping[str, str]]:
+        return self.transactions.commit(action.swap_id, action.versions)
 
 
 class PretendsToHold(Replica):
@@ -83,8 +97,8 @@ class PretendsToHold(Replica):
 
     def __init__(self, world: World, name: str, incarnation: str, ids: tuple[str, ...]) -> None:
         super().__init__(world, name, incarnation, ids)
-        current = world.registry.epochs[world.registry.current]
-        if world.clock.now:
+        if world.clock.now and world.disk.history:
+            current = world.disk.history[world.disk.current]
             self.slots = {(id, version) for id in ids for version in _named(world, id)}
             self._has = {id: current[id] for id in ids}
 
@@ -100,7 +114,7 @@ class AnswersWithNewest(Replica):
         return max((held for id, held in self.slots if id == expert), default=None)
 
 
-class DisobeysOrder(Replica):
+class TakesLateMessages(Replica):
     """Unloads although it has been asked to stage the same version since."""
 
     checks_stamps = False
@@ -109,7 +123,38 @@ class DisobeysOrder(Replica):
 class Unfenced(Registry):
     """Takes commits of a controller that was replaced."""
 
-    fenced = False
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._read() as db, _transaction(db):
+            yield db
+
+
+class GoesOnForEver(Transactions):
+    """Does not ask whether another controller has taken over."""
+
+    def check_writer(self) -> None:
+        """Goes on."""
+
+
+class TellsOfFencing(Transactions):
+    """Says that a swap was refused when it only knows that somebody else has taken over."""
+
+    def commit(self, swap_id: str, versions: Mapping[str, str]) -> tuple[int, Mapping[str, str]]:
+        try:
+            return super().commit(swap_id, versions)
+        except Fenced as error:
+            raise Aborted(error.message) from None
+
+
+class ForgetsDeclarations(Transactions):
+    """Notes only later what a declaration has brought, so that a controller may die between the two."""
+
+    def commit(self, swap_id: str, versions: Mapping[str, str]) -> tuple[int, Mapping[str, str]]:
+        digests, self.builder.digests = self.builder.digests, dict.fromkeys(self.builder.digests, "")
+        try:
+            return super().commit(swap_id, versions)
+        finally:
+            self.builder.digests = digests
 
 
 class Backwards(Epochs):
@@ -137,14 +182,8 @@ class BelievesOldViews(Router):
     checks_order = False
 
 
-class TellsOfFencing(Controller):
-    """Says that a swap was refused when it only knows that somebody else has taken over."""
-
-    gives_up_in_silence = False
-
-
 def _named(world: World, id: str) -> set[str]:
-    return {versions[id] for versions in world.registry.epochs.values()}
+    return {versions[id] for versions in world.disk.epochs.values()}
 
 
 @dataclass(frozen=True)
@@ -157,20 +196,24 @@ class Rule:
 
 
 RULES = {
-    "flip before all receipts": Rule(Broken(control=_control_with(FlipsEarly)), "receipts"),
-    "receipts of an incarnation that is gone": Rule(
-        Broken(control=_control_with(CountsOldReceipts)), "receipts", "storm"
-    ),
-    "retire before drain": Rule(Broken(control=RetiresEarly), "no request fails"),
+    "flip before all receipts": Rule(Broken(swaps=_swaps_of(FlipsEarly)), "receipts"),
+    "receipts of an incarnation that is gone": Rule(Broken(swaps=_swaps_of(CountsOldReceipts)), "receipts", "storm"),
+    "retire before drain": Rule(Broken(reconciler=RetiresEarly), "no request fails"),
     "retire before routers were heard": Rule(
-        Broken(control=ForgetsRoutersAtStart), "no request fails", "controller lost"
+        Broken(reconciler=ForgetsRoutersAtStart), "no request fails", "controller lost"
     ),
-    "old reports believed": Rule(Broken(control=BelievesOldReports), "no request fails", "quiet"),
+    "old reports believed": Rule(Broken(executor=BelievesOldReports), "no request fails", "quiet"),
     "restarted without the pinned version": Rule(Broken(replica=PretendsToHold), "no mix"),
     "answers with the newest version": Rule(Broken(replica=AnswersWithNewest), "no mix"),
-    "late unload obeyed": Rule(Broken(replica=DisobeysOrder), "receipts", "storm"),
+    "late unload obeyed": Rule(Broken(replica=TakesLateMessages), "receipts"),
     "no fencing": Rule(Broken(registry=Unfenced), "fencing", "storm"),
-    "fencing taken for refusal": Rule(Broken(controller=TellsOfFencing), "refused changes nothing", "storm"),
+    "fencing taken for refusal": Rule(Broken(transactions=TellsOfFencing), "refused changes nothing", "storm"),
     "router goes backwards": Rule(Broken(router=GoesBackwards), "routers only go forward"),
     "old views believed": Rule(Broken(router=BelievesOldViews), "no request fails", "quiet"),
+    "silence of the disk taken for refusal": Rule(
+        Broken(executor=TakesSilenceForRefusal), "no request fails", "one replica lost"
+    ),
+    "turns after another controller has taken over": Rule(Broken(transactions=GoesOnForEver), "one set", "storm"),
+    "several things at once at a member": Rule(Broken(executor=AllAtOnce), "receipts", "quiet"),
+    "what a declaration has brought is forgotten": Rule(Broken(transactions=ForgetsDeclarations), "no third state"),
 }

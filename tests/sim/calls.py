@@ -100,9 +100,7 @@ class Request:
             self.router.view.failed(name)
         if self.ended or attempt != self._attempt:
             return
-        if not self.router.serves:
-            self.fail(Unavailable("the router has lost its lease"))
-        elif isinstance(result, str):
+        if isinstance(result, str):
             self._answered(expert, result)
         else:
             self.gone += isinstance(result, VersionGone)

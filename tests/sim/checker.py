@@ -10,10 +10,11 @@ from sim.calls import Request
 from sim.replica import Holder
 from sim.router import Router
 
+from expertmesh.cluster.control.messages import SwapResult
 from expertmesh.experts.errors import ExpertMeshError, VersionGone
 
 if TYPE_CHECKING:
-    from sim.controller import Controller
+    from sim.controller import ControllerProcess
     from sim.world import World
 
 MOST_SLOTS = 3
@@ -35,51 +36,68 @@ class Checker:
         self._adopted: dict[str, int] = {}
 
     def demand(self, holds: bool, promise: str, what: str) -> None:
-        """Stop here unless it holds."""
+        """Stop here unless it holds, also where the product would go on after any exception."""
         if not holds:
-            raise Breach(f"{promise}, at {self.world.clock.now:.3f}: {what}")
+            breach = Breach(f"{promise}, at {self.world.clock.now:.3f}: {what}")
+            self.world.clock.failure = self.world.clock.failure or breach
+            raise breach
+
+    def bug(self, error: BaseException) -> None:
+        """An exception that nobody expected, in the controller."""
+        self.demand(isinstance(error, Breach), "no bug is passed over", repr(error))
 
     # ---- swaps
 
-    def committing(self, controller: Controller, swap_id: str) -> None:
-        """Look at a commit that the registry is about to make durable."""
-        own, newest = controller.term, self.world.registry.term
-        self.demand(own == newest, "fencing", f"term {own} commits {swap_id}, {newest} has taken over")
-
-    def receipts(self, controller: Controller, swap_id: str, versions: Mapping[str, str]) -> None:
-        """Look at a commit when it is ordered: whoever is live must hold what begins to serve."""
+    def receipts(self, process: ControllerProcess, swap_id: str, versions: Mapping[str, str]) -> None:
+        """Look at a commit when it is decided: whoever is live must hold what begins to serve."""
         world = self.world
-        if controller.term != world.registry.term:
+        if process.term != world.disk.term:
             return
-        for name, member in controller.control.members().items():
-            process = world.network.processes.get(name)
-            if isinstance(process, Holder) and process.alive and process.incarnation == member:
-                lacks = [(id, v) for id, v in versions.items() if id in process.ids and (id, v) not in process.slots]
+        for name, incarnation in process.controller.reconciler.members().items():
+            member = world.network.processes.get(name)
+            if isinstance(member, Holder) and member.alive and member.incarnation == incarnation:
+                lacks = [(id, v) for id, v in versions.items() if id in member.ids and (id, v) not in member.slots]
                 self.demand(not lacks, "receipts", f"{swap_id} commits, {name} does not hold {lacks}")
 
-    def committed(self, number: int, swap_id: str, asked: Mapping[str, str]) -> None:
-        """Look at a new epoch: the one before, with the whole set changed, and nothing else."""
-        history = self.world.registry.history
-        wanted = {**history[number - 1], **asked}
-        self.demand(dict(history[number]) == wanted, "no third state", f"{swap_id} made {history[number]}")
-        self.demand(number == max(history), "epochs only grow", f"{swap_id} made {number} of {sorted(history)}")
-        rollback = swap_id.startswith("rollback")
-        for id, version in asked.items():
-            newer = _counter(version) >= max(_counter(epoch[id]) for n, epoch in history.items() if n < number)
-            self.demand(newer or rollback, "versions are monotonic", f"{swap_id}: {id} {version}")
+    def committed(self, term: int, number: int, swap_id: str) -> None:
+        """Look at a new epoch: by the newest controller, the one before with the whole set changed, and nothing else,
+        and all of it stored."""
+        disk = self.world.disk
+        self.demand(term == disk.term, "fencing", f"term {term} commits {swap_id}, {disk.term} has taken over")
+        before, made = disk.history.get(number - 1, {}), disk.history[number]
+        self.demand(
+            number == max(disk.history), "epochs only grow", f"{swap_id} made {number} of {sorted(disk.history)}"
+        )
+        asked = self.world.asked(swap_id)
+        kept = {id: version for id, version in made.items() if id not in asked}
+        wanted = {id: version for id, version in before.items() if id not in asked}
+        whole = kept == wanted and all(made.get(id, "").endswith(ending) for id, ending in asked.items())
+        self.demand(whole, "no third state", f"{swap_id} made {made} of {before}, asked were {asked}")
+        lost = [(id, version) for id, version in made.items() if (id, version) not in disk.folders]
+        self.demand(not lost, "stored before durable", f"{swap_id} commits {lost}")
+        for id in asked:
+            older = [_counter(epoch[id]) for n, epoch in disk.history.items() if n < number]
+            newer = _counter(made[id]) > max(older, default=0)
+            rollback = swap_id.startswith("rollback")
+            self.demand(newer or rollback, "versions are monotonic", f"{swap_id}: {id} {made[id]}")
+        if self.world.is_declared(swap_id):
+            self.demand(bool(asked), "what is not edited stays", f"{swap_id} brings nothing that was not there")
+            disk.declared.update(asked)
+            self.counts["committed declarations"] += 1
         self.counts["committed"] += 1
 
-    def answered(
-        self, swap_id: str, asked: Mapping[str, str], epoch: int | None, error: ExpertMeshError | None
-    ) -> None:
+    def answered(self, swap_id: str, asked: Mapping[str, str], result: SwapResult | ExpertMeshError) -> None:
         """A client was told what became of its swap."""
-        registry = self.world.registry
-        if epoch is not None:
+        if isinstance(result, SwapResult):
             self.counts["acknowledged"] += 1
-            self.demand(registry.swaps.get(swap_id) == epoch, "acknowledged is durable", f"{swap_id} at {epoch}")
-            self._acknowledged[swap_id] = (epoch, asked)
+            made = self.world.disk.swaps.get(swap_id)
+            self.demand(made == result.epoch, "acknowledged is durable", f"{swap_id} at {result.epoch}")
+            after = {id: self.world.disk.history[result.epoch][id] for id in asked}
+            told = result.after == after or (result.epoch < self.world.disk.oldest and not result.after)
+            self.demand(told, "acknowledged is what was done", f"{swap_id}: {result.after}, not {after}")
+            self._acknowledged[swap_id] = (result.epoch, asked)
         else:
-            self.counts[f"refused {type(error).__name__}"] += 1
+            self.counts[f"refused {type(result).__name__}"] += 1
             self._refused.add(swap_id)
 
     def holds(self, member: Holder) -> None:
@@ -99,7 +117,7 @@ class Checker:
     def pinned(self, request: Request) -> None:
         """A request has pinned an epoch."""
         assert request.epoch is not None
-        known = self.world.registry.history.get(request.epoch.number)
+        known = self.world.disk.history.get(request.epoch.number)
         self.demand(known == request.epoch.versions, "durable before served", f"epoch {request.epoch.number}")
 
     def replied(self, request: Request) -> None:
@@ -107,7 +125,7 @@ class Checker:
         if request.error is None:
             self.counts["answered"] += 1
             assert request.epoch is not None
-            versions = self.world.registry.history[request.epoch.number]
+            versions = self.world.disk.history[request.epoch.number]
             mixed = [(id, version) for id, version in request.answers if versions[id] != version]
             self.demand(not mixed, "no mix", f"request {request.number} on {request.epoch.number}: {mixed}")
             if request.epoch.number < request.router.epochs.number:
@@ -124,20 +142,25 @@ class Checker:
 
     def at_the_end(self) -> None:
         """When faults have stopped and time has passed: one committed set, everywhere, and nothing left over."""
-        world, registry = self.world, self.world.registry
-        versions = registry.epochs[registry.current]
+        world, disk = self.world, self.world.disk
+        self.demand(disk.current > 0, "what is declared is served", "there is no epoch")
+        versions = disk.history[disk.current]
         for swap_id, (epoch, asked) in self._acknowledged.items():
-            kept = all(registry.history[epoch][id] == version for id, version in asked.items())
+            kept = all(disk.history[epoch][id].endswith(ending) for id, ending in asked.items())
             self.demand(kept, "acknowledged is durable", swap_id)
         for swap_id in self._refused:
-            self.demand(swap_id not in registry.swaps, "refused changes nothing", swap_id)
-        control = world.controller.control
-        self.demand(not control.swaps.active(), "every swap ends", f"{[s.history for s in control.swaps.active()]}")
-        self.demand(control.current == registry.current, "the controller follows the registry", f"{control.current}")
+            self.demand(swap_id not in disk.swaps, "refused changes nothing", swap_id)
+        reconciler = world.controller.controller.reconciler
+        open_swaps = [swap.history for swap in reconciler.swaps.active()]
+        self.demand(not open_swaps, "every swap ends", f"{open_swaps}")
+        self.demand(reconciler.current == disk.current, "the controller follows the registry", f"{reconciler.current}")
+        revision, declared = world.controller.controller.state().revision, world.owner.desired.revision
+        self.demand(revision == declared, "the controller follows its owner", f"at {revision}, not {declared}")
+        self.demand(not world.owner.asked(), "what is declared is served", f"{world.owner.asked()} is missing")
         self.demand(not world.open_swaps, "every swap is answered", f"{sorted(world.open_swaps)}")
-        for router in world.routers():
-            self.demand(router.epochs.number == registry.current, "routers follow", f"{router.incarnation}")
-            self.demand(not router.epochs.pins(), "nothing is draining", f"{router.name}: {router.epochs.pins()}")
+        router = world.router
+        self.demand(router.epochs.number == disk.current, "routers follow", f"{router.incarnation}")
+        self.demand(not router.epochs.pins(), "nothing is draining", f"{router.name}: {router.epochs.pins()}")
         for holder in world.holders():
             wanted = {(id, versions[id]) for id in holder.ids}
             self.demand(holder.slots == wanted, "one set", f"{holder.name} holds {sorted(holder.slots)}, not {wanted}")

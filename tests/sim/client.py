@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sim.calls import Request
 from sim.network import Process
+from sim.replica import digest_of, digits
 from sim.router import GATE, Router
+
+from expertmesh.cluster.control.messages import Change, SwapRequest, SwapResult
+from expertmesh.experts.errors import Aborted, ExpertMeshError, Unavailable
 
 if TYPE_CHECKING:
     from sim.world import World
 
 ATTEMPT_SECONDS = 3.0
 ATTEMPTS = 5
+STAGING_LIMIT = 7.0
+INSISTS = 8
 LATE = 16.0
 """From here on a lease may last to the end."""
 
@@ -24,20 +31,22 @@ class Clients:
     def __init__(self, world: World) -> None:
         self.world = world
         self.asked: dict[str, dict[str, str]] = {}
+        """How the versions of each swap must end: in digits of what was uploaded, or as the version to go back to."""
         self.calm = False
+        self._insists: dict[str, int] = {}
         self._process = Process("client", "client")
         self._requests = 0
         self._swaps = 0
         self._leases = 0
 
     def begin(self) -> None:
-        """Start asking, once the cluster has had time to start."""
+        """Start asking."""
         clock = self.world.clock
-        clock.after(5.0, self._keep_asking)
-        clock.after(5.5, self._keep_leasing)
-        clock.after(clock.between(5.0, 7.0), self._keep_swapping)
+        clock.after(0.5, self._keep_asking)
+        clock.after(1.0, self._keep_leasing)
+        clock.after(clock.between(0.5, 2.5), self._keep_swapping)
         if self.world.stormy:
-            clock.after(clock.between(6.0, 10.0), self._keep_spoiling)
+            clock.after(clock.between(1.5, 5.5), self._keep_spoiling)
 
     # ---- requests
 
@@ -45,7 +54,7 @@ class Clients:
         clock = self.world.clock
         if self.calm:
             return
-        self._ask(clock.rng.choice(self.world.routers()))
+        self._ask(self.world.router)
         clock.after(clock.between(0.1, 0.6), self._keep_asking)
 
     def _ask(self, router: Router, lease: int = 0) -> None:
@@ -58,7 +67,7 @@ class Clients:
         clock = self.world.clock
         if self.calm:
             return
-        router = clock.rng.choice(self.world.routers())
+        router = self.world.router
         if router.serves:
             self._leases += 1
             number = self._leases
@@ -75,11 +84,11 @@ class Clients:
 
     def close_leases(self) -> None:
         """What is still leased must answer, with all experts; then the leases end."""
-        for router in self.world.routers():
-            for number in list(router.leases):
-                for _ in range(3):
-                    self._ask(router, number)
-                self.world.clock.after(3.0, router.end_lease, number)
+        router = self.world.router
+        for number in list(router.leases):
+            for _ in range(3):
+                self._ask(router, number)
+            self.world.clock.after(3.0, router.end_lease, number)
 
     # ---- swaps
 
@@ -95,47 +104,64 @@ class Clients:
         ids = rng.sample(world.experts, rng.choice((1, 1, 2, 3)))
         if world.clock.chance(0.3):
             ids.append(GATE)
-        self._swaps += 1
-        current = world.registry.epochs[world.registry.current]
-        rollback = world.clock.chance(0.25)
-        swap_id = f"{'rollback' if rollback else 'swap'}-{self._swaps}"
-        versions = {id: self._version(id, rollback) for id in ids}
+        current = world.disk.history[world.disk.current]
         expect: dict[str, str] = {}
         if world.clock.chance(0.4):
-            expect = {id: current[id] if world.clock.chance(0.8) else "v0-0" for id in ids}
-        self.asked[swap_id] = versions
-        world.open_swaps.add(swap_id)
-        self._attempt(swap_id, expect, 1)
+            expect = {id: current[id] if world.clock.chance(0.8) else "v0-000000000000" for id in ids}
+        if world.clock.chance(0.25):
+            kept = list(world.disk.epochs.values())
+            self._roll_back({id: rng.choice(kept)[id] for id in ids}, expect, 0)
+        else:
+            self._begin("swap", {id: Change(upload=f"upload-{self._swaps}-{id[2:]}") for id in ids}, expect)
 
-    def _version(self, id: str, rollback: bool) -> str:
-        """A new version, or one that an epoch of the registry still names."""
-        history, rng = self.world.registry.history, self.world.clock.rng
-        if rollback:
-            return rng.choice([versions[id] for versions in self.world.registry.epochs.values()])
-        newest = max(int(versions[id][1:].partition("-")[0]) for versions in history.values())
-        return f"v{newest + 1}-{rng.randint(0, 1)}"
+    def _roll_back(self, versions: Mapping[str, str], expect: Mapping[str, str], insists: int) -> None:
+        """Go back to these versions. Whoever insists tries so many times more, while what was before still drains."""
+        if not self.calm:
+            swap_id = self._begin("rollback", {id: Change(version=version) for id, version in versions.items()}, expect)
+            self._insists[swap_id] = insists
 
-    def _attempt(self, swap_id: str, expect: dict[str, str], attempt: int) -> None:
+    def _begin(self, kind: str, changes: Mapping[str, Change], expect: Mapping[str, str]) -> str:
+        self._swaps += 1
+        swap_id = f"{kind}-{self._swaps}"
+        self.asked[swap_id] = {id: _ending(id, change) for id, change in changes.items()}
+        self.world.open_swaps.add(swap_id)
+        self._attempt(SwapRequest(swap_id=swap_id, changes=changes, expect=expect, timeout=STAGING_LIMIT), 1)
+        return swap_id
+
+    def _attempt(self, request: SwapRequest, attempt: int) -> None:
         deadline = self.world.clock.now + ATTEMPT_SECONDS
-        told = (deadline, swap_id, self.asked[swap_id], expect)
-        done = partial(self._told, swap_id, expect, attempt, deadline)
-        self.world.network.call(self._process, "controller", "swap", told, done, ATTEMPT_SECONDS)
+        done = partial(self._told, request, attempt, deadline)
+        self.world.network.call(self._process, "controller", "swap", (deadline, request), done, ATTEMPT_SECONDS)
 
-    def _told(self, swap_id: str, expect: dict[str, str], attempt: int, deadline: float, result: Any) -> None:
-        """Where no answer came, ask again under the same id, once the former question cannot be taken up any more."""
+    def _told(self, request: SwapRequest, attempt: int, deadline: float, result: Any) -> None:
+        """Where no answer came, or none that is final, ask again under the same id, once the former question cannot be
+        taken up any more."""
         world = self.world
+        if isinstance(result, Unavailable):
+            world.checker.counts["told to ask again"] += 1
+            result = None
         if result is None and attempt < ATTEMPTS:
-            world.clock.after(deadline - world.clock.now + 0.001, self._attempt, swap_id, expect, attempt + 1)
+            world.clock.after(deadline - world.clock.now + 0.001, self._attempt, request, attempt + 1)
             return
-        world.open_swaps.discard(swap_id)
+        world.open_swaps.discard(request.swap_id)
         if result is None:
             world.checker.counts["gave up"] += 1
             return
-        epoch, error = result
-        world.checker.answered(swap_id, self.asked[swap_id], epoch, error)
-        if epoch is not None and world.clock.chance(0.1):
-            world.open_swaps.add(swap_id)
-            self._attempt(swap_id, expect, ATTEMPTS)
+        world.checker.answered(request.swap_id, self.asked[request.swap_id], result)
+        if not isinstance(result, SwapResult):
+            self._insist(request, result)
+            return
+        if world.clock.chance(0.1):
+            world.open_swaps.add(request.swap_id)
+            self._attempt(request, ATTEMPTS)
+        if result.before and world.clock.chance(0.3):  # it was a mistake
+            self._roll_back(result.before, result.after, INSISTS)
+
+    def _insist(self, request: SwapRequest, error: ExpertMeshError) -> None:
+        left = self._insists.get(request.swap_id, 0)
+        if left and isinstance(error, Aborted):
+            versions = {id: change.version for id, change in request.changes.items()}
+            self.world.clock.after(0.2, self._roll_back, versions, request.expect, left - 1)
 
     # ---- disasters
 
@@ -155,3 +181,7 @@ class Clients:
         elif happening == "replace":
             world.replace_controller()
         clock.after(clock.between(2.0, 6.0), self._keep_spoiling)
+
+
+def _ending(id: str, change: Change) -> str:
+    return change.version or f"-{digest_of(id, digits(change.upload or ''))[:12]}"

@@ -9,12 +9,16 @@ from typing import Any
 
 
 class Clock:
-    """Runs events in the order of their time; equal times in the order in which they were made."""
+    """Runs events in the order of their time; equal times in the order in which they were made.
+
+    What is put into `failure` ends the run after the event that put it there, whoever has caught it in the meantime.
+    """
 
     def __init__(self, seed: int) -> None:
         self.now = 0.0
         self.rng = random.Random(seed)
         self.events = 0
+        self.failure: AssertionError | None = None
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._made = 0
 
@@ -24,11 +28,13 @@ class Clock:
         heapq.heappush(self._heap, (self.now + delay, self._made, action, arguments))
 
     def run(self, until: float) -> None:
-        """Let time pass up to `until`."""
+        """Let time pass up to `until`. Raises the failure that an event has left."""
         while self._heap and self._heap[0][0] <= until:
             self.now, _, action, arguments = heapq.heappop(self._heap)
             self.events += 1
             action(*arguments)
+            if self.failure is not None:
+                raise self.failure
         self.now = until
 
     def chance(self, share: float) -> bool:

@@ -11,10 +11,14 @@ if TYPE_CHECKING:
     from sim.world import World
 
 POINTS = (
+    ("prepare", "before"),
+    ("prepare", "after"),
     ("stage", "before"),
     ("stage", "after"),
     ("receipt", "before"),
     ("receipt", "after"),
+    ("write", "before"),
+    ("write", "after"),
     ("commit", "before"),
     ("commit", "after"),
     ("sync", "before"),
@@ -27,7 +31,7 @@ POINTS = (
     ("load", "before"),
     ("load", "after"),
 )
-"""Steps of a swap. "before" and "after" are at the one who acts: who sends an order, who has done it."""
+"""Steps of a swap. "before" and "after" are at the one who acts: who sends a message, who has done it."""
 
 ACTORS = ("controller", "router", "replica")
 CELLS = tuple((*point, actor) for point in POINTS for actor in ACTORS)
@@ -39,7 +43,7 @@ class Faults:
 
     def __init__(self, world: World, cells: tuple[Cell, ...]) -> None:
         self.world = world
-        self.on = True
+        self.on = False
         self.hit: Counter[Cell] = Counter()
         self._left = {cell: world.clock.rng.choice((1, 1, 2, 4)) for cell in cells}
 

@@ -8,6 +8,10 @@ from typing import Any
 
 from sim.clock import Clock
 
+from expertmesh.cluster.control.messages import Candidate, Desired, RouterUpdate, SwapRequest
+from expertmesh.cluster.control.ports import ControllerState
+from expertmesh.router.fanout.replica_view import Replica
+
 Reply = Callable[[Any], None]
 
 
@@ -16,7 +20,7 @@ class Weather:
     """How badly messages fare: shares of messages, and seconds."""
 
     lost: float = 0.0
-    doubled: float = 0.05
+    doubled: float = 0.15
     slow: float = 0.1
     delay: float = 0.08
     slow_delay: float = 0.9
@@ -24,7 +28,12 @@ class Weather:
 
 
 class Process:
-    """Something that receives calls until it dies. A restart makes another object with another incarnation."""
+    """Something that receives calls until it dies. A restart makes another object with another incarnation.
+
+    A process that is asked for things that must not happen twice is not `doubled`: its callers repeat no message.
+    """
+
+    doubled = True
 
     def __init__(self, name: str, incarnation: str) -> None:
         self.name = name
@@ -80,9 +89,11 @@ class Network:
             return
         found.calls[call.number] = call
         self.clock.after(timeout, call.end, None)
-        for _ in range(2 if self.clock.chance(self.weather.doubled) else 1):
-            if not self.clock.chance(self.weather.lost):
-                self.clock.after(self._delay(), self._deliver, call, found, method, arguments)
+        if not self.clock.chance(self.weather.lost):
+            self.clock.after(self._delay(), self._deliver, call, found, method, arguments)
+        if found.doubled and self.clock.chance(self.weather.doubled):  # a copy that comes late
+            late = self.clock.between(self.weather.delay, self.weather.slow_delay)
+            self.clock.after(late, self._deliver, call, found, method, arguments)
 
     def died(self, process: Process) -> None:
         """Tell those who wait for a dead process: mostly at once, as when a socket closes."""
@@ -92,7 +103,8 @@ class Network:
 
     def _deliver(self, call: Call, target: Process, method: str, arguments: tuple[Any, ...]) -> None:
         if self.tell is not None:
-            self.tell(f"{call.sender.incarnation} -> {target.incarnation} #{call.number}: {method} {arguments}")
+            told = ", ".join(map(brief, arguments))
+            self.tell(f"{call.sender.incarnation} -> {target.incarnation} #{call.number}: {method} {told}")
         if not target.alive:
             self.clock.after(self._delay(), call.end, None)
         elif not self._cut(call, target):
@@ -100,7 +112,7 @@ class Network:
 
     def _answer(self, call: Call, target: Process, result: Any) -> None:
         if self.tell is not None:
-            self.tell(f"{target.incarnation} answers #{call.number}: {result!r}")
+            self.tell(f"{target.incarnation} answers #{call.number}: {brief(result)}")
         if target.alive and not self._cut(call, target) and not self.clock.chance(self.weather.lost):
             self.clock.after(self._delay(), call.end, result)
 
@@ -114,3 +126,20 @@ class Network:
         if self.clock.chance(weather.slow):
             return self.clock.between(weather.delay, weather.slow_delay)
         return self.clock.between(0.001, weather.delay)
+
+
+def brief(value: Any) -> str:
+    """What of a message is worth printing; nothing that is another text in another process."""
+    if isinstance(value, Candidate):
+        return f"{value.id} v{value.counter} {value.version} {value.replaces} {value.tensor_digest} {value.note}"
+    if isinstance(value, Desired):
+        return f"revision {value.revision}"
+    if isinstance(value, RouterUpdate):
+        return f"epoch {value.current} of {value.epochs} on {', '.join(map(brief, value.replicas))}"
+    if isinstance(value, ControllerState):
+        return f"revision {value.revision}, epoch {value.epoch}"
+    if isinstance(value, Replica):
+        return f"{value.incarnation} {value.state} {sorted(value.holds)}"
+    if isinstance(value, SwapRequest):
+        return f"{value.swap_id}: {value.changes} for {value.expect}"
+    return repr(value)

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 from sim.network import Process, Reply
 
+from expertmesh.cluster.control.messages import Candidate
 from expertmesh.experts.errors import FailedPrecondition, VersionGone
+from expertmesh.experts.spec import ANY
+from expertmesh.experts.staging.stage import Receipt
 
 if TYPE_CHECKING:
     from sim.world import World
 
 Pair = tuple[str, str]
 Stamp = tuple[int, int]
-"""(term of the controller, number of its order): what is older than what was done last to a slot comes too late."""
+"""(term of the controller, number of its message): what is older than what was done last to a slot comes too late."""
+
+
+def digits(text: str) -> str:
+    """A sha256 as hexadecimal text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_of(id: str, tensors: str) -> str:
+    """What the digits of a version come from."""
+    return digits(f"{id} {tensors}")
+
+
+def declared_tensors(edit: int) -> str:
+    """The digest of the tensors that an expert has as it is declared, after so many edits."""
+    return digits(f"as declared, edit {edit}")
 
 
 class Holder(Process):
@@ -26,59 +45,45 @@ class Holder(Process):
         self.world = world
         self.ids = frozenset(ids)
         self.slots: set[Pair] = set()
-        self.term = 0
         self._stamps: dict[Pair, Stamp] = {}
 
-    def obeys(self, term: int) -> bool:
-        """Whether this controller is the newest one heard of."""
-        if term < self.term and self.world.registry.fenced:
-            return False
-        self.term = max(term, self.term)
-        return True
-
-    def on_report(self, reply: Reply, term: int) -> None:
+    def on_report(self, reply: Reply) -> None:
         """Say what is held."""
-        if self.obeys(term):
-            reply((self.incarnation, self.ids, frozenset(self.slots)))
+        reply((self.incarnation, self.ids, frozenset(self.slots)))
 
-    def on_stage(self, reply: Reply, stamp: Stamp, incarnation: str, id: str, version: str) -> None:
-        """LoadVersion and verify a candidate beside what is held; replies with the version or the error."""
-        if self.obeys(stamp[0]) and incarnation == self.incarnation:
-            self.world.clock.after(self.world.loading_time(), self._staged, reply, stamp, id, version)
+    def on_stage(self, reply: Reply, stamp: Stamp, step: str, candidate: Candidate) -> None:
+        """Load and verify a version beside what is held; replies with the receipt or the error."""
+        self.world.clock.after(self.world.loading_time(), self._staged, reply, stamp, step, candidate)
 
-    def _staged(self, reply: Reply, stamp: Stamp, id: str, version: str) -> None:
+    def _staged(self, reply: Reply, stamp: Stamp, step: str, candidate: Candidate) -> None:
         if not self.alive:
             return
-        if self.world.stage_fails():
-            reply(FailedPrecondition(f"{id} {version}: its checksum is not the one declared"))
+        if self.world.fails(step):
+            reply(FailedPrecondition(f"{candidate.id}: its checksum is not the one declared"))
             return
-        self._hold((id, version), stamp)
-        self.world.faults.reached("stage", "after", self)
-        reply(version)
+        receipt = self._receipt(candidate)
+        self._hold((receipt.id, receipt.version), stamp)
+        self.world.faults.reached(step, "after", self)
+        reply(receipt)
 
-    def on_load(self, reply: Reply, stamp: Stamp, incarnation: str, id: str, version: str) -> None:
-        """LoadVersion a committed version."""
-        if self.obeys(stamp[0]) and incarnation == self.incarnation:
-            self.world.clock.after(self.world.loading_time(), self._loaded, reply, stamp, id, version)
+    def _receipt(self, candidate: Candidate) -> Receipt:
+        edit = 0 if candidate.expert is None else candidate.expert.kwargs["edit"]
+        tensors = candidate.tensor_digest or declared_tensors(edit)
+        version, digest = candidate.version, digest_of(candidate.id, tensors)
+        if version is None:
+            version = f"v{candidate.counter}-{digest[:12]}"
+        else:
+            digest = version.partition("-")[2].ljust(64, "0")
+        return Receipt(candidate.id, version, self.incarnation, digest, tensors, None, 0, 0.0, ANY, ANY)
 
-    def _loaded(self, reply: Reply, stamp: Stamp, id: str, version: str) -> None:
-        if not self.alive:
-            return
-        if self.world.load_fails():
-            reply(FailedPrecondition("out of memory"))
-            return
-        self._hold((id, version), stamp)
-        self.world.faults.reached("load", "after", self)
-        reply(version)
-
-    def on_unload(self, reply: Reply, stamp: Stamp, incarnation: str, id: str, version: str) -> None:
+    def on_unload(self, reply: Reply, stamp: Stamp, id: str, version: str) -> None:
         """Forget a version, unless it was asked for again since."""
         pair = (id, version)
-        late = self.checks_stamps and stamp < self._stamps.get(pair, (0, 0))
-        if self.obeys(stamp[0]) and incarnation == self.incarnation and not late:
-            self.slots.discard(pair)
-            self.world.faults.reached("unload", "after", self)
-            reply("gone")
+        if self.checks_stamps and stamp < self._stamps.get(pair, (0, 0)):
+            return
+        self.slots.discard(pair)
+        self.world.faults.reached("unload", "after", self)
+        reply("gone")
 
     def _hold(self, pair: Pair, stamp: Stamp) -> None:
         self.slots.add(pair)

@@ -26,7 +26,7 @@ def test_every_promise_holds_in_every_world(tally: Tally) -> None:
 
 
 def test_crashes_were_injected_at_every_step_of_every_actor(tally: Tally) -> None:
-    assert len(CELLS) == 45
+    assert len(CELLS) == 57
     assert not tally.missed()
 
 

@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from unittest import mock
 
 from sim.calls import Request
 from sim.checker import Checker
 from sim.client import Clients
 from sim.clock import Clock
-from sim.controller import Controller
+from sim.controller import ControllerProcess, Transactions, Watched
+from sim.disk import Disk, Registry
 from sim.faults import CELLS, Cell, Faults
 from sim.network import Network, Process, Weather
-from sim.registry import Registry
+from sim.owner import Owner
 from sim.replica import Holder, Replica
-from sim.router import GATE, Router
+from sim.router import Router
 
+from expertmesh.cluster.control import controller as product
+from expertmesh.cluster.control.executor import ROUTER, Executor
 from expertmesh.cluster.control.reconciler import Reconciler
-from expertmesh.experts.errors import FailedPrecondition, Unavailable
+from expertmesh.cluster.control.swap import Swaps
 
 KINDS = ("quiet", "one replica lost", "controller lost", "storm", "storm", "storm")
 HORIZON = 24.0
-CALM = 34.0
-STORM = Weather(lost=0.02, doubled=0.05, slow=0.15, delay=0.1, slow_delay=2.5, silent_death=0.3)
+CALM = 38.0
+STORM = Weather(lost=0.02, doubled=0.15, slow=0.15, delay=0.1, slow_delay=2.5, silent_death=0.3)
 CELLS_AT_ONCE = 3
-DISK_FULL, DISK_SILENT, DISK_LATE = 0.03, 0.06, 0.1
+STORMY_STARTS = 0.25
+LEASE = 8.0
+"""Seconds after which a router that is not heard is given up: here it happens, and in 30 it would not."""
 
 
 @dataclass(frozen=True)
 class Broken:
     """The rules that a broken world puts in the place of the true ones."""
 
-    control: type[Reconciler] = Reconciler
+    reconciler: type[Reconciler] = Reconciler
+    swaps: type[Swaps] = Swaps
+    executor: type[Executor] = Watched
+    transactions: type[Transactions] = Transactions
     registry: type[Registry] = Registry
     replica: type[Replica] = Replica
     router: type[Router] = Router
-    controller: type[Controller] = Controller
 
 
 class World:
@@ -47,20 +56,23 @@ class World:
         self.rules = rules
         self.clock = Clock(seed)
         self.stormy = self.kind == "storm"
-        self.network = Network(self.clock, STORM if self.stormy else Weather())
+        self.network = Network(self.clock, Weather())
         self.checker = Checker(self)
         self.faults = Faults(self, self._cells())
-        self._hosts = self._draw_hosts()
-        self.experts = tuple(dict.fromkeys(id for ids in self._hosts.values() for id in ids))
-        self.router_names = tuple(f"router{n}" for n in range(self.clock.rng.randint(1, 3)))
-        self.replica_names = tuple(self._hosts)
-        self.registry = rules.registry(dict.fromkeys((*self.experts, GATE), "v1-0"))
+        self.hosts = self._draw_hosts()
+        self.experts = tuple(dict.fromkeys(id for ids in self.hosts.values() for id in ids))
+        self.replica_names = tuple(self.hosts)
+        self.disk = Disk()
         self.open_swaps: set[str] = set()
-        self._starts = 0
-        for name in (*self.replica_names, *self.router_names):
-            self._start(name)
-        self._start("controller")
         self.clients = Clients(self)
+        self.owner = Owner(self)
+        self._has_started = False
+        self._starts = 0
+        self._controllers: list[ControllerProcess] = []
+        for name in (*self.replica_names, ROUTER, "controller"):
+            self._start(name)
+        if self.clock.chance(STORMY_STARTS):
+            self._begin_faults()
 
     # ---- what kind of world it is
 
@@ -77,7 +89,12 @@ class World:
     @property
     def swapping(self) -> bool:
         """Whether a swap is under way."""
-        return bool(self.controller.control.swaps.active())
+        return bool(self.controller.controller.reconciler.swaps.active())
+
+    @property
+    def disk_fails(self) -> bool:
+        """Whether a disk may fail now."""
+        return self.faults.on and not self.quiet
 
     def _cells(self) -> tuple[Cell, ...]:
         """The crashes of this world: every cell has its turn in one world in fifteen."""
@@ -110,44 +127,47 @@ class World:
     def computing_time(self) -> float:
         return self.clock.between(0.01, 1.2 if self.clock.chance(0.2) else 0.2)
 
-    def stage_fails(self) -> bool:
+    def fails(self, step: str) -> bool:
+        """Whether a member cannot stage a candidate, or load a version that it had before."""
+        if step == "load":
+            return self.faults.on and self.stormy and self.clock.chance(0.1)
         return self.faults.on and self.clock.chance(0.05)
-
-    def load_fails(self) -> bool:
-        return self.faults.on and self.stormy and self.clock.chance(0.1)
 
     # ---- processes
 
     @property
-    def controller(self) -> Controller:
+    def controller(self) -> ControllerProcess:
         found = self.network.processes["controller"]
-        assert isinstance(found, Controller)
+        assert isinstance(found, ControllerProcess)
         return found
 
-    def routers(self) -> list[Router]:
-        return [found for name in self.router_names if isinstance(found := self.network.processes[name], Router)]
+    @property
+    def router(self) -> Router:
+        found = self.network.processes[ROUTER]
+        assert isinstance(found, Router)
+        return found
 
     def holders(self) -> list[Holder]:
         return [found for found in self.network.processes.values() if isinstance(found, Holder)]
 
     def alive(self, actor: str) -> list[Process]:
         """The live processes of one kind."""
-        names = {"controller": ("controller",), "router": self.router_names, "replica": self.replica_names}[actor]
+        names = {"controller": ("controller",), "router": (ROUTER,), "replica": self.replica_names}[actor]
         return [found for name in names if (found := self.network.processes[name]).alive]
 
     def may_crash(self, process: Process) -> bool:
-        """In gentle worlds a replica may be lost only while every router could do without it."""
+        """In gentle worlds a replica may be lost only while the router could do without it."""
         if self.stormy or not isinstance(process, Replica):
             return True
         if any(not other.alive for other in self.holders()):
             return False
-        return all(self._spares(router, process) for router in self.routers())
+        return self._spares(self.router, process)
 
     def _spares(self, router: Router, replica: Replica) -> bool:
         current = router.epochs.known()
         alive = {found.incarnation for found in self.holders() if found.alive}
         ready = {found.id for found in router.view.replicas() if found.state == "ready" and found.incarnation in alive}
-        siblings = [name for name, ids in self._hosts.items() if replica.ids & set(ids) and name != replica.name]
+        siblings = [name for name, ids in self.hosts.items() if replica.ids & set(ids) and name != replica.name]
         pairs = [(id, epoch.versions[id]) for epoch in current for id in sorted(replica.ids)]
         return all(
             name in ready and all(router.view.holds(name, *pair) for pair in pairs) for name in siblings
@@ -159,7 +179,7 @@ class World:
         process.alive = False
         self.network.died(process)
         if isinstance(process, Router):
-            process.fence()
+            process.end()
         self.clock.after(self.clock.between(0.1, 1.5), self._restart, process.name, process)
 
     def replace_controller(self) -> None:
@@ -176,37 +196,35 @@ class World:
         incarnation = f"{name}.{self._starts}"
         made: Process
         if name == "controller":
-            made = self.rules.controller(self, incarnation)
-        elif name in self._hosts:
-            made = self.rules.replica(self, name, incarnation, self._hosts[name])
+            made = ControllerProcess(self, incarnation)
+            self._controllers.append(made)
+        elif name in self.hosts:
+            made = self.rules.replica(self, name, incarnation, self.hosts[name])
         else:
             made = self.rules.router(self, name, incarnation)
         self.network.processes[name] = made
 
     # ---- what happens
 
-    def make_control(self) -> Reconciler:
-        """The decisions of a new controller."""
-        return self.rules.control()
+    def started(self) -> None:
+        """The first epoch is served: from now on there are clients, and all that may happen to them."""
+        if not self._has_started:
+            self._has_started = True
+            self._begin_faults()
+            self.clients.begin()
+            self.clock.after(self.clock.between(1.0, 8.0), self.owner.keep_editing)
 
-    def commit(self, controller: Controller, swap_id: str, versions: Mapping[str, str]) -> int:
-        """The registry's transaction: all of it or nothing."""
-        chance = self.clock.rng.random() if self.faults.on and not self.quiet else 1.0
-        new = swap_id not in self.registry.swaps
-        if chance < DISK_FULL and new:
-            raise FailedPrecondition("the disk is full")
-        if chance < DISK_SILENT:
-            raise Unavailable("the disk does not answer")
-        if self.registry.is_writer(controller.term):
-            self.checker.committing(controller, swap_id)
-        epoch = self.registry.commit(controller.term, swap_id, versions)
-        if new:
-            self.checker.committed(epoch, swap_id, self.clients.asked[swap_id])
-        if chance < DISK_LATE:
-            if self.stormy:  # a controller that waits for a disk is soon given up
-                self.clock.after(0.1, self.replace_controller)
-            raise Unavailable("the disk has done it, but did not say so in time")
-        return epoch
+    def _begin_faults(self) -> None:
+        self.faults.on = True
+        self.network.weather = STORM if self.stormy else Weather()
+
+    def asked(self, swap_id: str) -> Mapping[str, str]:
+        """How the versions end that a swap was to bring."""
+        return self.owner.asked() if self.is_declared(swap_id) else self.clients.asked[swap_id]
+
+    def is_declared(self, swap_id: str) -> bool:
+        """Whether a swap is the controller's own, to bring what is declared."""
+        return swap_id not in self.clients.asked
 
     def ended(self, request: Request) -> None:
         """A request has its answer or its error."""
@@ -214,7 +232,21 @@ class World:
 
     def run(self) -> Checker:
         """Let everything happen, then calm down, then look at what is left."""
-        self.clients.begin()
+        log = logging.getLogger(product.__name__.rpartition(".")[0])
+        log.addHandler(bugs := Bugs(self.checker))
+        try:
+            with mock.patch.object(product, "LEASE_SECONDS", LEASE):
+                self._run()
+        finally:
+            log.removeHandler(bugs)
+            for process in self._controllers:
+                process.alive = False
+            for process in self._controllers:
+                process.loop.close()
+        return self.checker
+
+    def _run(self) -> None:
+        self.owner.supervise()
         self.clock.run(HORIZON)
         self.faults.on = False
         self.network.weather = Weather()
@@ -225,4 +257,16 @@ class World:
         self.clients.close_leases()
         self.clock.run(CALM + 8.0)
         self.checker.at_the_end()
-        return self.checker
+
+
+class Bugs(logging.Handler):
+    """Takes what the product logs as an error for what it is."""
+
+    def __init__(self, checker: Checker) -> None:
+        super().__init__(logging.ERROR)
+        self._checker = checker
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None:
+            self._checker.bug(error)

@@ -1,0 +1,117 @@
+"""The controller's ports on the simulated network: what is sent may come late or twice, but is taken in its order.
+
+A port numbers what it sends, and whoever receives it drops what is older than what was done last: Ray, too, carries the
+calls of one actor to another in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from sim.loop import Killed
+
+from expertmesh.cluster.control.executor import ROUTER
+from expertmesh.cluster.control.messages import Candidate, Desired, RouterReport, RouterUpdate
+from expertmesh.experts.errors import ExpertMeshError, Unavailable
+from expertmesh.experts.staging.stage import Receipt
+from expertmesh.router.fanout.replica_view import READY, Replica
+
+if TYPE_CHECKING:
+    from sim.controller import ControllerProcess
+
+CALL_TIMEOUT = 4.0
+"""After so many seconds the transport gives a call up, where nobody has given it up before."""
+
+
+class Line:
+    """One controller's way to all members."""
+
+    def __init__(self, process: ControllerProcess) -> None:
+        self._process = process
+        self._number = 0
+
+    def stamp(self) -> tuple[int, int]:
+        """What a message is the later by, the later it is sent."""
+        self._number += 1
+        return self._process.term, self._number
+
+    async def call(self, target: str, method: str, *arguments: Any) -> Any:
+        """The answer of another process. Raises Unavailable where none comes, and the error that is the answer."""
+        if not self._process.alive:
+            raise Killed
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        done = partial(_settle, answer)
+        self._process.world.network.call(self._process, target, method, arguments, done, CALL_TIMEOUT)
+        result = await answer
+        if result is None:
+            raise Unavailable(f"{target} does not answer")
+        if isinstance(result, ExpertMeshError):
+            raise result
+        return result
+
+    async def stage(self, target: str, candidate: Candidate) -> Receipt:
+        """Have a candidate of a swap staged, or a version loaded that there is."""
+        loads = candidate.version is not None and candidate.replaces is None
+        step = "load" if loads else "stage"
+        self._process.reach(step, "before")
+        receipt: Receipt = await self.call(target, "stage", self.stamp(), step, candidate)
+        return receipt
+
+    async def unload(self, target: str, id: str, version: str) -> None:
+        """Have a version forgotten."""
+        self._process.reach("unload", "before")
+        await self.call(target, "unload", self.stamp(), id, version)
+
+
+class RouterPort:
+    """The way to the router."""
+
+    def __init__(self, process: ControllerProcess, line: Line) -> None:
+        self._process = process
+        self._line = line
+
+    async def declare(self, desired: Desired) -> None:
+        """Hand over the declared layers."""
+        await self._line.call(ROUTER, "declare", desired)
+
+    async def sync(self, update: RouterUpdate) -> RouterReport:
+        """Hand over what is known."""
+        self._process.reach("sync", "before")
+        report: RouterReport = await self._line.call(ROUTER, "sync", self._line.stamp(), update)
+        self._process.reach("sync", "reported")
+        return report
+
+    async def stage(self, candidate: Candidate) -> Receipt:
+        """Have a gate staged."""
+        return await self._line.stage(ROUTER, candidate)
+
+    async def unload(self, id: str, version: str) -> None:
+        """Have a gate forgotten."""
+        await self._line.unload(ROUTER, id, version)
+
+
+class ReplicaPort:
+    """The way to the replicas."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+
+    async def probe(self, replica_id: str, handle: Any) -> Replica:
+        """Ask for a report."""
+        incarnation, ids, holds = await self._line.call(replica_id, "report")
+        return Replica(replica_id, tuple(sorted(ids)), incarnation, holds, READY)
+
+    async def stage(self, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:
+        """Have an expert staged."""
+        return await self._line.stage(replica_id, candidate)
+
+    async def unload(self, replica_id: str, handle: Any, id: str, version: str) -> None:
+        """Have a version forgotten."""
+        await self._line.unload(replica_id, id, version)
+
+
+def _settle(answer: asyncio.Future[Any], result: Any) -> None:
+    if not answer.done():
+        answer.set_result(result)
