@@ -32,6 +32,13 @@ from ..owner.cluster import Cluster
     show_default="that in MESH, or 0",
     help="Port of the Prometheus metrics; 0 picks a free one.",
 )
+@click.option(
+    "--redeclare",
+    multiple=True,
+    metavar="ID",
+    help="Replace the version of ID that was swapped in by what MESH declares; repeatable. "
+    "Without it, swapped versions serve on after a restart.",
+)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override any key of the file; repeatable.")
 def serve(
     mesh: Path,
@@ -39,6 +46,7 @@ def serve(
     host: str | None,
     port: int | None,
     metrics_port: int | None,
+    redeclare: tuple[str, ...],
     settings: tuple[str, ...],
 ) -> None:
     """Start the cluster described by the YAML file MESH, and run until Ctrl-C or `expertmesh down`.
@@ -59,6 +67,7 @@ def serve(
     Examples:
       expertmesh serve mesh.yaml
       expertmesh serve mesh.yaml --port 0 --set layers.waves.experts.sin.replicas=2
+      expertmesh serve mesh.yaml --redeclare waves/sin
     """
     options = {"name": name, "host": host, "port": port, "metrics_port": metrics_port}
     overrides = dict(map(parse_override, settings))
@@ -67,7 +76,7 @@ def serve(
     interrupt = Interrupt()
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with Cluster.start(config=config, progress=interrupt.checked(_print_progress)) as cluster:
+        with Cluster.start(config=config, progress=interrupt.checked(_print_progress), redeclare=redeclare) as cluster:
             interrupt.check()
             _print_ready(config, cluster)
             cluster.wait()

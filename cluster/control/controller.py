@@ -65,8 +65,8 @@ class Controller:
     async def declare(self, desired: Desired, timeout: float) -> dict[str, str]:
         """Take what the owner declares, and bring everything there; returns the versions that then serve.
 
-        What the registry knows and the declaration has not changed is loaded as it was, swapped versions too; what is
-        new or edited becomes a new version, all of it in one swap.
+        What the registry knows and the declaration has not changed is loaded as it was; what is new or edited becomes a
+        new version, all of it in one swap. A version that was swapped in is replaced only if `redeclare` has its id.
         """
         async with self._declaring:
             if desired.revision > self.desired.revision:
@@ -81,7 +81,7 @@ class Controller:
             await self._until(self._all_there, deadline)
             await self.turn()
             if self._declared < self.desired.revision:
-                request = await asyncio.to_thread(self.transactions.declared_swap, timeout)
+                request = await asyncio.to_thread(self.transactions.declared_swap, timeout, self.desired.redeclare)
                 if request is not None:
                     await self.swap(request)
                 self._declared = self.desired.revision
@@ -201,6 +201,7 @@ class Controller:
             epoch=self.reconciler.current,
             versions=dict(self.reconciler.epochs.get(self.reconciler.current, {})),
             replicas=self._health.replicas(),
+            kept=dict(self.transactions.kept),
         )
 
     def history(self, id: str) -> list[dict[str, Any]]:

@@ -20,11 +20,13 @@ from ...router.mixture.layer import Layer
 class Desired:
     """What the owner declares: layers, and the replicas with the experts each is for; a higher revision is newer.
 
-    `handles` is how the transport reaches each replica; the controller only passes it on.
+    `handles` is how the transport reaches each replica; the controller only passes it on. `redeclare` are the ids whose
+    declaration replaces even a version that was swapped in.
     """
 
     revision: int = 0
     layers: Mapping[str, Layer] = field(default_factory=dict)
+    redeclare: frozenset[str] = frozenset()
     replicas: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     handles: Mapping[str, Any] = field(default_factory=dict)
 
@@ -113,7 +115,8 @@ class SwapRequest:
     """A swap that is asked for: all changes at once, or none. `expect` is compared with the current versions.
 
     `timeout` bounds staging, in seconds. With `dry_run` everything up to the commit is done, and then undone. With
-    `declares` the ids that are not declared any more leave the epoch. `note` is for people.
+    `declares` the ids that are not declared any more leave the epoch, and those `by_name` were asked for. `note` is
+    for people.
     """
 
     swap_id: str
@@ -124,6 +127,7 @@ class SwapRequest:
     timeout: float = 60.0
     dry_run: bool = False
     declares: bool = False
+    by_name: frozenset[str] = frozenset()
     note: str = ""
 
 

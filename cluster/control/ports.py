@@ -21,12 +21,16 @@ class StateSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ControllerState:
-    """What the owner asks its controller about: the revision that it serves, the replicas, the current versions."""
+    """What the owner asks its controller about: the revision that it serves, the replicas, the current versions.
+
+    `kept` are versions that were swapped in and serve on although their declaration was edited.
+    """
 
     revision: int
     epoch: int
     versions: Mapping[str, str]
     replicas: tuple[Replica, ...]
+    kept: Mapping[str, str]
 
 
 class RouterPort(Protocol):

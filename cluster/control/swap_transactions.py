@@ -54,6 +54,7 @@ class SwapTransactions:
         self._written: dict[str, list[VersionRecord]] = {}
         self._rehearsed: set[str] = set()
         self._answers: dict[str, asyncio.Future[SwapResult]] = {}
+        self.kept: dict[str, str] = {}
         for swap in registry.open_swaps():  # of a controller that died: what was not committed is discarded
             registry.end_swap(swap.swap_id, ABORTED, "the controller restarted before the commit")
         store.sweep(registry.known())
@@ -93,13 +94,20 @@ class SwapTransactions:
         epoch = self.registry.current()
         return {} if epoch is None else epoch.versions
 
-    def declared_swap(self, timeout: float) -> SwapRequest | None:
-        """The swap that brings the cluster to what is declared, or None where nothing is new or edited."""
+    def declared_swap(self, timeout: float, redeclare: Collection[str] = ()) -> SwapRequest | None:
+        """The swap that brings the cluster to what is declared, or None where nothing is new or edited.
+
+        A version that was swapped in outlives an edited declaration, unless `redeclare` has its id; `kept` names it.
+        """
         current = self.current()
+        differs = [id for id, digest in self.builder.digests.items() if self.registry.declared(id) != digest]
+        self.kept = {id: current[id] for id in differs if id not in redeclare and self._outlives(id, current)}
+        for id, version in self.kept.items():
+            log.warning("%s: %s was swapped in and serves on, though the declaration was edited", id, version)
         changes = {
             id: Change(declared=True)
-            for id, digest in self.builder.digests.items()
-            if id not in current or self.registry.declared(id) != digest
+            for id in self.builder.digests
+            if id not in current or (id in differs and id not in self.kept)
         }
         if not changes and current.keys() <= self.builder.declared.keys():
             return None
@@ -110,8 +118,16 @@ class SwapTransactions:
             timeout=timeout,
             policy=Policy(allow_norm=True),
             declares=True,
+            by_name=frozenset(redeclare),
             note="declared",
         )
+
+    def _outlives(self, id: str, current: Mapping[str, str]) -> bool:
+        """Whether the current version of an id must not be replaced by a declaration: it was asked for by name."""
+        if id not in current:
+            return False
+        record = self.registry.version(id, current[id])
+        return not record.declared and not record.ephemeral
 
     def prepare(self, request: SwapRequest) -> None:
         """Check a request, write it into the journal, and make its candidates. Raises what is wrong with it."""
@@ -145,7 +161,7 @@ class SwapTransactions:
             raise Aborted("a rehearsal ends before the commit")
         known = self.registry.known()
         self._written[swap_id] = [
-            self._write(swap_id, self._candidates[swap_id][id], self._receipts[swap_id][id], request.note)
+            self._write(request, self._candidates[swap_id][id], self._receipts[swap_id][id])
             for id, version in versions.items()
             if (id, version) not in known
         ]
@@ -283,7 +299,7 @@ class SwapTransactions:
             flipped=epoch is not None,
         )
 
-    def _write(self, swap_id: str, candidate: Candidate, receipt: Receipt, note: str) -> VersionRecord:
+    def _write(self, request: SwapRequest, candidate: Candidate, receipt: Receipt) -> VersionRecord:
         id, version = candidate.id, receipt.version
         origin, source, move = candidate.origin, candidate.weights, candidate.uploaded
         if candidate.gate is not None:
@@ -304,7 +320,8 @@ class SwapTransactions:
             created=self._clock(),
             parent=candidate.replaces,
             ephemeral=ephemeral,
-            note=note or f"swap {swap_id}",
+            note=request.note or f"swap {request.swap_id}",
+            declared=request.declares and id not in request.by_name,
         )
         self.store.write(id, version, source, {"record": record.to_json()}, move=move)
         if ephemeral:

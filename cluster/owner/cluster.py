@@ -80,21 +80,26 @@ class Cluster:
         *,
         config: ClusterConfig | None = None,
         progress: Progress | None = None,
+        redeclare: Iterable[str] = (),
         **overrides: Any,
     ) -> Cluster:
         """Start a cluster with these layers, and return when every replica is ready and the gateway serves.
 
+        A version that was swapped in serves on after a restart, also where the declaration was edited meanwhile;
+        `progress` is told which. `redeclare` has the ids ("news/e3", "news/gate") that follow their declaration anyway.
+
         `overrides` are settings of ClusterConfig, such as name, port, transport or address ("auto" joins a Ray that
         runs). Whatever fails, nothing is left running.
 
-        Raises ConfigError, SpecMismatch, NotFound or DataLoss for what is wrong with the layers, FailedPrecondition
+        Raises ConfigError, SpecMismatch, NotFound or DataLoss for what is wrong with the layers, NotFound for an id of
+        `redeclare` that is not declared, FailedPrecondition
         for a name or port in use, Unavailable when a replica is not ready within `start_timeout`.
         """
         if layers is not None:
             overrides["layers"] = tuple(layers)
         cluster = cls(ClusterConfig(**overrides) if config is None else replace(config, **overrides), progress)
         try:
-            cluster._start()
+            cluster._start(frozenset(redeclare))
         except BaseException:  # also Ctrl-C: whatever was started is ended
             cluster.stop(grace=0.0)
             raise
@@ -154,10 +159,10 @@ class Cluster:
             elsewhere = self.config.runtime_env is not None
             self._layers = {**old, layer_name: check_layer(wanted, code_elsewhere=elsewhere)}
             try:
-                return self._declare(timeout)[expert_id]
+                return self._declare(timeout, frozenset({expert_id}))[expert_id]
             except BaseException:
                 self._layers = old
-                self._declare(timeout)
+                self._declare(timeout, frozenset({expert_id}))
                 raise
 
     def stop(self, grace: float = STOP_GRACE) -> None:
@@ -190,8 +195,13 @@ class Cluster:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _start(self) -> None:
+    def _start(self, redeclare: frozenset[str]) -> None:
         config = self.config
+        ids = {id for layer in config.layers for id in (*layer.everyone_by_id, layer.gate_id)}
+        if unknown := sorted(redeclare - ids):
+            raise NotFound(
+                f"redeclare: there is no expert or gate {unknown[0]!r}; known are {', '.join(sorted(ids)[:20])}"
+            )
         self._name_lock = lock_name(config.name)
         check_port(config.host, config.port, "endpoint")
         check_port(config.host, config.metrics_port or 0, "metrics port")
@@ -213,7 +223,9 @@ class Cluster:
         self._wait_for(planned, deadline)
         self._say("loading and verifying experts")
         self._replicas = {replica.id: replica.expert_ids for replica in planned}
-        self._declare(max(1.0, deadline - time.monotonic()))
+        self._declare(max(1.0, deadline - time.monotonic()), redeclare)
+        for id, kept in sorted(backend.state().kept.items()):
+            self._say(f"{id} serves {kept}, which was swapped in; its edited declaration needs --redeclare {id}")
         self._supervisor.start()
         self._say(f"serving on {self.endpoint}")
 
@@ -270,12 +282,13 @@ class Cluster:
             report = self._running().wait_replica(replica.id, deadline)
             self._say(f"replica {number}/{len(planned)} runs: {replica.id} on {report.node}, {report.device}")
 
-    def _declare(self, timeout: float) -> dict[str, str]:
-        """Tell the controller what is declared now; returns the versions that then serve."""
+    def _declare(self, timeout: float, redeclare: frozenset[str] = frozenset()) -> dict[str, str]:
+        """Send the controller the current declaration; returns the versions that then serve."""
         backend = self._running()
         self._desired = Desired(
             revision=self._desired.revision + 1,
             layers=self._layers,
+            redeclare=redeclare,
             replicas=self._replicas,
             handles=backend.handles(),
         )

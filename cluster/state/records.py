@@ -24,6 +24,7 @@ class VersionRecord:
     `digest` and `tensor_digest` are sha256 as hexadecimal text, of the behaviour and of the tensors alone; `origin` is
     the declaration it came from, as JSON has it; `nbytes` is the size of its weights in bytes; `created` is in seconds
     since 1970; `parent` is the version that it replaced; `note` says how it came: "declared", "swap <id>".
+    `declared`: a declaration brought it by itself, so that an edited declaration may replace it.
 
     Raises InvalidRequest for an id that is not "layer/expert", or a version that is not made of counter and digest.
     """
@@ -39,6 +40,7 @@ class VersionRecord:
     parent: str | None
     ephemeral: bool
     note: str
+    declared: bool = False
 
     def __post_init__(self) -> None:
         check_version(self.id, self.version)
@@ -53,7 +55,10 @@ class VersionRecord:
     def from_json(cls, text: str) -> VersionRecord:
         """Read what `to_json` wrote. Raises DataLoss for anything else."""
         try:
-            return cls(**from_json(text))
+            fields = from_json(text)
+            if "declared" not in fields:  # written before the field was there
+                fields["declared"] = fields.get("note") == "declared"
+            return cls(**fields)
         except (TypeError, InvalidRequest):
             raise damaged("a version's record is not whole") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from helpers.artefacts import bad_artefacts, sha256_of
-from helpers.swap_cluster import GATE, SwapCluster, Weights, X, matrix, swap_cluster
+from helpers.swap_cluster import EXPERTS, GATE, WIDTH, SwapCluster, Weights, X, layer, matrix, swap_cluster
 from helpers.waiting import eventually
 
-from expertmesh import AsyncClient, Cluster, Expert, Layer, gates
+from expertmesh import AsyncClient, Cluster, ClusterConfig, Expert, Layer, gates
 from expertmesh.cluster.client.upload import LocalFile
 from expertmesh.cluster.rpc.methods import Role
 from expertmesh.experts.errors import (
@@ -302,6 +303,50 @@ def test_a_lease_that_nobody_uses_ends_by_itself(running: SwapCluster) -> None:
         with pytest.raises(FailedPrecondition, match="pin again"):
             running.call(pin=lease)
     assert running.call().epoch == outcome.epoch
+
+
+def test_an_edited_declaration_undoes_no_swap_unless_it_is_asked_for_by_name(tmp_path: Path) -> None:
+    with swap_cluster(tmp_path) as made:
+        declared = made.current()
+        made.swap({"l/a": 10, GATE: 11})
+        swapped, weights, options = made.current(), made.weights, vars(made.cluster.config)
+    edited = replace(
+        layer(weights),
+        gate=gates.TopK(WIDTH, len(EXPERTS), k=1),
+        experts={
+            name: Expert(
+                "torch.nn:Linear", args=(WIDTH, WIDTH), kwargs={"bias": False}, weights=weights.file("l/x", 20)
+            )
+            for name in EXPERTS
+        },
+    )
+    options = {**options, "layers": (edited,)}
+    said: list[str] = []
+    with Cluster.start(config=ClusterConfig(**options), progress=said.append) as cluster:
+        versions = cluster.status()["versions"]
+    assert {id: versions[id] for id in ("l/a", GATE)} == {id: swapped[id] for id in ("l/a", GATE)}
+    assert not {versions[id] for id in ("l/b", "l/c")} & set(declared.values())
+    for id in ("l/a", GATE):
+        assert f"{id} serves {swapped[id]}, which was swapped in; its edited declaration needs --redeclare {id}" in said
+    with pytest.raises(NotFound, match=r"redeclare: there is no expert or gate 'l/z'"):
+        Cluster.start(config=ClusterConfig(**options), redeclare=["l/z"])
+    for redeclare in (["l/a"], []):  # once is enough
+        with Cluster.start(config=ClusterConfig(**options), redeclare=redeclare) as cluster:
+            now = cluster.status()["versions"]
+        assert now[GATE] == swapped[GATE]
+        assert now["l/a"] != swapped["l/a"]
+        assert now["l/a"].partition("-")[2] == now["l/b"].partition("-")[2]  # the same declaration, the same digits
+
+
+def test_what_replace_has_put_there_survives_a_restart_of_the_same_declaration(tmp_path: Path) -> None:
+    with swap_cluster(tmp_path) as made:
+        new = Expert(
+            "torch.nn:Linear", args=(WIDTH, WIDTH), kwargs={"bias": False}, weights=made.weights.file("l/x", 20)
+        )
+        version = made.cluster.replace("l/b", new)
+        weights = made.weights
+    with swap_cluster(tmp_path, weights=weights) as made:
+        assert made.current()["l/b"] == version
 
 
 def test_a_cold_restart_serves_what_was_swapped_in_with_the_same_bits(tmp_path: Path) -> None:

@@ -60,8 +60,12 @@ class Owner(Process):
         clock.after(clock.between(4.0, 12.0), self.keep_editing)
 
     def _desire(self, edits: Edits) -> None:
+        pairs = zip(self.world.experts, self._edits, edits, strict=True)
+        edited = frozenset(id for id, old, new in pairs if old != new)
+        redeclare = edited if self.settled else edited | self.desired.redeclare
         self._edits, self.settled = edits, False
-        self.desired = replace(self.desired, revision=self.desired.revision + 1, layers={"l": layer(edits)})
+        revision = self.desired.revision + 1
+        self.desired = replace(self.desired, revision=revision, layers={"l": layer(edits)}, redeclare=redeclare)
         self._declare()
 
     def _heard(self, state: ControllerState | None) -> None:

@@ -73,7 +73,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         metrics_endpoint = "http://127.0.0.1:9090/metrics"
 
         @classmethod
-        def start(cls, *, config: Any, progress: Any) -> FakeCluster:
+        def start(cls, *, config: Any, progress: Any, redeclare: Any) -> FakeCluster:
             events.append(config)
             progress("starting")
             for number in SWALLOWED:
