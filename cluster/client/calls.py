@@ -146,7 +146,7 @@ class Calls:
             raise InvalidRequest("x must be an array of rows, not None")
         tensor_x, kind = described["x"]
         if not tensor_x.shape:
-            raise InvalidRequest("x must have a first dimension, its rows; a single row is x[None]")
+            raise InvalidRequest("x must have a first dimension, the rows: pass a single row as x[None]")
         options = CallOptions(
             layer=layer,
             request_id=self.new_id() if request_id is None else request_id,
@@ -260,17 +260,17 @@ class Calls:
         Raises NotFound, FailedPrecondition where no earlier version is kept, and what `swap` raises.
         """
         if not ids or (isinstance(to, str) and len(ids) > 1):
-            raise InvalidRequest('name what to roll back, as in rollback("news/e3"); for several ids `to` is a map')
+            raise InvalidRequest('say what to roll back, as in rollback("news/e3"); for several ids, `to` is a map')
         given = {ids[0]: to} if isinstance(to, str) else dict(to or {})
         if not given.keys() <= set(ids):
-            raise InvalidRequest(f"`to` names ids that are not rolled back: {sorted(given.keys() - set(ids))[0]}")
+            raise InvalidRequest(f"`to` names an id that is not rolled back: {sorted(given.keys() - set(ids))[0]}")
         current: dict[str, str] = {}
         for id in ids:
             kept = yield from self.history(id)
             current[id], before = _around(id, kept)
             given.setdefault(id, before or "")
             if not given[id]:
-                raise FailedPrecondition(f"{id} has no version before {current[id]} that is kept: see its history")
+                raise FailedPrecondition(f"{id} has no version before {current[id]} in its history")
         asked = {id: {"version": version} for id, version in given.items()}
         wanted = current if expect is None else expect
         request = swap_request(asked, wanted, {"allow_norm": True}, mode, timeout, dry_run, swap_id)
@@ -343,8 +343,8 @@ class Calls:
             return (yield from self._ask_once("Call", parts, timeout, request_id))
         if size > self.max_request_bytes:
             raise TooLarge(
-                f"the request has {size} bytes, max_request_bytes of this client is {self.max_request_bytes}: "
-                "send fewer rows at a time, or raise it here and at the server"
+                f"the request has {size} bytes, but max_request_bytes of this client is {self.max_request_bytes}: "
+                "send fewer rows per call, or raise it on both the client and the cluster"
             )
         streamed = Streamed.of(parts, max_message_bytes=self.max_message_bytes, most=self.max_request_bytes)
         answer = yield from self._send(self.retries, f"/{SERVICE}/CallStream", streamed, timeout, request_id)
@@ -355,8 +355,8 @@ class Calls:
         size = sum(len(part) for part in parts)
         if size > self.max_message_bytes:
             raise TooLarge(
-                f"the request has {size} bytes, max_message_bytes of this client is {self.max_message_bytes}: "
-                "send fewer rows at a time, or raise it here and at the server"
+                f"the request has {size} bytes, but max_message_bytes of this client is {self.max_message_bytes}: "
+                "send fewer rows per call, or raise it on both the client and the cluster"
             )
         answer = yield from self._send(self.retries, f"/{SERVICE}/{method}", b"".join(parts), timeout, request_id)
         return _decoded(answer, self.max_message_bytes, request_id)
@@ -394,6 +394,6 @@ def _around(id: str, kept: list[dict[str, Any]]) -> tuple[str, str | None]:
 
 def _open_ended(error: ExpertMeshError, swap_id: str) -> ExpertMeshError:
     """The error of a swap that may yet happen, or has."""
-    error.message += f"; the outcome of swap {swap_id} may be open: ask again with swap_id={swap_id!r}"
+    error.message += f"; the outcome of swap {swap_id} is unknown: ask again with swap_id={swap_id!r}"
     error.args = (error.message,)
     return error

@@ -117,7 +117,7 @@ class _Connected:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise FailedPrecondition("this client is closed: make a new one")
+            raise FailedPrecondition("this client is closed: create a new one")
 
     def _open(self, module: Any) -> Any:
         """A channel of `grpc` or `grpc.aio`; connecting happens at the first call."""
@@ -272,7 +272,7 @@ class AsyncClient(_Connected):
         if self._channel is None:
             self._channel, self._loop = self._open(grpc.aio), loop
         if self._loop is not loop:
-            raise FailedPrecondition("an AsyncClient belongs to the event loop of its first call: make one per loop")
+            raise FailedPrecondition("an AsyncClient belongs to the event loop of its first call: create one per loop")
         return self._channel
 
 

@@ -47,7 +47,7 @@ def resolve(
         endpoint, token_path = run.endpoint, Path(run.token_path)
     loopback = _is_loopback(endpoint)
     if not loopback and ca_cert is None:
-        raise InvalidRequest(f"{endpoint} is not loopback, so the token would travel in the clear: give ca_cert=")
+        raise InvalidRequest(f"{endpoint} is not loopback, so the token would travel in the clear: pass ca_cert=")
     if token is None:
         token = os.environ.get(TOKEN_VARIABLE) or _token_in_file(endpoint, token_path, token_option)
     return Endpoint(address=endpoint, token=token, loopback=loopback, ca_cert=_read(ca_cert))
@@ -56,7 +56,7 @@ def resolve(
 def _is_loopback(endpoint: str) -> bool:
     match = _ADDRESS.fullmatch(endpoint)
     if match is None or not 0 < int(match[2]) < 65536:
-        raise InvalidRequest(f"endpoint {endpoint!r} is not of the form host:port, such as 127.0.0.1:50051")
+        raise InvalidRequest(f"endpoint {endpoint!r} must have the form host:port, such as 127.0.0.1:50051")
     return is_loopback(match[1])
 
 
@@ -64,7 +64,7 @@ def _token_in_file(endpoint: str, token_path: Path | None, option: str) -> str:
     path = token_path or token_for_endpoint(endpoint)
     if path is None:
         raise Unauthenticated(
-            f"no token for {endpoint}: no running cluster of this user is there. Give {option}, or set {TOKEN_VARIABLE}"
+            f"no token for {endpoint}: you have no running cluster there. Pass {option}, or set {TOKEN_VARIABLE}"
         )
     return read_token(path)
 

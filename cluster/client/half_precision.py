@@ -35,8 +35,8 @@ def check_rows(name: str, dtype: str, narrow: str) -> bool:
         return False
     if dtype != "float32":
         raise InvalidRequest(
-            f"payload_dtype={narrow!r} is for float32 rows, {name} is {dtype}: make it float32, "
-            'or send it as it is with payload_dtype="float32"'
+            f"payload_dtype={narrow!r} is for float32 rows, but {name} is {dtype}: convert it to float32, "
+            'or send it unchanged with payload_dtype="float32"'
         )
     return True
 
@@ -45,7 +45,7 @@ def overflow(name: str, narrow: str) -> InvalidRequest:
     """What is raised where rows that are finite would become infinite."""
     other = '"bfloat16" or "float32"' if narrow == "float16" else '"float32"'
     return InvalidRequest(
-        f"{name} holds values beyond {LARGEST[narrow]:g}, the largest of {narrow}: call with payload_dtype={other}"
+        f"{name} holds values beyond {LARGEST[narrow]:g}, the largest {narrow}: call with payload_dtype={other}"
     )
 
 

@@ -59,7 +59,7 @@ def read_reply(frame: Frame, *, rows: int, kind: ArrayKind) -> Reply:
     Raises DataLoss for a frame that is no such reply.
     """
     if frame.kind != "reply":
-        raise DataLoss(f"a reply was expected, the server sent a {frame.kind[:64]!r}")
+        raise DataLoss(f"expected a reply frame, but the server sent a {frame.kind[:64]!r} frame")
     summary = read_answer(CallSummary, frame.meta)
     output = _tensor(frame, "output", rows)
     lost_mass = _optional(frame, "lost_mass", rows, kind)
@@ -78,5 +78,5 @@ def _tensor(frame: Frame, name: str, rows: int) -> WireTensor:
     if tensor is None:
         raise DataLoss(f"the reply has no tensor {name!r}")
     if not tensor.shape or tensor.shape[0] != rows:
-        raise DataLoss(f"{name!r} in the reply has shape {list(tensor.shape)} where {rows} rows were sent")
+        raise DataLoss(f"{name!r} in the reply has shape {list(tensor.shape)}, but {rows} rows were sent")
     return tensor

@@ -34,7 +34,7 @@ def check_timeout(timeout: float) -> float:
 def expert_names(names: Sequence[str] | None) -> list[str] | None:
     """The ids of `allow` or `deny`. Raises InvalidRequest for a single string."""
     if isinstance(names, str):
-        raise InvalidRequest(f"allow and deny take a list of experts: [{names!r}]")
+        raise InvalidRequest(f"allow and deny take a list of experts, as in [{names!r}]")
     return None if names is None else list(names)
 
 
@@ -69,5 +69,5 @@ def swap_request(
     try:
         to_tensor(asdict(request))
     except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"the swap holds what cannot be sent: {error}") from None
+        raise InvalidRequest(f"the swap cannot be sent as JSON: {error}") from None
     return request

@@ -144,7 +144,7 @@ class Retries:
             if isinstance(answer, (bytes, memoryview)):
                 return answer
             if answer is None:
-                raise ExpertMeshError("an attempt was answered with nothing")
+                raise ExpertMeshError("an attempt ended without an answer")
             pause = self.policy.pause(retries, self.jitter())
             if not self._again(answer, retries, pause, deadline):
                 raise answer

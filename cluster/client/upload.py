@@ -71,7 +71,7 @@ class Upload:
 def prepare(id: str, path: object) -> Flow[Upload]:
     """The upload of a file for an id: its size and sha256 are read. Raises InvalidRequest or NotFound."""
     if not isinstance(path, (str, os.PathLike)):
-        raise InvalidRequest(f"{id} becomes what a safetensors file holds: give its path, not {path!r}")
+        raise InvalidRequest(f"{id}: pass the path of a safetensors file, not {path!r}")
     file = LocalFile(Path(path))
     total = file.size()
     sha256 = yield from _worked(file.sha256)
@@ -108,7 +108,7 @@ class LocalFile:
             file.seek(offset)
             data = file.read(size)
         if len(data) != size:
-            raise DataLoss(f"{self.path} became shorter while it was sent: is it still being written?")
+            raise DataLoss(f"{self.path} became shorter while it was sent: is another process still writing it?")
         return data
 
     @contextmanager
@@ -124,5 +124,5 @@ def _worked(action: Callable[[], bytes]) -> Flow[bytes]:
     """What a piece of work returns."""
     answer = yield Work(action)
     if not isinstance(answer, bytes):
-        raise ExpertMeshError("a piece of work was answered with nothing")
+        raise ExpertMeshError("a piece of work ended without a result")
     return answer

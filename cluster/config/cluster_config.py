@@ -152,10 +152,10 @@ def _broken_rules(values: Mapping[str, Any]) -> Iterator[tuple[Keys, str]]:
     except ConfigError as error:
         yield ("name",), error.message
     if values.get("layers") == ():
-        yield ("layers",), "layers is empty: a cluster serves at least one layer"
+        yield ("layers",), "layers is empty: a cluster needs at least one layer"
     for name, count in Counter(layer.name for layer in values.get("layers", ())).items():
         if count > 1:
-            yield ("layers",), f"layers must have different names, {name!r} stands twice"
+            yield ("layers",), f"layers must have different names: {name!r} appears twice"
     for factory in values.get("allowed_factories") or ():
         if not is_import_string(factory):
             yield ("allowed_factories",), f"allowed_factories must be {_FACTORIES.description}, not {factory!r}"
@@ -163,16 +163,17 @@ def _broken_rules(values: Mapping[str, Any]) -> Iterator[tuple[Keys, str]]:
         yield from _broken_tls_rules(values["host"], values["tls_cert"], values["tls_key"])
     for least, most in pairwise(("max_message_bytes", "max_request_bytes", "max_stream_bytes")):
         if values.get(least, 0) > values.get(most, math.inf):
-            yield (most,), f"{most} is {values[most]}, less than {least}, {values[least]}: raise it, or lower that"
+            sizes = f"{most} ({values[most]}) is less than {least} ({values[least]})"
+            yield (most,), f"{sizes}: raise {most} or lower {least}"
 
 
 def _broken_tls_rules(host: str, cert: Path | None, key: Path | None) -> Iterator[tuple[Keys, str]]:
     if (cert is None) != (key is None):
         given, missing = ("tls_key", "tls_cert") if cert is None else ("tls_cert", "tls_key")
-        yield (given,), f"{given} is given without {missing}: TLS needs both"
+        yield (given,), f"{given} is set without {missing}: TLS needs both"
     elif cert is None and not is_loopback(host):
         reason = f"host {host!r} can be reached from other machines, which requires TLS"
-        yield ("host",), f"{reason}: give tls_cert and tls_key, or listen on 127.0.0.1"
+        yield ("host",), f"{reason}: set tls_cert and tls_key, or listen on 127.0.0.1"
     for name, path in (("tls_cert", cert), ("tls_key", key)):
         if path is not None and not path.is_file():
             yield (name,), f"{name}: there is no file {str(path)!r}"

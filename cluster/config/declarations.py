@@ -25,7 +25,7 @@ from .preflight import check_layer
 from .records import Readers, Record, filled, typed
 
 _STAND_IN = Expert("torch.nn:Identity")  # takes the place of an expert that is wrong, so that the rest is checked
-_ELSEWHERE = "; install it, or say where its code is: runtime_env: {working_dir: FOLDER}"
+_ELSEWHERE = "; install it, or give the folder of its code with `runtime_env: {working_dir: FOLDER}`"
 
 
 class DeclarationReader:
@@ -63,7 +63,7 @@ class DeclarationReader:
             return place
         path = self._folder / place
         if not path.exists():
-            raise ConfigError(f"there is no folder {str(path)!r} to take code from")
+            raise ConfigError(f"there is no folder {str(path)!r} with code")
         return str(path)
 
     def _weights(self, name: Any) -> Path:
@@ -77,7 +77,7 @@ class DeclarationReader:
         with wrong.at("experts"):
             if not entries.get("experts"):
                 entries.pop("experts", None)
-                raise ConfigError(f"layer {name} has no experts: give them under `experts`")
+                raise ConfigError(f"layer {name} has no experts: list them under `experts`")
         experts, shared = (self._experts(name, key, entries.pop(key, None), wrong) for key in ("experts", "shared"))
         with wrong.at("gate"):
             gate = self._gate(entries.pop("gate", None))
@@ -139,7 +139,7 @@ class DeclarationReader:
     def _gate(self, declared: object) -> gates.Gate:
         """A gate of a known kind. `weights` is its safetensors file, unless the gate has an argument of that name."""
         if declared is None:
-            raise ConfigError(f"a layer needs a gate, of type {', '.join(gates.GATES)}")
+            raise ConfigError(f"a layer needs a gate, with one of the types {', '.join(gates.GATES)}")
         arguments, wrong, weights = dict(as_map(declared, "gate")), Mistakes(), None
         kind = arguments.pop("type", None)
         if kind is None:

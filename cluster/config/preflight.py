@@ -68,7 +68,9 @@ def _common(specs: dict[str, TensorSpec], start: TensorSpec, where: str, verb: s
     common, source = start, where
     for name, spec in specs.items():
         if not common.agrees(spec):
-            raise SpecMismatch(f"{where}: {name} {verb} rows of {spec}, {source} of {common}: they do not fit together")
+            raise SpecMismatch(
+                f"{where}: {name} {verb} rows of {spec}, but {source} of {common}: they do not fit together"
+            )
         if common.shape is None and spec.shape is not None:
             common, source = TensorSpec(spec.shape, common.dtype or spec.dtype), name
         elif common.dtype is None and spec.dtype is not None:

@@ -27,9 +27,9 @@ def read_trusted(path: Path) -> str:
         with path.open(encoding="utf-8-sig") as file:
             status = os.fstat(file.fileno())
             if status.st_uid not in (os.geteuid(), 0):
-                raise ConfigError(f"{path} belongs to another user, and it names code: use a copy of yours")
+                raise ConfigError(f"{path} names code to run, but belongs to another user: copy it")
             if status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and not _is_private_group(status)):
-                raise ConfigError(f"others can write {path}, which names code that would be run: chmod go-w it")
+                raise ConfigError(f"{path} names code to run, but others can write it: run `chmod go-w {path}`")
             return file.read()
     except FileNotFoundError:
         raise ConfigError(f"there is no file {str(path)!r}") from None
@@ -65,7 +65,7 @@ def parse_value(text: str) -> object:
     try:
         return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
     except (yaml.YAMLError, ValueError):
-        raise ConfigError(f"{text!r} is not YAML: put it in quotes") from None
+        raise ConfigError(f"{text!r} is not valid YAML: put it in quotes") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -77,7 +77,7 @@ class _Loader(yaml.SafeLoader):
         """The data of a node that lies `inside` others; one that holds itself is refused."""
         self.document.places[keys] = place
         if node in inside:
-            return self._refuse(place, "an alias (*) stands inside its own anchor (&)")
+            return self._refuse(place, "an alias (*) refers to an anchor (&) that contains it")
         inside = (*inside, node)
         if isinstance(node, yaml.MappingNode) and node.tag == _MAP:
             entries = self._entries(node, inside).items()
@@ -85,7 +85,7 @@ class _Loader(yaml.SafeLoader):
         if isinstance(node, yaml.SequenceNode) and node.tag == _LIST:
             return [self.read(child, (*keys, i), self._place(child), inside) for i, child in enumerate(node.value)]
         if isinstance(node, yaml.CollectionNode):
-            return self._refuse(place, f"the tag {node.tag!r} is not understood: leave it out")
+            return self._refuse(place, f"the tag {node.tag!r} is not supported: remove it")
         try:
             return self.construct_object(node)
         except (yaml.YAMLError, ValueError):
@@ -103,11 +103,11 @@ class _Loader(yaml.SafeLoader):
                     if isinstance(base, yaml.MappingNode) and base not in inside:
                         merged.append(self._entries(base, (*inside, base)))
                     else:
-                        self._refuse(place, "<< must take over a map")
+                        self._refuse(place, "<< must merge a map or a list of maps")
             elif key.tag != _TEXT:
                 self._refuse(place, f"key {key.value!r} must be text: put it in quotes")
             elif key.value in own:
-                self._refuse(place, f"key {key.value!r} stands twice, first at {own[key.value][0].text}")
+                self._refuse(place, f"key {key.value!r} appears twice, first at {own[key.value][0].text}")
             else:
                 own[key.value] = (place, child)
         for entries in merged:

@@ -36,14 +36,14 @@ class TokenTable:
         role = self._authenticate(token, now)
         needed = METHODS.get(method)
         if needed is None:
-            raise PermissionDenied("no role may call this method: it is not one of this cluster's")
+            raise PermissionDenied("no role may call this method: this cluster does not have it")
         if role < needed:
-            raise PermissionDenied(f"{method} needs the role {needed.label}, this token has {role.label}")
+            raise PermissionDenied(f"{method} needs the role {needed.label}, but this token has {role.label}")
         return role
 
     def _authenticate(self, token: str | None, now: float) -> Role:
         if not token:
-            raise Unauthenticated("the call carries no token: give token=, or call as the user who runs the cluster")
+            raise Unauthenticated("the call carries no token: pass token=, or call as the user who runs the cluster")
         presented = token_digest(token)
         live: Role | None = None
         known = False
@@ -56,4 +56,6 @@ class TokenTable:
             return live
         if known:
             raise Unauthenticated("the token has expired: ask for a new one")
-        raise Unauthenticated("this cluster does not know the token: it may be of another cluster or an earlier start")
+        raise Unauthenticated(
+            "this cluster does not know the token: it may be from another cluster or an earlier start"
+        )

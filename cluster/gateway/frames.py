@@ -23,17 +23,17 @@ def forward_request(frame: Frame, request_id: str, timeout: float, client: str) 
     Raises InvalidRequest.
     """
     if frame.kind != "call":
-        raise InvalidRequest(f"a call frame was expected, not {frame.kind[:64]!r}")
+        raise InvalidRequest(f"expected a call frame, not {frame.kind[:64]!r}")
     unknown = [name for name in frame.tensors if name not in CALL_TENSORS]
     if unknown or "x" not in frame.tensors:
-        raise InvalidRequest(f"a call carries the tensor x, and of others only {', '.join(CALL_TENSORS[1:])}")
+        raise InvalidRequest(f"a call must hold the tensor x, and may hold {', '.join(CALL_TENSORS[1:])}")
     options = from_mapping(CallOptions, frame.meta)
     if options.request_id is None:
         options = replace(options, request_id=request_id)
     if not is_request_id(options.request_id):
         raise InvalidRequest("request_id must be 1 to 128 letters, digits, or any of . _ : / -")
     if not frame.tensors["x"].shape:
-        raise InvalidRequest("x must have a first dimension, its rows")
+        raise InvalidRequest("x must have a first dimension, the rows")
     tensors = {name: from_wire(tensor) for name, tensor in frame.tensors.items()}
     return ForwardRequest(
         x=tensors["x"],
@@ -63,7 +63,7 @@ def one_message(parts: Sequence[Buffer], max_message_bytes: int) -> bytes:
     total = sum(len(part) for part in parts)
     if total > max_message_bytes:
         raise TooLarge(
-            f"the reply has {total} bytes, max_message_bytes of this cluster is {max_message_bytes}: call with "
-            "stream=True, send fewer rows at a time, or raise it at both ends"
+            f"the reply has {total} bytes, but max_message_bytes of this cluster is {max_message_bytes}: call with "
+            "stream=True, send fewer rows per call, or raise it on both the client and the cluster"
         )
     return b"".join(parts)

@@ -161,7 +161,7 @@ class Gateway:
         """The error that a caller is told, logged with the id of the request; a bug of ours is told as one."""
         if not isinstance(error, ExpertMeshError):
             log.error("internal error", exc_info=error, extra={"method": method, "request_id": request_id})
-            return ExpertMeshError("internal error; the log has the request id", request_id=request_id)
+            return ExpertMeshError("internal error: look up the request id in the log", request_id=request_id)
         error.request_id = error.request_id or request_id
         level = logging.WARNING if error.code in ("INTERNAL", "UNAVAILABLE", "DATA_LOSS") else logging.INFO
         details = {"method": method, "code": error.code, "request_id": error.request_id}
@@ -173,7 +173,7 @@ class Gateway:
 
         async def framed(request: bytes, role: Role, call: CallInfo) -> bytes:
             if self._draining and method in NOT_WHILE_DRAINING:
-                raise Unavailable("this cluster is draining: it takes no changes")
+                raise Unavailable("this cluster is draining and accepts no changes")
             return await handler(decode(request, max_bytes=self.settings.max_message_bytes), role)
 
         return framed
@@ -185,7 +185,7 @@ class Gateway:
 
     def _check_accepting(self) -> None:
         if self._draining:
-            raise Unavailable("this cluster is draining: it takes no new requests")
+            raise Unavailable("this cluster is draining and accepts no new requests")
 
     def _seconds(self, call: CallInfo) -> float:
         return self.settings.default_timeout if call.timeout is None else max(0.0, call.timeout)
@@ -210,7 +210,7 @@ class Gateway:
 
     async def _drain(self, request: bytes, role: Role, call: CallInfo) -> bytes:
         _expect(decode(request), "drain")
-        log.warning("draining: asked for by a client")
+        log.warning("draining: requested by a client")
         self.drain()
         return await self._document()
 
@@ -225,4 +225,4 @@ class Gateway:
 
 def _expect(frame: Frame, kind: str) -> None:
     if frame.kind != kind or frame.meta or frame.tensors:
-        raise InvalidRequest(f"an empty {kind} frame was expected")
+        raise InvalidRequest(f"expected an empty {kind} frame")

@@ -36,23 +36,23 @@ class RouterCollector:
         yield _counter("expert_errors", "Messages that an expert did not answer.", "expert", counted.errors)
         yield _counter("expert_gate_mass", "Sum of |gate weight| sent to an expert.", "expert", counted.gate_mass)
         yield _counter("replica_messages", "Messages sent to a replica.", "replica", counted.messages)
-        yield _counter("replica_queue_seconds", "Time that messages waited in a replica.", "replica", counted.queued)
-        yield _counter("replica_compute_seconds", "Time that a replica computed.", "replica", counted.computing)
+        yield _counter("replica_queue_seconds", "Seconds in a replica's queue.", "replica", counted.queued)
+        yield _counter("replica_compute_seconds", "Seconds that a replica computed.", "replica", counted.computing)
         yield _counter(
-            "rows_carried", "Rows sent to replicas, by the way they went.", "way", self._router.transport.carried
+            "rows_carried", "Rows sent to replicas, by transport path.", "way", self._router.transport.carried
         )
-        yield _counter("layer_batches", "Batches that went through a layer's gate.", "layer", counted.batches)
+        yield _counter("layer_batches", "Batches that a layer's gate routed.", "layer", counted.batches)
         yield CounterMetricFamily("expertmesh_retries", "Rows sent again to another replica.", value=counted.retries)
-        requests = CounterMetricFamily("expertmesh_requests", "Requests by how they ended.", labels=["layer", "code"])
+        requests = CounterMetricFamily("expertmesh_requests", "Requests by status code.", labels=["layer", "code"])
         for (layer, code), value in list(counted.requests.items()):
             requests.add_metric([layer, code], value)
         yield requests
         yield _histogram("request_seconds", "Latency of requests.", "layer", counted.request_latency)
         yield _histogram("expert_seconds", "Latency of messages to an expert.", "expert", counted.expert_latency)
         queued = self._router.fanout.waiting()
-        yield _gauge("replica_queued_rows", "Rows that wait for a replica.", "replica", queued)
-        yield _gauge("replica_rows_in_flight", "Rows on the way.", "replica", self._router.view.rows_in_flight())
-        yield _gauge("layer_rows_in_flight", "Admitted rows.", "layer", self._router.admission.by_layer())
+        yield _gauge("replica_queued_rows", "Rows queued for a replica.", "replica", queued)
+        yield _gauge("replica_rows_in_flight", "Rows in flight.", "replica", self._router.view.rows_in_flight())
+        yield _gauge("layer_rows_in_flight", "Admitted rows in flight.", "layer", self._router.admission.by_layer())
         yield GaugeMetricFamily("expertmesh_epoch", "The current epoch.", value=self._router.epochs.number)
 
 
@@ -95,7 +95,7 @@ def _guarded(page: Callable[..., Iterable[bytes]], tokens: TokenTable) -> Callab
             return [f"{error.message}\n".encode()]
         if environ.get("PATH_INFO") != "/metrics":
             start_response("404 Not Found", [("Content-Type", "text/plain")])
-            return [b"the page is /metrics\n"]
+            return [b"not found: the metrics are at /metrics\n"]
         return page(environ, start_response)
 
     return app

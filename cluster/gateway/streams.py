@@ -85,7 +85,7 @@ class StreamedCalls:
         except ExpertMeshError:  # DeadlineExceeded is a TimeoutError too
             raise
         except (TimeoutError, asyncio.TimeoutError):
-            raise DeadlineExceeded(f"the stream was not over within {timeout:g} s") from None
+            raise DeadlineExceeded(f"the stream did not finish within {timeout:g} s") from None
         finally:
             self._reserved.pop(stream, None)
 
@@ -98,8 +98,9 @@ class StreamedCalls:
         total = sum(len(part) for part in parts)
         if total > self._limits.max_request_bytes:
             raise TooLarge(
-                f"the reply has {total} bytes, max_request_bytes of this cluster is {self._limits.max_request_bytes}: "
-                "send fewer rows at a time, or raise it in the cluster's configuration and at the client"
+                f"the reply has {total} bytes, but max_request_bytes of this cluster is "
+                f"{self._limits.max_request_bytes}: send fewer rows per call, or raise it on both the client and the "
+                "cluster"
             )
         self._reserved[stream] = total  # in place of the request, which is gone
         chunk = min(CHUNK_BYTES, opening.chunk, self._max_message_bytes)
@@ -112,7 +113,7 @@ class StreamedCalls:
         try:
             assembly = Assembly(opening.total)
         except MemoryError:
-            raise Overloaded(f"the machine has no {opening.total} bytes to spare", retry_after=RETRY_AFTER) from None
+            raise Overloaded(f"the machine cannot allocate {opening.total} bytes", retry_after=RETRY_AFTER) from None
         await context.send_initial_metadata((ADMITTED,))
         while (message := await self._read(context)) is not None:
             assembly.take(message)
@@ -124,19 +125,19 @@ class StreamedCalls:
         try:
             message = await asyncio.wait_for(context.read(), seconds)
         except (TimeoutError, asyncio.TimeoutError):
-            raise DeadlineExceeded(f"the stream was silent for {seconds:g} s before it had sent all") from None
+            raise DeadlineExceeded(f"the stream was silent for {seconds:g} s before it was complete") from None
         return message if isinstance(message, bytes) else None
 
     def _reserve(self, stream: object, total: int) -> None:
         limits = self._limits
         if total > limits.max_request_bytes:
             raise TooLarge(
-                f"the request has {total} bytes, max_request_bytes of this cluster is {limits.max_request_bytes}: "
-                "send fewer rows at a time, or raise it in the cluster's configuration"
+                f"the request has {total} bytes, but max_request_bytes of this cluster is {limits.max_request_bytes}: "
+                "send fewer rows per call, or raise it in the cluster's configuration"
             )
         if self.reserved + total > limits.max_stream_bytes:
             raise Overloaded(
-                f"no room for {total} bytes more: {len(self)} streams hold {self.reserved} of the "
+                f"no room for {total} more bytes: {len(self)} streams hold {self.reserved} of the "
                 f"{limits.max_stream_bytes} that max_stream_bytes allows; try again in a moment",
                 retry_after=RETRY_AFTER,
             )

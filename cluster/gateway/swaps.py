@@ -105,7 +105,7 @@ class SwapMethods:
         chunk = _record(UploadChunk, frame, "upload", tensors=(DATA,))
         tensor = frame.tensors[DATA]
         if tensor.dtype != "uint8" or len(tensor.shape) != 1:
-            raise InvalidRequest("the bytes of a chunk are a tensor `data` of dtype uint8 and one dimension")
+            raise InvalidRequest("a chunk must be a one-dimensional tensor `data` of dtype uint8")
         loop = asyncio.get_running_loop()
         state = await loop.run_in_executor(self._disk, self._uploads.write, chunk, tensor.data)
         if self._busy():
@@ -203,10 +203,10 @@ def _change(id: str, asked: ChangeAsked, role: Role, allowed_factories: Collecti
     expert = None
     if asked.factory is not None:
         if role < Role.ADMIN:
-            raise PermissionDenied(f"{id}: another factory needs the role admin, this token has {role.label}")
+            raise PermissionDenied(f"{id}: another factory needs the role admin, but this token has {role.label}")
         if asked.factory not in allowed_factories:
             raise PermissionDenied(
-                f"{id}: allowed_factories of the cluster does not name {asked.factory[:64]!r}: name it, then restart"
+                f"{id}: {asked.factory[:64]!r} is not in allowed_factories of the cluster: add it, then restart"
             )
         expert = Expert(asked.factory, args=tuple(asked.args), kwargs=asked.kwargs)
     return Change(upload=asked.upload, sha256=asked.sha256, version=asked.version, expert=expert)
@@ -216,16 +216,16 @@ def _record(kind: type[T], frame: Frame, name: str, tensors: tuple[str, ...] = (
     """The record in a frame's header. Raises InvalidRequest for a frame of another kind, or with other tensors."""
     if frame.kind != name or frame.tensors.keys() != set(tensors):
         wanted = f"the tensors {', '.join(tensors)}" if tensors else "no tensors"
-        raise InvalidRequest(f"a frame of kind {name!r} with {wanted} was expected")
+        raise InvalidRequest(f"expected a frame of kind {name!r} with {wanted}")
     return from_mapping(kind, frame.meta)
 
 
 def _document(frame: Frame, kind: str) -> dict[str, Any]:
     """The document that a client sent. Raises InvalidRequest, or TooLarge."""
     if frame.meta or frame.tensors.keys() != {NAME}:
-        raise InvalidRequest(f"a {kind} is a JSON document in the tensor `{NAME}`, and nothing else")
+        raise InvalidRequest(f"a {kind} must be a JSON document in the tensor `{NAME}`, and nothing else")
     if frame.tensors[NAME].nbytes > MAX_DOCUMENT_BYTES:
-        raise TooLarge(f"a {kind} document has at most {MAX_DOCUMENT_BYTES} bytes: change fewer ids at a time")
+        raise TooLarge(f"a {kind} document may have at most {MAX_DOCUMENT_BYTES} bytes: change fewer ids at a time")
     try:
         return decode_document(frame, kind)
     except DataLoss as error:

@@ -82,12 +82,12 @@ def _cores(machine: Machine) -> Check:
 
 def _memory(machine: Machine) -> Check:
     if machine.memory is None or machine.memory_free is None:
-        return Check("memory", "warn", "unknown", "leave about 0.25 GiB for each replica, beside its weights")
+        return Check("memory", "warn", "unknown", "plan about 0.25 GiB for each replica, plus its weights")
     found = f"{machine.memory_free / GIB:.1f} of {machine.memory / GIB:.1f} GiB free"
     if machine.memory_free < GIB:
-        return Check("memory", "fail", found, "free at least 1 GiB; a replica takes about 0.25 GiB beside its weights")
+        return Check("memory", "fail", found, "free at least 1 GiB; a replica takes about 0.25 GiB plus its weights")
     if machine.memory_free < 3 * GIB:
-        return Check("memory", "warn", found, "a replica takes about 0.25 GiB beside its weights: run few")
+        return Check("memory", "warn", found, "a replica takes about 0.25 GiB plus its weights: run few")
     return Check("memory", "ok", found)
 
 
@@ -96,7 +96,7 @@ def _shared_memory(machine: Machine) -> Check:
         return Check("/dev/shm", "warn", "missing", "Ray will use slower files in /tmp")
     found = f"{machine.shared_memory / GIB:.1f} GiB"
     if machine.shared_memory < GIB:
-        return Check("/dev/shm", "warn", found, "Ray keeps weights there on the way: docker run --shm-size=2g")
+        return Check("/dev/shm", "warn", found, "Ray passes weights through it: use docker run --shm-size=2g")
     return Check("/dev/shm", "ok", found)
 
 
@@ -105,15 +105,15 @@ def _gpus(machine: Machine) -> Check:
         return Check("gpus", "ok", "none: experts run on the CPU; num_gpus must be 0")
     found = ", ".join(machine.gpus)
     if "+cpu" in (machine.versions.get("torch") or ""):
-        return Check("gpus", "warn", found, "this torch is built for the CPU alone: install one built for CUDA")
+        return Check("gpus", "warn", found, "torch is a CPU-only build: install a CUDA build")
     return Check("gpus", "ok", found)
 
 
 def _clusters(machine: Machine) -> Iterator[Check]:
     running = [f"{cluster.name} at {cluster.endpoint} (pid {cluster.pid})" for cluster in machine.clusters]
-    yield Check("clusters", "ok", ", ".join(running) or "none runs")
+    yield Check("clusters", "ok", ", ".join(running) or "none running")
     for cluster in machine.stale:
-        mend = f"`expertmesh down --name {cluster.name}` clears what it left; so does a new start"
+        mend = f"run `expertmesh down --name {cluster.name}` to clean up, or start it again"
         yield Check("stale cluster", "warn", f"{cluster.name} (pid {cluster.pid}) died without cleaning up", mend)
 
 
@@ -122,20 +122,20 @@ def _port(machine: Machine) -> Check:
         return Check("port", "ok", f"{machine.port} is free")
     owners = [cluster for cluster in machine.clusters if cluster.endpoint.endswith(f":{machine.port}")]
     if owners:
-        return Check("port", "ok", f"{machine.port} is that of cluster {owners[0].name}")
+        return Check("port", "ok", f"{machine.port} is used by cluster {owners[0].name}")
     return Check("port", "warn", f"{machine.port} is in use", "start with `--port 0` (any free port) or another number")
 
 
 def _ray(machine: Machine) -> Check:
     if not machine.ray:
-        return Check("other ray", "ok", "none runs")
+        return Check("other ray", "ok", "none running")
     folders = [cluster.ray_temp_dir for cluster in machine.clusters if cluster.ray_temp_dir]
     others = [entry for entry in machine.ray if not any(f"logs {folder}/" in entry for folder in folders)]
     if not others:
-        return Check("other ray", "ok", "none but that of the clusters above")
+        return Check("other ray", "ok", "only that of the clusters above")
     mend = 'address="auto" would join it; without `address` a new Ray is started'
     if any("workers at nice 15" in entry for entry in others):
-        mend += "; whatever else runs there goes before its workers: start it with RAY_worker_niceness=0"
+        mend += "; its workers give way to every other process: start it with RAY_worker_niceness=0"
     return Check("other ray", "warn", "; ".join(others), mend)
 
 

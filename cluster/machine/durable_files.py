@@ -28,11 +28,11 @@ def private_folder(path: str | os.PathLike[str], setting: str = "state_dir") -> 
             sync_folder(part.parent)
         status = folder.stat()
     except OSError as error:
-        raise ConfigError(f"cannot make {folder} ({error.strerror}): set {setting} to another folder") from None
+        raise ConfigError(f"cannot create {folder} ({error.strerror}): set {setting} to another folder") from None
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder: set {setting} to another")
+        raise ConfigError(f"{folder} is not a folder: set {setting} to another path")
     if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise ConfigError(f"others can write into {folder}: chmod 700 it, or set {setting} to another folder")
+        raise ConfigError(f"others can write into {folder}: chmod 700 {folder}, or set {setting} to another folder")
     return folder
 
 

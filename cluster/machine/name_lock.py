@@ -32,7 +32,8 @@ def lock_name(name: str) -> IO[bytes]:
         if not isinstance(error, BlockingIOError):
             raise
         raise FailedPrecondition(
-            f"cluster {name!r} already runs{_where(name)}: choose another --name or run `expertmesh down --name {name}`"
+            f"cluster {name!r} is already running{_where(name)}: choose another --name, or run "
+            f"`expertmesh down --name {name}`"
         ) from None
     return held
 

@@ -39,7 +39,7 @@ def check_port(host: str, port: int, what: str) -> None:
     except OSError as error:
         raise FailedPrecondition(
             f"{what} {host}:{port} cannot be used: {error.strerror}. Another cluster may listen there "
-            "(`expertmesh status`); choose another with --port, or 0 for any free one"
+            "(`expertmesh status`); choose another port, or 0 for any free one"
         ) from None
 
 

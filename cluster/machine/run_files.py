@@ -53,9 +53,9 @@ class RunFile:
             ours = {item.name: values[item.name] for item in fields(cls) if item.name in values}
             return from_mapping(cls, ours)  # without what a later version may add
         except FileNotFoundError:
-            raise NotFound(f"no cluster {name!r} of yours runs here") from None
+            raise NotFound(f"you have no running cluster {name!r} on this machine") from None
         except (ValueError, TypeError):
-            raise DataLoss(f"{path} is damaged: remove it, or start a cluster of that name") from None
+            raise DataLoss(f"{path} is damaged: remove it, or start a cluster with that name") from None
 
     def write(self) -> None:
         """Write the run file, for this user alone; a reader never sees half of it."""
@@ -126,10 +126,10 @@ def find(name: str | None = None) -> RunFile:
     if wanted in running:
         return running[wanted]
     if not running:
-        which = "no cluster of yours" if name is None else f"no cluster {name!r} of yours"
-        raise NotFound(f"{which} runs on this machine: start one with `expertmesh serve mesh.yaml`")
-    which = "several clusters run" if name is None else f"no cluster {name!r} of yours runs"
-    raise NotFound(f"{which} here: choose with --name among {', '.join(sorted(running))}")
+        which = "cluster" if name is None else f"cluster {name!r}"
+        raise NotFound(f"you have no running {which} on this machine: start one with `expertmesh serve mesh.yaml`")
+    which = "several running clusters" if name is None else f"no running cluster {name!r}"
+    raise NotFound(f"you have {which} on this machine: choose with --name among {', '.join(sorted(running))}")
 
 
 def token_for_endpoint(endpoint: str) -> Path | None:
@@ -146,7 +146,7 @@ def _folder() -> Path:
     try:
         return Path(named).absolute() if named else Path.home() / ".expertmesh"
     except RuntimeError:
-        raise ConfigError("this user has no home folder: set EXPERTMESH_HOME to a folder of yours") from None
+        raise ConfigError("this user has no home folder: set EXPERTMESH_HOME to a folder that you own") from None
 
 
 def _in_run(name: str, suffix: str) -> Path:

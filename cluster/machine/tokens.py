@@ -56,7 +56,7 @@ def read_token(path: str | os.PathLike[str], role: Role | None = None) -> Token:
     for number, line in enumerate(_private_text(Path(path)).splitlines(), start=1):
         words = line.split()
         if len(words) != 2 or words[0] not in _LABELS:  # the line is not shown: it may be a token
-            raise ConfigError(f"{path}:{number}: a token file holds lines `role token`, roles are {', '.join(_LABELS)}")
+            raise ConfigError(f"{path}:{number}: each line must be `role token`, with a role of {', '.join(_LABELS)}")
         found[Role.parse(words[0])] = Token(words[1])
     wanted = max(found, default=None) if role is None else role
     if wanted is None or wanted not in found:
@@ -73,7 +73,9 @@ def _private_text(path: Path) -> str:
             if status.st_uid not in (os.geteuid(), 0):
                 raise ConfigError(f"{path} belongs to another user: a token file must be your own")
             if status.st_mode & 0o077:
-                raise ConfigError(f"others can read {path}, so its tokens are no secret: chmod 600 it, or start anew")
+                raise ConfigError(
+                    f"others can read {path}, so its tokens are not secret: chmod 600 it, or restart the cluster"
+                )
             return file.read(64 * 1024)
     except FileNotFoundError:
         raise NotFound(f"there is no token file {path}: is the cluster running?") from None

@@ -30,7 +30,7 @@ def decode_document(frame: Frame, kind: str) -> dict[str, Any]:
     """The document in a frame of that kind. Raises DataLoss for a frame that holds none."""
     tensor = frame.tensors.get(NAME)
     if frame.kind != kind or tensor is None or tensor.dtype != "uint8":
-        raise DataLoss(f"a {kind} with a JSON text was expected, the frame is a {frame.kind[:64]!r}")
+        raise DataLoss(f"expected a {kind} frame with JSON text, not a {frame.kind[:64]!r} frame")
     try:
         document = json.loads(bytes(tensor.data), parse_constant=_no_constant, object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:

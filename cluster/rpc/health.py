@@ -67,7 +67,7 @@ def decode_response(message: bytes) -> ServingStatus:
 def _fields(message: bytes) -> list[tuple[int, int, int | bytes]]:
     """Every field of a message as (number, wire type, value); a value of fixed size comes as its bytes."""
     if len(message) > MAX_MESSAGE_BYTES:
-        raise InvalidRequest(f"a health message has at most {MAX_MESSAGE_BYTES} bytes, this one {len(message)}")
+        raise InvalidRequest(f"a health message may have at most {MAX_MESSAGE_BYTES} bytes, not {len(message)}")
     found: list[tuple[int, int, int | bytes]] = []
     offset = 0
     while offset < len(message):
@@ -82,7 +82,7 @@ def _fields(message: bytes) -> list[tuple[int, int, int | bytes]]:
                 raise InvalidRequest("a health message ends inside a field")
             value, offset = message[offset : offset + size], offset + size
         else:
-            raise InvalidRequest(f"a health message holds wire type {wire_type}, which is not spoken here")
+            raise InvalidRequest(f"a health message holds wire type {wire_type}, which is not supported")
         if number == 0:
             raise InvalidRequest("a health message holds a field without a number")
         found.append((number, wire_type, value))

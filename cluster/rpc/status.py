@@ -25,8 +25,8 @@ from ...experts.errors import (
 )
 
 _TOO_LARGE = (
-    "the message exceeds max_message_bytes of this client or of the server: call with stream=True, send fewer rows "
-    "at a time, or raise it at both ends"
+    "the message exceeds max_message_bytes of this client or of the server: call with stream=True, send fewer rows per "
+    "call, or raise it on both the client and the cluster"
 )
 
 _CUT_OFF = "Internal error from Core"  # what gRPC's asyncio layer makes of a stream that ends during a write
@@ -47,17 +47,17 @@ BY_CODE: dict[str, tuple[type[ExpertMeshError], str]] = {
     "INVALID_ARGUMENT": (InvalidRequest, "the request was refused"),
     "DEADLINE_EXCEEDED": (DeadlineExceeded, "no answer before the deadline"),
     "NOT_FOUND": (NotFound, "not found"),
-    "ALREADY_EXISTS": (FailedPrecondition, "it exists already"),
+    "ALREADY_EXISTS": (FailedPrecondition, "it already exists"),
     "PERMISSION_DENIED": (PermissionDenied, "refused"),
     "UNAUTHENTICATED": (Unauthenticated, "refused"),
-    "RESOURCE_EXHAUSTED": (Overloaded, "the server refused for want of room"),
+    "RESOURCE_EXHAUSTED": (Overloaded, "the server is out of resources"),
     "FAILED_PRECONDITION": (FailedPrecondition, "refused"),
-    "ABORTED": (Aborted, "a race was lost"),
+    "ABORTED": (Aborted, "a concurrent change came first"),
     "OUT_OF_RANGE": (InvalidRequest, "the request was refused"),
     "UNIMPLEMENTED": (FailedPrecondition, "the server does not know this method: is it an expertmesh of this version?"),
     "INTERNAL": (ExpertMeshError, "the connection or the server failed"),
     "UNAVAILABLE": (Unavailable, "the server cannot be reached"),
-    "DATA_LOSS": (DataLoss, "bytes were lost"),
+    "DATA_LOSS": (DataLoss, "data was lost or damaged"),
 }
 """What a status means that names no class of ours, because gRPC itself or a proxy made it: every code but OK."""
 

@@ -42,16 +42,16 @@ class Opening:
 def read_opening(message: Buffer) -> Opening:
     """What a stream announces. Raises InvalidRequest for a message that announces nothing."""
     if len(message) > MAX_OPENING_BYTES:
-        raise InvalidRequest(f"a stream begins with a frame that announces its length, not with {len(message)} bytes")
+        raise InvalidRequest(f"a stream must begin with a frame that announces its length, not {len(message)} bytes")
     try:
         frame = decode(message)
     except DataLoss as error:
-        raise InvalidRequest(f"a stream begins with a frame that announces its length: {error.message}") from None
+        raise InvalidRequest(f"a stream must begin with a frame that announces its length: {error.message}") from None
     if frame.kind != KIND or frame.tensors:
-        raise InvalidRequest(f"a stream begins with a {KIND} frame, not with a {frame.kind[:64]!r}")
+        raise InvalidRequest(f"a stream must begin with a {KIND} frame, not a {frame.kind[:64]!r} frame")
     opening = from_mapping(Opening, frame.meta)
     if opening.total < 1 or opening.chunk < LEAST_CHUNK_BYTES:
-        raise InvalidRequest(f"a stream has at least 1 byte, and takes chunks of at least {LEAST_CHUNK_BYTES}")
+        raise InvalidRequest(f"a stream must have at least 1 byte, and chunks of at least {LEAST_CHUNK_BYTES} bytes")
     return opening
 
 
@@ -104,7 +104,7 @@ class Assembly:
     def take(self, chunk: Buffer) -> None:
         """Take the next chunk. Raises InvalidRequest for one of 0 bytes, DataLoss for more than was announced."""
         if not len(chunk):
-            raise InvalidRequest("a chunk of a stream has at least 1 byte")
+            raise InvalidRequest("a chunk of a stream must have at least 1 byte")
         end = self._arrived + len(chunk)
         if end > len(self._data):
             raise DataLoss(f"the stream has more than the {len(self._data)} bytes that it announced")
@@ -135,8 +135,8 @@ class StreamedAnswer:
             raise DataLoss(f"the reply cannot be read: {error.message}") from None
         if total > self._most:
             raise TooLarge(
-                f"the reply has {total} bytes, max_request_bytes of this client is {self._most}: "
-                "send fewer rows at a time, or raise it here"
+                f"the reply has {total} bytes, but max_request_bytes of this client is {self._most}: "
+                "send fewer rows per call, or raise it at the client"
             )
         self._assembly = Assembly(total)
 

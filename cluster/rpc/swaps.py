@@ -46,11 +46,13 @@ class UploadChunk:
         """Check the chunk and the size of its data. Raises InvalidRequest."""
         check_upload(self.upload_id, self.sha256)
         if nbytes > MOST_CHUNK_BYTES:
-            raise InvalidRequest(f"a chunk has at most {MOST_CHUNK_BYTES} bytes, not {nbytes}")
+            raise InvalidRequest(f"a chunk may have at most {MOST_CHUNK_BYTES} bytes, not {nbytes}")
         if self.offset < 0 or self.total < self.offset + nbytes:
-            raise InvalidRequest(f"{nbytes} bytes at {self.offset} do not lie within the {self.total} of the upload")
+            raise InvalidRequest(f"{nbytes} bytes at {self.offset} are outside the {self.total} bytes of the upload")
         if self.last and self.offset + nbytes != self.total:
-            raise InvalidRequest(f"the last chunk ends at {self.offset + nbytes}, the upload has {self.total} bytes")
+            raise InvalidRequest(
+                f"the last chunk ends at {self.offset + nbytes} of the {self.total} bytes of the upload"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +76,11 @@ class ChangeAsked:
         if self.upload is not None and self.sha256 is not None:
             check_upload(self.upload, self.sha256)
         if self.version is not None and (self.upload is not None or self.factory is not None):
-            raise InvalidRequest(f"{id}: a version has its weights and its code: leave upload and factory out")
+            raise InvalidRequest(f"{id}: a version has its own weights and code: leave upload and factory out")
         if self.version is None and self.upload is None and self.factory is None:
-            raise InvalidRequest(f"{id}: say what it is to become: an upload, a version or a factory")
+            raise InvalidRequest(f"{id}: give an upload, a version or a factory")
         if self.factory is None and (self.args or self.kwargs):
-            raise InvalidRequest(f"{id}: args and kwargs are those of a factory, and none is named")
+            raise InvalidRequest(f"{id}: args and kwargs need a factory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +219,7 @@ def is_upload_id(value: object) -> bool:
 def check_upload(upload_id: str, sha256: str) -> None:
     """Check the id and the sha256 of an upload. Raises InvalidRequest."""
     if not is_upload_id(upload_id):
-        raise InvalidRequest("an upload id is 32 hex digits that the client has drawn, as uuid4().hex")
+        raise InvalidRequest("an upload id must be 32 hex digits, such as uuid4().hex")
     if not _SHA256.fullmatch(sha256):
         raise InvalidRequest("sha256 must be 64 lower-case hex digits")
 

@@ -145,7 +145,7 @@ def test_what_cannot_be_asked_for(running: SwapCluster, tmp_path: Path) -> None:
         ({"../l": file}, InvalidRequest, "is no id"),
         ({"a": file}, InvalidRequest, "is no id"),
         ({}, InvalidRequest, "say what to swap"),
-        ({"l/a": 5}, InvalidRequest, "give its path"),
+        ({"l/a": 5}, InvalidRequest, "pass the path of a safetensors file"),
     ]:
         with pytest.raises(kind, match=said):
             running.client.swap(changes)
@@ -226,7 +226,7 @@ def check_rollback_and_history(running: SwapCluster) -> None:
         (("l/a",), {"expect": first}, Aborted, "as expected"),
         (("l/a", "l/b"), {"to": first["l/a"]}, InvalidRequest, "several ids"),
         (("l/a",), {"to": {"l/b": first["l/b"]}}, InvalidRequest, "not rolled back"),
-        ((), {}, InvalidRequest, "name what to roll back"),
+        ((), {}, InvalidRequest, "say what to roll back"),
     ]:  # fmt: skip
         with pytest.raises(kind, match=said):
             running.client.rollback(*arguments, **options)
@@ -459,7 +459,7 @@ def test_the_asynchronous_client_does_the_same(running: SwapCluster) -> None:
 
 
 def test_a_swap_goes_on_when_its_caller_has_gone(running: SwapCluster) -> None:
-    with pytest.raises(DeadlineExceeded, match=r"outcome of swap gone-1 may be open.*swap_id='gone-1'"):
+    with pytest.raises(DeadlineExceeded, match=r"outcome of swap gone-1 is unknown.*swap_id='gone-1'"):
         _impatient(running).swap(running.weights.files({"l/a": 10}), swap_id="gone-1")
     outcome = running.swap({"l/a": 10}, swap_id="gone-1")
     assert (outcome.committed, outcome.epoch) == (True, 2)

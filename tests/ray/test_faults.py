@@ -210,7 +210,7 @@ def test_second_start_is_refused_and_the_first_unharmed(cluster: Cluster, client
     port = int(cluster.endpoint.rpartition(":")[2])
     with pytest.raises(errors.FailedPrecondition, match="cannot be used"):
         Cluster.start([layer], name="faults-second", port=port)
-    with pytest.raises(errors.FailedPrecondition, match="already runs"):
+    with pytest.raises(errors.FailedPrecondition, match="already running"):
         Cluster.start([layer], name="faults", port=0)
     client.forward("twin", X)
 

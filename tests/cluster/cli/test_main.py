@@ -170,7 +170,7 @@ def test_an_error_is_one_line_and_debug_shows_where() -> None:
     result = run("status")
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert result.stderr.startswith("error: no cluster of yours runs on this machine")
+    assert result.stderr.startswith("error: you have no running cluster on this machine")
     assert len(result.stderr.splitlines()) == 1
     assert isinstance(run("--debug", "status").exception, NotFound)
 

@@ -92,7 +92,7 @@ def test_a_refusal_is_one_line_and_an_exit_code(live_mesh: SwapCluster, tmp_path
         (("rollback", "l/a"), "no version before"),
         (("rollback", "l/a", "--to", "v9-0123456789ab"), "not registered"),
         (("history", "l/z"), "there is no expert or gate 'l/z'"),
-        (("history", "l/a", "--name", "other"), "no cluster 'other' of yours runs here"),
+        (("history", "l/a", "--name", "other"), "you have no running cluster 'other' on this machine"),
     ]:
         result = run(*arguments)
         assert result.exit_code == 1, arguments

@@ -76,7 +76,7 @@ TOO_LARGE = {"float16": (65520.0, -65520.0, 1e30), "bfloat16": (3.3961776e38, -3
 def test_a_finite_value_never_becomes_infinite_in_silence(narrow: str, value: float) -> None:
     values = np.array([[1.0, np.inf], [value, np.nan]], np.float32)
     for rows in (values, torch.from_numpy(values)):
-        with pytest.raises(InvalidRequest, match=f"x holds values beyond .* the largest of {narrow}"):
+        with pytest.raises(InvalidRequest, match=f"x holds values beyond .* the largest {narrow}"):
             to_wire(rows, name="x", narrow=narrow)
     values[1, 0] = LARGEST[narrow]
     to_wire(values, name="x", narrow=narrow)
@@ -104,7 +104,7 @@ def test_an_array_goes_narrow_and_its_answer_comes_back_wide(kind: str, narrow: 
 @pytest.mark.parametrize("dtype", ["int64", "int8", "uint8", "bool", "float64"])
 def test_rows_that_are_no_float32_are_refused(dtype: str) -> None:
     for rows in (np.ones((2, 2), dtype), torch.ones((2, 2), dtype=getattr(torch, dtype))):
-        with pytest.raises(InvalidRequest, match=f'float32 rows, x is {dtype}: .* payload_dtype="float32"'):
+        with pytest.raises(InvalidRequest, match=f'float32 rows, but x is {dtype}: .* payload_dtype="float32"'):
             to_wire(rows, name="x", narrow="bfloat16")
 
 

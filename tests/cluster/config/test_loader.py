@@ -201,7 +201,10 @@ layers:
 
 WRONG = {
     "a wrong key has a suggestion": ("hots: x\n" + WAVES, r"^mesh.yaml:1: .*'hots' \(did you mean 'host'\?\)"),
-    "a key that stands twice": ("port: 1\nport: 2\n" + WAVES, r"^mesh.yaml:2: key 'port' stands twice, first at .*:1$"),
+    "a key that appears twice": (
+        "port: 1\nport: 2\n" + WAVES,
+        r"^mesh.yaml:2: key 'port' appears twice, first at .*:1$",
+    ),
     "a key that is no text": ("1: 2\n" + WAVES, r"^mesh.yaml:1: key '1' must be text"),
     "no layers": ("port: 1\n", r"^mesh.yaml:1: layers is empty"),
     "layers that are a list": ("layers: [a]\n", r"^mesh.yaml:1: layers must be a map, not a list"),
@@ -247,7 +250,7 @@ WRONG = {
     "a host beyond loopback": ("host: 0.0.0.0\n" + WAVES, r"^mesh.yaml:1: .*requires TLS"),
     "a key without its certificate": ("tls_key: k\n" + WAVES, r"^mesh.yaml:1: .*without tls_cert"),
     "a certificate that is not there": ("tls_cert: c\ntls_key: k\n" + WAVES, r"^mesh.yaml:1: tls_cert: there is no"),
-    "a map that takes over no map": ("<<: [1]\n" + WAVES, r"^mesh.yaml:1: << must take over a map"),
+    "a map that takes over no map": ("<<: [1]\n" + WAVES, r"^mesh.yaml:1: << must merge a map"),
     "a map inside itself": ("runtime_env: &a {b: *a}\n" + WAVES, r"^mesh.yaml:1: an alias"),
 }
 

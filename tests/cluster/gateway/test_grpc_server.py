@@ -171,7 +171,7 @@ def test_a_bug_of_ours_is_internal_and_shows_nothing(
                 await served.forward()
             code, trailers = refused(caught.value)
             assert (code, trailers[ERROR_KEY]) == ("INTERNAL", "ExpertMeshError")
-            assert caught.value.details() == "internal error; the log has the request id"
+            assert caught.value.details() == "internal error: look up the request id in the log"
 
     run_async(main())
 

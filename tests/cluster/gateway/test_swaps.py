@@ -199,14 +199,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "too many changes": ({"changes": {f"l/e{i}": CHANGE for i in range(MAX_CHANGES + 1)}}, "1 to 4096 ids"),
     "a list of changes": ({"changes": []}, "field changes"),
     "a change that is a text": ({"changes": {"l/a": UPLOAD}}, "field changes"),
-    "an empty change": ({"changes": {"l/a": {}}}, "l/a: say what it is to become"),
+    "an empty change": ({"changes": {"l/a": {}}}, "l/a: give an upload, a version or a factory"),
     "an upload without a sum": ({"changes": {"l/a": {"upload": UPLOAD}}}, "l/a: upload and sha256 belong together"),
     "a sum without an upload": ({"changes": {"l/a": {"sha256": SHA256}}}, "l/a: upload and sha256 belong together"),
     "an upload elsewhere": ({"changes": {"l/a": CHANGE | {"upload": "../../etc/passwd"}}}, "32 hex digits"),
     "a sum that is none": ({"changes": {"l/a": CHANGE | {"sha256": "abc"}}}, "64 lower-case hex digits"),
     "two things at once": ({"changes": {"l/a": CHANGE | {"version": V1}}}, "leave upload and factory out"),
     "a version that is none": ({"changes": {"l/a": {"version": "7"}}}, "is no version"),
-    "arguments of nothing": ({"changes": {"l/a": CHANGE | {"args": [1]}}}, "those of a factory"),
+    "arguments of nothing": ({"changes": {"l/a": CHANGE | {"args": [1]}}}, "args and kwargs need a factory"),
     "a field that is none": ({"changes": {"l/a": CHANGE | {"path": "/etc"}}}, "unknown field 'path'"),
     "an id that is none": ({"changes": {"a": CHANGE}}, "is no id"),
     "an id elsewhere": ({"changes": {"../a": CHANGE}}, "is no id"),
@@ -329,7 +329,7 @@ def test_progress_history_and_leases(tmp_path: Path) -> None:
         ]:  # fmt: skip
             with pytest.raises(InvalidRequest):
                 await world.ask(method, wire.encode(method.lower(), meta))
-            with pytest.raises(InvalidRequest, match="was expected"):
+            with pytest.raises(InvalidRequest, match="expected a frame of kind"):
                 await world.ask(method, wire.encode("call", meta))
 
     run(tmp_path, main)

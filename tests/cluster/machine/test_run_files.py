@@ -170,7 +170,7 @@ def test_a_claim_holds_against_another_process_and_ends_with_it() -> None:
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdout is not None
     assert child.stdout.readline() == b"held\n"
-    with pytest.raises(FailedPrecondition, match="already runs"):
+    with pytest.raises(FailedPrecondition, match="already running"):
         lock_name("x")
     child.kill()
     child.communicate()

@@ -110,7 +110,7 @@ def test_a_reply_that_never_began() -> None:
 
 
 def test_a_reply_above_the_clients_limit_names_the_setting_before_memory_is_taken() -> None:
-    with pytest.raises(TooLarge, match="has 101 bytes, max_request_bytes of this client is 100"):
+    with pytest.raises(TooLarge, match="has 101 bytes, but max_request_bytes of this client is 100"):
         StreamedAnswer(100).take(Opening(total=101).encode())
 
 
