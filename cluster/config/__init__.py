@@ -1,1 +1,1 @@
-"""Configuration: mesh.yaml and the settings of a cluster, read, checked, and reported with file and line."""
+"""Configuration: reads and checks mesh.yaml and the settings of a cluster, and reports mistakes with file and line."""

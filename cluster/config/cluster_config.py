@@ -1,4 +1,4 @@
-"""The configuration of a cluster as one frozen record, and every rule that it must obey."""
+"""The configuration of a cluster as one frozen record, with all its validation rules."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _one_of(*names: str) -> Any:
 
 
 def _seconds(time: object) -> object:
-    """A time or date of YAML, or text in ISO form, as seconds since 1970; a time without zone is UTC."""
+    """A YAML time or date, or ISO text, as seconds since 1970; a time without a zone is UTC."""
     if isinstance(time, (date, str)):
         moment = _TIME.validate_python(time)
         return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
@@ -55,7 +55,7 @@ _FACTORIES = Field(description='a list of factories, each "module:attribute"')
 
 @dataclass(frozen=True, kw_only=True)
 class TokenEntry:
-    """A token that the cluster accepts beside its own: only its sha256 is known. `expires`: seconds since 1970."""
+    """An additional token that the cluster accepts, known only by its sha256. `expires` is in seconds since 1970."""
 
     role: Role
     sha256: str = field(repr=False)
@@ -68,23 +68,23 @@ class TokenEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """Everything that a cluster is started with.
+    """All settings of a cluster.
 
-    `port` 0 takes any free port; `metrics_port` 0 likewise, and None serves no metrics. `transport` is "channel"
-    (expert actors, rows by direct sockets), "ray" (the same, rows through Ray's calls) or "local" (experts in the
-    router's process). `address` joins a Ray cluster ("auto" or its address); by
-    default one is started. `runtime_env` is Ray's, for all experts. Times are in seconds.
+    `port` 0 and `metrics_port` 0 take any free port; `metrics_port` None serves no metrics. `transport` is "channel"
+    (expert actors, rows over direct sockets), "ray" (expert actors, rows over Ray calls) or "local" (experts in the
+    router's process). `address` joins a Ray cluster ("auto" or its address); by default a new one is started.
+    `runtime_env` is Ray's runtime environment for all experts. Times are in seconds.
 
-    `max_message_bytes` bounds one gRPC message; what is larger crosses in chunks, up to `max_request_bytes` for a
-    request or a reply, and up to `max_stream_bytes` for all streams that are under way together.
+    `max_message_bytes` bounds one gRPC message. Larger messages are sent in chunks, up to `max_request_bytes` for one
+    request or reply, and up to `max_stream_bytes` for all streams in flight together.
 
-    `state_dir` is where versions and epochs are kept, by default a folder of the cluster's name; `retain_epochs` is how
-    many epochs before the current one can still be asked for, and rolled back to. `max_upload_bytes` bounds one upload
-    of weights, `max_uploads_bytes` all that no version has taken yet, and `upload_rate` the bytes a second of an upload
-    while requests are served. `allowed_factories` are the factories that an admin may swap in over the network, by
-    default those of `layers`.
+    `state_dir` stores versions and epochs, by default in a folder with the cluster's name. `retain_epochs` is the
+    number of epochs before the current one that calls and rollbacks can still use. `max_upload_bytes` bounds one upload
+    of weights, `max_uploads_bytes` all uploads that are not part of a version yet, and `upload_rate` the bytes per
+    second of an upload while requests are served. `allowed_factories` are the factories that an admin may swap in over
+    the network, by default those of `layers`.
 
-    Raises ConfigError that lists every mistake.
+    Raises a ConfigError that lists every mistake.
 
     >>> layer = Layer("waves", gates.Fixed([1.0]), {"sin": Expert("numpy:sin")})
     >>> ClusterConfig(layers=[layer], name="demo", port=0).transport
@@ -130,15 +130,15 @@ SETTINGS = tuple(item.name for item in fields(ClusterConfig))
 
 
 def allowed_factories(config: ClusterConfig) -> tuple[str, ...]:
-    """The factories that may be named over the network: those that are listed, by default those of the layers."""
+    """The factories that a swap may name: those that the configuration lists, by default those of the layers."""
     if config.allowed_factories is not None:
         return config.allowed_factories
-    named = {expert.factory for layer in config.layers for expert in layer.everyone.values()}
-    return tuple(sorted(factory for factory in named if factory is not None))
+    factories = {expert.factory for layer in config.layers for expert in layer.everyone.values()}
+    return tuple(sorted(factory for factory in factories if factory is not None))
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address to listen on can be reached from this machine alone."""
+    """Whether an address to listen on is reachable only from this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -146,7 +146,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _broken_rules(values: Mapping[str, Any]) -> Iterator[tuple[Keys, str]]:
-    """What is wrong with settings beyond their types; those of another type are not among the values."""
+    """The broken rules that involve more than a type; `values` holds no setting whose type is wrong."""
     try:
         check_name(values.get("name", "default"), "cluster")
     except ConfigError as error:
@@ -169,8 +169,8 @@ def _broken_rules(values: Mapping[str, Any]) -> Iterator[tuple[Keys, str]]:
 
 def _broken_tls_rules(host: str, cert: Path | None, key: Path | None) -> Iterator[tuple[Keys, str]]:
     if (cert is None) != (key is None):
-        given, missing = ("tls_key", "tls_cert") if cert is None else ("tls_cert", "tls_key")
-        yield (given,), f"{given} is set without {missing}: TLS needs both"
+        present, missing = ("tls_key", "tls_cert") if cert is None else ("tls_cert", "tls_key")
+        yield (present,), f"{present} is set without {missing}: TLS needs both"
     elif cert is None and not is_loopback(host):
         reason = f"host {host!r} can be reached from other machines, which requires TLS"
         yield ("host",), f"{reason}: set tls_cert and tls_key, or listen on 127.0.0.1"

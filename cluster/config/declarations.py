@@ -1,4 +1,4 @@
-"""Layers, gates and experts as a configuration declares them, read so that every mistake is found in one pass."""
+"""Reads the layers, gates and experts of a configuration, and finds every mistake in one pass."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from .document import Mistakes, as_map, check_key, each, shown
 from .preflight import check_layer
 from .records import Readers, Record, filled, typed
 
-_STAND_IN = Expert("torch.nn:Identity")  # takes the place of an expert that is wrong, so that the rest is checked
+_STAND_IN = Expert("torch.nn:Identity")  # replaces an invalid expert, so that the rest is checked
 _ELSEWHERE = "; install it, or give the folder of its code with `runtime_env: {working_dir: FOLDER}`"
 
 
 class DeclarationReader:
-    """Reads declarations of a file in `folder`. Each method raises ConfigError with every mistake that it finds.
+    """Reads the declarations of a file in `folder`. Each method raises a ConfigError that lists every mistake.
 
-    Factories are imported, unless `code_elsewhere` or a runtime_env of the expert says that their code is not here.
+    Factories are imported, unless `code_elsewhere` or the expert's runtime_env says that their code is elsewhere.
     """
 
     def __init__(self, folder: Path, *, code_elsewhere: bool) -> None:
@@ -46,17 +46,17 @@ class DeclarationReader:
         }
 
     def layers(self, declared: object) -> tuple[Layer, ...]:
-        """The layers of a map."""
+        """The layers that a map declares."""
         return tuple(each(as_map(declared, "layers"), self._layer).values())
 
     def runtime_env(self, declared: object) -> dict[str, Any]:
-        """A runtime_env whose local folders are absolute."""
+        """A runtime_env with its local folders as absolute paths."""
         environment = as_map(declared, "runtime_env")
         places = {key: place for key, place in environment.items() if key in ("working_dir", "py_modules")}
         return environment | each(places, self._code)
 
     def _code(self, key: object, place: Any) -> Any:
-        """Where code is: a folder, as an absolute path, or an address; or a list of such."""
+        """The place of code: a folder as an absolute path, a URL, or a list of these."""
         if isinstance(place, list):
             return list(each(dict(enumerate(place)), self._code).values())
         if not isinstance(place, str) or "://" in place:
@@ -94,15 +94,15 @@ class DeclarationReader:
         return layer
 
     def _experts(self, layer: str, key: str, declared: object, wrong: Mistakes) -> dict[str, Expert]:
-        """The experts of a layer; what is wrong with one is noted, and another stands in for it."""
-        made: dict[str, Expert] = {}
+        """The experts of a layer; the mistakes of an invalid one are recorded, and a stand-in replaces it."""
+        experts: dict[str, Expert] = {}
         with wrong.at(key):
             for name, expert in as_map({} if declared is None else declared, key).items():
                 with wrong.at(key, name):
                     check_name(name, "expert")
-                    made[name] = _STAND_IN
-                    made[name] = self._expert(f"{layer}/{name}", expert)
-        return made
+                    experts[name] = _STAND_IN
+                    experts[name] = self._expert(f"{layer}/{name}", expert)
+        return experts
 
     def _expert(self, name: str, declared: object) -> Expert:
         entries, wrong, expert = dict(as_map(declared, f"expert {name}")), Mistakes(), _STAND_IN
@@ -125,7 +125,7 @@ class DeclarationReader:
         return expert
 
     def _check_experts(self, layer: Layer, wrong: Mistakes) -> None:
-        """Check each expert that is right by itself: its code, its weights, and whether it takes the layer's rows."""
+        """Check the code and weights of each valid expert, and that it accepts the layer's rows."""
         for key, experts in (("experts", layer.experts), ("shared", layer.shared)):
             for name, expert in experts.items():
                 if expert is _STAND_IN or self._code_elsewhere or expert.runtime_env:
@@ -137,7 +137,7 @@ class DeclarationReader:
                     check_rows(expert, function, f"{layer.name}/{name}", layer.input)
 
     def _gate(self, declared: object) -> gates.Gate:
-        """A gate of a known kind. `weights` is its safetensors file, unless the gate has an argument of that name."""
+        """A built-in gate. `weights` is its safetensors file, unless the gate has an argument of that name."""
         if declared is None:
             raise ConfigError(f"a layer needs a gate, with one of the types {', '.join(gates.GATES)}")
         arguments, wrong, weights = dict(as_map(declared, "gate")), Mistakes(), None
@@ -153,11 +153,11 @@ class DeclarationReader:
             with wrong.at(key):
                 check_key(key, dict.fromkeys(("type", *known, "weights")), f"gate {kind!r}")
         with wrong.at("weights"):
-            given = arguments.get("weights")
-            if "weights" in known and not isinstance(given, (list, type(None))):
-                raise ConfigError(f"weights must be a list, not {shown(given)}")
-            if "weights" not in known and given is not None:
-                weights = self._weights(given)
+            value = arguments.get("weights")
+            if "weights" in known and not isinstance(value, (list, type(None))):
+                raise ConfigError(f"weights must be a list, not {shown(value)}")
+            if "weights" not in known and value is not None:
+                weights = self._weights(value)
         wrong.raise_if_any()
         arguments = {key: value for key, value in arguments.items() if key in known}
         try:

@@ -1,4 +1,4 @@
-"""Plain data that remembers where each value stands, and the mistakes in it, each with the way to what is wrong."""
+"""Plain data with the file position of each value, and its mistakes with the keys that lead to them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ...experts.suggestion import suggestion
 
 Key = TypeVar("Key", str, int)
 Keys = tuple[str | int, ...]
-"""The way to a value: the keys of maps and the positions in lists."""
+"""The path to a value: keys of maps and positions in lists."""
 Value = TypeVar("Value")
 
 
 class Place(NamedTuple):
-    """Where a value stands: line 12, `mesh.yaml:12`; line 0 where something else than the file gave it."""
+    """The position of a value: line 12, `mesh.yaml:12`. Line 0 marks a value that is not from the file."""
 
     line: int
     text: str
@@ -25,7 +25,7 @@ class Place(NamedTuple):
 
 @dataclass
 class Document:
-    """The data of a configuration, with the place of each value by its keys; an entry stands where its key does."""
+    """The data of a configuration, with the place of each value by its path; an entry has the place of its key."""
 
     source: str
     data: Any = None
@@ -33,20 +33,20 @@ class Document:
     mistakes: set[tuple[Place, str]] = field(default_factory=set)
 
     def place(self, keys: Keys) -> Place:
-        """Where a value stands, or what holds it if it is not there."""
+        """The place of a value, or of its closest parent if the value is missing."""
         while keys not in self.places:
             keys = keys[:-1]
         return self.places[keys]
 
     def put(self, keys: Keys, value: object, origin: str) -> None:
-        """Put in a value that `origin` gives, such as the command line; maps that are missing on the way are made."""
+        """Set a value that comes from `origin`, such as the command line; missing parent maps are created."""
         ways = [keys[:depth] for depth in range(len(keys) + 1)]
         self.places = {at: place for at, place in self.places.items() if at[: len(keys)] != keys}
         self.places |= {way: Place(0, origin) for way in ways if way not in self.places}
         self.data = _with(self.data, keys, value)
 
     def raise_if_wrong(self, found: Iterable[tuple[Keys, str]] = ()) -> None:
-        """Raise one ConfigError that lists these mistakes and its own in the order of the lines, if there is one."""
+        """Raise one ConfigError that lists these mistakes and the document's own by line, if there are any."""
         mistakes = self.mistakes | {(self.place(keys), message) for keys, message in found}
         lines = [f"{place.text}: {message}" for place, message in sorted(mistakes)]
         if len(lines) == 1:
@@ -56,14 +56,14 @@ class Document:
 
 
 class Mistakes:
-    """What is wrong with a value, noted step by step while the rest is read on."""
+    """Collects the mistakes in a value while reading continues."""
 
     def __init__(self) -> None:
         self.found: list[tuple[Keys, str]] = []
 
     @contextmanager
     def at(self, *keys: str | int) -> Iterator[None]:
-        """Note what a step refuses, as wrong with what these keys lead to, and go on after it."""
+        """Record the errors of a block under these keys, and continue after it."""
         try:
             yield
         except ExpertMeshError as error:
@@ -71,38 +71,38 @@ class Mistakes:
             self.found += [((*keys, *inner), message) for inner, message in inside]
 
     def raise_if_any(self) -> None:
-        """Raise a ConfigError that has them all."""
+        """Raise a ConfigError with all mistakes, if there are any."""
         if self.found:
             raise ConfigError.of(*self.found)
 
 
 def each(entries: Mapping[Key, Any], read: Callable[[Key, Any], Value]) -> dict[Key, Value]:
-    """Read every entry by its key and value. Raises ConfigError with the mistakes of all."""
-    made: dict[Key, Value] = {}
+    """Read every entry by its key and value. Raises a ConfigError with the mistakes of all entries."""
+    values: dict[Key, Value] = {}
     wrong = Mistakes()
     for key, value in entries.items():
         with wrong.at(key):
-            made[key] = read(key, value)
+            values[key] = read(key, value)
     wrong.raise_if_any()
-    return made
+    return values
 
 
 def as_map(value: object, name: str) -> dict[str, Any]:
-    """A value that must be a map. Raises ConfigError."""
+    """Return a value that must be a map. Raises ConfigError."""
     if isinstance(value, dict):
         return value
     raise ConfigError(f"{name} must be a map, not {shown(value)}")
 
 
 def check_key(key: str, known: Iterable[str], what: str) -> None:
-    """Raise ConfigError for a key that is not known, with the known one that is closest."""
+    """Raise ConfigError for an unknown key, and suggest the closest known one."""
     names = list(known)
     if key not in names:
         raise ConfigError(f"{what} has no key {key!r}{suggestion(key, names, 'it takes')}")
 
 
 def shown(value: object) -> str:
-    """What stands in the place of something else, as a message shows it."""
+    """A value of the wrong type, as a message shows it."""
     return {dict: "a map", list: "a list", tuple: "a list", type(None): "empty"}.get(type(value), repr(value))
 
 

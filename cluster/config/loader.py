@@ -1,4 +1,4 @@
-"""One loader of configuration: command line over environment over YAML file over defaults, every mistake at once."""
+"""Loads a configuration: command line over environment over YAML file over defaults; reports all mistakes at once."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def load_config(
     overrides: Mapping[str, object] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> ClusterConfig:
-    """Read a configuration file, under what the command line (`overrides`) and the environment say.
+    """Read a configuration file; the command line (`overrides`) and the environment take precedence over it.
 
-    A key of `overrides` may name a deeper value, as in "layers.news.combine". Paths in the file are relative to it.
-    The file names code that will be run, so it must belong to this user or root and nobody else may write it.
+    A key of `overrides` may name a nested value, as in "layers.news.combine". Paths in the file are relative to it.
+    The file names code that will be run, so it must belong to this user or root and must not be writable by others.
 
     Raises one ConfigError that lists every mistake with file and line.
     """
@@ -54,7 +54,7 @@ def load_config(
 
 
 def parse_override(text: str) -> tuple[str, object]:
-    """Read "key=value" of the command line; the value is read as YAML. Raises ConfigError."""
+    """Parse "key=value" from the command line; the value is YAML. Raises ConfigError."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"{text!r} must be key=value, as in port=50052 or layers.news.combine=mean")
@@ -73,19 +73,19 @@ def _put_environment(document: Document, environ: Mapping[str, str]) -> None:
 
 
 def _from_here(key: str, value: object) -> object:
-    """Paths outside the file are relative to the working folder, as a shell completes them."""
+    """Paths from the command line or environment are relative to the working folder."""
     return str(Path(value).absolute()) if key in _PATHS and isinstance(value, (str, Path)) else value
 
 
 def _readers(document: Document, folder: Path) -> Readers:
-    """How the settings are read that stand otherwise in a file than in a ClusterConfig."""
+    """Readers for the settings whose form in a file differs from that in a ClusterConfig."""
     environment = document.data.get("runtime_env")
     reader = DeclarationReader(folder, code_elsewhere=environment is not None)
     return {
         "layers": reader.layers,
         "tokens": _tokens,
-        "runtime_env": lambda given: None if given is None else reader.runtime_env(given),
-        **dict.fromkeys(_PATHS, lambda given: folder / given if isinstance(given, str) else given),
+        "runtime_env": lambda value: None if value is None else reader.runtime_env(value),
+        **dict.fromkeys(_PATHS, lambda value: folder / value if isinstance(value, str) else value),
     }
 
 

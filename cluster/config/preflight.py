@@ -1,4 +1,4 @@
-"""What can be known to be wrong before any process starts: GPUs, code, weights, and specs that do not fit."""
+"""Checks before any process starts: GPUs, code, weights, and specs that do not fit together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...router.mixture.layer import Layer
 
 
 def check_gpus(layers: Iterable[Layer], available: float) -> None:
-    """Check that there are GPUs where experts ask for them. Raises ConfigError that says how to run on CPU."""
+    """Check that the GPUs that experts ask for exist. Raises a ConfigError that says how to run on the CPU."""
     for layer in layers:
         for expert_id, expert in layer.everyone_by_id.items():
             if expert.num_gpus > available:
@@ -25,34 +25,36 @@ def check_gpus(layers: Iterable[Layer], available: float) -> None:
 
 
 def check_layer(layer: Layer, *, code_elsewhere: bool = False) -> Layer:
-    """Check the experts of a layer against each other; returns the layer with what was found out of its rows.
+    """Check the experts of a layer against each other; returns the layer with the specs of its rows filled in.
 
-    With `code_elsewhere` (a `runtime_env`) a factory may be missing here; then its replica checks it.
+    With `code_elsewhere` (a `runtime_env`), a factory may be missing here; its replica then checks it.
     Raises ConfigError, SpecMismatch, NotFound or DataLoss.
     """
-    found: dict[str, tuple[TensorSpec, TensorSpec]] = {}
+    specs_of: dict[str, tuple[TensorSpec, TensorSpec]] = {}
     for expert_id, expert in layer.everyone_by_id.items():
         if (code_elsewhere or expert.runtime_env) and not _is_here(expert):
-            found[expert_id] = (expert.input, expert.output)
+            specs_of[expert_id] = (expert.input, expert.output)
             continue
         try:
-            found[expert_id] = check_declaration(expert, expert_id, layer.input)
+            specs_of[expert_id] = check_declaration(expert, expert_id, layer.input)
         except ExpertMeshError as error:
             if expert_id in error.message:
                 raise
             raise type(error)(f"{expert_id}: {error.message}") from error
-    input_spec = _common({name: specs[0] for name, specs in found.items()}, layer.input, f"layer {layer.name}", "takes")
-    output_spec = _common({name: specs[1] for name, specs in found.items()}, TensorSpec(), layer.name, "gives")
+    input_spec = _common(
+        {name: specs[0] for name, specs in specs_of.items()}, layer.input, f"layer {layer.name}", "takes"
+    )
+    output_spec = _common({name: specs[1] for name, specs in specs_of.items()}, TensorSpec(), layer.name, "gives")
     experts = {
-        name: expert.with_specs(_filled(taken, input_spec), _filled(given, output_spec))
-        for (name, expert), (taken, given) in zip(layer.everyone.items(), found.values(), strict=True)
+        name: expert.with_specs(_filled(own_input, input_spec), _filled(own_output, output_spec))
+        for (name, expert), (own_input, own_output) in zip(layer.everyone.items(), specs_of.values(), strict=True)
     }
-    gate = copy.deepcopy(layer.gate).eval()  # no noise, no dropout, and none of what its owner does to it later
+    gate = copy.deepcopy(layer.gate).eval()  # no noise, no dropout, isolated from later changes by its owner
     return replace(layer.with_experts(experts), gate=gate, input=input_spec)
 
 
 def _filled(own: TensorSpec, common: TensorSpec) -> TensorSpec:
-    """What an expert says of its rows, and where it says nothing what the layer does; floating dtypes stay its own."""
+    """An expert's row spec, completed from the layer's; the layer's floating dtype is not copied."""
     dtype = own.dtype or (None if common.dtype in FLOATING else common.dtype)
     return TensorSpec(own.shape if own.shape is not None else common.shape, dtype)
 

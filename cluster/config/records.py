@@ -1,4 +1,4 @@
-"""Dataclasses as maps declare them: pydantic reads each entry in the type of its field, then the record judges it."""
+"""Fills dataclasses from maps: pydantic checks each entry's type, then the record's own rules apply."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _KINDS = {
 
 
 def filled(record: Record, declared: Mapping[str, Any], what: str, wrong: Mistakes, readers: Readers) -> Record:
-    """A record with the entries of a map set one after another; each that is refused is noted by its key.
+    """A record with the entries of a map set one after another; the mistakes of an entry are recorded under its key.
 
-    Null counts as not given. `readers` read what stands otherwise in a map than in the record.
+    Null counts as not set. `readers` convert entries whose form in a map differs from that in the record.
     """
-    known = [item.name for item in fields(record) if item.name not in ("name", "live")]
+    names = [item.name for item in fields(record) if item.name not in ("name", "live")]
     for key, value in declared.items():
         with wrong.at(key):
-            check_key(key, known, what)
+            check_key(key, names, what)
             if key in readers and value is not None:
                 record = replace(record, **{key: readers[key](value)})
             elif value is not None:
@@ -43,26 +43,26 @@ def filled(record: Record, declared: Mapping[str, Any], what: str, wrong: Mistak
 
 
 def typed(kind: type, name: str, value: Any) -> Any:
-    """A value in the type that a dataclass gives a field; a list stands for a tuple. Raises ConfigError.
+    """Check a value against the type of a dataclass field; a list is taken as a tuple. Raises ConfigError.
 
-    A field may be annotated with pydantic's bounds, and with a description of what its value must be.
+    A field's annotation may hold pydantic bounds and a description of valid values.
     """
-    adapter, wanted = _field(kind, name)
+    adapter, description = _field(kind, name)
     try:
         return adapter.validate_python(tuple(value) if isinstance(value, list) else value)
     except ValidationError as error:
-        found = error.errors()
-    items = [item for item in found if isinstance(value, dict) and item["loc"] and item["loc"][0] in value]
-    if wanted is None and items:
+        errors = error.errors()
+    items = [item for item in errors if isinstance(value, dict) and item["loc"] and item["loc"][0] in value]
+    if description is None and items:
         one = name.removesuffix("s")
-        raise ConfigError.of(*((item["loc"], _told(f"{one} {item['loc'][0]}", item)) for item in items))
-    if wanted is None and isinstance(value, list) and found[0]["loc"]:
-        wanted = f"a list, each {_KINDS[found[0]['type']]}"
-    raise ConfigError(_told(name, found[0], wanted))
+        raise ConfigError.of(*((item["loc"], _message(f"{one} {item['loc'][0]}", item)) for item in items))
+    if description is None and isinstance(value, list) and errors[0]["loc"]:
+        description = f"a list, each {_KINDS[errors[0]['type']]}"
+    raise ConfigError(_message(name, errors[0], description))
 
 
-def _told(name: str, refused: ErrorDetails, wanted: str | None = None) -> str:
-    return f"{name} must be {wanted or _KINDS[refused['type']]}, not {shown(refused['input'])}"
+def _message(name: str, refused: ErrorDetails, description: str | None = None) -> str:
+    return f"{name} must be {description or _KINDS[refused['type']]}, not {shown(refused['input'])}"
 
 
 @cache

@@ -1,4 +1,4 @@
-"""YAML text as plain data that knows its lines; the one file that reads YAML, and never more than plain data of it."""
+"""Reads YAML text as plain data with line numbers; the only file that parses YAML, and always safely."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TEXT, _LIST, _MAP, _MERGE = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "s
 
 
 def read_trusted(path: Path) -> str:
-    """The text of a file that is trusted like code: it must belong to this user or root, and nobody else may write it.
+    """The text of a file that is trusted like code: it must belong to this user or root, and only they may write it.
 
     Raises ConfigError.
     """
@@ -38,9 +38,9 @@ def read_trusted(path: Path) -> str:
 
 
 def read_document(text: str, source: str) -> Document:
-    """Read the map that a file is; what cannot be read, and keys that stand twice, are noted in the document.
+    """Read a file that must be a map; unreadable values and duplicate keys are recorded as mistakes of the document.
 
-    Raises ConfigError where it is not YAML, or not a map.
+    Raises ConfigError if the text is not YAML, or not a map.
     """
     loader = _Loader(text)
     loader.document = document = Document(source)
@@ -61,7 +61,7 @@ def read_document(text: str, source: str) -> Document:
 
 
 def parse_value(text: str) -> object:
-    """Read one value written as YAML, as a shell passes it. Raises ConfigError."""
+    """Parse one YAML value from a command line or the environment. Raises ConfigError."""
     try:
         return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
     except (yaml.YAMLError, ValueError):
@@ -69,12 +69,12 @@ def parse_value(text: str) -> object:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, and 1e-3 is a number, as in YAML 1.2; `read` marks its lines in a document."""
+    """YAML 1.1 as PyYAML reads it, with 1e-3 as a number as in YAML 1.2; `read` records line numbers in a document."""
 
     document: Document
 
     def read(self, node: yaml.Node, keys: Keys, place: Place, inside: tuple[yaml.Node, ...] = ()) -> Any:
-        """The data of a node that lies `inside` others; one that holds itself is refused."""
+        """The data of a node, whose parents are `inside`; a node that contains itself is a mistake."""
         self.document.places[keys] = place
         if node in inside:
             return self._refuse(place, "an alias (*) refers to an anchor (&) that contains it")
@@ -93,7 +93,7 @@ class _Loader(yaml.SafeLoader):
             return self._refuse(place, f"{node.value!r} cannot be read as {kind}: put it in quotes, without a tag")
 
     def _entries(self, node: yaml.MappingNode, inside: tuple[yaml.Node, ...]) -> dict[str, tuple[Place, yaml.Node]]:
-        """Place and value of each entry; those that `<<` takes over come last, and only where the map has none."""
+        """Place and value of each entry; entries merged by `<<` come last and never replace the map's own."""
         own: dict[str, tuple[Place, yaml.Node]] = {}
         merged: list[dict[str, tuple[Place, yaml.Node]]] = []
         for key, child in node.value:
@@ -128,7 +128,7 @@ _Loader.add_implicit_resolver(
 
 
 def _is_private_group(status: os.stat_result) -> bool:
-    """Whether the file's group is the one that many systems give each user for himself alone."""
+    """Whether the file's group is the private group that many systems create for each user."""
     try:
         group, owner = grp.getgrgid(status.st_gid), pwd.getpwuid(status.st_uid)
     except KeyError:
