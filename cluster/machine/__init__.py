@@ -1,1 +1,1 @@
-"""This machine and this user on it: run files, name locks, token files, logs, ports, and checks of its set-up."""
+"""This machine and its user: run files, name locks, token files, logs, ports, and checks of the set-up."""

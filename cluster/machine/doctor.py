@@ -1,4 +1,4 @@
-"""Judges whether a cluster can run on this machine: each check is ok, warn or fail, and says how to mend it."""
+"""Checks whether a cluster can run on this machine: each check is ok, warn or fail, and says how to fix it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. `mend` says what to do where it is not ok."""
+    """The result of one check. `mend` says how to fix it if it is not ok."""
 
     name: str
     state: State
@@ -40,7 +40,7 @@ class Check:
 
 
 def examine(machine: Machine) -> list[Check]:
-    """Judge what was seen of a machine."""
+    """Run every check on the facts of a machine."""
     return [
         _python(machine),
         *_packages(machine),
@@ -140,6 +140,6 @@ def _ray(machine: Machine) -> Check:
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The numbers of a version, as far as they go: "2.13.0+cpu" is (2, 13, 0)."""
+    """The leading numbers of a version: "2.13.0+cpu" is (2, 13, 0)."""
     leading = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(number) for number in leading[0].split(".")) if leading else ()

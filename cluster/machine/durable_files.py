@@ -1,4 +1,4 @@
-"""Files and folders for this user alone that survive a crash: hashed copies, and the syncs that make a rename last."""
+"""Private files and folders that survive a crash: hashed copies, and the syncs that make a rename durable."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ OWNER_READS = 0o400
 
 
 def private_folder(path: str | os.PathLike[str], setting: str = "state_dir") -> Path:
-    """A folder for this user alone, with its parents; made, durably, with mode 0700 where it is missing.
+    """A folder for this user alone; it and missing parents are created durably, with mode 0700.
 
-    Raises ConfigError, naming the setting that chose it, if it cannot be made, or if others could write into it.
+    Raises a ConfigError that names `setting` if the folder cannot be created, or if others could write into it.
     """
     folder = Path(path).absolute()
     missing = [part for part in (folder, *folder.parents) if not part.exists()]
@@ -37,17 +37,17 @@ def private_folder(path: str | os.PathLike[str], setting: str = "state_dir") -> 
 
 
 def sync_file(path: Path) -> None:
-    """Bring a file's content to the disk. Raises OSError."""
+    """Flush a file's content to disk. Raises OSError."""
     _sync(path, os.O_RDONLY)
 
 
 def sync_folder(path: Path) -> None:
-    """Bring a folder's entries to the disk. Raises OSError."""
+    """Flush a folder's entries to disk. Raises OSError."""
     _sync(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a new read-only file to the disk. Raises OSError."""
+    """Write a new read-only file and flush it to disk. Raises OSError."""
     with _new(path) as file:
         file.write(data)
         file.flush()
@@ -55,7 +55,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file for this user alone, in the place of one that is there; a reader sees all of it or nothing.
+    """Write a private file atomically: it replaces an existing one, and a reader never sees part of it.
 
     Raises OSError.
     """
@@ -72,7 +72,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def copy_file(source: Path, target: Path) -> tuple[str, int]:
-    """Copy a file to a new read-only one on the disk: sha256, as hexadecimal text, and bytes of what was written.
+    """Copy a file to a new read-only one and flush it to disk; returns the sha256 in hex and the bytes written.
 
     Raises OSError.
     """
@@ -88,7 +88,7 @@ def copy_file(source: Path, target: Path) -> tuple[str, int]:
 
 
 def hash_file(path: Path) -> tuple[str, int]:
-    """The sha256 of a file, as hexadecimal text, and its bytes. Raises OSError."""
+    """The sha256 of a file in hex, and its size in bytes. Raises OSError."""
     digest, nbytes = hashlib.sha256(), 0
     for chunk in _chunks(path):
         digest.update(chunk)

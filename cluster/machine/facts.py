@@ -1,4 +1,4 @@
-"""What can be seen of this machine without starting anything: versions, cores, memory, GPUs, clusters, Ray."""
+"""Facts about this machine, read without starting anything: versions, cores, memory, GPUs, clusters, Ray."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHARED_MEMORY = "/dev/shm"
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Facts about this machine. Sizes are in bytes; what cannot be found out is None."""
+    """Facts about this machine. Sizes are in bytes; None means unknown."""
 
     python: tuple[int, ...]
     versions: Mapping[str, str | None]
@@ -37,9 +37,9 @@ class Machine:
 
 
 def look(packages: Iterable[str], port: int) -> Machine:
-    """Look at this machine; nothing is imported, started or changed."""
-    found = list_all()
-    stale = tuple(cluster for cluster in found if cluster.is_stale())
+    """Collect the facts of this machine; nothing is imported, started or changed."""
+    clusters = list_all()
+    stale = tuple(cluster for cluster in clusters if cluster.is_stale())
     memory, free = memory_bytes()
     return Machine(
         python=tuple(sys.version_info[:3]),
@@ -49,7 +49,7 @@ def look(packages: Iterable[str], port: int) -> Machine:
         memory_free=free,
         shared_memory=psutil.disk_usage(SHARED_MEMORY).total if Path(SHARED_MEMORY).is_dir() else None,
         gpus=gpus(),
-        clusters=tuple(cluster for cluster in found if cluster not in stale),
+        clusters=tuple(cluster for cluster in clusters if cluster not in stale),
         stale=stale,
         port=port,
         port_free=is_free("127.0.0.1", port),
@@ -66,7 +66,7 @@ def version_of(package: str) -> str | None:
 
 
 def cores(root: Path = Path("/")) -> int:
-    """The cores that this process may use: its affinity, or less where a container's quota says so."""
+    """The number of cores that this process may use: its CPU affinity, or a lower quota of its container."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = read_text(root / "sys/fs/cgroup/cpu.max").partition(" ")
     if quota.isdigit() and period.strip().isdigit():
@@ -75,7 +75,7 @@ def cores(root: Path = Path("/")) -> int:
 
 
 def gpus(root: Path = Path("/")) -> tuple[str, ...]:
-    """The models of the NVIDIA GPUs that the driver shows."""
+    """The models of the NVIDIA GPUs that the driver lists."""
     found = []
     for path in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
         models = [line.partition(":")[2].strip() for line in read_text(path).splitlines() if line.startswith("Model:")]

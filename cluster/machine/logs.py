@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line, with the request's id where there is one."""
+"""Structured logs: one JSON object per line, with the request id if there is one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats a record as JSON: time, level, logger, message, and whatever `extra` carries."""
+    """Formats a record as JSON: time, level, logger, message, and the fields of `extra`."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -39,13 +39,13 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logs(process: str, level: str, path: str | None) -> None:
-    """Send what expertmesh logs to a file that all processes of a cluster append to, or else to standard error."""
+    """Send the logs of expertmesh to the file that all processes of a cluster append to, or else to standard error."""
     logger = logging.getLogger("expertmesh")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
     handler = logging.StreamHandler(sys.stderr)
-    if path is not None and os.access(Path(path).parent, os.W_OK):  # a node that shares no disk logs to its own stderr
+    if path is not None and os.access(Path(path).parent, os.W_OK):  # a node without this disk logs to stderr
         handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(JsonFormatter(process))
     logger.addHandler(handler)
@@ -54,7 +54,7 @@ def configure_logs(process: str, level: str, path: str | None) -> None:
 
 
 def log_file(name: str) -> str:
-    """The log of a cluster name on this machine, emptied: home()/log/<name>.jsonl."""
+    """Create or empty the log file of a cluster name, home()/log/<name>.jsonl, and return its path."""
     folder = home() / "log"
     folder.mkdir(mode=0o700, exist_ok=True)
     path = folder / f"{name}.jsonl"

@@ -1,4 +1,4 @@
-"""One cluster for each name: the lock on a name, and the clearing of what a dead cluster of that name left."""
+"""One cluster per name: the lock on a name, and the clean-up after a dead cluster with that name."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from .run_files import RunFile, home, lock_path, run_path, token_path
 
 
 def lock_name(name: str) -> IO[bytes]:
-    """Take a cluster name for this process, and clear what a dead cluster of that name left.
+    """Lock a cluster name for this process, and clean up after a dead cluster with that name.
 
-    The name is given back when the file that is returned is closed, or the process ends. Raises FailedPrecondition
-    while another cluster runs under the name.
+    Closing the returned file, or the end of the process, releases the lock. Raises FailedPrecondition while another
+    cluster with that name is running.
     """
     home()
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    held = os.fdopen(os.open(lock_path(name), flags, 0o600), "r+b")
+    lock = os.fdopen(os.open(lock_path(name), flags, 0o600), "r+b")
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        left = _left(name)
-        if left is not None and left.pid != os.getpid() and not left.is_stale():
-            raise BlockingIOError  # the lock file was removed under a cluster that still runs
-        clear(name, left)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        run_file = _run_file(name)
+        if run_file is not None and run_file.pid != os.getpid() and not run_file.is_stale():
+            raise BlockingIOError  # the lock file was removed while that cluster is running
+        clear(name, run_file)
     except BaseException as error:
-        held.close()
+        lock.close()
         if not isinstance(error, BlockingIOError):
             raise
         raise FailedPrecondition(
             f"cluster {name!r} is already running{_where(name)}: choose another --name, or run "
             f"`expertmesh down --name {name}`"
         ) from None
-    return held
+    return lock
 
 
-def clear(name: str, left: RunFile | None) -> None:
-    """Remove what a dead cluster left: run file, token file, and the temporary folder of its Ray."""
-    if left is not None and left.ray_temp_dir is not None and may_be_removed(Path(left.ray_temp_dir)):
-        shutil.rmtree(left.ray_temp_dir, ignore_errors=True)
+def clear(name: str, run_file: RunFile | None) -> None:
+    """Remove the run file, the token file and the temporary Ray folder of a dead cluster."""
+    if run_file is not None and run_file.ray_temp_dir is not None and may_be_removed(Path(run_file.ray_temp_dir)):
+        shutil.rmtree(run_file.ray_temp_dir, ignore_errors=True)
     run_path(name).unlink(missing_ok=True)
     token_path(name).unlink(missing_ok=True)
 
 
-def _left(name: str) -> RunFile | None:
+def _run_file(name: str) -> RunFile | None:
     try:
         return RunFile.read(name)
     except (NotFound, DataLoss):
@@ -54,12 +54,12 @@ def _left(name: str) -> RunFile | None:
 
 
 def _where(name: str) -> str:
-    left = _left(name)
-    return "" if left is None else f" (pid {left.pid}, endpoint {left.endpoint})"
+    run_file = _run_file(name)
+    return "" if run_file is None else f" (pid {run_file.pid}, endpoint {run_file.endpoint})"
 
 
 def may_be_removed(folder: Path) -> bool:
-    """Whether a folder is one that a cluster made: absolute, ours, no link, and no parent of the home folders."""
+    """Whether a folder is safe to remove: absolute, owned by this user, not a link, and no parent of a home folder."""
     if not folder.is_absolute() or folder.is_symlink() or not folder.is_dir() or len(folder.parts) < 3:
         return False
     if folder.stat().st_uid != os.geteuid():

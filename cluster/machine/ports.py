@@ -1,4 +1,4 @@
-"""Addresses and ports of this machine: how they are written, which can be listened on, and one that is free."""
+"""Addresses and ports of this machine: their notation, whether a server can listen there, and free ports."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ PORT_TRIES = 50
 
 
 def family_of(host: str) -> socket.AddressFamily:
-    """IPv6 for an address with colons, with or without brackets; IPv4 for any other, and for names."""
+    """IPv6 for an address with colons, with or without brackets; IPv4 for other addresses and for names."""
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def with_port(host: str, port: int) -> str:
-    """An address as a client takes it: "127.0.0.1:80", "[::1]:80"."""
+    """An address as clients write it: "127.0.0.1:80", "[::1]:80"."""
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address, with or without brackets, can be reached from this machine alone."""
+    """Whether an address, with or without brackets, is reachable only from this machine."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -31,7 +31,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_port(host: str, port: int, what: str) -> None:
-    """Check that an address can be listened on. Raises FailedPrecondition; port 0 is always free."""
+    """Check that a server can listen on an address; port 0 is always free. Raises FailedPrecondition."""
     if port == 0:
         return
     try:
@@ -51,10 +51,10 @@ def is_free(host: str, port: int) -> bool:
 
 
 def free_port(host: str) -> int:
-    """A port that nobody listens on at the moment, and that the system gives to nobody by itself if there is one.
+    """A port that is free now, if possible outside the ranges that the system and Ray assign by themselves.
 
-    It is used only once many processes have started: a port that any connection may be given could be gone by then.
-    Ray's workers take 10002 to 19999, systems begin to give away at 32768.
+    The port is bound only after many processes have started. By then, an ephemeral port could be taken by a connection.
+    Ray's workers use 10002 to 19999; the ephemeral range starts at 32768.
     """
     draw = random.SystemRandom()
     for _ in range(PORT_TRIES):
@@ -64,7 +64,7 @@ def free_port(host: str) -> int:
 
 
 def _bound(host: str, port: int, *, reuse: bool = False) -> int:
-    """The port of a socket that was bound there and closed again. Raises OSError."""
+    """Bind a socket to an address, close it, and return its port. Raises OSError."""
     with socket.socket(family_of(host), socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
         probe.bind((host.strip("[]"), port))

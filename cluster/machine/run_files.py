@@ -1,8 +1,8 @@
-"""Where the things of a cluster name live on this machine: its run file, its token file, and the lock on its name.
+"""The files of a cluster name on this machine: run file, token file, and lock.
 
-home()/run/<name>.json    endpoint, token file, process and leftovers of the cluster that runs under the name
+home()/run/<name>.json    endpoint, token file, process and temporary folder of the cluster with that name
 home()/run/<name>.token   its tokens
-home()/run/<name>.lock    held for the life of the process that runs it; never removed
+home()/run/<name>.lock    held as long as the process of the cluster lives; never removed
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ DEFAULT_NAME = "default"
 
 @dataclass(frozen=True, kw_only=True)
 class RunFile:
-    """What is known of a cluster that runs, or ran, under a name of this user.
+    """The run file of a cluster of this user that is running, or has died without clean-up.
 
-    `started` is the start time of process `pid`, so that another process with the same id is not taken for it.
+    `started` is the start time of process `pid`; it tells a later process with the same id apart.
     """
 
     name: str
@@ -39,7 +39,7 @@ class RunFile:
 
     @classmethod
     def of_this_process(cls, name: str, endpoint: str, version: str, **more: Any) -> RunFile:
-        """A run file for a cluster that this process runs."""
+        """The run file of a cluster that this process runs."""
         pid, tokens = os.getpid(), str(token_path(name))
         started = start_time(pid) or 0
         return cls(name=name, endpoint=endpoint, token_path=tokens, pid=pid, started=started, version=version, **more)
@@ -50,32 +50,32 @@ class RunFile:
         path = run_path(name)
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            ours = {item.name: values[item.name] for item in fields(cls) if item.name in values}
-            return from_mapping(cls, ours)  # without what a later version may add
+            known = {item.name: values[item.name] for item in fields(cls) if item.name in values}
+            return from_mapping(cls, known)  # a later version may add fields
         except FileNotFoundError:
             raise NotFound(f"you have no running cluster {name!r} on this machine") from None
         except (ValueError, TypeError):
             raise DataLoss(f"{path} is damaged: remove it, or start a cluster with that name") from None
 
     def write(self) -> None:
-        """Write the run file, for this user alone; a reader never sees half of it."""
+        """Write the run file atomically, readable by this user alone."""
         home()
         write_private(run_path(self.name), json.dumps(asdict(self), indent=1))
 
     def remove(self) -> None:
-        """Remove the run file and the token file, as a cluster that stops does."""
+        """Remove the run file and the token file when the cluster stops."""
         run_path(self.name).unlink(missing_ok=True)
         Path(self.token_path).unlink(missing_ok=True)
 
     def is_stale(self) -> bool:
-        """Whether the process that wrote it is gone."""
+        """Whether the process that wrote the file has ended."""
         return start_time(self.pid) != self.started
 
 
 def home() -> Path:
-    """The folder of this user's clusters, $EXPERTMESH_HOME or ~/.expertmesh; made with mode 0700 where it is missing.
+    """The folder of this user's clusters, $EXPERTMESH_HOME or ~/.expertmesh; created with mode 0700 if missing.
 
-    Raises ConfigError if it cannot be made, or if others could write into it.
+    Raises ConfigError if it cannot be created, or if others could write into it.
     """
     folder = private_folder(_folder(), "EXPERTMESH_HOME")
     private_folder(folder / "run", "EXPERTMESH_HOME")
@@ -83,7 +83,7 @@ def home() -> Path:
 
 
 def run_path(name: str) -> Path:
-    """The run file of a cluster name. Raises ConfigError for a name that cannot be one."""
+    """The run file of a cluster name. Raises ConfigError for an invalid name."""
     return _in_run(name, "json")
 
 
@@ -98,28 +98,28 @@ def lock_path(name: str) -> Path:
 
 
 def state_path(name: str) -> Path:
-    """Where a cluster of this name keeps its versions and epochs, unless its configuration says otherwise."""
+    """The default folder for the versions and epochs of a cluster name."""
     lock_path(name)
     return home() / "state" / name
 
 
 def list_all() -> list[RunFile]:
-    """Every readable run file of this user, stale ones too, by name."""
-    found = []
+    """All readable run files of this user, including stale ones, sorted by name."""
+    run_files = []
     for path in sorted((_folder() / "run").glob("[!.]*.json")):
         try:
-            found.append(RunFile.read(path.stem))
+            run_files.append(RunFile.read(path.stem))
         except (NotFound, DataLoss, ConfigError):
-            continue  # it went away, or is no run file; a start of that name clears it
-    return found
+            continue  # removed meanwhile, or not a run file; a start with that name clears it
+    return run_files
 
 
 def find(name: str | None = None) -> RunFile:
-    """The running cluster of that name; without a name the only one, or "default" among several.
+    """The running cluster with that name; without a name, the only one, or "default" if there are several.
 
-    Raises NotFound, saying what runs instead.
+    Raises a NotFound that lists the running clusters.
     """
-    running = {found.name: found for found in list_all() if not found.is_stale()}
+    running = {run.name: run for run in list_all() if not run.is_stale()}
     if name is None and len(running) == 1:
         return next(iter(running.values()))
     wanted = DEFAULT_NAME if name is None else name
@@ -133,18 +133,18 @@ def find(name: str | None = None) -> RunFile:
 
 
 def token_for_endpoint(endpoint: str) -> Path | None:
-    """The token file of the cluster of this user that listens at `endpoint` on this machine, or None."""
-    wanted = _address(endpoint)
-    for found in list_all():
-        if _address(found.endpoint) == wanted and not found.is_stale():
-            return Path(found.token_path)
+    """The token file of this user's running cluster that listens at `endpoint` on this machine, or None."""
+    address = _address(endpoint)
+    for run in list_all():
+        if _address(run.endpoint) == address and not run.is_stale():
+            return Path(run.token_path)
     return None
 
 
 def _folder() -> Path:
-    named = os.environ.get("EXPERTMESH_HOME")
+    variable = os.environ.get("EXPERTMESH_HOME")
     try:
-        return Path(named).absolute() if named else Path.home() / ".expertmesh"
+        return Path(variable).absolute() if variable else Path.home() / ".expertmesh"
     except RuntimeError:
         raise ConfigError("this user has no home folder: set EXPERTMESH_HOME to a folder that you own") from None
 
@@ -161,9 +161,9 @@ def _address(endpoint: str) -> tuple[str, str]:
 
 
 def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None if there is no such process or it is a zombie.
+    """The start time of a process in clock ticks since boot; None if it does not exist or is a zombie.
 
-    Where there is no /proc, 0 stands for every process that lives.
+    Without /proc, the result is 0 for every live process.
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")

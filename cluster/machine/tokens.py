@@ -1,4 +1,4 @@
-"""Tokens in files that only their owner can read, one for each role."""
+"""Token files: one token per role, readable only by their owner."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LABELS = tuple(role.label for role in Role)
 
 
 class Token(str):
-    """A secret of 256 random bits that does not show itself in a repr."""
+    """A secret that its repr does not show."""
 
     __slots__ = ()
 
@@ -27,19 +27,19 @@ class Token(str):
 
 
 def new_token() -> Token:
-    """A fresh token of 256 random bits."""
+    """A new token of 256 random bits."""
     return Token(secrets.token_urlsafe(32))
 
 
 def token_digest(token: str) -> str:
-    """The sha256 of a token in hex, which is all that a cluster stores of it."""
+    """The sha256 of a token in hex; a cluster stores nothing else of it."""
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def create_token_file(path: str | os.PathLike[str]) -> dict[Role, str]:
-    """Write a fresh token for every role, one line `role token` each, readable by this user alone.
+    """Write a new token for every role, one line `role token` each, readable by this user alone.
 
-    The file appears whole or not at all, and replaces one that an earlier cluster left.
+    The file is written atomically, and replaces that of an earlier cluster.
     """
     tokens: dict[Role, str] = {role: new_token() for role in Role}
     write_private(Path(path), "".join(f"{role.label} {token!s}\n" for role, token in tokens.items()))
@@ -47,21 +47,21 @@ def create_token_file(path: str | os.PathLike[str]) -> dict[Role, str]:
 
 
 def read_token(path: str | os.PathLike[str], role: Role | None = None) -> Token:
-    """The token of `role` in a token file; by default that of the highest role in it.
+    """The token of `role` in a token file; by default, that of the highest role in it.
 
-    Raises NotFound where the file or the role is missing, and ConfigError for a file that is not of that form or that
-    others than its owner can read.
+    Raises NotFound if the file or the role is missing, and ConfigError if the file is malformed or readable by others
+    than its owner.
     """
-    found: dict[Role, Token] = {}
+    tokens: dict[Role, Token] = {}
     for number, line in enumerate(_private_text(Path(path)).splitlines(), start=1):
         words = line.split()
         if len(words) != 2 or words[0] not in _LABELS:  # the line is not shown: it may be a token
             raise ConfigError(f"{path}:{number}: each line must be `role token`, with a role of {', '.join(_LABELS)}")
-        found[Role.parse(words[0])] = Token(words[1])
-    wanted = max(found, default=None) if role is None else role
-    if wanted is None or wanted not in found:
-        raise NotFound(f"{path} holds no token{'' if wanted is None else f' for the role {wanted.label}'}")
-    return found[wanted]
+        tokens[Role.parse(words[0])] = Token(words[1])
+    role = max(tokens, default=None) if role is None else role
+    if role is None or role not in tokens:
+        raise NotFound(f"{path} holds no token{'' if role is None else f' for the role {role.label}'}")
+    return tokens[role]
 
 
 def _private_text(path: Path) -> str:
