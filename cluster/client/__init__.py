@@ -1,1 +1,1 @@
-"""The gRPC client: what a process with the base install uses to call a cluster; no ray, no torch."""
+"""The gRPC client, for processes with the base install: no Ray, no torch."""

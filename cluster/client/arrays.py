@@ -1,8 +1,7 @@
-"""The caller's arrays to the wire and back in kind: numpy stays numpy, torch stays torch on its device.
+"""Converts the caller's arrays to wire tensors and back: numpy stays numpy, torch stays torch on its device.
 
-Torch is never imported here: a tensor can only come from a process that has imported it, so it is recognised through
-the modules that are already loaded. Answers are copied out of the reply once, so they are writable and own their
-memory.
+This file never imports torch: a process that holds a tensor has already imported it, so `sys.modules` has it. Outputs
+are copied out of the reply once, so they are writable and own their memory.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from .half_precision import NARROW, check_rows, overflow, to_bfloat16, to_float1
 
 @dataclass(frozen=True)
 class ArrayKind:
-    """What an answer must be turned into: torch tensors on `device`, or numpy arrays (`torch` is None).
+    """The array type of outputs: torch tensors on `device`, or numpy arrays (`torch` is None).
 
-    `raw` leaves bfloat16 as its uint16 bits in numpy arrays; otherwise they are widened to float32. `widen` makes
-    float32 of float16 and bfloat16, because the caller's rows were narrowed.
+    `raw` keeps bfloat16 as uint16 bits in numpy arrays; otherwise it is converted to float32. `widen` converts float16
+    and bfloat16 to float32, because the caller's rows were narrowed.
     """
 
     torch: ModuleType | None = None
@@ -33,7 +32,7 @@ class ArrayKind:
     widen: bool = False
 
     def restore(self, tensor: WireTensor) -> Any:
-        """A writable array or tensor with the wire tensor's values and shape."""
+        """A writable array or tensor with the values and shape of a wire tensor."""
         return self._numpy(tensor) if self.torch is None else self._torch(self.torch, tensor)
 
     def zeros(self, rows: int) -> Any:
@@ -49,18 +48,18 @@ class ArrayKind:
 
     def _torch(self, torch: ModuleType, tensor: WireTensor) -> Any:
         dtype = getattr(torch, tensor.dtype)
-        wanted = torch.float32 if self.widen and tensor.dtype in NARROW else dtype
+        target = torch.float32 if self.widen and tensor.dtype in NARROW else dtype
         if tensor.nbytes == 0:
-            return torch.empty(tensor.shape, dtype=wanted, device=self.device)
+            return torch.empty(tensor.shape, dtype=target, device=self.device)
         owned = torch.from_numpy(np.frombuffer(tensor.data, np.uint8).copy())
-        return owned.view(dtype).reshape(tensor.shape).to(self.device).to(wanted)
+        return owned.view(dtype).reshape(tensor.shape).to(self.device).to(target)
 
 
 def to_wire(value: Any, *, name: str, raw: bool = False, narrow: str | None = None) -> tuple[WireTensor, ArrayKind]:
-    """Describe an array, a torch tensor, or anything that numpy makes an array of; say what answers must become.
+    """Convert an array, a torch tensor, or anything that numpy converts to an array; also returns the type for outputs.
 
-    `raw` sends uint16 arrays as the bits of bfloat16. `narrow` "float16" or "bfloat16" sends float32 so. Raises
-    InvalidRequest, with `name`, for what cannot be sent.
+    `raw` sends uint16 arrays as bfloat16 bits. `narrow` converts float32 to "float16" or "bfloat16". Raises
+    InvalidRequest, with `name`, for unsupported values.
     """
     torch = sys.modules.get("torch")
     tensor_class = getattr(torch, "Tensor", None)

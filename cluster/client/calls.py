@@ -1,7 +1,7 @@
-"""What a client can ask, as flows without sockets: frames and metadata out, replies and errors in.
+"""The methods of both clients as flows without sockets: frames and metadata out, replies and errors in.
 
-Both clients run these very flows; neither repeats any of it. The docstrings here are those of the clients' methods. A
-swap has an id that the client draws, and is asked for with the same id until an answer comes: it happens once.
+`Client` and `AsyncClient` both run these flows and show their docstrings. The client generates an id for each swap and
+retries with the same id until an answer comes, so that the swap happens once.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ from .seen_epoch import SeenEpoch
 from .upload import Progress, Upload, prepare, with_file_names
 
 ANSWER_SECONDS = 15.0
-"""How much longer than its staging a swap may take, to be committed and adopted by all routers."""
+"""Seconds beyond its staging timeout that a swap may take to be committed and adopted by all routers."""
 
 PATIENT = RetryPolicy(attempts=1000, first_pause=0.2, longest_pause=2.0)
 STREAM_SHARE = 4
-"""A request of more than this part of the message limit goes in chunks: its reply may be this much larger than it."""
+"""Requests above 1/4 of the message limit are sent in chunks: a reply may be that much larger than its request."""
 
 Array = TypeVar("Array")
 _TOKEN = re.compile(r"[!-~]{1,4096}")
 
 
 def new_retries(policy: RetryPolicy) -> Retries:
-    """Retries by the real clock and real chance, with a full budget."""
+    """Retries with the monotonic clock, random jitter and a full budget."""
     return Retries(policy=policy, budget=RetryBudget(), clock=time.monotonic, jitter=random.random)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calls:
-    """The methods of a cluster as flows, for one token; `timeout` in seconds is that of calls that name none."""
+    """The methods of a cluster as flows, for one token; `timeout` is the default of its calls, in seconds."""
 
     token: str = field(repr=False)
     timeout: float = 30.0
@@ -80,9 +80,9 @@ class Calls:
         check_payload_dtype(self.payload_dtype)
 
     def forward(self, /, layer: str, x: Array, **options: Any) -> Flow[Array]:
-        """Send rows `x` [T, ...] through a layer; return its output [T, ...], of the kind of `x`.
+        """Send rows `x` [T, ...] through a layer; return its output [T, ...], of the same array type as `x`.
 
-        Takes the options of `call` and raises what `call` raises.
+        Takes the same options and raises the same errors as `call`.
         """
         reply = yield from self.call(layer, x, **options)
         output: Array = reply.output
@@ -112,29 +112,28 @@ class Calls:
     ) -> Flow[Reply]:
         """Send rows `x` [T, ...] through a layer; return the output with its epoch, versions and losses.
 
-        `x` is a numpy array, what numpy makes one of, or a torch tensor, which may be on a GPU; the reply's arrays are
-        of the same kind on the same device. Without torch, bfloat16 answers come as float32; `raw=True` leaves them as
-        uint16 bits, and sends uint16 arrays as bfloat16.
+        `x` is a numpy array, anything that numpy converts to one, or a torch tensor on the CPU or a GPU. The arrays of
+        the reply have the same type and device. In numpy, bfloat16 outputs are converted to float32; `raw=True` keeps
+        them as uint16 bits, and sends uint16 arrays as bfloat16.
 
-        `gate_input` [T, ...] is what the gate looks at in place of `x`. `top_k_index` [T, K] and `top_k_weights`
-        [T, K] bring the routing, and the gate is skipped. `top_k`, and `allow` and `deny` (ids of experts), narrow the
-        gate's choice. `on_missing` ("error", "renormalize", "residual", "fallback:<expert>") and `max_lost_mass` say
-        what becomes of rows whose expert gives no answer. `epoch` asks for the very versions of an epoch that is kept,
-        as that of an earlier reply, and `pin` for those of a lease.
+        `gate_input` [T, ...] replaces `x` as the input of the gate. `top_k_index` [T, K] and `top_k_weights` [T, K]
+        set the routing and skip the gate. `top_k`, `allow` and `deny` (ids of experts) restrict the gate's choice.
+        `on_missing` ("error", "renormalize", "residual", "fallback:<expert>") and `max_lost_mass` decide what happens
+        to rows whose expert gives no answer. `epoch` runs the call on the exact versions of an epoch that the cluster
+        retains, such as that of an earlier reply; `pin` runs it on those of a lease.
 
-        `payload_dtype` "float16" or "bfloat16" sends float32 rows (`x` and `gate_input`) in half the bytes, and makes
-        float32 of what is answered in half; by default the client's, and "float32" sends rows as they are. They are
-        rounded to nearest even, so each has a relative error of up to 2**-11 or 2**-8, the answer is rounded likewise,
-        and a gate may choose otherwise where two scores are close.
+        `payload_dtype` "float16" or "bfloat16" sends float32 rows (`x` and `gate_input`) in half the bytes, and
+        converts half-precision outputs back to float32. The default is the client's setting; "float32" sends rows
+        unchanged. Rows and outputs are rounded to nearest even, with a relative error of up to 2**-11 or 2**-8, so a
+        gate may choose another expert where two scores are close.
 
-        `stream` True sends the request in chunks and lets the reply come so, as it must where it exceeds
-        `max_message_bytes`; None does so where the request exceeds a quarter of that. Arrays that are sent so must not
-        be changed before the call ends. `timeout` is in seconds; `request_id` names the call in logs, and is made up
-        where it is None.
+        `stream=True` sends the request in chunks and accepts the reply in chunks, as a reply above `max_message_bytes`
+        requires; None does so for requests above a quarter of that limit. Do not change arrays that are streamed before
+        the call ends. `timeout` is in seconds. `request_id` names the call in logs; None generates one.
 
         Raises InvalidRequest, NotFound, TooLarge, Overloaded, Unavailable, DeadlineExceeded, FailedPrecondition (also
-        for an epoch that is not kept any more), Unauthenticated or PermissionDenied. A call that was answered
-        Unavailable has been retried, within its timeout and the client's budget.
+        for an epoch that is no longer retained), Unauthenticated or PermissionDenied. Calls that fail with Unavailable
+        have already been retried, within their timeout and the client's retry budget.
         """
         narrow = half_dtype(self.payload_dtype if payload_dtype is None else payload_dtype)
         rows, routing = {"x": x, "gate_input": gate_input}, {"top_k_index": top_k_index, "top_k_weights": top_k_weights}
@@ -172,14 +171,14 @@ class Calls:
         return decode_document(frame, "status")
 
     def drain(self, *, timeout: float | None = None) -> Flow[dict[str, Any]]:
-        """Let the cluster finish what it has accepted and take no more calls; returns its status. For operators."""
+        """Make the cluster finish accepted calls and refuse new ones; returns its status. For operators."""
         frame = yield from self._ask("Drain", {}, {}, timeout, self.new_id())
         return decode_document(frame, "status")
 
     def health(self, service: str = "", *, timeout: float | None = None) -> Flow[str]:
-        """What the health protocol says now, without a retry: "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN", "UNKNOWN".
+        """The health of a service, without retries: "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN" or "UNKNOWN".
 
-        Raises NotFound for a service that the server does not know, Unavailable when there is no server.
+        Raises Unavailable if the server cannot be reached.
         """
         request = health.encode_request(service)
         once = replace(self.retries, policy=RetryPolicy(attempts=1))
@@ -202,39 +201,39 @@ class Calls:
         swap_id: str | None = None,
         progress: Progress | None = None,
     ) -> Flow[SwapOutcome]:
-        """Replace the weights of experts and gates by those of safetensors files here, all at once or none of them.
+        """Replace the weights of experts and gates with those of local safetensors files, all of them or none.
 
         `changes` maps ids to files: {"news/e3": "e3_v2.safetensors", "news/gate": "gate.safetensors"}. Every replica
-        loads and verifies the new version beside the old one before it is committed; requests under way keep theirs.
-        Returns once it is durable and every router serves it.
+        loads and verifies the new version beside the old one before the commit; requests in flight keep the old one.
+        Returns once the new versions are durable and every router serves them.
 
-        In the place of a file, {"factory": "mine:Expert", "args": [...], "kwargs": {...}, "weights": file} makes an
-        expert of other code for the same rows; what is not needed is left out. That takes an admin, and a factory that
-        `allowed_factories` of the cluster names.
+        Instead of a file, {"factory": "mine:Expert", "args": [...], "kwargs": {...}, "weights": file} creates an
+        expert with other code for the same rows; all keys but `factory` are optional. This requires the admin role, and
+        a factory listed in `allowed_factories` of the cluster.
 
         `expect` names the versions that must be current. `mode` "double" holds old and new on the device at once,
-        "staged_cpu" keeps the new one in main memory until the commit. `max_drift` bounds how far the answers to probe
-        rows may move, as relative L2 distance; `allow_norm` lets weights be of another magnitude. `timeout` bounds the
-        staging, in seconds. With `dry_run` all is done but the commit. The same `swap_id` again gives the same
-        outcome. `progress(id, sent, total)` is told of the uploads.
+        "staged_cpu" keeps the new one in main memory until the commit. `max_drift` bounds the relative L2 distance
+        between old and new outputs on probe rows; `allow_norm` accepts weights of a very different magnitude. `timeout`
+        bounds the staging, in seconds. `dry_run` does everything but the commit. Repeating a `swap_id` returns the
+        outcome of the first swap. `progress(id, sent, total)` is called as uploads proceed.
 
-        Raises NotFound for an id or file, DataLoss, InvalidRequest or FailedPrecondition for what is wrong with a file,
-        TooLarge, Aborted where another change was faster, DeadlineExceeded; the old versions then serve on, unless
-        the message says that the outcome is open.
+        Raises NotFound for an id or file, DataLoss, InvalidRequest or FailedPrecondition for a bad file, TooLarge,
+        Aborted if a concurrent change came first, or DeadlineExceeded. The old versions then continue to serve, unless
+        the message says that the outcome is unknown.
         """
         if not isinstance(changes, Mapping) or not changes:
             raise InvalidRequest('say what to swap, as in swap({"news/e3": "e3_v2.safetensors"})')
-        asked: dict[str, dict[str, Any]] = {}
+        requested: dict[str, dict[str, Any]] = {}
         uploads: dict[str, Upload] = {}
         for id, change in changes.items():
-            asked[id] = dict(change) if isinstance(change, Mapping) else {"weights": change}
-            if "weights" in asked[id]:
-                uploads[id] = yield from prepare(id, asked[id].pop("weights"))
-                asked[id] |= {"upload": uploads[id].upload_id, "sha256": uploads[id].sha256}
+            requested[id] = dict(change) if isinstance(change, Mapping) else {"weights": change}
+            if "weights" in requested[id]:
+                uploads[id] = yield from prepare(id, requested[id].pop("weights"))
+                requested[id] |= {"upload": uploads[id].upload_id, "sha256": uploads[id].sha256}
         policy: dict[str, Any] = {"allow_norm": allow_norm}
         if max_drift is not None:
             policy["max_drift"] = max_drift
-        request = swap_request(asked, expect, policy, mode, timeout, dry_run, swap_id)
+        request = swap_request(requested, expect, policy, mode, timeout, dry_run, swap_id)
         try:
             for id, upload in uploads.items():
                 yield from upload.send(id, self._send_chunk, self.max_message_bytes, progress)
@@ -252,32 +251,32 @@ class Calls:
         dry_run: bool = False,
         swap_id: str | None = None,
     ) -> Flow[SwapOutcome]:
-        """Bring earlier versions of experts and gates back, all at once: a swap like any other.
+        """Restore earlier versions of experts and gates with one swap, all of them or none.
 
-        `to` names the version, or the version of each id; by default each gets the one before its current one in its
-        history. `expect` names the versions that must be current; by default those that the history showed.
+        `to` names the version, or maps each id to its version; the default is the version before the current one in
+        the history. `expect` names the versions that must be current; the default is those in the history.
 
-        Raises NotFound, FailedPrecondition where no earlier version is kept, and what `swap` raises.
+        Raises NotFound, FailedPrecondition if no earlier version is retained, and the errors of `swap`.
         """
         if not ids or (isinstance(to, str) and len(ids) > 1):
             raise InvalidRequest('say what to roll back, as in rollback("news/e3"); for several ids, `to` is a map')
-        given = {ids[0]: to} if isinstance(to, str) else dict(to or {})
-        if not given.keys() <= set(ids):
-            raise InvalidRequest(f"`to` names an id that is not rolled back: {sorted(given.keys() - set(ids))[0]}")
+        targets = {ids[0]: to} if isinstance(to, str) else dict(to or {})
+        if not targets.keys() <= set(ids):
+            raise InvalidRequest(f"`to` names an id that is not rolled back: {sorted(targets.keys() - set(ids))[0]}")
         current: dict[str, str] = {}
         for id in ids:
-            kept = yield from self.history(id)
-            current[id], before = _around(id, kept)
-            given.setdefault(id, before or "")
-            if not given[id]:
+            history = yield from self.history(id)
+            current[id], before = _around(id, history)
+            targets.setdefault(id, before or "")
+            if not targets[id]:
                 raise FailedPrecondition(f"{id} has no version before {current[id]} in its history")
-        asked = {id: {"version": version} for id, version in given.items()}
+        requested = {id: {"version": version} for id, version in targets.items()}
         wanted = current if expect is None else expect
-        request = swap_request(asked, wanted, {"allow_norm": True}, mode, timeout, dry_run, swap_id)
+        request = swap_request(requested, wanted, {"allow_norm": True}, mode, timeout, dry_run, swap_id)
         return (yield from self._swap(request))
 
     def history(self, id: str, *, timeout: float | None = None) -> Flow[list[dict[str, Any]]]:
-        """The versions of an expert or gate that are kept, oldest first; "current" marks the one that serves.
+        """The versions of an expert or gate that are history, oldest first; "current" marks the one that serves.
 
         Each tells its version, parent, note, nbytes, when it was created (seconds since 1970), and the epochs that name
         it. Raises NotFound.
@@ -289,7 +288,7 @@ class Calls:
         return versions
 
     def swap_progress(self, swap_id: str, *, timeout: float | None = None) -> Flow[dict[str, Any]]:
-        """How far a swap is: "phase", and while it is staged "receipts" there and "needed". Raises NotFound."""
+        """The progress of a swap: "phase", and while staging the "receipts" so far and "needed". Raises NotFound."""
         frame = yield from self._ask("SwapProgress", {"swap_id": swap_id}, {}, timeout, self.new_id())
         return decode_document(frame, "progress")
 
@@ -301,11 +300,11 @@ class Calls:
         return lease
 
     def give_back(self, lease: Lease) -> Flow[None]:
-        """End a lease; one that is over is no error."""
+        """End a lease; a lease that has already ended is not an error."""
         yield from self._ask("Unpin", {"pin": lease.pin}, {}, None, self.new_id())
 
     def _swap(self, request: SwapAsked) -> Flow[SwapOutcome]:
-        """Ask for a swap until there is an answer; it happens once, however often it is asked for."""
+        """Request a swap and retry until there is an answer; repeated requests with its id do not repeat the swap."""
         retries = replace(self.retries, policy=PATIENT, budget=RetryBudget(ratio=0.0, reserve=float(PATIENT.attempts)))
         patient = replace(self, retries=retries)
         document = to_tensor(asdict(request))
@@ -336,7 +335,7 @@ class Calls:
         timeout: float | None,
         request_id: Any,
     ) -> Flow[Frame]:
-        """Call with one message where the request is small, so that the reply has room in one too; else in chunks."""
+        """Send a small request as one message, so that its reply fits into one too; send larger ones in chunks."""
         parts = encode_parts("call", meta, tensors)
         size = sum(len(part) for part in parts)
         if stream is False or (stream is None and size <= self.max_message_bytes // STREAM_SHARE):
@@ -351,7 +350,7 @@ class Calls:
         return _decoded(answer, self.max_request_bytes, request_id)
 
     def _ask_once(self, method: str, parts: list[Buffer], timeout: float | None, request_id: Any) -> Flow[Frame]:
-        """Ask with one message, joined from its parts: the only copy of them that is made here."""
+        """Send one message, joined from its parts; this is the only copy of them here."""
         size = sum(len(part) for part in parts)
         if size > self.max_message_bytes:
             raise TooLarge(
@@ -383,17 +382,17 @@ def _decoded(answer: Buffer, most: int, request_id: Any) -> Frame:
         raise DataLoss(f"the reply cannot be read: {error}", request_id=request_id) from None
 
 
-def _around(id: str, kept: list[dict[str, Any]]) -> tuple[str, str | None]:
-    """The current version of a history, and the one before it."""
-    versions = [str(item.get("version")) for item in kept]
-    places = [place for place, item in enumerate(kept) if item.get("current")]
-    if not places:
+def _around(id: str, history: list[dict[str, Any]]) -> tuple[str, str | None]:
+    """The current version in a history, and the one before it."""
+    versions = [str(item.get("version")) for item in history]
+    positions = [position for position, item in enumerate(history) if item.get("current")]
+    if not positions:
         raise FailedPrecondition(f"{id} has no current version: is the cluster still starting?")
-    return versions[places[0]], versions[places[0] - 1] if places[0] else None
+    return versions[positions[0]], versions[positions[0] - 1] if positions[0] else None
 
 
 def _open_ended(error: ExpertMeshError, swap_id: str) -> ExpertMeshError:
-    """The error of a swap that may yet happen, or has."""
+    """The error of a swap whose outcome is unknown, with the way to learn it."""
     error.message += f"; the outcome of swap {swap_id} is unknown: ask again with swap_id={swap_id!r}"
     error.args = (error.message,)
     return error

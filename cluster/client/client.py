@@ -1,7 +1,7 @@
-"""The clients: a blocking one and one for asyncio, thin drivers of the flows in calls.py over gRPC.
+"""The blocking client and the asyncio client: thin drivers of the flows in calls.py over gRPC.
 
-Each client does its own I/O. The blocking one does not run the other's event loop in a thread: gRPC's asyncio layer
-polls one queue for all loops of a process, and complains when there are several.
+Each client does its own I/O. The blocking client does not run an event loop in a thread, because gRPC's asyncio layer
+polls one queue for all loops of a process, and complains about several.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def _blocking(flow: Callable[Concatenate[Calls, P], Flow[T]]) -> Callable[Concatenate[Client, P], T]:
-    """A method of `Client` that runs a flow of `Calls` to its end."""
+    """Turn a flow of `Calls` into a method of `Client`."""
 
     @functools.wraps(flow)
     def method(client: Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -45,7 +45,7 @@ def _blocking(flow: Callable[Concatenate[Calls, P], Flow[T]]) -> Callable[Concat
 def _awaiting(
     flow: Callable[Concatenate[Calls, P], Flow[T]],
 ) -> Callable[Concatenate[AsyncClient, P], Awaitable[T]]:
-    """A method of `AsyncClient` that runs a flow of `Calls` to its end."""
+    """Turn a flow of `Calls` into a method of `AsyncClient`."""
 
     @functools.wraps(flow)
     async def method(client: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -55,7 +55,7 @@ def _awaiting(
 
 
 def _described(method: Method, flow: Callable[..., Flow[Any]]) -> Method:
-    """The method with the signature of its flow, but for what it returns: the flow's result, which users see."""
+    """The method with the signature of its flow, and the flow's result as its return type."""
     signature = inspect.signature(flow)
     result = str(signature.return_annotation).removeprefix("Flow[").removesuffix("]")
     vars(method)["__signature__"] = signature.replace(return_annotation=result)
@@ -64,7 +64,7 @@ def _described(method: Method, flow: Callable[..., Flow[Any]]) -> Method:
 
 
 class _Connected:
-    """What both clients know: where to call, and the flows of the methods."""
+    """The shared part of both clients: the endpoint, and the flows of the methods."""
 
     def __init__(
         self,
@@ -79,17 +79,17 @@ class _Connected:
         payload_dtype: str | None = None,
         retry: RetryPolicy | None = None,
     ) -> None:
-        """Prepare calls to `endpoint` ("host:port"); None finds this user's cluster, by `name` among several.
+        """Prepare calls to `endpoint` ("host:port"); None finds this user's running cluster, by `name` among several.
 
-        `token` None takes EXPERTMESH_TOKEN from the environment, else the token file of this user's cluster at that
-        endpoint. `timeout` is in seconds and holds for every call that names none. `ca_cert`, a PEM file, turns TLS on,
-        which anything but loopback needs. `retry` None tries a call at most 3 times.
+        `token` None uses EXPERTMESH_TOKEN from the environment, else the token file of this user's cluster at that
+        endpoint. `timeout` is the default of all calls, in seconds. `ca_cert`, a PEM file, enables TLS, which every
+        endpoint but loopback requires. `retry` None makes at most 3 attempts per call.
 
-        `max_message_bytes` bounds one gRPC message, `max_request_bytes` a request or reply that crosses in chunks, as
-        requests do by themselves from a quarter of the former on. `payload_dtype` "float16" or "bfloat16" sends float32
-        rows in half the bytes, as `call` explains.
+        `max_message_bytes` bounds one gRPC message, `max_request_bytes` a request or reply in chunks. Requests above a
+        quarter of `max_message_bytes` are sent in chunks by default. `payload_dtype` "float16" or "bfloat16" sends
+        float32 rows in half the bytes, as `call` explains.
 
-        Raises NotFound, Unauthenticated when there is no token, InvalidRequest.
+        Raises NotFound, InvalidRequest, or Unauthenticated if there is no token.
         """
         self._endpoint: Endpoint = resolve(endpoint, token=token, name=name, ca_cert=ca_cert)
         self._calls = Calls(
@@ -108,11 +108,11 @@ class _Connected:
 
     @property
     def endpoint(self) -> str:
-        """Where this client calls: "host:port"."""
+        """The address of the server: "host:port"."""
         return self._endpoint.address
 
     def _connect(self) -> Any:
-        """The channel to start with."""
+        """The initial channel."""
         raise NotImplementedError
 
     def _check_open(self) -> None:
@@ -120,7 +120,7 @@ class _Connected:
             raise FailedPrecondition("this client is closed: create a new one")
 
     def _open(self, module: Any) -> Any:
-        """A channel of `grpc` or `grpc.aio`; connecting happens at the first call."""
+        """A channel of `grpc` or `grpc.aio`; it connects at the first call."""
         options = client_options(self._calls.max_message_bytes, loopback=self._endpoint.loopback)
         if self._endpoint.ca_cert is None:
             return module.insecure_channel(self._endpoint.address, options=options)
@@ -129,7 +129,7 @@ class _Connected:
 
 
 class Client(_Connected):
-    """A blocking client of one cluster. Any number of threads may share it; it reconnects by itself.
+    """A blocking client of one cluster. Threads may share it; it reconnects automatically.
 
     Example:
         with Client("127.0.0.1:50051") as client:
@@ -154,17 +154,17 @@ class Client(_Connected):
     def pin(self, ttl: float = 30.0) -> Iterator[Lease]:
         """Lease the current epoch for several calls: `with client.pin() as lease: client.call("news", x, pin=lease)`.
 
-        The lease ends with the block, or `ttl` seconds (at most 60) after its last use. Raises what a call raises.
+        The lease ends with the block, or `ttl` seconds (at most 60) after its last use. Raises the errors of a call.
         """
         lease = drive(self._calls.lease(ttl), self._perform)
         try:
             yield lease
         finally:
-            with suppress(ExpertMeshError):  # it ends by itself
+            with suppress(ExpertMeshError):  # it expires anyway
                 drive(self._calls.give_back(lease), self._perform)
 
     def close(self) -> None:
-        """Close the connection; calls in flight end with an error. Closing twice is harmless."""
+        """Close the connection; calls in flight fail with an error. Closing twice is harmless."""
         self._closed = True
         self._channel.close()
 
@@ -194,13 +194,13 @@ class Client(_Connected):
             return reply
         except grpc.RpcError as error:
             return _translate(error)
-        except ValueError:  # what gRPC says when another thread closes the channel before the call has begun
+        except ValueError:  # gRPC's error if another thread closes the channel before the call begins
             self._check_open()
             raise
 
 
 class AsyncClient(_Connected):
-    """A client of one cluster for asyncio, with the methods of `Client` as coroutines. It belongs to one event loop.
+    """An asyncio client of one cluster, with the methods of `Client` as coroutines. It belongs to one event loop.
 
     Example:
         async with AsyncClient("127.0.0.1:50051") as client:
@@ -228,7 +228,7 @@ class AsyncClient(_Connected):
         try:
             yield lease
         finally:
-            with suppress(ExpertMeshError):  # it ends by itself
+            with suppress(ExpertMeshError):  # it expires anyway
                 await drive_async(self._calls.give_back(lease), self._perform)
 
     async def close(self) -> None:
@@ -244,7 +244,7 @@ class AsyncClient(_Connected):
         await self.close()
 
     def _connect(self) -> Any:
-        return None  # made by the first call, in its event loop
+        return None  # created by the first call, in its event loop
 
     async def _perform(self, step: Step) -> Answer:
         if isinstance(step, Pause):
@@ -261,12 +261,12 @@ class AsyncClient(_Connected):
             return reply
         except grpc.RpcError as error:
             return _translate(error)
-        except grpc.aio.UsageError:  # what gRPC says when another task closes the channel before the call has begun
+        except grpc.aio.UsageError:  # gRPC's error if another task closes the channel before the call begins
             self._check_open()
             raise
 
     def _connection(self) -> Any:
-        """The channel, which gRPC ties to the event loop that is running when it is made."""
+        """The channel, which gRPC binds to the event loop that is running when the channel is created."""
         self._check_open()
         loop = asyncio.get_running_loop()
         if self._channel is None:
@@ -277,5 +277,5 @@ class AsyncClient(_Connected):
 
 
 def _translate(error: Any) -> ExpertMeshError:
-    """The border: what gRPC raises becomes one of ours, by the one table in rpc/status.py."""
+    """Convert a gRPC error into an ExpertMeshError, with the table in rpc/status.py."""
     return from_status(error.code().name, error.details() or "", error.trailing_metadata() or ())

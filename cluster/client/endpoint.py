@@ -1,4 +1,4 @@
-"""Where a client calls and with which token: given, from the environment, or found in this user's run files."""
+"""Finds the endpoint and token of a client: from arguments, the environment, or this user's run files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """A server and what opens it. `ca_cert` is the PEM text that TLS trusts; None is a plain connection."""
+    """A server's address and credentials. `ca_cert` is the PEM text that TLS trusts; None means no TLS."""
 
     address: str
     token: str = field(repr=False)
@@ -34,12 +34,12 @@ def resolve(
     ca_cert: str | os.PathLike[str] | None,
     token_option: str = "token=",
 ) -> Endpoint:
-    """Find what was not given: the endpoint in the run file of the cluster `name`, the token in its token file.
+    """Find missing arguments: the endpoint in the run file of the cluster `name`, the token in its token file.
 
-    `token_option` is what a caller who has no token is told to give.
+    `token_option` is the option that the error for a missing token suggests.
 
-    Raises NotFound when there is no such cluster, Unauthenticated when no token is found, InvalidRequest for an
-    address that is none, or one beyond loopback without TLS.
+    Raises NotFound if there is no such cluster, Unauthenticated if there is no token, and InvalidRequest for a
+    malformed address, or one beyond loopback without TLS.
     """
     token_path: Path | None = None
     if endpoint is None:

@@ -1,6 +1,6 @@
-"""float32 rows as float16 or bfloat16, which halves what crosses the wire; in numpy alone, rounded to nearest even.
+"""Converts float32 rows to float16 or bfloat16, which halves the bytes on the wire; rounds to nearest even.
 
-No torch in here: numpy has no bfloat16, so its bits are computed on uint32, block by block, within the caches.
+No torch here: numpy has no bfloat16, so its bits are computed on uint32, in blocks that fit into the caches.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ...experts.errors import InvalidRequest
 
 NARROW = ("float16", "bfloat16")
 AS_IT_IS = "float32"
-"""The payload dtype of a call that sends its rows as they are, whatever its client says."""
+"""The payload dtype that sends rows unchanged, and overrides the client's setting."""
 
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
 BLOCK = 1 << 16
@@ -27,9 +27,9 @@ def check_payload_dtype(dtype: object) -> None:
 
 
 def check_rows(name: str, dtype: str, narrow: str) -> bool:
-    """Whether rows of a dtype are to be narrowed; those of two bytes are sent as they are.
+    """Whether to narrow rows of a dtype; float16 and bfloat16 rows are sent unchanged.
 
-    Raises InvalidRequest for rows of any other dtype than float32.
+    Raises InvalidRequest for any other dtype than float32.
     """
     if dtype in NARROW:
         return False
@@ -42,7 +42,7 @@ def check_rows(name: str, dtype: str, narrow: str) -> bool:
 
 
 def overflow(name: str, narrow: str) -> InvalidRequest:
-    """What is raised where rows that are finite would become infinite."""
+    """The error for finite values that would become infinite."""
     other = '"bfloat16" or "float32"' if narrow == "float16" else '"float32"'
     return InvalidRequest(
         f"{name} holds values beyond {LARGEST[narrow]:g}, the largest {narrow}: call with payload_dtype={other}"
@@ -50,7 +50,7 @@ def overflow(name: str, narrow: str) -> InvalidRequest:
 
 
 def to_float16(values: Array, name: str = "x") -> Array:
-    """float32 as float16, rounded to nearest even. Raises InvalidRequest for a finite value that is beyond float16."""
+    """Convert float32 to float16, rounded to nearest even. Raises InvalidRequest if a finite value overflows."""
     with np.errstate(over="ignore", under="ignore"):
         narrow: Array = values.astype(np.float16)
     _check_finite(values, np.isinf(narrow), "float16", name)
@@ -58,9 +58,9 @@ def to_float16(values: Array, name: str = "x") -> Array:
 
 
 def to_bfloat16(values: Array, name: str = "x") -> Array:
-    """float32 as the bits of bfloat16 (uint16), rounded to nearest even; NaN stays NaN, with its sign.
+    """Convert float32 to bfloat16 bits (uint16), rounded to nearest even; NaN stays NaN, with its sign.
 
-    Raises InvalidRequest for a finite value that is beyond bfloat16.
+    Raises InvalidRequest if a finite value overflows.
     """
     source = np.ascontiguousarray(values).reshape(-1)
     bits_of = source.view(np.uint32)

@@ -1,4 +1,4 @@
-"""What a caller gets: the output, and which versions made it.
+"""The reply to a call: the output, and the versions that computed it.
 
 Shapes: T rows, K experts a row.
 """
@@ -17,12 +17,12 @@ from .arrays import ArrayKind
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reply:
-    """The answer of a layer. Its arrays are of the caller's kind, writable, and own their memory.
+    """The output of a layer and its metadata. The arrays have the caller's type, are writable, and own their memory.
 
     `output` is [T, ...]; `lost_mass` is float32 [T], the share of each row's |gate weight| whose expert gave no answer,
-    and `max_lost_mass` its maximum. `versions` names every expert that took part, and the gate; `epoch` is one of
-    `cluster`. `degraded` is true when anything is `missing`. `dropped` counts (row, expert) pairs that capacity turned
-    away. `indices` [T, K] and `weights` [T, K] are None unless the call asked for `return_routing=True`.
+    and `max_lost_mass` its maximum. `versions` has the version of the gate and of every expert that took part; `epoch`
+    is an epoch of `cluster`. `degraded` is true if any expert is `missing`. `dropped` counts (row, expert) pairs beyond
+    capacity. `indices` [T, K] and `weights` [T, K] are None unless the call set `return_routing=True`.
 
     Example:
         reply = client.call("news", x)
@@ -54,19 +54,19 @@ class Reply:
 
 
 def read_reply(frame: Frame, *, rows: int, kind: ArrayKind) -> Reply:
-    """Check a reply frame for a call of `rows` rows, and turn its tensors into what the caller gave.
+    """Check a reply frame for a call of `rows` rows, and convert its tensors to the caller's array type.
 
-    Raises DataLoss for a frame that is no such reply.
+    Raises DataLoss for any other frame.
     """
     if frame.kind != "reply":
         raise DataLoss(f"expected a reply frame, but the server sent a {frame.kind[:64]!r} frame")
     summary = read_answer(CallSummary, frame.meta)
     output = _tensor(frame, "output", rows)
     lost_mass = _optional(frame, "lost_mass", rows, kind)
-    told = vars(summary) | {"max_lost_mass": float(summary.max_lost_mass)}
+    fields = vars(summary) | {"max_lost_mass": float(summary.max_lost_mass)}
     routing = {name: _optional(frame, name, rows, kind) for name in ("indices", "weights")}
     lost_mass = kind.zeros(rows) if lost_mass is None else lost_mass
-    return Reply(output=kind.restore(output), lost_mass=lost_mass, **told, **routing)
+    return Reply(output=kind.restore(output), lost_mass=lost_mass, **fields, **routing)
 
 
 def _optional(frame: Frame, name: str, rows: int, kind: ArrayKind) -> Any:

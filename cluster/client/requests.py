@@ -1,4 +1,4 @@
-"""From a caller's arguments to what a request says, checked here as the server will check it."""
+"""Converts a caller's arguments to the fields of a request, with the checks of the server."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .half_precision import AS_IT_IS, check_payload_dtype
 
 
 def half_dtype(payload_dtype: object) -> str | None:
-    """The dtype in which float32 rows are sent, None for float32. Raises InvalidRequest for an unknown one."""
+    """The narrow dtype for float32 rows, None for float32 itself. Raises InvalidRequest for an unknown dtype."""
     check_payload_dtype(payload_dtype)
     return payload_dtype if isinstance(payload_dtype, str) and payload_dtype != AS_IT_IS else None
 
 
 def check_timeout(timeout: float) -> float:
-    """A timeout in seconds, finite and above 0. Raises InvalidRequest."""
+    """Check a timeout in seconds, finite and above 0. Raises InvalidRequest."""
     if not is_number(timeout):
         raise InvalidRequest("timeout must be a number of seconds")
     if not (math.isfinite(timeout) and timeout > 0):
@@ -39,10 +39,10 @@ def expert_names(names: Sequence[str] | None) -> list[str] | None:
 
 
 def call_fields(options: CallOptions) -> dict[str, Any]:
-    """The options of a call that differ from their defaults, checked as the server will check them."""
-    given = {item.name: getattr(options, item.name) for item in fields(options) if not _is_default(options, item)}
-    from_mapping(CallOptions, given)
-    return given
+    """The options of a call that differ from their defaults, with the checks of the server."""
+    changed = {item.name: getattr(options, item.name) for item in fields(options) if not _is_default(options, item)}
+    from_mapping(CallOptions, changed)
+    return changed
 
 
 def _is_default(options: CallOptions, item: Field[Any]) -> bool:
@@ -59,7 +59,7 @@ def swap_request(
     dry_run: bool,
     swap_id: str | None,
 ) -> SwapAsked:
-    """The request for a swap, checked as the server will check it. Raises InvalidRequest."""
+    """Build the request for a swap, with the checks of the server. Raises InvalidRequest."""
     fields = {
         "swap_id": uuid.uuid4().hex if swap_id is None else swap_id, "changes": changes, "expect": dict(expect or {}),
         "policy": policy, "mode": mode, "timeout": timeout, "dry_run": dry_run,

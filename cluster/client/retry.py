@@ -1,8 +1,8 @@
 """One call as a flow without I/O: which attempts to make, how long to pause between them, when to give up.
 
-A flow yields an `Attempt` and is sent the reply's bytes or the error; it yields `Work` and is sent what that returns;
-it yields a `Pause` and is sent nothing. It returns its result or raises. Whoever drives it owns the socket, the threads
-and the sleep.
+A flow is a generator. It yields an `Attempt` and receives the reply's bytes or the error; it yields `Work` and receives
+its result; it yields a `Pause` and receives None. It returns the call's result or raises. The driver of the flow owns
+the socket, the threads and the sleep.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Pause:
-    """Wait for `seconds` before the flow goes on."""
+    """Sleep for `seconds` before the flow continues."""
 
     seconds: float
 
 
 @dataclass(frozen=True)
 class Work:
-    """Run `action`, which may wait for the disk; what it raises ends the flow."""
+    """Run `action`, which may wait for the disk; an exception ends the flow."""
 
     action: Callable[[], bytes]
 
@@ -49,7 +49,7 @@ Flow = Generator[Step, Answer, T]
 
 
 def drive(flow: Flow[T], perform: Callable[[Step], Answer]) -> T:
-    """Run a flow to its end; `perform` makes each attempt, and each pause."""
+    """Run a flow to its end; `perform` executes each step."""
     answer: Answer = None
     try:
         while True:
@@ -60,7 +60,7 @@ def drive(flow: Flow[T], perform: Callable[[Step], Answer]) -> T:
 
 
 async def drive_async(flow: Flow[T], perform: Callable[[Step], Awaitable[Answer]]) -> T:
-    """Like `drive`, where to perform a step is to await it."""
+    """Like `drive`, with an asynchronous `perform`."""
     answer: Answer = None
     try:
         while True:
@@ -72,22 +72,22 @@ async def drive_async(flow: Flow[T], perform: Callable[[Step], Awaitable[Answer]
 
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
-    """How a call that was answered UNAVAILABLE is tried again: seconds double from `first_pause` to `longest_pause`."""
+    """Retries of calls that fail with UNAVAILABLE: pauses double from `first_pause` to `longest_pause` seconds."""
 
     attempts: int = 3
     first_pause: float = 0.1
     longest_pause: float = 2.0
 
     def pause(self, retries: int, jitter: float) -> float:
-        """Seconds before the next retry after `retries` of them; `jitter` in [0, 1) takes up to half away."""
+        """Seconds to pause after `retries` retries; `jitter` in [0, 1) shortens the pause by up to half."""
         return min(self.longest_pause, self.first_pause * 2.0 ** min(retries, 60)) * (1.0 - jitter / 2.0)
 
 
 class RetryBudget:
-    """A token bucket that keeps retries at `ratio` of the calls, so that a client never doubles the load of a bad day.
+    """A token bucket that limits retries to `ratio` of the calls, so that retries never amplify an overload.
 
-    A call deposits `ratio`, a retry takes 1. A fresh bucket is lent `reserve` tokens, which its first calls pay back:
-    over any n calls there are never more than max(reserve, ratio * n) retries. Safe to share between threads.
+    A call deposits `ratio`, a retry takes 1. A new bucket starts with a loan of `reserve` tokens, which the first calls
+    pay back: n calls have at most max(reserve, ratio * n) retries. Thread-safe.
     """
 
     def __init__(self, *, ratio: float = 0.1, reserve: float = 10.0) -> None:
@@ -104,7 +104,7 @@ class RetryBudget:
                 self._tokens = min(self._reserve, self._tokens + self._ratio)
 
     def withdraw(self) -> bool:
-        """Take the token for one retry; False when there is none."""
+        """Take the token for one retry; False if there is none."""
         with self._lock:
             if self._tokens < 1.0:
                 return False
@@ -114,7 +114,7 @@ class RetryBudget:
 
 @dataclass(frozen=True, kw_only=True)
 class Retries:
-    """What retries of one client share: policy, budget, clock (monotonic seconds) and jitter (uniform in [0, 1))."""
+    """The retry state of one client: policy, budget, clock (monotonic seconds) and jitter (uniform in [0, 1))."""
 
     policy: RetryPolicy
     budget: RetryBudget
@@ -129,29 +129,29 @@ class Retries:
         timeout: float,
         metadata: tuple[tuple[str, str], ...] = (),
     ) -> Flow[Buffer]:
-        """Try until an answer comes, the error is no Unavailable, or attempts, budget or `timeout` run out.
+        """Retry until an answer or an error other than Unavailable comes, or attempts, budget or `timeout` run out.
 
-        Raises the last error that was sent in, or DeadlineExceeded.
+        Raises the last error, or DeadlineExceeded.
         """
         deadline = self.clock() + timeout
         self.budget.deposit()
         retries = 0
         while True:
-            left = deadline - self.clock()
-            if left <= 0:
+            remaining = deadline - self.clock()
+            if remaining <= 0:
                 raise DeadlineExceeded(f"no answer within {timeout:g} s")
-            answer = yield Attempt(method, payload, left, metadata)
+            answer = yield Attempt(method, payload, remaining, metadata)
             if isinstance(answer, (bytes, memoryview)):
                 return answer
             if answer is None:
                 raise ExpertMeshError("an attempt ended without an answer")
             pause = self.policy.pause(retries, self.jitter())
-            if not self._again(answer, retries, pause, deadline):
+            if not self._may_retry(answer, retries, pause, deadline):
                 raise answer
             yield Pause(pause)
             retries += 1
 
-    def _again(self, error: ExpertMeshError, retries: int, pause: float, deadline: float) -> bool:
+    def _may_retry(self, error: ExpertMeshError, retries: int, pause: float, deadline: float) -> bool:
         return (
             isinstance(error, Unavailable)
             and retries + 1 < self.policy.attempts

@@ -1,4 +1,4 @@
-"""What a client has seen of a cluster: its highest epoch, so that no later call is answered from an older one."""
+"""The highest epoch that a client has seen of a cluster, so that no later call is answered from an older one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class SeenEpoch:
-    """The highest epoch of the cluster that was met last. Safe to share between threads."""
+    """The highest epoch of the cluster that answered last. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -15,7 +15,7 @@ class SeenEpoch:
         self._epoch = 0
 
     def note(self, cluster: str, epoch: int) -> None:
-        """Take the epoch of a reply; another cluster than before makes what was seen of that one meaningless."""
+        """Record the epoch of a reply; a reply from another cluster replaces the old epoch."""
         if not cluster:
             return
         with self._lock:
@@ -23,6 +23,6 @@ class SeenEpoch:
             self._cluster = cluster
 
     def options(self) -> dict[str, Any]:
-        """What a call says of it."""
+        """The options that a call sends for this."""
         with self._lock:
             return {"min_epoch": self._epoch, "cluster": self._cluster}

@@ -1,4 +1,4 @@
-"""A stream from the client's side, over a call of gRPC's (not imported here): sent in chunks, received in chunks."""
+"""The client's side of a stream: sends and receives chunks over a gRPC call (gRPC is not imported here)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ..rpc.streams import ADMITTED, Streamed, StreamedAnswer
 
 
 def exchange(stream: Any, most: int) -> Buffer | ExpertMeshError:
-    """The reply to a stream whose requests gRPC takes from an iterator by itself; `most` bounds its bytes.
+    """Read the reply of a stream whose requests gRPC reads from an iterator; `most` bounds the reply's bytes.
 
-    Raises what gRPC raises.
+    Raises the errors of gRPC.
     """
     answer = StreamedAnswer(most)
     try:
@@ -28,10 +28,10 @@ def exchange(stream: Any, most: int) -> Buffer | ExpertMeshError:
 
 
 async def exchange_async(stream: Any, sent: Streamed) -> Buffer | ExpertMeshError:
-    """Send, and return the reply, over a stream of gRPC's asyncio layer. Raises what gRPC raises."""
+    """Send a request over a gRPC asyncio stream and return the reply. Raises the errors of gRPC."""
     answer = StreamedAnswer(sent.most)
     try:
-        with suppress(asyncio.InvalidStateError):  # the server has ended it: reading says why
+        with suppress(asyncio.InvalidStateError):  # the server has ended the stream: reading raises the reason
             await _send(stream, sent)
         async for message in stream:
             answer.take(message)
@@ -43,7 +43,7 @@ async def exchange_async(stream: Any, sent: Streamed) -> Buffer | ExpertMeshErro
 
 
 async def _send(stream: Any, sent: Streamed) -> None:
-    """Announce, and go on once the server agrees: gRPC loses the status of a stream that ends during a write."""
+    """Send the opening, then the rest once admitted: gRPC loses the status of a stream that ends during a write."""
     messages = sent.messages()
     await stream.write(next(messages))
     if ADMITTED in tuple(await stream.initial_metadata()):

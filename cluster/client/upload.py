@@ -1,4 +1,4 @@
-"""Weights files that a client uploads: read and sent in chunks, never in memory as a whole; a flow without sockets."""
+"""Uploads of weights files as flows without sockets: read and sent in chunks, never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..rpc.swaps import CHUNK_BYTES, DATA, UploadState, read_answer
 from .retry import Flow, Work
 
 Progress = Callable[[str, int, int], None]
-"""Called as an upload proceeds: the id that it is for, the bytes that have arrived, and the total."""
+"""Called as an upload proceeds: the id, the bytes that have arrived, and the total."""
 
 Send = Callable[[dict[str, Any], dict[str, WireTensor]], Flow[Frame]]
 """Sends one chunk: its fields and its bytes."""
@@ -30,7 +30,7 @@ STALLS = 5
 
 @dataclass(frozen=True)
 class Upload:
-    """A file to send, under the id of its upload."""
+    """A file to send, and the id of its upload."""
 
     upload_id: str
     file: LocalFile
@@ -38,9 +38,9 @@ class Upload:
     sha256: str
 
     def send(self, id: str, send: Send, max_message_bytes: int, progress: Progress | None) -> Flow[None]:
-        """Send the file in chunks, from where the server says. A chunk that is sent twice does no harm.
+        """Send the file in chunks, each from the offset that the server requests. Repeating a chunk is harmless.
 
-        Raises NotFound, DataLoss, Unavailable if the server takes no further bytes, and what `send` raises.
+        Raises NotFound, DataLoss, Unavailable if the server accepts no more bytes, and the errors of `send`.
         """
         chunk, offset, stalls = min(CHUNK_BYTES, max_message_bytes - FRAME_BYTES), 0, 0
         while True:
@@ -55,7 +55,7 @@ class Upload:
             offset = state.next
 
     def _send_chunk(self, offset: int, size: int, send: Send) -> Flow[UploadState]:
-        data = yield from _worked(partial(self.file.read, offset, size))
+        data = yield from _run_work(partial(self.file.read, offset, size))
         last = offset + size == self.total
         fields = {
             "upload_id": self.upload_id,
@@ -69,17 +69,17 @@ class Upload:
 
 
 def prepare(id: str, path: object) -> Flow[Upload]:
-    """The upload of a file for an id: its size and sha256 are read. Raises InvalidRequest or NotFound."""
+    """Prepare the upload of a file for an id: read its size and sha256. Raises InvalidRequest or NotFound."""
     if not isinstance(path, (str, os.PathLike)):
         raise InvalidRequest(f"{id}: pass the path of a safetensors file, not {path!r}")
     file = LocalFile(Path(path))
     total = file.size()
-    sha256 = yield from _worked(file.sha256)
+    sha256 = yield from _run_work(file.sha256)
     return Upload(uuid.uuid4().hex, file, total, sha256.hex())
 
 
 def with_file_names(error: ExpertMeshError, uploads: Iterable[Upload]) -> ExpertMeshError:
-    """The error with the names of files in place of the ids of their uploads, which mean nothing to the caller."""
+    """The error with file names in place of upload ids, which mean nothing to the caller."""
     for upload in uploads:
         error.message = error.message.replace(upload.upload_id, upload.file.path.name)
     error.args = (error.message,)
@@ -88,22 +88,22 @@ def with_file_names(error: ExpertMeshError, uploads: Iterable[Upload]) -> Expert
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file by its path. One that cannot be read raises NotFound with the path."""
+    """A file by its path. Methods raise NotFound with the path if it cannot be read."""
 
     path: Path
 
     def size(self) -> int:
-        """Its bytes."""
+        """The size of the file in bytes."""
         with self._opened() as file:
             return os.fstat(file.fileno()).st_size
 
     def sha256(self) -> bytes:
-        """Its sha256, as 32 bytes."""
+        """The sha256 of the file, 32 bytes."""
         with self._opened():
             return bytes.fromhex(hash_file(self.path)[0])
 
     def read(self, offset: int, size: int) -> bytes:
-        """Some of its bytes. Raises DataLoss where there are fewer now."""
+        """Read `size` bytes at `offset`. Raises DataLoss if the file has become too short."""
         with self._opened() as file:
             file.seek(offset)
             data = file.read(size)
@@ -120,8 +120,8 @@ class LocalFile:
             raise NotFound(f"cannot read {self.path}: {error.strerror or type(error).__name__}") from None
 
 
-def _worked(action: Callable[[], bytes]) -> Flow[bytes]:
-    """What a piece of work returns."""
+def _run_work(action: Callable[[], bytes]) -> Flow[bytes]:
+    """Run an action as `Work` and return its result."""
     answer = yield Work(action)
     if not isinstance(answer, bytes):
         raise ExpertMeshError("a piece of work ended without a result")
