@@ -1,1 +1,1 @@
-"""What a router serves to clients: calls, swaps, health and metrics, each authorised first."""
+"""The server side of a router: calls, swaps, health and metrics, each authorised first."""

@@ -1,4 +1,4 @@
-"""Who may call what: a table of digests of tokens that decides on every call, and denies by default."""
+"""Authorises every call with a table of token digests, and denies by default."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..rpc.methods import METHODS, Role
 
 
 class TokenTable:
-    """The tokens that a cluster knows, as digests; it decides on every call and denies by default."""
+    """The tokens of a cluster, as digests with role and expiry."""
 
     def __init__(self) -> None:
         self._entries: list[tuple[str, Role, float | None]] = []
@@ -19,7 +19,7 @@ class TokenTable:
         return f"TokenTable({len(self._entries)} tokens)"
 
     def add(self, sha256: str, role: Role, expires: float | None = None) -> None:
-        """Let the token with this sha256 act as `role` until `expires` (seconds since 1970; None: for ever).
+        """Add a token by its sha256, with `role`, valid until `expires` (seconds since 1970; None: for ever).
 
         Raises ConfigError for a digest that is not 64 hex digits.
         """
@@ -27,33 +27,33 @@ class TokenTable:
         self._entries.append((sha256, role, expires))
 
     def authorise(self, method: str, token: str | None, now: float) -> Role:
-        """The role in which `token` may call `method` at the time `now`, in seconds since 1970.
+        """The role with which `token` may call `method` at the time `now`, in seconds since 1970.
 
-        Every entry is compared, in constant time, so that the time taken tells nothing about the tokens.
-        Raises Unauthenticated without a token that is known and valid, PermissionDenied where its role is too low or
+        Compares every entry in constant time, so that the duration reveals nothing about the tokens.
+        Raises Unauthenticated for a missing, unknown or expired token, and PermissionDenied if its role is too low or
         the method is unknown.
         """
         role = self._authenticate(token, now)
-        needed = METHODS.get(method)
-        if needed is None:
+        required = METHODS.get(method)
+        if required is None:
             raise PermissionDenied("no role may call this method: this cluster does not have it")
-        if role < needed:
-            raise PermissionDenied(f"{method} needs the role {needed.label}, but this token has {role.label}")
+        if role < required:
+            raise PermissionDenied(f"{method} needs the role {required.label}, but this token has {role.label}")
         return role
 
     def _authenticate(self, token: str | None, now: float) -> Role:
         if not token:
             raise Unauthenticated("the call carries no token: pass token=, or call as the user who runs the cluster")
         presented = token_digest(token)
-        live: Role | None = None
+        highest: Role | None = None
         known = False
         for digest, role, expires in self._entries:
             if hmac.compare_digest(digest, presented):
                 known = True
                 if expires is None or now < expires:
-                    live = role if live is None else max(live, role)
-        if live is not None:
-            return live
+                    highest = role if highest is None else max(highest, role)
+        if highest is not None:
+            return highest
         if known:
             raise Unauthenticated("the token has expired: ask for a new one")
         raise Unauthenticated(

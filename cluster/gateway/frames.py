@@ -1,4 +1,4 @@
-"""Frames of a call and its reply: a call's frame checked in full and made a request, a reply written as buffers."""
+"""Checks the frame of a call and converts it to a request, and encodes a reply as buffers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CALL_TENSORS = ("x", "gate_input", "top_k_index", "top_k_weights")
 
 
 def forward_request(frame: Frame, request_id: str, timeout: float, client: str) -> ForwardRequest:
-    """What a call asks of the router within `timeout` seconds; its own request id goes before the one that is given.
+    """The router's request for a call frame, due within `timeout` seconds; the frame's own request id takes precedence.
 
     Raises InvalidRequest.
     """
@@ -47,7 +47,7 @@ def forward_request(frame: Frame, request_id: str, timeout: float, client: str) 
 
 
 def reply_parts(reply: ForwardReply) -> list[Buffer]:
-    """The buffers of an answer's frame; `lost_mass` is left out where nothing was lost. No tensor is copied."""
+    """The buffers of a reply frame, without `lost_mass` if nothing was lost. No tensor is copied."""
     tensors: dict[str, Tensor | None] = {
         "output": reply.output,
         "lost_mass": reply.lost_mass if reply.summary.degraded else None,
@@ -59,7 +59,7 @@ def reply_parts(reply: ForwardReply) -> list[Buffer]:
 
 
 def one_message(parts: Sequence[Buffer], max_message_bytes: int) -> bytes:
-    """The buffers as one message. Raises TooLarge where they do not fit into one."""
+    """Join the buffers into one message. Raises TooLarge if they exceed `max_message_bytes`."""
     total = sum(len(part) for part in parts)
     if total > max_message_bytes:
         raise TooLarge(

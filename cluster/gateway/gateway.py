@@ -1,6 +1,6 @@
-"""What every front end of a router decides alike: who may call, what is taken, what is answered, and draining.
+"""The logic that all front ends of a router share: authorisation, admission, answers, and draining.
 
-It knows no gRPC: a front end brings bytes and what it knows of a call, and carries back the answer or the error.
+It does not depend on gRPC: a front end passes bytes and the metadata of a call, and sends back the answer or the error.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class GatewaySettings:
-    """Where the gateway listens and what it takes. `tls` is (private key, certificate chain), both PEM."""
+    """The gateway's address and limits. `tls` is (private key, certificate chain), both PEM."""
 
     host: str = "127.0.0.1"
     port: int = 0
@@ -44,9 +44,9 @@ class GatewaySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CallInfo:
-    """What a front end knows of a call. `timeout` are the seconds left, None where the caller set no deadline.
+    """The metadata of a call. `timeout` is the seconds until its deadline, None without a deadline.
 
-    `client` tells callers apart, who take turns.
+    `client` identifies the caller, so that the router can serve callers fairly.
     """
 
     request_id: str
@@ -56,7 +56,7 @@ class CallInfo:
 
 
 class Run(Protocol):
-    """Runs a coroutine where the router is, and waits for it."""
+    """Runs a coroutine on the router's event loop, and waits for it."""
 
     def __call__(self, work: Coroutine[Any, Any, T]) -> Awaitable[T]: ...
 
@@ -68,8 +68,8 @@ async def _here(work: Coroutine[Any, Any, T]) -> T:
 class Gateway:
     """Answers calls to a router: Call, CallStream, Status, Drain, health, and the methods of `more`.
 
-    `run` runs what is the router's on its event loop: all that needs torch. Each call of torch lets other threads go
-    first, so that two threads which both use it wait for each other all the time.
+    `run` runs the router's work, and everything that needs torch, on the router's event loop. Every call of torch
+    releases the GIL, so two threads that both use torch would constantly wait for each other.
     """
 
     def __init__(
@@ -103,28 +103,28 @@ class Gateway:
         return tuple(self._unary)
 
     def authorise(self, method: str, token: str | None) -> Role:
-        """The role in which a token may call a method. Raises Unauthenticated or PermissionDenied."""
+        """The role with which a token may call a method. Raises Unauthenticated or PermissionDenied."""
         return self._tokens.authorise(method, token, time.time())
 
     async def unary(self, method: str, request: bytes, call: CallInfo) -> bytes:
-        """Authorise a call of one message and answer it. Raises an ExpertMeshError."""
+        """Authorise and answer a call of one message. Raises an ExpertMeshError."""
         return await self._unary[method](request, self.authorise(method, call.token), call)
 
     async def stream(self, context: StreamContext, call: CallInfo) -> None:
         """Authorise a call in chunks, then read and answer it through `context`. Raises an ExpertMeshError.
 
-        What a stream holds is given back also where it is cancelled.
+        A cancelled stream also releases its memory reservation.
         """
         self.authorise("CallStream", call.token)
         self._check_accepting()
         await self.streams.serve(context, self._seconds(call), lambda frame: self.answer(frame, call))
 
     async def answer(self, frame: Frame, call: CallInfo) -> list[Buffer]:
-        """The reply to an authorised call, as the buffers of its frame. Raises an ExpertMeshError."""
+        """Answer an authorised call with the buffers of its reply frame. Raises an ExpertMeshError."""
         return await self._run(self._forward(frame, call, self._seconds(call)))
 
     async def watch(self, request: bytes, call: CallInfo) -> AsyncIterator[bytes]:
-        """The health of a service now, and whenever it changes. Raises Unauthenticated or PermissionDenied."""
+        """Yield the health of a service now, and at every change. Raises Unauthenticated or PermissionDenied."""
         self.authorise("Watch", call.token)
         service, last = health.decode_request(request), None
         while True:
@@ -135,30 +135,30 @@ class Gateway:
             await changed.wait()
 
     def health_of(self, service: str) -> ServingStatus:
-        """The health of the whole ("" or the service's name), or of a layer."""
+        """The health of the server ("" or the service's name), or of a layer."""
         if service in ("", SERVICE):
             return self.state
-        known = self._router.epochs.number > 0 and service in self._router.epochs.current.layers
-        return self.state if known else ServingStatus.SERVICE_UNKNOWN
+        has_layer = self._router.epochs.number > 0 and service in self._router.epochs.current.layers
+        return self.state if has_layer else ServingStatus.SERVICE_UNKNOWN
 
     @property
     def state(self) -> ServingStatus:
-        """SERVING once there are layers and the gateway does not drain."""
-        ready = not self._draining and self._router.epochs.number > 0
-        return ServingStatus.SERVING if ready else ServingStatus.NOT_SERVING
+        """SERVING if there are layers and the gateway is not draining, else NOT_SERVING."""
+        serving = not self._draining and self._router.epochs.number > 0
+        return ServingStatus.SERVING if serving else ServingStatus.NOT_SERVING
 
     def drain(self) -> None:
-        """Answer NOT_SERVING and refuse new calls; those that were accepted are finished."""
+        """Report NOT_SERVING and refuse new calls; accepted calls still finish."""
         self._draining = True
         self.notify()
 
     def notify(self) -> None:
-        """Tell those who watch the health that it may have changed."""
+        """Wake the health watchers, because the health may have changed."""
         self._changed.set()
         self._changed = asyncio.Event()
 
     def refusal(self, method: str, error: Exception, request_id: str) -> ExpertMeshError:
-        """The error that a caller is told, logged with the id of the request; a bug of ours is told as one."""
+        """Log an error with its request id, and return the one for the caller; bugs become internal errors."""
         if not isinstance(error, ExpertMeshError):
             log.error("internal error", exc_info=error, extra={"method": method, "request_id": request_id})
             return ExpertMeshError("internal error: look up the request id in the log", request_id=request_id)
@@ -169,7 +169,7 @@ class Gateway:
         return error
 
     def _framed(self, method: str, handler: FrameHandler) -> Callable[[bytes, Role, CallInfo], Awaitable[bytes]]:
-        """A method whose handler takes a frame."""
+        """Wrap a handler that takes a frame."""
 
         async def framed(request: bytes, role: Role, call: CallInfo) -> bytes:
             if self._draining and method in NOT_WHILE_DRAINING:

@@ -1,4 +1,4 @@
-"""The gateway over gRPC: listens, reads a call's token, id and deadline from its context, sends errors as status."""
+"""Serves the gateway over gRPC: reads token, id and deadline of a call from its context, and sends errors as status."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .gateway import CallInfo, Gateway
 
 
 class GrpcServer:
-    """Serves a gateway over gRPC; the health protocol's methods have its own names."""
+    """Serves a gateway over gRPC, with the health methods under their standard names."""
 
     def __init__(self, gateway: Gateway) -> None:
         self.port = 0
@@ -25,7 +25,7 @@ class GrpcServer:
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> int:
-        """Listen; returns the port. Raises Unavailable when the address is in use."""
+        """Listen, and return the port. Raises Unavailable if the address is in use."""
         settings = self._gateway.settings
         server = grpc.aio.server(options=server_options(settings.max_message_bytes))
         server.add_generic_rpc_handlers((self._handlers(),))
@@ -42,7 +42,7 @@ class GrpcServer:
         return self.port
 
     async def stop(self, grace: float = 0.0) -> None:
-        """Refuse new calls, give those under way `grace` seconds, and close the port."""
+        """Refuse new calls, give calls in flight `grace` seconds, and close the port."""
         self._gateway.drain()
         if self._server is not None:
             await self._server.stop(grace)

@@ -1,4 +1,4 @@
-"""The metrics page: the router's counters in Prometheus form, for those who bring a token."""
+"""The metrics page: the router's counters in Prometheus format, for requests with a token."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .authorise import TokenTable
 
 StartResponse = Callable[[str, list[tuple[str, str]]], Any]
 STOP_POLL_SECONDS = 0.05
-"""How often the server looks whether it is to stop: a cluster waits for that."""
+"""How often the server checks whether to stop; the shutdown of a cluster waits for it."""
 
 
 class RouterCollector:
-    """Turns a router's telemetry into metric families whenever the page is read."""
+    """Converts a router's telemetry to metric families at each scrape."""
 
     def __init__(self, router: Router) -> None:
         self._router = router
 
     def collect(self) -> Iterator[Metric]:
-        """Every family, as prometheus_client asks for them."""
+        """All metric families, in the interface of prometheus_client."""
         counted = self._router.telemetry
         yield _counter("expert_rows", "Rows that an expert answered.", "expert", counted.rows)
         yield _counter("expert_errors", "Messages that an expert did not answer.", "expert", counted.errors)
@@ -57,7 +57,7 @@ class RouterCollector:
 
 
 class MetricsServer:
-    """Serves /metrics over HTTP in a thread; a token of any role, sent as a bearer token, is required."""
+    """Serves /metrics over HTTP in a thread; requires a bearer token of any role."""
 
     def __init__(self, router: Router, tokens: TokenTable, host: str, port: int) -> None:
         registry = CollectorRegistry()
@@ -82,7 +82,7 @@ class _QuietHandler(WSGIRequestHandler):
     timeout = 10
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Leave requests out of the log: the page is read every few seconds."""
+        """Do not log requests: the page is scraped every few seconds."""
 
 
 def _guarded(page: Callable[..., Iterable[bytes]], tokens: TokenTable) -> Callable[..., Iterable[bytes]]:

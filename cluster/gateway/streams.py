@@ -1,6 +1,6 @@
-"""The gateway's part of calls in chunks: memory is reserved before it is taken, and given back however a call ends.
+"""The server side of calls in chunks: reserves memory before allocating it, and releases it however a call ends.
 
-No gRPC in here. A call is refused early where its announced length exceeds a setting, or all streams together would.
+No gRPC here. A call is refused early if its announced length exceeds a limit, alone or together with other streams.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ else:
     from async_timeout import timeout as deadline
 
 RETRY_AFTER = 1.0
-"""Seconds after which a client that was refused for want of memory may try again."""
+"""Seconds after which a client may retry a call that was refused for lack of memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamLimits:
-    """Bytes of one streamed request, and of its reply; and of all streams under way.
+    """The maximum bytes of one streamed request or reply, and of all streams in flight.
 
-    `stall_seconds` is how long a stream may be silent before it has sent what it announced.
+    `stall_seconds` is how long a stream may send nothing before it is complete.
     """
 
     max_request_bytes: int = MAX_REQUEST_BYTES
@@ -38,23 +38,23 @@ class StreamLimits:
 
 
 class StreamContext(Protocol):
-    """What is used of a call of gRPC's."""
+    """The used part of a gRPC servicer context."""
 
     async def read(self) -> Any:
-        """The next message, or what is no bytes once there is none."""
+        """The next message, or an object other than bytes at the end."""
 
     async def send_initial_metadata(self, metadata: tuple[tuple[str, str], ...]) -> None:
-        """Send what comes before any message."""
+        """Send the initial metadata, before any message."""
 
     async def write(self, message: bytes) -> None:
-        """Send a message, once there is room for it."""
+        """Send a message when the flow control allows it."""
 
 
 class StreamedCalls:
-    """Serves calls whose requests and replies are streams of chunks, within a bound on the memory of all of them.
+    """Serves calls whose requests and replies are streams of chunks, with a bound on the memory of all streams.
 
-    A request counts with the length that it announced, until its reply takes its place. What was admitted is never
-    refused for its reply's sake: where replies are larger than requests, others wait until there is room again.
+    A request counts with its announced length until its reply replaces it. An admitted call is never refused because of
+    the total size of replies: if replies are larger than requests, new calls are refused until there is room again.
     """
 
     def __init__(self, limits: StreamLimits, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
@@ -64,23 +64,23 @@ class StreamedCalls:
 
     @property
     def reserved(self) -> int:
-        """Bytes that the streams under way have announced, or hold as replies."""
+        """The bytes of all streams in flight: announced requests, and replies."""
         return sum(self._reserved.values())
 
     def __len__(self) -> int:
-        """How many streams have been admitted and are not over."""
+        """The number of admitted streams in flight."""
         return len(self._reserved)
 
     async def serve(
         self, context: StreamContext, timeout: float, answer: Callable[[Frame], Awaitable[list[Buffer]]]
     ) -> None:
-        """Receive a frame, have it answered, and send the reply, within `timeout` seconds in all.
+        """Receive a frame, call `answer`, and send the reply, within `timeout` seconds in all.
 
-        Raises InvalidRequest, DataLoss, TooLarge, Overloaded, DeadlineExceeded, and what `answer` raises.
+        Raises InvalidRequest, DataLoss, TooLarge, Overloaded, DeadlineExceeded, and the errors of `answer`.
         """
         stream = object()
         try:
-            async with deadline(timeout):  # in the call's own task: what it raises as it is cancelled, gRPC takes
+            async with deadline(timeout):  # in the call's own task: gRPC handles its errors on cancellation
                 await self._serve(stream, context, answer)
         except ExpertMeshError:  # DeadlineExceeded is a TimeoutError too
             raise
@@ -94,7 +94,7 @@ class StreamedCalls:
     ) -> None:
         opening, frame = await self._receive(stream, context)
         parts = await answer(frame)
-        del frame  # before the reply is written
+        del frame  # free it before the reply is written
         total = sum(len(part) for part in parts)
         if total > self._limits.max_request_bytes:
             raise TooLarge(
@@ -102,7 +102,7 @@ class StreamedCalls:
                 f"{self._limits.max_request_bytes}: send fewer rows per call, or raise it on both the client and the "
                 "cluster"
             )
-        self._reserved[stream] = total  # in place of the request, which is gone
+        self._reserved[stream] = total  # replaces the request, which is freed
         chunk = min(CHUNK_BYTES, opening.chunk, self._max_message_bytes)
         for message in Streamed(parts, chunk).messages():
             await context.write(message)

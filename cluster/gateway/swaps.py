@@ -1,6 +1,6 @@
-"""The gateway's part of swaps, uploads, histories and leases: frames in, frames out. No gRPC in here.
+"""The server side of swaps, uploads, histories and leases: frames in, frames out. No gRPC here.
 
-What a frame asks for is checked field by field before anybody is asked to do it.
+Every field of a frame is checked before the request is passed on.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ Call = Callable[..., Awaitable[Any]]
 
 
 class SwapMethods:
-    """Answers the methods that change versions, tell of them, or lease epochs.
+    """Answers the methods that change or list versions, or lease epochs.
 
-    `call` calls a function where the router runs, `busy` says whether it is serving requests. `allowed_factories` are
-    those that an admin may name over the network.
+    `call` runs a function in the router's thread, `busy` returns whether the router is serving requests.
+    `allowed_factories` are the factories that an admin may name over the network.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class SwapMethods:
         self._swaps: set[asyncio.Future[SwapResult]] = set()
 
     def handlers(self) -> dict[str, FrameHandler]:
-        """What answers each method."""
+        """The handler of each method."""
         return {
             "Upload": self.upload,
             "Swap": self.swap,
@@ -92,16 +92,16 @@ class SwapMethods:
         }
 
     def tidy(self) -> None:
-        """From time to time drop uploads that nobody goes on with."""
+        """Drop abandoned uploads, from time to time."""
         if self._uploads.is_untidy():
             asyncio.get_running_loop().run_in_executor(self._disk, self._uploads.tidy)
 
     def close(self) -> None:
-        """Stop the thread that writes."""
+        """Stop the thread that writes uploads."""
         self._disk.shutdown(wait=False, cancel_futures=True)
 
     async def upload(self, frame: Frame, role: Role) -> bytes:
-        """Write a chunk of an upload; while requests are served, the answer waits, so that the next one comes later."""
+        """Write a chunk of an upload; while requests are served, delay the answer to throttle the client."""
         chunk = _record(UploadChunk, frame, "upload", tensors=(DATA,))
         tensor = frame.tensors[DATA]
         if tensor.dtype != "uint8" or len(tensor.shape) != 1:
@@ -113,7 +113,7 @@ class SwapMethods:
         return encode_document("uploaded", asdict(state))
 
     async def swap(self, frame: Frame, role: Role) -> bytes:
-        """Carry out a swap. It goes on when its caller has gone: the same swap id asks for its outcome."""
+        """Run a swap. It continues if its caller disconnects; a retry with the same swap id returns its outcome."""
         asked = from_mapping(SwapAsked, _document(frame, "swap"))
         try:
             request = swap_request(asked, role, self._allowed)
@@ -122,19 +122,19 @@ class SwapMethods:
             raise
         work = asyncio.ensure_future(self._carry_out(request))
         self._swaps.add(work)
-        work.add_done_callback(self._ended)
+        work.add_done_callback(self._finished)
         result = await asyncio.shield(work)
         outcome = SwapOutcome(**vars(result) | {"pending": list(result.pending), "cluster": self._cluster()})
         return encode_document("swap", outcome.to_document())
 
     async def progress(self, frame: Frame, role: Role) -> bytes:
-        """How far a swap is."""
+        """The progress of a swap."""
         asked = _record(ProgressAsked, frame, "swapprogress")
         check_swap_id(asked.swap_id)
         return encode_document("progress", await self._control.progress(asked.swap_id))
 
     async def history(self, frame: Frame, role: Role) -> bytes:
-        """The versions of an id that are kept."""
+        """The retained versions of an id."""
         asked = _record(HistoryAsked, frame, "history")
         check_id(asked.id)
         return encode_document("history", {"id": asked.id, "versions": await self._control.history(asked.id)})
@@ -147,19 +147,20 @@ class SwapMethods:
         return encode_document("lease", asdict(lease))
 
     async def unpin(self, frame: Frame, role: Role) -> bytes:
-        """Give a lease back; one that is over is no error."""
+        """End a lease; a lease that has already ended is not an error."""
         asked = _record(UnpinAsked, frame, "unpin")
         return encode_document("unpinned", {"was_held": await self._call(self._leases.give_back, asked.pin)})
 
     async def _carry_out(self, request: SwapRequest) -> SwapResult:
         try:
             result = await self._control.swap(request)
-        except Unavailable:  # it may be asked for again, with what it has uploaded
+        except Unavailable:  # the client may retry with the same uploads
             raise
         except ExpertMeshError:
             await self._drop_uploads(change.upload for change in request.changes.values())
             raise
-        await self._drop_uploads(change.upload for change in request.changes.values())  # of a rehearsal: others moved
+        # A commit has moved the uploads; those of a dry run remain.
+        await self._drop_uploads(change.upload for change in request.changes.values())
         return result
 
     async def _drop_uploads(self, uploads: Iterable[Any]) -> None:
@@ -168,17 +169,17 @@ class SwapMethods:
             if is_upload_id(upload_id):
                 await loop.run_in_executor(self._disk, self._uploads.discard, upload_id)
 
-    def _ended(self, work: asyncio.Future[SwapResult]) -> None:
+    def _finished(self, work: asyncio.Future[SwapResult]) -> None:
         self._swaps.discard(work)
         if not work.cancelled():
-            work.exception()  # whoever asked may be gone: that is no bug
+            work.exception()  # the caller may have disconnected: retrieve the error so that asyncio does not log it
 
     def _cluster(self) -> str:
         return self._epochs.current.cluster if self._epochs.number else ""
 
 
 def swap_request(asked: SwapAsked, role: Role, allowed_factories: Collection[str] = ()) -> SwapRequest:
-    """What the controller is asked to do. Raises InvalidRequest, or PermissionDenied for a factory."""
+    """The controller's request for a swap. Raises InvalidRequest, or PermissionDenied for a factory."""
     check_swap_id(asked.swap_id)
     changes = asked.read_changes()
     for id in (*changes, *asked.expect):
@@ -213,15 +214,15 @@ def _change(id: str, asked: ChangeAsked, role: Role, allowed_factories: Collecti
 
 
 def _record(kind: type[T], frame: Frame, name: str, tensors: tuple[str, ...] = ()) -> T:
-    """The record in a frame's header. Raises InvalidRequest for a frame of another kind, or with other tensors."""
+    """Read the record in a frame's header. Raises InvalidRequest for a frame of another kind, or with other tensors."""
     if frame.kind != name or frame.tensors.keys() != set(tensors):
-        wanted = f"the tensors {', '.join(tensors)}" if tensors else "no tensors"
-        raise InvalidRequest(f"expected a frame of kind {name!r} with {wanted}")
+        expected = f"the tensors {', '.join(tensors)}" if tensors else "no tensors"
+        raise InvalidRequest(f"expected a frame of kind {name!r} with {expected}")
     return from_mapping(kind, frame.meta)
 
 
 def _document(frame: Frame, kind: str) -> dict[str, Any]:
-    """The document that a client sent. Raises InvalidRequest, or TooLarge."""
+    """Read the JSON document of a frame. Raises InvalidRequest or TooLarge."""
     if frame.meta or frame.tensors.keys() != {NAME}:
         raise InvalidRequest(f"a {kind} must be a JSON document in the tensor `{NAME}`, and nothing else")
     if frame.tensors[NAME].nbytes > MAX_DOCUMENT_BYTES:
