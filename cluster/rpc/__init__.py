@@ -1,1 +1,1 @@
-"""What both ends of gRPC agree on: methods, documents, streams, status codes and channel options."""
+"""The protocol that client and server share: methods, documents, streams, status codes and channel options."""

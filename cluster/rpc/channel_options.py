@@ -1,7 +1,7 @@
-"""The gRPC channel settings of both ends, side by side, because they must agree. No gRPC in here: they are plain pairs.
+"""The gRPC channel options of client and server, side by side, because they must agree. No gRPC here: plain pairs.
 
-A server drops a client that pings more often than it allows, so both keepalives come from the figures below. Messages
-are never compressed, and a server takes none that are: a few KiB could otherwise unfold into its whole memory.
+A server disconnects a client that pings more often than it allows, so both keepalives come from the figures below.
+Messages are never compressed, and the server refuses compressed ones: a few KiB could expand to fill its memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ IDENTITY_ONLY = 1
 
 
 def client_options(max_message_bytes: int = MAX_MESSAGE_BYTES, *, loopback: bool = False) -> Options:
-    """Settings of a client's channel; on loopback no HTTP proxy of the environment is used."""
+    """Options of a client's channel; on loopback it ignores the HTTP proxy of the environment."""
     return (
         *_both(max_message_bytes, CLIENT_PING_MS),
         ("grpc.initial_reconnect_backoff_ms", FIRST_RECONNECT_MS),
@@ -31,7 +31,7 @@ def client_options(max_message_bytes: int = MAX_MESSAGE_BYTES, *, loopback: bool
 
 
 def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> Options:
-    """Settings of the gateway's server: one owner of the port, and the client's pings are welcome."""
+    """Options of the gateway's server: an exclusive port, and the client's pings are allowed."""
     return (
         *_both(max_message_bytes, SERVER_PING_MS),
         ("grpc.so_reuseport", 0),

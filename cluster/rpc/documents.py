@@ -1,6 +1,6 @@
-"""JSON documents over the wire, such as the status of a cluster: one uint8 tensor `json` holds the UTF-8 text.
+"""JSON documents on the wire, such as the status of a cluster: one uint8 tensor `json` holds the UTF-8 text.
 
-The text is no field of the header, because a header and its strings are kept short.
+The text is not a header field, because the size of headers and their strings is limited.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ NAME = "json"
 
 
 def encode_document(kind: str, document: dict[str, Any]) -> bytes:
-    """Encode a document as a frame of that kind."""
+    """Encode a document as a frame of kind `kind`."""
     return encode(kind, {}, {NAME: to_tensor(document)})
 
 
 def to_tensor(document: Mapping[str, Any]) -> WireTensor:
-    """A document as the tensor that carries it. Raises ValueError or TypeError for values that JSON does not have."""
+    """Encode a document as a tensor. Raises ValueError or TypeError for values that JSON cannot represent."""
     text = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
     return WireTensor("uint8", (len(text),), text)
 
 
 def decode_document(frame: Frame, kind: str) -> dict[str, Any]:
-    """The document in a frame of that kind. Raises DataLoss for a frame that holds none."""
+    """Decode the document in a frame of kind `kind`. Raises DataLoss for any other frame."""
     tensor = frame.tensors.get(NAME)
     if frame.kind != kind or tensor is None or tensor.dtype != "uint8":
         raise DataLoss(f"expected a {kind} frame with JSON text, not a {frame.kind[:64]!r} frame")

@@ -1,7 +1,7 @@
 """The messages of `grpc.health.v1.Health/Check`, encoded by hand: two fields, and no dependency on protobuf.
 
-    HealthCheckRequest   string service = 1                 "" asks for the server as a whole
-    HealthCheckResponse  ServingStatus status = 1           a field of value 0 is left out, as proto3 has it
+    HealthCheckRequest   string service = 1                 "" means the whole server
+    HealthCheckResponse  ServingStatus status = 1           proto3 omits a field of value 0
 
 Source: the gRPC health checking protocol, grpc/health/v1/health.proto; the protocol buffers wire format.
 """
@@ -20,7 +20,7 @@ _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
 
 
 class ServingStatus(IntEnum):
-    """Whether a service answers calls now."""
+    """The health of a service."""
 
     UNKNOWN = 0
     SERVING = 1
@@ -35,7 +35,7 @@ def encode_request(service: str) -> bytes:
 
 
 def decode_request(message: bytes) -> str:
-    """The service that a HealthCheckRequest asks for. Raises InvalidRequest when it is malformed."""
+    """Decode a HealthCheckRequest to its service. Raises InvalidRequest if it is malformed."""
     service = b""
     for number, wire_type, value in _fields(message):
         if number == 1:
@@ -54,7 +54,7 @@ def encode_response(status: ServingStatus) -> bytes:
 
 
 def decode_response(message: bytes) -> ServingStatus:
-    """The status in a HealthCheckResponse; a number that is not known is UNKNOWN. Raises InvalidRequest."""
+    """Decode a HealthCheckResponse to its status; unknown numbers become UNKNOWN. Raises InvalidRequest."""
     status = 0
     for number, wire_type, value in _fields(message):
         if number == 1:
@@ -65,10 +65,10 @@ def decode_response(message: bytes) -> ServingStatus:
 
 
 def _fields(message: bytes) -> list[tuple[int, int, int | bytes]]:
-    """Every field of a message as (number, wire type, value); a value of fixed size comes as its bytes."""
+    """All fields of a message as (number, wire type, value); a fixed-size value is returned as bytes."""
     if len(message) > MAX_MESSAGE_BYTES:
         raise InvalidRequest(f"a health message may have at most {MAX_MESSAGE_BYTES} bytes, not {len(message)}")
-    found: list[tuple[int, int, int | bytes]] = []
+    fields: list[tuple[int, int, int | bytes]] = []
     offset = 0
     while offset < len(message):
         tag, offset = _decode_varint(message, offset)
@@ -85,8 +85,8 @@ def _fields(message: bytes) -> list[tuple[int, int, int | bytes]]:
             raise InvalidRequest(f"a health message holds wire type {wire_type}, which is not supported")
         if number == 0:
             raise InvalidRequest("a health message holds a field without a number")
-        found.append((number, wire_type, value))
-    return found
+        fields.append((number, wire_type, value))
+    return fields
 
 
 def _encode_varint(value: int) -> bytes:

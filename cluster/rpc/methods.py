@@ -13,7 +13,7 @@ SERVICE = "expertmesh.v1.Mesh"
 
 
 class Role(IntEnum):
-    """What a token allows; a higher role may do all that a lower one may."""
+    """The permissions of a token; a higher role includes those below."""
 
     READER = 1
     OPERATOR = 2
@@ -21,7 +21,7 @@ class Role(IntEnum):
 
     @classmethod
     def parse(cls, text: object) -> Role:
-        """Read "reader", "operator" or "admin". Raises ConfigError."""
+        """Parse "reader", "operator" or "admin". Raises ConfigError."""
         for role in cls:
             if text == role.label:
                 return role
@@ -29,7 +29,7 @@ class Role(IntEnum):
 
     @property
     def label(self) -> str:
-        """The role as files and messages write it."""
+        """The name of the role in files and messages."""
         return self.name.lower()
 
 
@@ -51,12 +51,12 @@ METHODS: Mapping[str, Role] = MappingProxyType(
         "Swap": Role.OPERATOR,
     }
 )
-"""The lowest role that may call each method; a method that is not here may be called by nobody.
+"""The lowest role that may call each method; no role may call a method that is not listed.
 
-A swap that names a factory needs an admin besides: `gateway/swaps.py` checks that.
+A swap that names a factory requires the admin role; `gateway/swaps.py` checks that.
 """
 
 
 def new_request_id() -> str:
-    """A fresh request id: 32 hex digits."""
+    """A new request id: 32 hex digits."""
     return uuid.uuid4().hex

@@ -1,6 +1,6 @@
-"""Errors as gRPC status and back: a code, a short text, and trailing metadata that names the class.
+"""Converts errors to gRPC status and back: a code, a short text, and trailing metadata that names the class.
 
-No gRPC in here: codes go by their names, so that both ends of the wire and the tests share one table.
+No gRPC here: codes are names, so that client, server and tests share one table.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TOO_LARGE = (
     "call, or raise it on both the client and the cluster"
 )
 
-_CUT_OFF = "Internal error from Core"  # what gRPC's asyncio layer makes of a stream that ends during a write
+_CUT_OFF = "Internal error from Core"  # gRPC's asyncio error for a stream that ends during a write
 
 ERROR_KEY = "expertmesh-error"
 REQUEST_ID_KEY = "x-request-id"
@@ -59,18 +59,18 @@ BY_CODE: dict[str, tuple[type[ExpertMeshError], str]] = {
     "UNAVAILABLE": (Unavailable, "the server cannot be reached"),
     "DATA_LOSS": (DataLoss, "data was lost or damaged"),
 }
-"""What a status means that names no class of ours, because gRPC itself or a proxy made it: every code but OK."""
+"""The error for a status without an error class, which gRPC itself or a proxy created: every code but OK."""
 
 
 def is_request_id(value: object) -> bool:
-    """Whether a value may serve as a request id: 1 to 128 characters that are safe in metadata and in logs."""
+    """Whether a value is a valid request id: 1 to 128 characters that are safe in metadata and in logs."""
     return isinstance(value, str) and _REQUEST_ID.fullmatch(value) is not None
 
 
 def to_status(error: ExpertMeshError) -> tuple[str, str, tuple[tuple[str, str], ...]]:
-    """The code, text and trailing metadata that carry an error to a client.
+    """The status code, text and trailing metadata of an error.
 
-    The text is cut, because gRPC refuses trailers of 8 KiB, and a request id that metadata cannot hold is left out.
+    The text is truncated, because gRPC refuses trailers of 8 KiB. An invalid request id is left out.
     """
     metadata = [(ERROR_KEY, type(error).__name__)]
     if error.request_id is not None and is_request_id(error.request_id):
@@ -81,19 +81,19 @@ def to_status(error: ExpertMeshError) -> tuple[str, str, tuple[tuple[str, str], 
 
 
 def from_status(code: str, text: str, metadata: Metadata) -> ExpertMeshError:
-    """The error that a status stands for, ready to be raised.
+    """The error of a status, to be raised by the caller.
 
-    A class is believed only if the tree has it and its code is the status's; otherwise `BY_CODE` decides.
+    The metadata's error class is used only if it exists and has the code of the status; otherwise `BY_CODE` decides.
     """
-    known = {key: value for key, value in metadata if isinstance(value, str)}
-    kind = BY_NAME.get(known.get(ERROR_KEY, ""))
+    values = {key: value for key, value in metadata if isinstance(value, str)}
+    kind = BY_NAME.get(values.get(ERROR_KEY, ""))
     text = _cut(text)
     if kind is None or kind.code != code:
         kind, text = _of_grpc(code, text)
     error = kind(text)
-    error.request_id = known.get(REQUEST_ID_KEY)
+    error.request_id = values.get(REQUEST_ID_KEY)
     if isinstance(error, Overloaded):
-        error.retry_after = _seconds(known.get(RETRY_AFTER_KEY, ""), default=error.retry_after)
+        error.retry_after = _seconds(values.get(RETRY_AFTER_KEY, ""), default=error.retry_after)
     return error
 
 

@@ -1,9 +1,9 @@
-"""A message in chunks, as both ends of a stream see it: what is announced, how it is cut, how it is put together.
+"""The streaming protocol of both ends: a message is announced, split into chunks, and reassembled.
 
-The first message of a stream is a small frame of kind "stream" that announces how many bytes come; the next ones are
-those bytes, of a frame as `wire.py` has it, cut anywhere. A server that admits the request says so at once, in its
-initial metadata; a client may wait for that. The reply comes the same way. Neither end ever joins a chunk to what came
-before: the sender cuts views, the receiver writes into one buffer of the announced size.
+The first message of a stream is a small frame of kind "stream" that announces the total bytes. The next messages are
+the bytes of a frame (see `wire.py`), split at any position. A server that admits the request says so at once, in its
+initial metadata; a client may wait for that. The reply has the same form. Neither end concatenates chunks: the sender
+slices views, and the receiver writes into one buffer of the announced size.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ LEAST_CHUNK_BYTES = 4096
 MAX_OPENING_BYTES = 1024
 MAX_REQUEST_BYTES = 2**30
 ADMITTED = ("expertmesh-stream", "admitted")
-"""What the server's initial metadata hold once there is room for what was announced."""
+"""The server's initial metadata once it has reserved memory for the announced bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Opening:
-    """What a stream begins with: the bytes that come, and the largest chunk that is taken in answer."""
+    """The first message of a stream: the total bytes, and the largest chunk that the sender accepts in the reply."""
 
     total: int
     chunk: int = CHUNK_BYTES
 
     def encode(self) -> bytes:
-        """The first message of a stream."""
+        """Encode the opening as a frame."""
         return encode(KIND, asdict(self))
 
 
 def read_opening(message: Buffer) -> Opening:
-    """What a stream announces. Raises InvalidRequest for a message that announces nothing."""
+    """Decode the first message of a stream. Raises InvalidRequest for any other message."""
     if len(message) > MAX_OPENING_BYTES:
         raise InvalidRequest(f"a stream must begin with a frame that announces its length, not {len(message)} bytes")
     try:
@@ -57,9 +57,9 @@ def read_opening(message: Buffer) -> Opening:
 
 @dataclass(frozen=True)
 class Streamed:
-    """A message that is sent in chunks: its buffers, as `encode_parts` made them, still those of the caller's arrays.
+    """A message to send in chunks: its buffers from `encode_parts`, which still share memory with the caller's arrays.
 
-    `most` bounds the bytes of the answer, `chunk` those of one chunk either way.
+    `most` bounds the bytes of the reply, `chunk` those of one chunk in either direction.
     """
 
     parts: Sequence[Buffer] = field(repr=False)
@@ -72,21 +72,21 @@ class Streamed:
         return cls(parts, max(LEAST_CHUNK_BYTES, min(CHUNK_BYTES, max_message_bytes)), most)
 
     def messages(self) -> Iterator[bytes]:
-        """What crosses, one message after the other; may be asked for again."""
+        """The messages to send, in order; may be iterated again for a retry."""
         yield Opening(total=sum(len(part) for part in self.parts), chunk=self.chunk).encode()
         yield from chunks(self.parts, self.chunk)
 
 
 def chunks(parts: Sequence[Buffer], size: int) -> Iterator[bytes]:
-    """The bytes of the buffers in chunks of `size`, the last one shorter; each byte is copied once."""
+    """Split the bytes of the buffers into chunks of `size`, the last one shorter; each byte is copied once."""
     pending: list[memoryview] = []
     room = size
     for part in parts:
-        left = memoryview(part)
-        while len(left):
-            pending.append(left[:room])
+        rest = memoryview(part)
+        while len(rest):
+            pending.append(rest[:room])
             room -= len(pending[-1])
-            left = left[len(pending[-1]) :]
+            rest = rest[len(pending[-1]) :]
             if room == 0:
                 yield b"".join(pending)
                 pending, room = [], size
@@ -95,14 +95,14 @@ def chunks(parts: Sequence[Buffer], size: int) -> Iterator[bytes]:
 
 
 class Assembly:
-    """Puts a message of `total` bytes together, in one buffer; memory that no byte has come for is not taken yet."""
+    """Reassembles a message of `total` bytes in one buffer; untouched pages of it take no physical memory."""
 
     def __init__(self, total: int) -> None:
         self._data = np.empty(total, np.uint8).data
         self._arrived = 0
 
     def take(self, chunk: Buffer) -> None:
-        """Take the next chunk. Raises InvalidRequest for one of 0 bytes, DataLoss for more than was announced."""
+        """Add the next chunk. Raises InvalidRequest if it is empty, DataLoss if it exceeds the announced bytes."""
         if not len(chunk):
             raise InvalidRequest("a chunk of a stream must have at least 1 byte")
         end = self._arrived + len(chunk)
@@ -112,21 +112,21 @@ class Assembly:
         self._arrived = end
 
     def finish(self) -> memoryview:
-        """The message, to be read only. Raises DataLoss where less came than was announced."""
+        """The message, as a read-only view. Raises DataLoss if bytes are missing."""
         if self._arrived < len(self._data):
             raise DataLoss(f"the stream ended after {self._arrived} of the {len(self._data)} bytes that it announced")
         return self._data.toreadonly()
 
 
 class StreamedAnswer:
-    """Puts a reply of at most `most` bytes together, its opening included; what is wrong with it is data loss."""
+    """Reassembles a streamed reply of at most `most` bytes; a malformed reply raises DataLoss."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._assembly: Assembly | None = None
 
     def take(self, message: Buffer) -> None:
-        """Take the next message of the reply. Raises DataLoss, or TooLarge."""
+        """Add the next message of the reply. Raises DataLoss or TooLarge."""
         try:
             if self._assembly is not None:
                 return self._assembly.take(message)
@@ -141,7 +141,7 @@ class StreamedAnswer:
         self._assembly = Assembly(total)
 
     def finish(self) -> memoryview:
-        """The reply. Raises DataLoss where it is not whole."""
+        """The reply. Raises DataLoss if it is incomplete."""
         if self._assembly is None:
             raise DataLoss("the reply has no bytes")
         return self._assembly.finish()

@@ -1,7 +1,7 @@
-"""What a client and a gateway tell each other about uploads, swaps and leases: records that are checked in full.
+"""The records of uploads, swaps and leases that client and gateway exchange, with their checks.
 
-A swap and its answers are JSON documents, an upload is a frame for every chunk, the rest are fields of a header. No
-torch in here: the client shares it.
+A swap and its answers are JSON documents, an upload is one frame per chunk, and the others are header fields. No torch
+here, because the client imports it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from ...experts.errors import DataLoss, InvalidRequest
 from ...experts.protocol import from_mapping
 
 CHUNK_BYTES = 2**20
-"""The bytes of a chunk of an upload as clients send it: large ones come as bursts that others wait behind."""
+"""The chunk size of an upload by a client, in bytes: larger chunks are bursts that delay other calls."""
 
 MOST_CHUNK_BYTES = 4 * 2**20
-"""The most bytes of one chunk of an upload."""
+"""The maximum chunk size of an upload, in bytes."""
 
 MODES = ("double", "staged_cpu")
-"""Where a candidate waits for its commit: on the device beside the version that serves, or in main memory."""
+"""Where a staged version is kept until the commit: on the device beside the current one, or in main memory."""
 
 MAX_CHANGES = 4096
 MAX_TIMEOUT = 3600.0
@@ -34,7 +34,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, kw_only=True)
 class UploadChunk:
-    """Which bytes of which upload a chunk holds; `total` and `sha256` are those of the whole, `last` ends it."""
+    """The header of an upload chunk; `total` and `sha256` are those of the whole file, `last` marks the last chunk."""
 
     upload_id: str
     offset: int
@@ -57,9 +57,9 @@ class UploadChunk:
 
 @dataclass(frozen=True, kw_only=True)
 class ChangeAsked:
-    """What one id is to become: the weights of an upload, a version that is kept, or another factory's expert.
+    """The change of one id: to uploaded weights, to a retained version, or to an expert of another factory.
 
-    Another factory may come with an upload, the weights of what it makes.
+    Another factory may be combined with an upload, the weights of its expert.
     """
 
     upload: str | None = None
@@ -70,7 +70,7 @@ class ChangeAsked:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def check(self, id: str) -> None:
-        """Check that exactly one thing is asked for. Raises InvalidRequest naming the id."""
+        """Check that the change is unambiguous. Raises an InvalidRequest that names the id."""
         if (self.upload is None) != (self.sha256 is None):
             raise InvalidRequest(f"{id}: upload and sha256 belong together")
         if self.upload is not None and self.sha256 is not None:
@@ -85,7 +85,7 @@ class ChangeAsked:
 
 @dataclass(frozen=True, kw_only=True)
 class SwapAsked:
-    """A swap as a client asks for it; every change is the map of a `ChangeAsked`, `policy` that of a `Policy`."""
+    """A client's request for a swap; each change is a map of `ChangeAsked`, and `policy` one of `Policy`."""
 
     swap_id: str
     changes: dict[str, dict[str, Any]]
@@ -96,52 +96,52 @@ class SwapAsked:
     dry_run: bool = False
 
     def read_changes(self) -> dict[str, ChangeAsked]:
-        """The changes, checked. Raises InvalidRequest."""
+        """Read and check the changes. Raises InvalidRequest."""
         if not 1 <= len(self.changes) <= MAX_CHANGES:
             raise InvalidRequest(f"a swap changes 1 to {MAX_CHANGES} ids, not {len(self.changes)}")
         if not 0 < self.timeout <= MAX_TIMEOUT:
             raise InvalidRequest(f"timeout must be above 0 and at most {MAX_TIMEOUT:g} seconds, not {self.timeout:g}")
-        found = {}
+        changes = {}
         for id, change in self.changes.items():
             try:
-                found[id] = from_mapping(ChangeAsked, change)
+                changes[id] = from_mapping(ChangeAsked, change)
             except InvalidRequest as error:
                 raise InvalidRequest(f"{id[:140]}: {error.message}") from None
-            found[id].check(id[:140])
-        return found
+            changes[id].check(id[:140])
+        return changes
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressAsked:
-    """Whose progress is asked for."""
+    """A request for the progress of a swap."""
 
     swap_id: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class HistoryAsked:
-    """Whose history is asked for."""
+    """A request for the history of an id."""
 
     id: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class PinAsked:
-    """For how many seconds without use a lease on the current epoch is to live."""
+    """A request for a lease on the current epoch, which ends after `ttl` seconds without use."""
 
     ttl: float = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnpinAsked:
-    """The lease that is given back."""
+    """A request to end a lease."""
 
     pin: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class UploadState:
-    """How far an upload is: the offset of the next chunk; `done` when all is there and has the sha256."""
+    """The progress of an upload: the offset of the next chunk; `done` once it is complete and its sha256 matches."""
 
     next: int
     done: bool
@@ -149,14 +149,14 @@ class UploadState:
 
 @dataclass(frozen=True, kw_only=True)
 class Lease:
-    """A lease on an epoch: give it to the calls that are to run on it, as `call(..., pin=lease)`.
+    """A lease on an epoch: pass it to calls that must run on that epoch, as `call(..., pin=lease)`.
 
     It ends `ttl` seconds after its last use.
 
     Example:
         with client.pin() as lease:
             first = client.call("news", x, pin=lease)
-            again = client.call("news", x, pin=lease)  # by the very versions of the first
+            again = client.call("news", x, pin=lease)  # with exactly the same versions
     """
 
     pin: str
@@ -167,11 +167,11 @@ class Lease:
 
 @dataclass(frozen=True, kw_only=True)
 class SwapOutcome:
-    """What became of a swap: the epoch that it made, the versions before and after, and how far answers moved.
+    """The outcome of a swap: its epoch, the versions before and after, and how far the outputs moved.
 
-    `drift` is the relative L2 distance of the answers to the probe rows, None where it was not measured. Once
-    `committed`, the swap is durable; `flipped` says that every router serves it, `pending` names those that do not yet.
-    A rehearsal is not committed and has epoch 0. A swap that was asked for again has no `before`.
+    `drift` is the relative L2 distance between old and new outputs on the probe rows, None if not measured. A
+    `committed` swap is durable. `flipped` means that every router serves it; `pending` names the routers that do not
+    yet. A dry run is not committed and has epoch 0. The outcome of a repeated swap id has no `before`.
 
     Example:
         outcome = client.swap({"news/e3": "e3.safetensors"})
@@ -189,22 +189,22 @@ class SwapOutcome:
     cluster: str = field(default="", repr=False)
 
     def to_document(self) -> dict[str, Any]:
-        """The outcome as JSON has it, where infinity is a text."""
-        return asdict(self) | {"drift": {id: _told(value) for id, value in self.drift.items()}}
+        """The outcome as a JSON document, with infinity as text."""
+        return asdict(self) | {"drift": {id: _finite_or_text(value) for id, value in self.drift.items()}}
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> SwapOutcome:
-        """Read what `to_document` wrote. Raises DataLoss for anything else."""
+        """Read a document from `to_document`. Raises DataLoss for anything else."""
         drift = document.get("drift")
         infinite = [id for id, value in drift.items() if value == "inf"] if isinstance(drift, dict) else []
-        known = {**document, "drift": {**drift, **dict.fromkeys(infinite)}} if isinstance(drift, dict) else document
-        outcome = read_answer(cls, known)
+        finite = {**document, "drift": {**drift, **dict.fromkeys(infinite)}} if isinstance(drift, dict) else document
+        outcome = read_answer(cls, finite)
         outcome.drift.update(dict.fromkeys(infinite, math.inf))
         return outcome
 
 
 def read_answer(kind: type[T], document: Mapping[str, Any]) -> T:
-    """A record that the server sent. Raises DataLoss for one that is not whole."""
+    """Read a record from the server's reply. Raises DataLoss if it is malformed."""
     try:
         return from_mapping(kind, document)
     except InvalidRequest as error:
@@ -212,7 +212,7 @@ def read_answer(kind: type[T], document: Mapping[str, Any]) -> T:
 
 
 def is_upload_id(value: object) -> bool:
-    """Whether a value may be the id of an upload."""
+    """Whether a value is a valid upload id."""
     return isinstance(value, str) and _UPLOAD_ID.fullmatch(value) is not None
 
 
@@ -224,5 +224,5 @@ def check_upload(upload_id: str, sha256: str) -> None:
         raise InvalidRequest("sha256 must be 64 lower-case hex digits")
 
 
-def _told(value: float | None) -> float | str | None:
+def _finite_or_text(value: float | None) -> float | str | None:
     return value if value is None or math.isfinite(value) else "inf"
