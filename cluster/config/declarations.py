@@ -63,7 +63,7 @@ class DeclarationReader:
             return place
         path = self._folder / place
         if not path.exists():
-            raise ConfigError(f"there is no folder {str(path)!r} with code")
+            raise ConfigError(f"there is no folder {str(path)!r}: correct the path in runtime_env")
         return str(path)
 
     def _weights(self, name: Any) -> Path:

@@ -27,7 +27,7 @@ def read_trusted(path: Path) -> str:
         with path.open(encoding="utf-8-sig") as file:
             status = os.fstat(file.fileno())
             if status.st_uid not in (os.geteuid(), 0):
-                raise ConfigError(f"{path} names code to run, but belongs to another user: copy it")
+                raise ConfigError(f"{path} names code to run, but belongs to another user: use your own copy")
             if status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and not _is_private_group(status)):
                 raise ConfigError(f"{path} names code to run, but others can write it: run `chmod go-w {path}`")
             return file.read()
