@@ -70,7 +70,7 @@ class ExpertHost:
         """Empty the slot of one version. Raises NotFound when there is none."""
         with self._lock:
             if self._slots.pop((expert_id, version), None) is None:
-                raise NotFound(f"{expert_id} {version} is not loaded here")
+                raise NotFound(f"{expert_id} {version} is not loaded in this replica")
             self._receipts.pop((expert_id, version), None)
 
     def holds(self) -> frozenset[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Names that need more than the base install: import their module, or say which `pip install` mends it."""
+"""Names that need more than the base install: import their module, or say which `pip install` provides it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _OURS = __name__.partition(".")[0]
 
 
 def load(module: str, what: str, extra: str = "cluster") -> ModuleType:
-    """Import a module of this package on demand; `what` is the name that the user asked for.
+    """Import a module of this package on demand; `what` is the name that the user imported.
 
-    Raises MissingExtra where a dependency is not installed. A module of ours that is missing stays an ImportError.
+    Raises MissingExtra where a dependency is not installed, and ImportError where a module of this package is missing.
     """
     try:
         return import_module(module)
@@ -22,5 +22,5 @@ def load(module: str, what: str, extra: str = "cluster") -> ModuleType:
         if missing == _OURS:
             raise
         raise MissingExtra(
-            f"{what} needs {missing}, which is not installed; mend it with: pip install '{_OURS}[{extra}]'"
+            f"{what} needs {missing}, which is not installed; fix it with: pip install '{_OURS}[{extra}]'"
         ) from error

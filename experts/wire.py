@@ -60,7 +60,9 @@ class WireTensor:
         if name not in ITEM_SIZES:
             raise InvalidRequest(f"dtype {name} cannot be sent; use one of {', '.join(ITEM_SIZES)}")
         if dtype is not None and array.dtype.itemsize != ITEM_SIZES[name]:
-            raise InvalidRequest(f"{name} bits cannot lie in an array of {array.dtype.name}")
+            raise InvalidRequest(
+                f"an array of {array.dtype.name} cannot hold {name} bits: pass {ITEM_SIZES[name]} bytes per element"
+            )
         contiguous = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
         return cls(name, tuple(array.shape), contiguous.reshape(-1).view(np.uint8).data)
 
@@ -104,9 +106,9 @@ def encode_scattered(
     try:
         header = msgpack.packb({"kind": kind, "meta": dict(meta), "tensors": described}, use_bin_type=True)
     except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidRequest(f"a message holds what cannot be sent: {error}") from None
+        raise InvalidRequest(f"the message has a value that cannot be sent: {error}") from None
     if len(header) > MAX_HEADER_BYTES:
-        raise TooLarge(f"the message's header has {len(header)} bytes, the limit is {MAX_HEADER_BYTES}")
+        raise TooLarge(f"the message's header has {len(header)} bytes; the limit is {MAX_HEADER_BYTES}")
     head = _PREFIX.pack(MAGIC, PROTOCOL_VERSION, 0, len(header)) + header
     parts: list[Buffer] = [head + bytes(-len(head) % ALIGNMENT)]
     for _, _, pieces in tensors.values():
@@ -133,13 +135,13 @@ def decode(frame: Buffer, *, max_bytes: int = MAX_FRAME_BYTES) -> Frame:
     """
     view = memoryview(frame)
     if len(view) > max_bytes:
-        raise TooLarge(f"the frame has {len(view)} bytes, the limit (max_message_bytes) is {max_bytes}")
+        raise TooLarge(f"the frame has {len(view)} bytes; the limit (max_message_bytes) is {max_bytes}")
     header, offset = _read_header(view)
     kind, meta, described = header["kind"], header["meta"], header["tensors"]
     tensors: dict[str, WireTensor] = {}
     for name, dtype, shape in _check_tensors(described):
         if name in tensors:
-            raise InvalidRequest(f"tensor {name!r} stands twice in the frame")
+            raise InvalidRequest(f"tensor {name!r} appears twice in the frame")
         size = _tensor_bytes(name, dtype, shape)
         if offset + size > len(view):
             raise DataLoss(f"the frame ends before tensor {name!r} does: {size} bytes expected at {offset}")
@@ -147,20 +149,20 @@ def decode(frame: Buffer, *, max_bytes: int = MAX_FRAME_BYTES) -> Frame:
         _check_bool(name, tensors[name])
         offset += size + (-size % ALIGNMENT)
     if offset != len(view):
-        raise DataLoss(f"the frame has {len(view)} bytes, its header describes {offset}")
+        raise DataLoss(f"the frame has {len(view)} bytes, but its header describes {offset}")
     return Frame(kind, meta, tensors)
 
 
 def _read_header(view: memoryview) -> tuple[dict[str, Any], int]:
     if len(view) < _PREFIX.size:
-        raise InvalidRequest(f"a frame has at least {_PREFIX.size} bytes, this one has {len(view)}")
+        raise InvalidRequest(f"a frame has at least {_PREFIX.size} bytes; this one has {len(view)}")
     magic, version, reserved, length = _PREFIX.unpack_from(view)
     if magic != MAGIC or reserved != 0:
         raise InvalidRequest("not an expertmesh frame: the magic bytes are wrong")
     if version != PROTOCOL_VERSION:
-        raise InvalidRequest(f"protocol version {version} is not spoken here, only {PROTOCOL_VERSION}")
+        raise InvalidRequest(f"protocol version {version} is not supported; only {PROTOCOL_VERSION} is")
     if length > MAX_HEADER_BYTES:
-        raise TooLarge(f"the header has {length} bytes, the limit is {MAX_HEADER_BYTES}")
+        raise TooLarge(f"the header has {length} bytes; the limit is {MAX_HEADER_BYTES}")
     end = _PREFIX.size + length
     if end > len(view):
         raise DataLoss("the frame ends inside its header")
@@ -190,19 +192,19 @@ def _unpack(data: memoryview) -> object:
     except InvalidRequest:
         raise
     except (ValueError, TypeError, RecursionError, OverflowError, msgpack.exceptions.UnpackException) as error:
-        raise InvalidRequest(f"the header is not the msgpack that is spoken here: {type(error).__name__}") from None
+        raise InvalidRequest(f"the header is not valid msgpack of this protocol: {type(error).__name__}") from None
     _check_values(value, MAX_DEPTH)
     return value
 
 
 def without_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
-    """A map of text keys, for a decoder of msgpack or JSON. Raises InvalidRequest for a key that stands twice."""
+    """A map of text keys, for a decoder of msgpack or JSON. Raises InvalidRequest for a key that appears twice."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if not isinstance(key, str):
             raise InvalidRequest("keys in the header must be text")
         if key in found:
-            raise InvalidRequest(f"key {key[:64]!r} stands twice")
+            raise InvalidRequest(f"key {key[:64]!r} appears twice")
         found[key] = value
     return found
 
@@ -210,7 +212,9 @@ def without_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
 def _check_values(value: object, left: int) -> None:
     if type(value) not in (dict, list):
         if type(value) not in _SCALARS:
-            raise InvalidRequest(f"the header holds a {type(value).__name__}: only text, numbers, maps and lists may")
+            raise InvalidRequest(
+                f"the header holds a {type(value).__name__}; only text, numbers, maps and lists are allowed"
+            )
         return
     if left == 0:
         raise InvalidRequest(f"the header is nested deeper than {MAX_DEPTH}")
@@ -221,7 +225,7 @@ def _check_values(value: object, left: int) -> None:
 
 def _check_tensors(described: list[Any]) -> Iterable[tuple[str, str, tuple[int, ...]]]:
     if len(described) > MAX_TENSORS:
-        raise InvalidRequest(f"a frame carries at most {MAX_TENSORS} tensors, this one {len(described)}")
+        raise InvalidRequest(f"a frame carries at most {MAX_TENSORS} tensors; this one has {len(described)}")
     for entry in described:
         if not (isinstance(entry, list) and len(entry) == 3):
             raise InvalidRequest("a tensor is described by [name, dtype, [dims...]]")
@@ -229,9 +233,9 @@ def _check_tensors(described: list[Any]) -> Iterable[tuple[str, str, tuple[int, 
         if not (isinstance(name, str) and isinstance(dtype, str) and isinstance(dims, list)):
             raise InvalidRequest("a tensor is described by [name, dtype, [dims...]]")
         if dtype not in ITEM_SIZES:
-            raise InvalidRequest(f"tensor {name[:64]!r} has dtype {dtype[:64]!r}; known are {', '.join(ITEM_SIZES)}")
+            raise InvalidRequest(f"tensor {name[:64]!r} has dtype {dtype[:64]!r}; use one of {', '.join(ITEM_SIZES)}")
         if len(dims) > MAX_DIMS or any(type(dim) is not int or dim < 0 for dim in dims):
-            raise InvalidRequest(f"tensor {name[:64]!r} needs at most {MAX_DIMS} dimensions, each 0 or more")
+            raise InvalidRequest(f"tensor {name[:64]!r} must have at most {MAX_DIMS} dimensions, each 0 or more")
         yield name, dtype, tuple(dims)
 
 

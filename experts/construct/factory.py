@@ -52,11 +52,12 @@ class RowFunction:
         if isinstance(result, (np.ndarray, np.generic)):
             result = torch.from_numpy(np.require(result, requirements=["C", "W"]))  # torch takes no reversed strides
         if not isinstance(result, Tensor):
-            raise ExpertFailed(f"an expert must return a tensor or an array, this one returned {type(result).__name__}")
+            raise ExpertFailed(f"an expert must return a tensor or an array; this one returned {type(result).__name__}")
         if result.ndim == 0 or result.shape[0] != rows.shape[0]:
             raise ExpertFailed(f"the expert returned shape {list(result.shape)} for {rows.shape[0]} rows")
         if result.dtype not in DTYPE_NAMES:
-            raise ExpertFailed(f"the expert returned {result.dtype}, which cannot be sent: return a real dtype")
+            dtypes = ", ".join(DTYPE_NAMES.values())
+            raise ExpertFailed(f"the expert returned {result.dtype}, which cannot be sent: return one of {dtypes}")
         return result.detach()
 
     def _call_numpy(self, rows: Tensor) -> Any:
@@ -107,7 +108,9 @@ def build(expert: Expert, device: str = "cpu", *, load_weights: bool = True) -> 
             load_into(function, load_tensors(expert.weights)[0], f"weights {str(expert.weights)!r}")
         function = function.to(place).eval().requires_grad_(False)
     elif expert.weights is not None:
-        raise ConfigError.of((("weights",), "weights are given for an expert that is a plain function"))
+        raise ConfigError.of(
+            (("weights",), "a plain function has no parameters to load weights into: leave out weights")
+        )
     return RowFunction(function, expert, place)
 
 
@@ -141,7 +144,7 @@ def _construct(expert: Expert) -> Callable[[Any], Any]:
     try:
         built = target(*expert.args, **expert.kwargs)
     except Exception as error:
-        raise ConfigError(f"factory {factory!r} could not be called with its args: {error}") from error
+        raise ConfigError(f"factory {factory!r} failed when called with its args: {error}") from error
     if not callable(built):
         raise ConfigError(f"factory {factory!r} returned a {type(built).__name__}, not a module or function")
     return built  # type: ignore[no-any-return]

@@ -18,10 +18,10 @@ def canonical(value: object) -> str:
     """One text for equal arguments, in every process. Raises ConfigError for what has no such text."""
     try:
         return json.dumps(_text_keys(value), sort_keys=True, separators=(",", ":"), default=_described)
+    except ConfigError:
+        raise
     except (RecursionError, ValueError):
-        raise ConfigError(
-            "an argument contains itself and has no stable text; give plain values to a factory"
-        ) from None
+        raise ConfigError("an argument of a factory contains itself: pass numbers, text, lists or maps") from None
 
 
 def named(value: object) -> str:
@@ -68,4 +68,7 @@ def _described(value: object) -> object:
         return ["bound", named(value), canonical(value.__self__)]
     if isinstance(value, (type, types.BuiltinFunctionType, np.ufunc)):
         return named(value)
-    raise ConfigError(f"an argument of type {type(value).__name__} has no stable text; give plain values to a factory")
+    raise ConfigError(
+        f"an argument of type {type(value).__name__} cannot be part of a version's digest: pass numbers, text, lists, "
+        "maps, arrays or tensors, and construct the object inside the factory"
+    )

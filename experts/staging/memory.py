@@ -24,11 +24,11 @@ def check_memory(needed: int, device: str, *, free: Callable[[str], int | None] 
 
     Raises TooLarge, which offers another way.
     """
-    left = (free or free_memory)(device)
-    if left is not None and left < RESERVE * needed:
+    free_bytes = (free or free_memory)(device)
+    if free_bytes is not None and free_bytes < RESERVE * needed:
         raise TooLarge(
-            f"the new version has {needed} bytes; {RESERVE} times that must be free beside the old one, and "
-            f"{device} has {left} left: {_way_out(device)}"
+            f"the new version has {needed} bytes, and {RESERVE} times that must be free on {device} beside the old "
+            f"one, but only {free_bytes} bytes are: {_way_out(device)}"
         )
 
 
@@ -47,7 +47,7 @@ def within_memory(work: Callable[[], Result], device: str) -> Result:
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
-    raise TooLarge(f"{device} ran out of memory while both versions were held: {_way_out(device)}")
+    raise TooLarge(f"{device} ran out of memory while it held both versions: {_way_out(device)}")
 
 
 def free_memory(device: str, root: Path = Path("/")) -> int | None:

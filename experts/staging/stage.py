@@ -91,7 +91,7 @@ def stage(
         receipt = _receipt(proposal, function, contents, old, incarnation)
         return function, replace(receipt, seconds=clock() - started)
 
-    with refusals(proposal.id, "expert", "the log of its replica, and mend the expert"):
+    with refusals(proposal.id, "expert", "the log of its replica, and fix the expert"):
         return within_memory(work, device)
 
 
@@ -117,7 +117,7 @@ def _built(
     if contents is None or weights is None:
         return function
     if function.module is None:
-        raise SpecMismatch("weights are given for an expert that is a plain function: leave them out")
+        raise SpecMismatch("a plain function has no parameters to load weights into: leave out weights")
     tensors = load_tensors(weights)[0] if isinstance(weights, Path) else weights
     check_described(described(tensors), described(function.state()))
     load_into(function.module, tensors, "it")
@@ -135,8 +135,8 @@ def _receipt(
     version = version_name(proposal.counter, digest)
     if proposal.version is not None and version != proposal.version:
         raise FailedPrecondition(
-            f"it turned out as {version}, {proposal.version} was expected: code, arguments or weights differ between "
-            "nodes; give all of them the same (runtime_env)"
+            f"it was built as {version}, but {proposal.version} was expected: code, arguments or weights differ "
+            "between nodes; give all nodes the same ones, code by runtime_env"
         )
     nbytes = sum(tensor.nbytes for tensor in state.values())
     input_spec, output_spec = _specs(proposal, function)
@@ -145,11 +145,13 @@ def _receipt(
 
 
 def _specs(proposal: Proposal, function: RowFunction) -> tuple[TensorSpec, TensorSpec]:
-    found = complete(function, "it")
-    for what, spec, wanted in zip(("takes", "gives"), found, (proposal.input, proposal.output), strict=True):
+    specs = complete(function, "it")
+    for what, spec, wanted in zip(("takes", "returns"), specs, (proposal.input, proposal.output), strict=True):
         if not spec.agrees(wanted):
-            raise SpecMismatch(f"it {what} rows of {spec}, the layer's are {wanted}: swap in an expert that fits")
-    return found
+            raise SpecMismatch(
+                f"it {what} rows of {spec}, but the layer's rows are {wanted}: swap in an expert that fits"
+            )
+    return specs
 
 
 def _drift(proposal: Proposal, function: RowFunction, old: RowFunction | None, rows: TensorSpec) -> float | None:

@@ -58,8 +58,8 @@ def check_norms(new: Mapping[str, float], old: Mapping[str, float], policy: Poli
     name = max(sorted(ratios), key=ratios.__getitem__)
     if ratios[name] > policy.max_norm_ratio:
         raise FailedPrecondition(
-            f"the norm of {short(name)} is {new[name]:.4g} and was {old[name]:.4g}, a factor of {ratios[name]:.4g}, "
-            f"max_norm_ratio is {policy.max_norm_ratio:g}: look at the training run, or allow it with allow_norm"
+            f"the norm of {short(name)} changed from {old[name]:.4g} to {new[name]:.4g}, a factor of "
+            f"{ratios[name]:.4g}; max_norm_ratio is {policy.max_norm_ratio:g}: check the training, or set allow_norm"
         )
 
 
@@ -74,8 +74,8 @@ def check_applied(staged: Mapping[str, Tensor], digests: Mapping[str, str]) -> N
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise DataLoss(
-            f"read back from the staged module, {', '.join(map(short, wrong[:3]))}{more} is not what was sent: it was "
-            "not applied or holds uninitialised memory; mend the module's own loading code (load_state_dict, hooks)"
+            f"the staged module does not hold what was sent for {', '.join(map(short, wrong[:3]))}{more}: "
+            "it was not applied or holds uninitialised memory; fix the module's loading code (load_state_dict, hooks)"
         )
 
 
@@ -104,19 +104,19 @@ def probe_drift(new: RowFunction, old: RowFunction, rows: Tensor, output: Tensor
     try:
         before = _answer(old, rows)
     except ExpertMeshError as error:
-        raise FailedPrecondition(f"the version that serves cannot be compared with: {error.message}") from error
-    _check_rows(answer, TensorSpec(tuple(before.shape[1:]), dtype_name(before.dtype)), "the version that it replaces")
+        raise FailedPrecondition(f"the serving version cannot be compared: {error.message}") from error
+    _check_rows(answer, TensorSpec(tuple(before.shape[1:]), dtype_name(before.dtype)), "the version it replaces")
     comparable = _finite(before)
     if not comparable.any():
         raise FailedPrecondition(
-            "the version that serves answers none of the probe rows with finite numbers, so nothing can be compared: "
-            "declare input specs that fit, or swap without a bound on drift"
+            "the serving version answers none of the probe rows with finite numbers, so drift cannot be measured: "
+            "declare input specs that fit, or swap without max_drift"
         )
     broken = int((comparable & ~_finite(answer)).sum())
     if broken:
         raise FailedPrecondition(
-            f"the new version answers {broken} of {len(rows)} probe rows with NaN or infinity, the old one does not: "
-            "look at the training run, or at overflow in the weights' dtype"
+            f"the new version answers {broken} of {len(rows)} probe rows with NaN or infinity, where the old one does "
+            "not: check the training run, and the weights' dtype for overflow"
         )
     return distance(answer[comparable], before[comparable])
 
@@ -145,12 +145,12 @@ def check_drift(drift: float | None, policy: Policy) -> None:
         return
     if drift is None:
         raise FailedPrecondition(
-            "max_drift is set and drift cannot be measured: declare the expert's input shape, or leave max_drift out"
+            "max_drift is set, but drift cannot be measured: declare the expert's input shape, or leave max_drift out"
         )
     if not drift <= policy.max_drift:
         raise FailedPrecondition(
-            f"its answers to {policy.probe_rows} probe rows are off by {drift:.4g} (relative L2), max_drift is "
-            f"{policy.max_drift:g}: look at the training run, or raise max_drift if this is meant"
+            f"its answers to {policy.probe_rows} probe rows differ by {drift:.4g} (relative L2); max_drift is "
+            f"{policy.max_drift:g}: check the training run, or raise max_drift if the change is intended"
         )
 
 
@@ -165,14 +165,16 @@ def _answer(function: RowFunction, rows: Tensor) -> Tensor:
     except (Exception, SystemExit) as error:  # an expert is foreign code and may raise anything
         log.exception("an expert raised on probe rows")
         raise FailedPrecondition(
-            f"it raised {type(error).__name__} on probe rows; see the log of its replica, and mend the expert"
+            f"it raised {type(error).__name__} on probe rows; see the log of its replica, and fix the expert"
         ) from error
 
 
 def _check_rows(answer: Tensor, wanted: TensorSpec, whose: str) -> None:
-    given = TensorSpec(tuple(answer.shape[1:]), dtype_name(answer.dtype))
-    if not given.agrees(wanted):
-        raise FailedPrecondition(f"it answers probe rows with {given}, {whose} has {wanted}: swap in one that fits")
+    answered = TensorSpec(tuple(answer.shape[1:]), dtype_name(answer.dtype))
+    if not answered.agrees(wanted):
+        raise FailedPrecondition(
+            f"it answers probe rows with {answered}, but {whose} has {wanted}: swap in one that fits"
+        )
 
 
 def _finite(answer: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def _opened(path: str | os.PathLike[str]) -> safe_open:
     try:
         return safe_open(str(path), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise DataLoss(f"{name!r} is not a whole safetensors file: {error}") from None
+        raise DataLoss(f"{name!r} is not a complete safetensors file: {error}") from None
 
 
 def save_module(path: str | os.PathLike[str], module: nn.Module) -> None:
@@ -98,7 +98,7 @@ def check_fit(
     for name in wanted.keys() & given.keys():
         if given[name] != wanted[name]:
             (shape, dtype), (want_shape, want_dtype) = given[name], wanted[name]
-            problems.append(f"{name!r} is {list(shape)} {dtype}, the {owner} has {list(want_shape)} {want_dtype}")
+            problems.append(f"{name!r} is {list(shape)} {dtype}, but the {owner} has {list(want_shape)} {want_dtype}")
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise SpecMismatch(f"{source} does not fit the {owner}: {'; '.join(sorted(problems)[:3])}{more}")

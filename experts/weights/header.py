@@ -52,17 +52,21 @@ def read_header(file: BinaryIO, nbytes: int, *, max_bytes: int, max_tensors: int
     length = int.from_bytes(file.read(8), "little")
     if nbytes < 8 or length > nbytes - 8:
         raise DataLoss(
-            f"the file has {nbytes} bytes, too few for the header that it announces: it is truncated or no safetensors "
+            f"the file has {nbytes} bytes, fewer than its header should have: it is truncated or not a safetensors "
             "file; write and send it again"
         )
     if length > max_bytes:
-        raise TooLarge(f"the header has {length} bytes, the limit max_header_bytes is {max_bytes}: raise it or split")
+        raise TooLarge(
+            f"the header has {length} bytes; the limit max_header_bytes is {max_bytes}: raise it or split the file"
+        )
     raw = file.read(length)
     if len(raw) != length:
-        raise DataLoss("the file became shorter while it was read: send it again")
+        raise DataLoss("the file shrank while it was read: send it again")
     tensors = _parsed(raw)
     if len(tensors) > max_tensors:
-        raise TooLarge(f"the file names more than {max_tensors} tensors, the limit max_tensors: raise it or split")
+        raise TooLarge(
+            f"the file has more than {max_tensors} tensors, the limit max_tensors: raise it or split the file"
+        )
     entries = [_entry(name, described, 8 + length) for name, described in tensors.items()]
     return _placed(entries, 8 + length, nbytes)
 
@@ -93,7 +97,9 @@ def _entry(name: str, described: object, base: int) -> Entry:
         raise _malformed(f"{short(name)} must have dtype, shape and data_offsets, each once, and nothing else")
     shape, offsets, dtype = described["shape"], described["data_offsets"], described["dtype"]
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2 or not isinstance(dtype, str):
-        raise _malformed(f"{short(name)} has a shape or data_offsets that are not lists of sizes, or an odd dtype")
+        raise _malformed(
+            f"{short(name)} has a shape or data_offsets that are not lists of sizes, or a dtype that is not text"
+        )
     if dtype not in DTYPES:
         raise SpecMismatch(f"{short(name)} has dtype {short(dtype)}; write it as one of {', '.join(DTYPES)}")
     if len(shape) > MOST_DIMS or math.prod(max(size, 1) for size in shape) > MOST_ELEMENTS:
@@ -101,7 +107,7 @@ def _entry(name: str, described: object, base: int) -> Entry:
     start, stop = offsets
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if stop - start != needed:
-        raise _malformed(f"{short(name)} needs {needed} bytes and its data_offsets do not span so many")
+        raise _malformed(f"{short(name)} needs {needed} bytes, but its data_offsets span {stop - start}")
     return Entry(name, DTYPES[dtype], tuple(shape), base + start, base + stop)
 
 
@@ -110,12 +116,12 @@ def _placed(entries: list[Entry], start: int, nbytes: int) -> tuple[Entry, ...]:
     entries.sort(key=lambda entry: (entry.start, entry.stop))
     for entry in entries:
         if entry.start != start:
-            raise _malformed(f"the bytes of {short(entry.name)} leave a gap behind other tensors or overlap them")
+            raise _malformed(f"the bytes of {short(entry.name)} leave a gap after other tensors or overlap them")
         start = entry.stop
     if start != nbytes:
         problem = "is truncated" if start > nbytes else "has bytes that belong to no tensor"
         raise DataLoss(
-            f"the file has {nbytes} bytes, its tensors end at {start}: it {problem}; write and send it again"
+            f"the file has {nbytes} bytes, but its tensors end at {start}: it {problem}; write and send it again"
         )
     return tuple(entries)
 
@@ -129,4 +135,4 @@ def _is_text(name: str) -> bool:
 
 
 def _malformed(problem: str) -> DataLoss:
-    return DataLoss(f"the header is malformed: {problem}; write the file anew with safetensors and send it again")
+    return DataLoss(f"the header is malformed: {problem}; write the file again with safetensors and send it again")

@@ -92,7 +92,7 @@ def inspect_artefact(
             nbytes = os.fstat(file.fileno()).st_size
             if nbytes > limits.max_bytes:
                 raise TooLarge(
-                    f"it has {nbytes} bytes, the limit max_bytes is {limits.max_bytes}: raise the limit or shrink it"
+                    f"it has {nbytes} bytes; the limit max_bytes is {limits.max_bytes}: raise it or send a smaller file"
                 )
             entries = read_header(file, nbytes, max_bytes=limits.max_header_bytes, max_tensors=limits.max_tensors)
             tensors = {entry.name: (entry.shape, torch_name(entry.dtype)) for entry in entries}
@@ -102,7 +102,7 @@ def inspect_artefact(
             file.seek(0)
             whole, looks = _pass(file, entries, header)
         if sha256 is not None and whole != sha256.lower():
-            raise DataLoss(f"its sha256 is {whole[:12]}..., the sender's is {short(sha256[:12])}...: send it again")
+            raise DataLoss(f"its sha256 is {whole[:12]}..., but the sender's is {short(sha256[:12])}...: send it again")
         norms, digests = _judged(looks)
     except OSError as error:
         raise DataLoss(f"the weights file {name!r} cannot be read: {error.strerror or type(error).__name__}") from None
@@ -135,7 +135,7 @@ def check_described(given: Mapping[str, Description], wanted: Mapping[str, Descr
     try:
         check_fit(given, wanted, "it", owner)
     except SpecMismatch as error:
-        raise SpecMismatch(f"{error.message}; write exactly the tensors of the {owner} that it replaces") from None
+        raise SpecMismatch(f"{error.message}; write exactly the tensors of the {owner} it replaces") from None
 
 
 def _pass(file: BinaryIO, entries: Iterable[Entry], header: int) -> tuple[str, list[_Look]]:
@@ -151,7 +151,7 @@ def _pass(file: BinaryIO, entries: Iterable[Entry], header: int) -> tuple[str, l
             look.take(torch.frombuffer(part, dtype=entry.dtype))
         looks.append(look)
     if file.read(1):
-        raise DataLoss("it became longer while it was read: send it again")
+        raise DataLoss("it grew while it was read: send it again")
     return whole.hexdigest(), looks
 
 
@@ -160,7 +160,7 @@ def _chunks(file: BinaryIO, nbytes: int, buffer: bytearray) -> Iterator[memoryvi
     while nbytes:
         part = memoryview(buffer)[: min(nbytes, len(buffer))]
         if file.readinto(part) != len(part):  # type: ignore[attr-defined]
-            raise DataLoss("it became shorter while it was read: send it again")
+            raise DataLoss("it shrank while it was read: send it again")
         yield part
         nbytes -= len(part)
 
@@ -181,14 +181,13 @@ class _Look:
         data = byte_view(part)
         self.sha256.update(data)
         if part.dtype == torch.bool and max(data, default=0) > 1:
-            raise DataLoss(f"{short(self.name)} is of dtype bool and has bytes other than 0 and 1; write the file anew")
+            raise DataLoss(f"{short(self.name)} has dtype bool but bytes other than 0 and 1; write the file again")
         if not self.floating:
             return
         norm = _norm(part)
         if not math.isfinite(norm) and not _wide(part).isfinite().all():
             raise FailedPrecondition(
-                f"{short(self.name)} has NaN or infinite values: the training that made it diverged; use an earlier "
-                "checkpoint"
+                f"{short(self.name)} has NaN or infinite values: the training run diverged; use an earlier checkpoint"
             )
         self.norm = math.hypot(self.norm, norm)
         self.nonzero = self.nonzero or norm > 0 or bool(_wide(part).any())
@@ -200,7 +199,7 @@ def _judged(looks: Iterable[_Look]) -> tuple[dict[str, float], dict[str, str]]:
     floating = [look for look in looks if look.floating]
     if any(look.seen for look in floating) and not any(look.nonzero for look in floating):
         raise FailedPrecondition(
-            "all numbers in its floating tensors are zero: nothing was written into them; export the trained weights"
+            "all its floating-point values are zero: the weights were never filled in; export the trained weights"
         )
     norms = {look.name: look.norm for look in floating}
     return norms, {look.name: look.sha256.hexdigest() for look in looks}

@@ -22,7 +22,7 @@ ROWS = torch.arange(12.0).reshape(3, 4)
 FAILING = {
     "helpers.samples:raises": "raised ZeroDivisionError; see the log",
     "helpers.samples:leaves": "raised SystemExit; see the log",
-    "helpers.samples:text": "must return a tensor or an array, this one returned str",
+    "helpers.samples:text": "must return a tensor or an array; this one returned str",
     "helpers.samples:narrow": "returned shape",
     "helpers.samples:complex_rows": "complex64",
     "torch:mm": "raised TypeError",
@@ -94,7 +94,7 @@ def test_two_versions_of_one_expert_are_held_side_by_side() -> None:
     one, two = host.compute(call(("e", old.version, [1]), ("e", new.version, [1]))).outputs
     assert isinstance(one, PartFailure)
     assert torch.equal(tensor_of(two), ROWS[[1]] * 3)
-    with pytest.raises(NotFound, match=f"e {old.version} is not loaded here"):
+    with pytest.raises(NotFound, match=f"e {old.version} is not loaded in this replica"):
         host.unload("e", old.version)
 
 

@@ -114,7 +114,7 @@ def test_what_has_no_floating_numbers_is_not_all_zero(state: dict[str, Tensor]) 
 
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 def test_all_zeros_are_refused(zero: float) -> None:
-    with pytest.raises(FailedPrecondition, match="are zero: nothing was written"):
+    with pytest.raises(FailedPrecondition, match="are zero: the weights were never filled in"):
         survey({"a": torch.full((3,), zero), "steps": torch.ones(1, dtype=torch.int64)})
 
 
@@ -138,15 +138,15 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "control sign": (b'{"a\n":%s}' % A, "Invalid control character at: line 1 column 4"),
     "a string open": (b'{"a', "Unterminated string"),
     "a comma too many": (b'{"a":%s,}' % A, "not JSON"),
-    "a name twice": (b'{"a":%s,"a":%s}' % (A, json.dumps(describe([0], 4, 4)).encode()), "key 'a' stands twice"),
+    "a name twice": (b'{"a":%s,"a":%s}' % (A, json.dumps(describe([0], 4, 4)).encode()), "key 'a' appears twice"),
     "a long name": (b'{"%s":%s}' % (b"a" * (LONGEST_NAME + 1), A), "longer than 512 characters"),
     "metadata of numbers": (b'{"__metadata__":{"a":1},"a":%s}' % A, "not a map of text"),
     "metadata nested": (b'{"__metadata__":{"a":{"b":"c"}},"a":%s}' % A, "not a map of text"),
-    "metadata twice": (b'{"__metadata__":{},"__metadata__":{},"a":%s}' % A, "key '__metadata__' stands twice"),
-    "much metadata": (b'{"__metadata__":{%s"a":""},"a":%s}' % (b'"":"",' * 1000, A), "key '' stands twice"),
+    "metadata twice": (b'{"__metadata__":{},"__metadata__":{},"a":%s}' % A, "key '__metadata__' appears twice"),
+    "much metadata": (b'{"__metadata__":{%s"a":""},"a":%s}' % (b'"":"",' * 1000, A), "key '' appears twice"),
     "a key twice": (
         b'{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
-        "'dtype' stands twice",
+        "'dtype' appears twice",
     ),
     "a key too many": (entry(order="C"), "and nothing else"),
     "a key missing": (b'{"a":{"shape":[1],"data_offsets":[0,4]}}', "must have dtype, shape"),
@@ -161,13 +161,13 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "overflow": (entry(shape=[2**32, 2**32]), "impossible shape"),
     "zero times huge": (entry(shape=[0, 2**62, 2**62]), "impossible shape"),
     "a hundred dims": (entry(shape=[1] * 100), "impossible shape"),
-    "offsets backwards": (entry(data_offsets=[4, 0]), "do not span so many"),
+    "offsets backwards": (entry(data_offsets=[4, 0]), "its data_offsets span -4"),
     "three offsets": (entry(data_offsets=[0, 2, 4]), "not lists of sizes"),
     "too few bytes": (entry(data_offsets=[0, 3]), "needs 4 bytes"),
     "a gap": (b'{"a":{"dtype":"U8","shape":[3],"data_offsets":[1,4]}}', "leave a gap"),
     "bytes of no tensor": (b"{}", "belong to no tensor"),
     "too few for the tensor": (entry(shape=[2], data_offsets=[0, 8]), "it is truncated"),
-    "a dtype that is no string": (entry(dtype=4), "an odd dtype"),
+    "a dtype that is no string": (entry(dtype=4), "a dtype that is not text"),
     "a million digits": (
         b'{"a":{"dtype":"F32","shape":[' + b"1" * 10**6 + b'],"data_offsets":[0,4]}}',
         "0 digits",
@@ -202,7 +202,7 @@ def test_an_unknown_dtype_and_impossible_booleans(tmp_path: Path) -> None:
     with pytest.raises(SpecMismatch, match="'a' has dtype 'F4'; write it as one of F64, F32"):
         inspect_artefact(tmp_path / "w")
     (tmp_path / "w").write_bytes(raw_file(json.dumps({"a": describe([4], 0, 4, "BOOL")}).encode(), b"\0\1\2\0"))
-    with pytest.raises(DataLoss, match="'a' is of dtype bool and has bytes other than 0 and 1"):
+    with pytest.raises(DataLoss, match="'a' has dtype bool but bytes other than 0 and 1"):
         inspect_artefact(tmp_path / "w")
 
 
@@ -228,14 +228,14 @@ def test_the_first_three_that_do_not_fit_are_named_before_the_rest_is_read(tmp_p
     with pytest.raises(SpecMismatch) as caught:
         inspect_artefact(tmp_path / "w", sha256="0" * 64, wanted=described(GOOD), owner="gate")
     assert caught.value.message == (
-        "weights file 'w': it does not fit the gate: 'weight' is [4, 3] float32, the gate has [3, 4] float32; missing "
-        "'bias'; unexpected 'x' (and 1 more); write exactly the tensors of the gate that it replaces"
+        "weights file 'w': it does not fit the gate: 'weight' is [4, 3] float32, but the gate has [3, 4] float32; "
+        "missing 'bias'; unexpected 'x' (and 1 more); write exactly the tensors of the gate it replaces"
     )
 
 
 def test_a_checksum_is_compared_before_the_numbers_are_judged(tmp_path: Path) -> None:
     save_tensors(tmp_path / "w", {"a": torch.zeros(3)})
-    with pytest.raises(DataLoss, match=r"its sha256 is .*, the sender's is '000000000000'.*: send it again"):
+    with pytest.raises(DataLoss, match=r"its sha256 is .*, but the sender's is '000000000000'.*: send it again"):
         inspect_artefact(tmp_path / "w", sha256="0" * 64)
     with pytest.raises(FailedPrecondition):
         inspect_artefact(tmp_path / "w", sha256=sha256_of(tmp_path / "w").upper())
@@ -254,7 +254,7 @@ def test_a_file_that_changes_while_it_is_read(change: int, tmp_path: Path, monke
     save_tensors(path, {"a": torch.ones(10_000)})
     size = path.stat().st_size
     monkeypatch.setattr(inspect, "check_described", lambda *_: os.truncate(path, size + change))
-    with pytest.raises(DataLoss, match=f"it became {'longer' if change > 0 else 'shorter'} while it was read"):
+    with pytest.raises(DataLoss, match=f"it {'grew' if change > 0 else 'shrank'} while it was read"):
         inspect_artefact(path, wanted={})
 
 

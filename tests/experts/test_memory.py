@@ -75,13 +75,16 @@ def test_this_machine_has_some_and_a_device_without_bytes_has_no_limit() -> None
 def test_a_reserve_must_be_free_beside_the_old_version() -> None:
     check_memory(100, "cpu", free=lambda _: 120)
     check_memory(100, "cpu", free=lambda _: None)
-    with pytest.raises(TooLarge, match=r"has 100 bytes; 1\.2 times that must be free.* cpu has 119 left: retire older"):
+    with pytest.raises(
+        TooLarge,
+        match=r"has 100 bytes, and 1\.2 times that must be free on cpu .*, but only 119 bytes are: retire older",
+    ):
         check_memory(100, "cpu", free=lambda _: 119)
 
 
 def test_a_gpu_that_is_full_offers_another_mode() -> None:
     asked: list[str] = []
-    with pytest.raises(TooLarge, match='cuda:1 has 0 left: stage it with mode="staged_cpu"'):
+    with pytest.raises(TooLarge, match=r'free on cuda:1 .*, but only 0 bytes are: stage it with mode="staged_cpu"'):
         check_memory(1, "cuda:1", free=lambda device: asked.append(device) or 0)
     assert asked == ["cuda:1"]
 
@@ -110,7 +113,7 @@ def test_what_runs_out_of_memory_lets_go_of_all_that_it_held(error: Exception) -
         held.append(weakref.ref(big))
         raise error
 
-    with pytest.raises(TooLarge, match="cpu ran out of memory while both versions were held: retire older") as caught:
+    with pytest.raises(TooLarge, match="cpu ran out of memory while it held both versions: retire older") as caught:
         within_memory(work, "cpu")
     assert held[0]() is None
     assert caught.value.__context__ is None

@@ -44,7 +44,7 @@ def test_a_weights_header_of_any_dtype_fits_its_module(dtype: str, tmp_path: Pat
     expert = Expert("torch.nn:Linear", kwargs=kwargs, weights=path, input=rows)
     assert check_declaration(expert, "l/e", ANY)[1].shape == (4,)
     save_tensors(path, {"weight": torch.zeros(4, 4).int()})
-    with pytest.raises(SpecMismatch, match=rf"torch.int32, the expert has \[4, 4\] torch.{dtype}"):
+    with pytest.raises(SpecMismatch, match=rf"torch.int32, but the expert has \[4, 4\] torch.{dtype}"):
         check_declaration(expert, "l/e", ANY)
 
 

@@ -107,8 +107,8 @@ def test_the_first_three_problems_are_named_and_nothing_is_changed() -> None:
     with pytest.raises(SpecMismatch) as caught:
         load_into(module, tensors, "weights 'w'")
     assert caught.value.message == (
-        "weights 'w' does not fit the expert: '0.bias' is [2] torch.float64, the expert has [2] torch.float32; "
-        "'1.weight' is [3, 3] torch.float32, the expert has [2, 2] torch.float32; missing '2.bias' (and 1 more)"
+        "weights 'w' does not fit the expert: '0.bias' is [2] torch.float64, but the expert has [2] torch.float32; "
+        "'1.weight' is [3, 3] torch.float32, but the expert has [2, 2] torch.float32; missing '2.bias' (and 1 more)"
     )
     assert tensor_digest(module.state_dict()) == before
 
