@@ -9,37 +9,37 @@ from typing import TYPE_CHECKING
 from ...experts.errors import ConfigError
 from ...experts.spec import Expert
 
-if TYPE_CHECKING:  # a layer has a gate, and that is torch's
+if TYPE_CHECKING:  # importing Layer would import torch
     from ...router.mixture.layer import Layer
 
 
 @dataclass(frozen=True)
 class PlannedReplica:
-    """One actor to be: its id, and the experts that it is for, by id."""
+    """A planned actor: its id, and its experts by id."""
 
     id: str
     experts: Mapping[str, Expert]
 
     @property
     def placement(self) -> Expert:
-        """The expert whose resources decide where the actor runs; all of a pack agree."""
+        """The expert whose resources decide where the actor runs; equal for all experts of a pack."""
         return next(iter(self.experts.values()))
 
     @property
     def expert_ids(self) -> tuple[str, ...]:
-        """The experts of this replica."""
+        """The ids of this replica's experts."""
         return tuple(self.experts)
 
 
 def plan_layer(layer: Layer) -> tuple[PlannedReplica, ...]:
-    """The replicas of a layer, called `layer/expert#0` or `layer/pack#0` and so on.
+    """The replicas of a layer, with ids such as `layer/expert#0` or `layer/pack#0`.
 
-    Raises ConfigError where the experts of a pack ask for different resources.
+    Raises ConfigError if the experts of a pack have different resources or replicas.
     """
     groups: dict[str, dict[str, Expert]] = {}
     for name, expert in layer.everyone.items():
         if expert.pack in layer.everyone:
-            raise ConfigError(f"layer {layer.name}: pack {expert.pack!r} has the name of an expert; choose another")
+            raise ConfigError(f"layer {layer.name}: pack {expert.pack!r} has the name of an expert: choose another")
         groups.setdefault(f"{layer.name}/{expert.pack or name}", {})[f"{layer.name}/{name}"] = expert
     planned = []
     for group, experts in groups.items():

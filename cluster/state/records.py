@@ -1,4 +1,4 @@
-"""What is written down of versions, epochs and swaps: frozen records, and the names that they may carry."""
+"""Records of versions, epochs and swaps as the registry stores them, and the syntax of their names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class VersionRecord:
     since 1970; `parent` is the version that it replaced; `note` says how it came: "declared", "swap <id>".
     `declared`: a declaration brought it by itself, so that an edited declaration may replace it.
 
-    Raises InvalidRequest for an id that is not "layer/expert", or a version that is not made of counter and digest.
+    Raises InvalidRequest for an id that is not "layer/expert", or a version that does not match counter and digest.
     """
 
     id: str
@@ -45,10 +45,12 @@ class VersionRecord:
     def __post_init__(self) -> None:
         check_version(self.id, self.version)
         if type(self.counter) is not int or self.version != f"v{self.counter}-{self.digest[:12]}":
-            raise InvalidRequest(f"version {self.version} of {self.id} is not its counter and 12 digits of its digest")
+            raise InvalidRequest(
+                f"version {self.version} of {self.id} is not made of its counter and the first 12 digits of its digest"
+            )
 
     def to_json(self) -> str:
-        """The record as one text, the same for equal records. Raises InvalidRequest if `origin` is not plain JSON."""
+        """The record as JSON, the same text for equal records. Raises InvalidRequest if `origin` is not plain JSON."""
         return to_json(asdict(self), f"the origin of {self.id}")
 
     @classmethod
@@ -60,7 +62,7 @@ class VersionRecord:
                 fields["declared"] = fields.get("note") == "declared"
             return cls(**fields)
         except (TypeError, InvalidRequest):
-            raise damaged("a version's record is not whole") from None
+            raise damaged("the record of a version cannot be read") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ class EpochRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class SwapRecord:
-    """What the journal knows of a swap: "open" from its begin on, then "committed" as `epoch`, or "aborted"."""
+    """A swap in the journal: "open" once begun, then "committed" as `epoch`, or "aborted"."""
 
     swap_id: str
     state: str
@@ -87,19 +89,19 @@ class SwapRecord:
 
 
 def check_id(id: str) -> None:
-    """Check that an id is "layer/expert" or "layer/gate", and so can be a folder and no way out of one.
+    """Check that an id is "layer/expert" or "layer/gate", which also makes it a safe relative path.
 
     Raises InvalidRequest.
     """
     if not isinstance(id, str) or id.count("/") != 1 or not all(map(is_name, id.split("/"))):
-        raise InvalidRequest(f'{id!r} is no id of an expert or gate: write it as "layer/expert" or "layer/gate"')
+        raise InvalidRequest(f'{id!r} is not the id of an expert or gate: write it as "layer/expert" or "layer/gate"')
 
 
 def check_version(id: str, version: str) -> None:
-    """Check an id and the name of a version of it. Raises InvalidRequest."""
+    """Check an id and the name of one of its versions. Raises InvalidRequest."""
     check_id(id)
     if not isinstance(version, str) or not _VERSION.fullmatch(version):
-        raise InvalidRequest(f"{version!r} of {id} is no version: they look like v7-3fa1c2d40b9e")
+        raise InvalidRequest(f"{version!r} of {id} is not a version: write it as in v7-3fa1c2d40b9e")
 
 
 def is_version(name: str) -> bool:
@@ -114,11 +116,11 @@ def check_swap_id(swap_id: str) -> None:
 
 
 def to_json(value: Mapping[str, Any], what: str) -> str:
-    """One text for equal maps. Raises InvalidRequest that names `what` if a value is none that JSON has."""
+    """A map as JSON, the same text for equal maps. Raises InvalidRequest naming `what` if a value is not plain JSON."""
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{what} must be plain values (texts, numbers, lists, maps): {error}") from None
+        raise InvalidRequest(f"{what} must be plain values (text, numbers, lists, maps): {error}") from None
 
 
 def from_json(text: str) -> dict[str, Any]:
@@ -128,12 +130,12 @@ def from_json(text: str) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise damaged("a map in it is not whole")
+        raise damaged("a map in it cannot be read")
     return value
 
 
 def damaged(why: str) -> DataLoss:
-    """The error for a registry that cannot be believed: what to do is the same for every cause."""
+    """The error for a damaged registry; the remedy is the same for every cause."""
     return DataLoss(
         f"the registry (registry.sqlite in state_dir) is damaged: {why}. Restore the state folder from a backup, or "
         "move it away to start again from the configuration"

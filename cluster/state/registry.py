@@ -1,7 +1,7 @@
-"""The registry: what versions there are, which epoch is current, and which swaps are under way, in one SQLite file.
+"""The registry: all versions, the current epoch and the swaps in progress, in one SQLite file.
 
-Each change is one transaction that is on the disk before the call returns. One writer at a time: whoever opens the
-registry raises its `term`, and every change of an earlier writer is refused from then on.
+Each change is one transaction that is on disk before the call returns. There is one writer at a time: opening the
+registry increments its `term`, and all further changes by earlier writers are refused.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _MESSAGE_CHARACTERS = 2000
 
 
 class Registry:
-    """The durable state of one cluster. Every method may be called from any thread; each waits for the disk.
+    """The durable state of one cluster. All methods are thread-safe and block on disk I/O.
 
-    `cluster_id` is made once, with the registry; `term` is the number of writers that have opened it so far. `clock`
-    gives seconds since 1970.
+    `cluster_id` is created once, with the registry; `term` is the number of times the registry has been opened. `clock`
+    returns seconds since 1970.
 
-    Opening raises FailedPrecondition for a registry of another schema, DataLoss for one that is damaged, or gone
-    while versions are there, ConfigError for a folder that others could write into. Every method may raise Unavailable
-    when the disk fails, and every change Aborted once another writer has opened the registry.
+    Opening raises FailedPrecondition for a registry of another schema, DataLoss for one that is damaged, or missing
+    although versions are stored, ConfigError for a folder that other users can write to. Every method raises
+    Unavailable if the disk fails, and every change raises Aborted once another writer has opened the registry.
     """
 
     def __init__(self, state_dir: str | os.PathLike[str], *, clock: Callable[[], float] = time.time) -> None:
@@ -64,7 +64,7 @@ class Registry:
             raise
 
     def close(self) -> None:
-        """Close the registry; a second time does nothing."""
+        """Close the registry; idempotent."""
         with self._lock, _translated():
             connection, self._connection = self._connection, None
             if connection is not None:
@@ -77,7 +77,7 @@ class Registry:
         self.close()
 
     def add_version(self, record: VersionRecord) -> None:
-        """Register a version whose folder is stored; an equal record a second time changes nothing.
+        """Register a version whose folder is stored; idempotent.
 
         Raises DataLoss if another record has that id and version, InvalidRequest for an origin that is not plain JSON.
         """
@@ -85,17 +85,17 @@ class Registry:
             registry_tables.add_version(db, record)
 
     def version(self, id: str, version: str) -> VersionRecord:
-        """The record of a version. Raises NotFound if there is none, or none any more."""
+        """The record of a version. Raises NotFound if it was never registered or was collected."""
         with self._read() as db:
             return registry_tables.find_version(db, id, version)
 
     def history(self, id: str) -> list[VersionRecord]:
-        """Every version of an id that is still kept, oldest first; `epochs` tells which of them served when."""
+        """All kept versions of an id, oldest first; `epochs` shows which of them served when."""
         with self._read() as db:
             return registry_tables.history(db, id)
 
     def known(self) -> set[tuple[str, str]]:
-        """Every version that is still kept, as (id, version): what a sweep of the version folders must leave."""
+        """All kept versions, as (id, version): the folders that a sweep must not remove."""
         with self._read() as db:
             return set(db.execute("SELECT id, version FROM versions"))
 
@@ -105,7 +105,7 @@ class Registry:
             self._check_term(db)
 
     def next_counter(self, id: str) -> int:
-        """Take the next counter of an id. No number is given twice, also not after its version was collected."""
+        """Allocate the next counter of an id. A number is never reused, even after its version was collected."""
         check_id(id)
         with self._change() as db:
             return registry_tables.take_counter(db, id)
@@ -116,12 +116,12 @@ class Registry:
             return registry_tables.current_epoch(db)
 
     def epoch(self, number: int) -> EpochRecord:
-        """An epoch that is still kept. Raises FailedPrecondition for one that was, NotFound for one that never was."""
+        """A kept epoch. Raises FailedPrecondition for one that was collected, NotFound for one that never existed."""
         with self._read() as db:
             return registry_tables.find_epoch(db, number)
 
     def epochs(self) -> list[EpochRecord]:
-        """Every epoch that is still kept, oldest first."""
+        """All kept epochs, oldest first."""
         with self._read() as db:
             return registry_tables.all_epochs(db)
 
@@ -133,27 +133,27 @@ class Registry:
         expect: Mapping[str, str | None],
         declared: Mapping[str, str] | None = None,
     ) -> EpochRecord:
-        """Make the next epoch out of the current one and `changes`: the point of no return of a swap, once it returns.
+        """Create the next epoch from the current one and `changes`. Once this returns, the swap cannot be undone.
 
         A change to None removes an id; an expected None says that the id is not there. `declared` are digests of what
         the configuration declares, by id, and are written down with the epoch. The same swap a second time gets the
         epoch that it made.
 
         Raises Aborted, with nothing changed, if the current epoch is not as expected or the swap was aborted; NotFound
-        for a version that is not registered, an id to remove that is not there, or a swap that was not begun;
-        FailedPrecondition if the swap has committed other changes. After Unavailable the outcome is open until a
-        repeated `commit`, or `end_swap`, has returned.
+        for a version that is not registered, an id to remove that does not exist, or a swap that was not begun;
+        FailedPrecondition if the swap has committed other changes. After Unavailable the outcome is unknown until a
+        repeated `commit`, or `end_swap`, returns.
         """
         with self._change() as db:
             swap = registry_tables.begun_swap(db, swap_id)
             if swap.state == COMMITTED:
                 return registry_tables.made_before(db, swap, changes)
             if swap.state == ABORTED:
-                raise Aborted(f"swap {swap_id} was aborted ({swap.message or 'no reason given'}): begin another one")
+                raise Aborted(f"swap {swap_id} was aborted ({swap.message or 'no reason given'}): start another swap")
             current = registry_tables.current_epoch(db)
-            found = {} if current is None else current.versions
-            registry_tables.check_expected(expect, found)
-            versions = registry_tables.changed(db, found, changes)
+            before = {} if current is None else current.versions
+            registry_tables.check_expected(expect, before)
+            versions = registry_tables.changed(db, before, changes)
             number = 1 if current is None else current.number + 1
             epoch = EpochRecord(number=number, versions=versions, created=self._clock(), swap_id=swap_id)
             registry_tables.add_epoch(db, epoch)
@@ -161,42 +161,42 @@ class Registry:
         return epoch
 
     def begin_swap(self, swap_id: str, plan: Mapping[str, Any]) -> SwapRecord:
-        """Write down that a swap begins, before anything is staged for it; returns what the journal knows of it.
+        """Record the begin of a swap, before anything is staged for it; returns its record in the journal.
 
-        Versions that `plan` names anywhere, and those registered from now on, are kept until the swap has ended. With
-        an equal plan a second time nothing changes, also when the swap has ended since: look at its state.
+        Versions that `plan` names anywhere, and those registered from now on, are kept until the swap ends. Repeating
+        the call with an equal plan changes nothing, even if the swap has ended since: check its state.
 
         Raises FailedPrecondition if a swap of that id has another plan, InvalidRequest for a bad id or plan.
         """
         check_swap_id(swap_id)
         text = to_json(plan, "the plan of a swap")
         with self._change() as db:
-            known = registry_tables.find_swap(db, swap_id)
-            if known is None:
+            swap = registry_tables.find_swap(db, swap_id)
+            if swap is None:
                 registry_tables.begin_swap(db, swap_id, text, self._clock())
-            elif to_json(known.plan, "the plan of a swap") != text:
-                raise FailedPrecondition(f"swap id {swap_id} was used for another plan: take a new swap id")
+            elif to_json(swap.plan, "the plan of a swap") != text:
+                raise FailedPrecondition(f"swap id {swap_id} was already used for another plan: use a new swap id")
             return registry_tables.begun_swap(db, swap_id)
 
     def end_swap(self, swap_id: str, state: str, message: str = "") -> None:
-        """Write down how a swap ended: "aborted", or a message for one that `commit` has made "committed".
+        """Record the end of a swap: "aborted", or the message of one that `commit` has made "committed".
 
-        Raises Aborted where the swap has ended the other way, FailedPrecondition for "committed" without a commit,
+        Raises Aborted if the swap has ended the other way, FailedPrecondition for "committed" without a commit,
         NotFound for a swap that was not begun, InvalidRequest for another state.
         """
         if state not in (COMMITTED, ABORTED):
             raise InvalidRequest(f"a swap ends as {COMMITTED!r} or {ABORTED!r}, not {state!r}")
-        told = message[:_MESSAGE_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
+        text = message[:_MESSAGE_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
         with self._change() as db:
-            registry_tables.end_swap(db, registry_tables.begun_swap(db, swap_id), state, told, self._clock())
+            registry_tables.end_swap(db, registry_tables.begun_swap(db, swap_id), state, text, self._clock())
 
     def swap(self, swap_id: str) -> SwapRecord | None:
-        """What the journal knows of a swap, or None."""
+        """The record of a swap in the journal, or None."""
         with self._read() as db:
             return registry_tables.find_swap(db, swap_id)
 
     def open_swaps(self) -> list[SwapRecord]:
-        """The swaps that were begun and have not ended, oldest first: what a restart must discard."""
+        """The swaps that have not ended, oldest first: a restart must abort them."""
         with self._read() as db:
             return registry_tables.open_swaps(db)
 
@@ -211,10 +211,10 @@ class Registry:
         return self._clock()
 
     def collect(self, retain_epochs: int, in_use: Collection[tuple[str, str]]) -> list[VersionRecord]:
-        """Forget epochs older than the current one and its `retain_epochs` predecessors, and versions of no use.
+        """Delete epochs older than the current one and its `retain_epochs` predecessors, and unused versions.
 
-        A version is of use if an epoch that is kept, `in_use` or an open swap names it. Returns those forgotten, whose
-        folders may then be removed; a crash before that leaves folders that `VersionStore.sweep` finds.
+        A version is used if a kept epoch, `in_use` or an open swap names it. Returns the deleted versions, whose
+        folders may then be removed; `VersionStore.sweep` finds folders that a crash leaves before that.
         """
         if retain_epochs < 0:
             raise InvalidRequest(f"retain_epochs must be 0 or more, not {retain_epochs}")
@@ -230,7 +230,7 @@ class Registry:
 
     @contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
-        """One transaction of this writer: all of it is durable, or none of it happened."""
+        """One transaction of this writer: all of it becomes durable, or none."""
         with self._read() as db, _transaction(db):
             self._check_term(db)
             yield db
@@ -245,12 +245,14 @@ def _connect(path: Path) -> sqlite3.Connection:
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
     except OSError as error:
-        raise ConfigError(f"cannot open {path} ({error.strerror}): set state_dir to a folder of yours") from None
+        raise ConfigError(
+            f"cannot open {path} ({error.strerror}): set state_dir to a folder that this user can write to"
+        ) from None
     return sqlite3.connect(str(path), timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
 
 
 def _take_over(db: sqlite3.Connection, new: bool) -> tuple[str, int]:
-    """Become the one writer: the cluster's id and our term."""
+    """Become the only writer; returns the cluster's id and the new term."""
     with _transaction(db):
         if new:
             registry_schema.create(db)
@@ -273,13 +275,15 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """SQLite's errors as ours: the disk fails, or the file is damaged. Anything else is our bug and stays as it is."""
+    """Translate SQLite's errors: the disk failed, or the file is damaged. All others are bugs and propagate."""
     try:
         yield
     except (sqlite3.OperationalError, OSError) as error:
         if "no such table" in str(error) or "no such column" in str(error):
             raise damaged(str(error)) from None
-        raise Unavailable(f"the registry cannot be read or written ({error}): see to the disk of state_dir") from None
+        raise Unavailable(
+            f"the registry cannot be read or written ({error}): check the file system of state_dir"
+        ) from None
     except sqlite3.DatabaseError as error:
         if type(error) is sqlite3.DatabaseError:
             raise damaged(str(error)) from None

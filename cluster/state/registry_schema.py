@@ -1,4 +1,4 @@
-"""The registry's file: making its tables, and refusing a file that is damaged, newer than we are, or not ours."""
+"""The registry's file: creates its tables, and refuses a file that is damaged, of another schema, or foreign."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .records import damaged
 from .version_folders import has_versions
 
 SCHEMA = 2
-"""2: the digests of versions are made of the digests of their tensors."""
+"""2: the digest of a version is computed from the digests of its tensors."""
 APPLICATION = 0x45584D52  # "EXMR"
 
 _TABLES = (
@@ -30,10 +30,10 @@ _TABLES = (
 
 
 class Database(Protocol):
-    """What executes SQL."""
+    """Executes SQL."""
 
     def execute(self, sql: str, parameters: tuple[object, ...] = ..., /) -> Any:
-        """Execute one statement; gives its rows."""
+        """Execute one statement; returns a cursor over its rows."""
 
 
 def is_new(db: Database, folder: Path) -> bool:
@@ -42,34 +42,36 @@ def is_new(db: Database, folder: Path) -> bool:
     Raises DataLoss if it is not a registry, or empty where versions are stored; FailedPrecondition for another schema.
     """
     application, schema = _pragma(db, "application_id"), _pragma(db, "user_version")
-    (there,) = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-    if (application, schema, there) == (0, 0, 0):
+    (objects,) = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+    if (application, schema, objects) == (0, 0, 0):
         if has_versions(folder):
-            raise damaged("it is empty or was removed, but there are stored versions")
+            raise damaged("it is empty or was removed, but stored versions exist")
         return True
     if application != APPLICATION:
         raise damaged("it is another program's database")
     if schema > SCHEMA:
         raise FailedPrecondition(
-            f"the registry in {folder} was written by a newer expertmesh (schema {schema}, this one knows {SCHEMA}): "
+            f"the registry in {folder} was written by a newer expertmesh (schema {schema}; this one reads {SCHEMA}): "
             "install that version again, or set state_dir to another folder"
         )
     if schema < SCHEMA:
         raise FailedPrecondition(
-            f"the registry in {folder} was written by an older expertmesh (schema {schema}, this one has {SCHEMA}), "
-            "which named versions in another way: set state_dir to another folder, and swap in what you want to keep, "
-            f"from {folder}/versions"
+            f"the registry in {folder} was written by an older expertmesh (schema {schema}; this one reads {SCHEMA}), "
+            "which named versions differently: set state_dir to another folder, and swap in the weights to keep from "
+            f"{folder}/versions"
         )
     return False
 
 
 def prepare(db: Database) -> None:
-    """Make every commit durable, and see that the file is whole.
+    """Make every commit durable, and check the file's integrity.
 
-    Raises FailedPrecondition on a file system that cannot do that, DataLoss for a damaged file.
+    Raises FailedPrecondition on a file system without support for that, DataLoss for a damaged file.
     """
     if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
-        raise FailedPrecondition("state_dir is on a file system without shared memory: set it to a local folder")
+        raise FailedPrecondition(
+            "state_dir is on a file system without shared memory: set it to a folder on a local disk"
+        )
     db.execute("PRAGMA synchronous = FULL")
     (problem,) = db.execute("PRAGMA quick_check(1)").fetchone()
     if problem != "ok":
@@ -77,7 +79,7 @@ def prepare(db: Database) -> None:
 
 
 def create(db: Database) -> None:
-    """Make the tables, unless another process just did."""
+    """Create the tables, unless another process just did."""
     if _pragma(db, "user_version"):
         return
     for statement in _TABLES:
@@ -88,7 +90,7 @@ def create(db: Database) -> None:
 
 
 def meta(db: Database, key: str) -> Any:
-    """A value of the registry itself. Raises DataLoss if it is not there."""
+    """A value of the registry itself. Raises DataLoss if it is missing."""
     row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
     if row is None:
         raise damaged(f"it has no {key}")

@@ -1,4 +1,4 @@
-"""What is read from and written to the registry's tables; the registry begins and ends the transactions."""
+"""Reads and writes the registry's tables; the registry begins and ends the transactions."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ from .records import (
 from .registry_schema import Database
 
 KEPT_SWAPS = 1000
-"""How many of the latest swaps `collect` leaves in the journal, so that a repeated request finds its outcome."""
+"""How many of the latest swaps `collect` keeps in the journal, so that a repeated request finds its outcome."""
 
 _EPOCH = "SELECT number, created, swap_id, versions FROM epochs"
 _SWAP = "SELECT swap_id, state, plan, begun, ended, epoch, message FROM swaps"
 
 
 def add_version(db: Database, record: VersionRecord) -> None:
-    """Add a version, unless its equal is there. Raises DataLoss if another record has its id and version."""
+    """Add a version, unless an equal record exists. Raises DataLoss if another record has its id and version."""
     text = record.to_json()
-    known = _one(db, "SELECT record FROM versions WHERE id = ? AND version = ?", record.id, record.version)
-    if known is None:
+    row = _one(db, "SELECT record FROM versions WHERE id = ? AND version = ?", record.id, record.version)
+    if row is None:
         columns = (record.id, record.version, record.counter, text)
         db.execute("INSERT INTO versions (id, version, counter, record) VALUES (?, ?, ?, ?)", columns)
         _count_to(db, record.id, record.counter)
-    elif known[0] != text:
-        raise DataLoss(f"{record.version} of {record.id} is registered as something else: take the next counter")
+    elif row[0] != text:
+        raise DataLoss(
+            f"{record.version} of {record.id} is already registered with other content: use the next counter"
+        )
 
 
 def find_version(db: Database, id: str, version: str) -> VersionRecord:
@@ -54,7 +56,7 @@ def history(db: Database, id: str) -> list[VersionRecord]:
 
 
 def take_counter(db: Database, id: str) -> int:
-    """A counter of an id that was never given before."""
+    """Allocate the next counter of an id."""
     row = _one(db, "SELECT last FROM counters WHERE id = ?", id)
     counter = 1 if row is None else int(row[0]) + 1
     _count_to(db, id, counter)
@@ -68,7 +70,7 @@ def current_epoch(db: Database) -> EpochRecord | None:
 
 
 def find_epoch(db: Database, number: int) -> EpochRecord:
-    """An epoch. Raises FailedPrecondition for one that was collected, NotFound for one that never was."""
+    """An epoch. Raises FailedPrecondition for one that was collected, NotFound for one that never existed."""
     row = _one(db, f"{_EPOCH} WHERE number = ?", number)
     if row is not None:
         return _epoch(row)
@@ -76,7 +78,7 @@ def find_epoch(db: Database, number: int) -> EpochRecord:
     if current is None or not 0 < number < current.number:
         raise NotFound(f"there is no epoch {number} (current: {'none yet' if current is None else current.number})")
     raise FailedPrecondition(
-        f"epoch {number} is not kept any more (current: {current.number}): retain_epochs says how many are"
+        f"epoch {number} is not kept any more (current: {current.number}); retain_epochs sets how many are"
     )
 
 
@@ -103,28 +105,29 @@ def set_declared(db: Database, digests: Mapping[str, str]) -> None:
 def check_expected(expect: Mapping[str, str | None], found: Mapping[str, str]) -> None:
     """Compare what a writer expects with what there is. Raises Aborted that names the first difference."""
     for id, version in sorted(expect.items()):
-        if found.get(id) != version:
+        if versions.get(id) != version:
             raise Aborted(
-                f"{id}: expected {version or 'no version'}, found {found.get(id) or 'none'}: another change was first"
+                f"{id}: expected {version or 'no version'}, found {versions.get(id) or 'none'}: "
+                "another change came first"
             )
 
 
 def changed(db: Database, versions: Mapping[str, str], changes: Mapping[str, str | None]) -> dict[str, str]:
-    """The map after changes. Raises NotFound for a version that is not registered, or an id that is not there."""
+    """Apply changes to a map. Raises NotFound for a version that is not registered, or a unknown id to remove."""
     result = dict(versions)
     for id, version in changes.items():
         if version is not None:
             result[id] = find_version(db, id, version).version
         elif result.pop(id, None) is None:
-            raise NotFound(f"{id} cannot be removed: the current epoch has none")
+            raise NotFound(f"{id} cannot be removed: the current epoch does not have it")
     return result
 
 
 def made_before(db: Database, swap: SwapRecord, changes: Mapping[str, str | None]) -> EpochRecord:
-    """The epoch of a swap that is committed. Raises FailedPrecondition if it has changed other things."""
+    """The epoch of a committed swap. Raises FailedPrecondition if the swap made other changes."""
     epoch = find_epoch(db, swap.epoch or 0)
     if any(epoch.versions.get(id) != version for id, version in changes.items()):
-        raise FailedPrecondition(f"swap {swap.swap_id} has committed other changes: take a new swap id")
+        raise FailedPrecondition(f"swap {swap.swap_id} has committed other changes: use a new swap id")
     return epoch
 
 
@@ -138,11 +141,11 @@ def begin_swap(db: Database, swap_id: str, plan: str, now: float) -> None:
 
 
 def end_swap(db: Database, swap: SwapRecord, state: str, message: str, now: float) -> None:
-    """Mark a swap as ended; the first message stays. Raises Aborted or FailedPrecondition if it cannot be."""
+    """Mark a swap as ended; its first message is kept. Raises Aborted or FailedPrecondition if that is not possible."""
     if swap.state == OPEN and state == COMMITTED:
-        raise FailedPrecondition(f"swap {swap.swap_id} has committed nothing: only `commit` makes it so")
+        raise FailedPrecondition(f"swap {swap.swap_id} has committed nothing: only `commit` can do that")
     if swap.state not in (OPEN, state):
-        raise Aborted(f"swap {swap.swap_id} is {swap.state} already: look at its result")
+        raise Aborted(f"swap {swap.swap_id} is already {swap.state}: look at its result")
     sets = "state = ?, ended = COALESCE(ended, ?), message = CASE message WHEN '' THEN ? ELSE message END"
     db.execute(f"UPDATE swaps SET {sets} WHERE swap_id = ?", (state, now, message, swap.swap_id))
 
@@ -167,26 +170,26 @@ def open_swaps(db: Database) -> list[SwapRecord]:
 
 
 def collect(db: Database, retain_epochs: int, in_use: Collection[tuple[str, str]]) -> list[VersionRecord]:
-    """Delete old epochs, versions that nothing names, and old swaps; returns the versions."""
+    """Delete old epochs, unused versions and old swaps; returns the deleted versions."""
     kept = all_epochs(db)[-(retain_epochs + 1) :]
     if kept:
         db.execute("DELETE FROM epochs WHERE number < ?", (kept[0].number,))
     named = {(id, version) for epoch in kept for id, version in epoch.versions.items()} | set(in_use)
     plans = [to_json(swap.plan, "the plan of a swap") for swap in open_swaps(db)]
-    # What was registered while a swap is open may be its candidate.
+    # A version registered while a swap is open may be its candidate.
     since = "(SELECT COALESCE(MIN(since), 9e18) FROM swaps WHERE state = ?)"
     rows = db.execute(f"SELECT record FROM versions WHERE seq <= {since} ORDER BY seq", (OPEN,)).fetchall()
     records = [VersionRecord.from_json(text) for (text,) in rows]
-    gone = [record for record in records if (record.id, record.version) not in named]
-    gone = [record for record in gone if not any(record.version in plan for plan in plans)]
-    for record in gone:
+    unused = [record for record in records if (record.id, record.version) not in named]
+    unused = [record for record in unused if not any(record.version in plan for plan in plans)]
+    for record in unused:
         db.execute("DELETE FROM versions WHERE id = ? AND version = ?", (record.id, record.version))
     db.execute(
         "DELETE FROM swaps WHERE state != ? AND seq <= (SELECT MAX(seq) FROM swaps) - ?"
         " AND swap_id NOT IN (SELECT swap_id FROM epochs)",
         (OPEN, KEPT_SWAPS),
     )
-    return gone
+    return unused
 
 
 def _count_to(db: Database, id: str, counter: int) -> None:

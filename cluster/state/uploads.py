@@ -1,7 +1,7 @@
-"""Uploads: weights that clients send in chunks, kept as files until a version takes them or nobody does.
+"""Uploads: weights that clients send in chunks, kept as files until a version uses them or they expire.
 
-A chunk that was sent twice changes nothing, and the answer to each says which byte comes next; so a client goes on
-after a lost answer, a router that restarted, or a file that was dropped meanwhile.
+Sending a chunk twice changes nothing, and each reply names the next byte expected. So a client can resume after a lost
+reply, a restart of the router, or the removal of its file.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @dataclass(frozen=True, kw_only=True)
 class UploadLimits:
-    """Bytes that one upload, and all uploads together, may have.
+    """The maximum size of one upload, and of all uploads together, in bytes.
 
-    `upload_rate` is how many bytes a second each upload may bring at most while requests are served: receiving, writing
-    and hashing them takes processor time that requests would wait for.
+    `upload_rate` limits each upload, in bytes per second, while requests are in flight: receiving, writing and hashing
+    chunks takes CPU time from them.
     """
 
     max_upload_bytes: int = 8 * 2**30
@@ -52,10 +52,10 @@ class Uploads:
         self._hashes: dict[str, tuple[int, Any]] = {}
 
     def write(self, chunk: UploadChunk, data: bytes | memoryview) -> UploadState:
-        """Take a chunk; bytes that are there already, or that would leave a gap, are not written.
+        """Write a chunk, unless its bytes were written before or would leave a gap.
 
-        Raises InvalidRequest, TooLarge above a limit, DataLoss where the whole has another sha256 (and is dropped),
-        FailedPrecondition when the disk refuses.
+        Raises InvalidRequest, TooLarge above a limit, DataLoss if the complete upload has another sha256 (it is then
+        dropped), FailedPrecondition if the file system fails.
         """
         chunk.check(len(data))
         with self._lock:
@@ -65,11 +65,11 @@ class Uploads:
             except OSError as error:
                 reason = error.strerror or type(error).__name__
                 raise FailedPrecondition(
-                    f"the upload cannot be written: {reason}; clear the disk of state_dir"
+                    f"the upload cannot be written: {reason}; free disk space on the file system of state_dir"
                 ) from None
 
     def discard(self, upload_id: str) -> None:
-        """Drop an upload; one that is not there is no error."""
+        """Drop an upload, if it exists."""
         with self._lock:
             self._hashes.pop(upload_id, None)
             self._store.upload_path(upload_id).unlink(missing_ok=True)
@@ -79,53 +79,53 @@ class Uploads:
         return self._clock() - self._tidied >= TIDY_SECONDS
 
     def tidy(self) -> None:
-        """Drop uploads that nobody has written to for an hour."""
+        """Drop uploads without a new chunk for an hour."""
         with self._lock:
             self._tidied = self._clock()
             self._store.drop_stale_uploads(STALE_SECONDS)
             self._hashes = {id: known for id, known in self._hashes.items() if self._store.upload_path(id).exists()}
 
     def _write(self, path: Path, chunk: UploadChunk, data: bytes | memoryview) -> UploadState:
-        there = path.stat().st_size if path.exists() else 0
-        if there > chunk.total:
-            raise DataLoss(f"{there} bytes of this upload are here already, more than its {chunk.total}: send it anew")
-        if chunk.offset == there and (len(data) or not path.exists()):
-            self._check_room(chunk, there, len(data))
+        size = path.stat().st_size if path.exists() else 0
+        if size > chunk.total:
+            raise DataLoss(f"{size} bytes of this upload have arrived, more than its {chunk.total}: send it again")
+        if chunk.offset == size and (len(data) or not path.exists()):
+            self._check_room(chunk, size, len(data))
             with os.fdopen(os.open(path, _APPEND, 0o600), "ab") as file:
                 file.write(data)
-            self._hash(chunk, there, data)
-            there += len(data)
-        done = chunk.last and there == chunk.total
+            self._hash(chunk, size, data)
+            size += len(data)
+        done = chunk.last and size == chunk.total
         if done:
             self._check_sum(path, chunk)
-        return UploadState(next=there, done=done)
+        return UploadState(next=size, done=done)
 
-    def _check_room(self, chunk: UploadChunk, there: int, nbytes: int) -> None:
+    def _check_room(self, chunk: UploadChunk, size: int, nbytes: int) -> None:
         limits = self.limits
         if chunk.total > limits.max_upload_bytes:
             raise TooLarge(
-                f"the upload has {chunk.total} bytes, max_upload_bytes is {limits.max_upload_bytes}: raise it in the "
-                "cluster's configuration, or send less"
+                f"the upload has {chunk.total} bytes; max_upload_bytes is {limits.max_upload_bytes}: raise it in the "
+                "cluster's configuration, or send a smaller file"
             )
-        needed = chunk.total if there == 0 else nbytes
+        needed = chunk.total if size == 0 else nbytes
         if self._store.uploads_size() + needed > limits.max_uploads_bytes:
             raise TooLarge(
-                f"there is no room for {needed} more bytes of uploads, max_uploads_bytes is "
+                f"there is no room for {needed} more bytes of uploads; max_uploads_bytes is "
                 f"{limits.max_uploads_bytes}: finish or wait for other uploads, or raise it in the configuration"
             )
 
-    def _hash(self, chunk: UploadChunk, there: int, data: bytes | memoryview) -> None:
-        """Go on with the running sha256, which spares reading a large file again at its end."""
-        reached, running = self._hashes.pop(chunk.upload_id, (0, hashlib.sha256()))
-        if reached == there:
+    def _hash(self, chunk: UploadChunk, size: int, data: bytes | memoryview) -> None:
+        """Update the running sha256, so that a large file is not read again once it is complete."""
+        hashed, running = self._hashes.pop(chunk.upload_id, (0, hashlib.sha256()))
+        if hashed == size:
             running.update(data)
-            self._hashes[chunk.upload_id] = (there + len(data), running)
+            self._hashes[chunk.upload_id] = (size + len(data), running)
 
     def _check_sum(self, path: Path, chunk: UploadChunk) -> None:
-        reached, running = self._hashes.pop(chunk.upload_id, (-1, None))
-        found = running.hexdigest() if running is not None and reached == chunk.total else hash_file(path)[0]
-        if found != chunk.sha256:
+        hashed, running = self._hashes.pop(chunk.upload_id, (-1, None))
+        digest = running.hexdigest() if running is not None and hashed == chunk.total else hash_file(path)[0]
+        if digest != chunk.sha256:
             path.unlink(missing_ok=True)
             raise DataLoss(
-                f"what arrived has sha256 {found[:12]}..., the sender's is {chunk.sha256[:12]}...: send it again"
+                f"the upload has sha256 {digest[:12]}..., but the sender's is {chunk.sha256[:12]}...: send it again"
             )

@@ -1,10 +1,10 @@
-"""Versions at rest: one immutable folder each, written to a temporary name, synced, renamed; and uploads beside them.
+"""Stored versions: one immutable folder each, written under a temporary name, synced and renamed; and uploads.
 
 versions/<layer>/<expert or gate>/<version>/weights.safetensors    absent for a version without tensors
 versions/<layer>/<expert or gate>/<version>/manifest.json          id, version, sha256 and nbytes, and more
-uploads/<upload id>                                                what clients have sent and no version holds yet
+uploads/<upload id>                                                sent by clients, not yet part of a version
 
-A folder under a version's name is always whole: it gets the name last, and loses it first.
+A folder under a version's name is always complete: it gets the name last, and loses it first.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ _EXISTS = (errno.EEXIST, errno.ENOTEMPTY)
 
 
 def has_versions(state_dir: Path) -> bool:
-    """Whether a state folder has version folders, or anything where they would be."""
+    """Whether a state folder has version folders, or other files in their place."""
     return any((state_dir / VERSIONS).glob("*/*/*"))
 
 
 class VersionStore:
     """The version folders and uploads of one state folder.
 
-    `clock` gives seconds since 1970. Every method may be called from any thread.
+    `clock` returns seconds since 1970. All methods are thread-safe.
 
-    Raises ConfigError if the state folder cannot be made or others could write into it.
+    Raises ConfigError if the state folder cannot be created or other users can write to it.
     """
 
     def __init__(self, state_dir: str | os.PathLike[str], *, clock: Callable[[], float] = time.time) -> None:
@@ -66,14 +66,14 @@ class VersionStore:
     def write(
         self, id: str, version: str, source: Path | None, manifest: Mapping[str, Any], *, move: bool = False
     ) -> Path:
-        """Store a version durably: its weights file, if it has one, and what else its manifest is to say.
+        """Store a version durably: its weights file, if any, and the entries of its manifest.
 
-        With `move` the source is used up, without a copy where the disk allows it; where the call fails it is still
-        there. A version that is stored already is left as it is, if its weights are the same. If `manifest` has a
-        "sha256", the weights must match it.
+        With `move` the source is consumed, without a copy where the file system supports hard links; if the call fails,
+        the source is kept. A version that is already stored stays unchanged if its weights are the same. If `manifest`
+        has a "sha256", the weights must match it.
 
-        Raises NotFound without the source, DataLoss for weights other than those declared or stored,
-        FailedPrecondition when the disk refuses, InvalidRequest for a bad name or manifest.
+        Raises NotFound if the source is missing, DataLoss for weights other than those declared or stored,
+        FailedPrecondition if the file system fails, InvalidRequest for a bad name or manifest.
         """
         target = self._folder(id, version)
         with _disk(f"cannot store {version} of {id}"):
@@ -99,17 +99,17 @@ class VersionStore:
     def weights(self, id: str, version: str) -> Path | None:
         """The weights file of a version, or None if it has no tensors.
 
-        Raises NotFound if the version is not stored, DataLoss if its manifest or its file is not there.
+        Raises NotFound if the version is not stored, DataLoss if its manifest or its weights file is missing.
         """
         file = self.path(id, version) / WEIGHTS
         if self.manifest(id, version)["sha256"] is None:
             return None
         if not file.is_file():
-            raise _damaged(id, version, "its weights file is gone")
+            raise _damaged(id, version, "its weights file is missing")
         return file
 
     def manifest(self, id: str, version: str) -> dict[str, Any]:
-        """What is written beside the weights of a version. Raises NotFound, or DataLoss if it is damaged."""
+        """The manifest of a version. Raises NotFound, or DataLoss if it is damaged."""
         file = self.path(id, version) / MANIFEST
         try:
             manifest = json.loads(file.read_bytes())
@@ -122,30 +122,30 @@ class VersionStore:
         return manifest
 
     def verify(self, id: str, version: str) -> None:
-        """Read a version's weights again. Raises DataLoss if they are not what was stored, NotFound if it is not."""
+        """Check stored weights against their manifest. Raises DataLoss if they differ, NotFound if there are none."""
         manifest = self.manifest(id, version)
         file = self.path(id, version) / WEIGHTS
         try:
-            found = hash_file(file) if file.exists() else (None, 0)
+            actual = hash_file(file) if file.exists() else (None, 0)
         except OSError as error:
             raise _damaged(id, version, f"its weights cannot be read ({error.strerror})") from None
-        if found != (manifest["sha256"], manifest["nbytes"]):
-            raise _damaged(id, version, "its weights are not those that were stored")
+        if actual != (manifest["sha256"], manifest["nbytes"]):
+            raise _damaged(id, version, "its weights differ from those stored")
 
     def remove(self, id: str, version: str) -> None:
-        """Remove a version; one that is not stored is no error. Raises FailedPrecondition when the disk refuses."""
+        """Remove a version, if it is stored. Raises FailedPrecondition if the file system fails."""
         folder = self._folder(id, version)
         with _disk(f"cannot remove {version} of {id}"):
             if folder.is_dir():
                 _discard(folder)
 
     def sweep(self, known: Collection[tuple[str, str]]) -> int:
-        """Remove every version folder that is not among `known` (id, version), and what broken-off writes left.
+        """Remove every version folder that is not in `known` (id, version), and the remains of interrupted writes.
 
-        Returns how many. A write that is under way in this process is left alone; one that has ended is not, so
-        versions that are stored and not yet in the registry belong into `known` too.
+        Returns how many. Writes in progress in this process are not touched, but finished ones are: `known` must also
+        contain versions that are stored and not yet in the registry.
 
-        Raises FailedPrecondition when the disk refuses.
+        Raises FailedPrecondition if the file system fails.
         """
         removed = 0
         with _disk("cannot sweep the version folders"):
@@ -161,17 +161,17 @@ class VersionStore:
         return removed
 
     def upload_path(self, upload_id: str) -> Path:
-        """Where the bytes of an upload go. Raises InvalidRequest for an id that cannot be a file of that folder."""
+        """The file of an upload. Raises InvalidRequest for an id that is not a safe file name."""
         if not isinstance(upload_id, str) or not _UPLOAD.fullmatch(upload_id):
             raise InvalidRequest(f"upload id {upload_id!r} must be 1 to 128 letters, digits, '_' or '-'")
         return self._uploads / upload_id
 
     def uploads_size(self) -> int:
-        """The bytes of all uploads, for a quota."""
+        """The total size of all uploads in bytes, for a quota."""
         return sum(status.st_size for _, status in self._upload_files())
 
     def drop_stale_uploads(self, seconds: float) -> int:
-        """Remove the uploads that were not written to for `seconds`; returns how many."""
+        """Remove uploads that were not written to for `seconds`; returns how many."""
         oldest = self._clock() - seconds
         stale = [file for file, status in self._upload_files() if status.st_mtime < oldest]
         for file in stale:
@@ -219,19 +219,19 @@ class VersionStore:
     def _compare(
         self, target: Path, id: str, version: str, source: Path | None, declared: str | None, move: bool
     ) -> None:
-        """Check that what is to be stored is what is stored already."""
+        """Check that the weights to store equal those already stored."""
         stored = self.manifest(id, version)["sha256"]
         if source is None:
-            given = None
+            sent = None
         elif move and not source.exists():
-            given = stored if declared is None else declared  # moved by an earlier call that was not acknowledged
+            sent = stored if declared is None else declared  # moved by an earlier call that was not acknowledged
         else:
-            given = hash_file(source)[0]
-        _expect(id, version, given, stored)
+            sent = hash_file(source)[0]
+        _expect(id, version, sent, stored)
 
 
 def _put(source: Path, target: Path, move: bool) -> tuple[str, int]:
-    """Bring weights to `target`: sha256 and bytes. A move links the file, so that the source outlives a failure."""
+    """Copy or link weights to `target`; returns sha256 and bytes. A move links, so the source survives a failure."""
     if not move or source.is_symlink():
         return copy_file(source, target)
     try:
@@ -246,17 +246,17 @@ def _put(source: Path, target: Path, move: bool) -> tuple[str, int]:
 
 
 def _discard(folder: Path) -> None:
-    """Take a version's name away, then its files: nobody sees half a version."""
-    gone = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
-    os.rename(folder, gone)
+    """Rename a version's folder, then remove it, so that a reader never sees an incomplete version."""
+    renamed = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
+    os.rename(folder, renamed)
     sync_folder(folder.parent)
-    shutil.rmtree(gone, ignore_errors=True)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
-def _expect(id: str, version: str, given: str | None, wanted: str | None) -> None:
-    if given != wanted:
+def _expect(id: str, version: str, sent: str | None, expected: str | None) -> None:
+    if sent != expected:
         raise DataLoss(
-            f"the weights given for {version} of {id} have sha256 {given}, not {wanted}: send the right file again"
+            f"the weights sent for {version} of {id} have sha256 {sent}, not {expected}: send the right file again"
         )
 
 
@@ -269,16 +269,16 @@ def _json(manifest: Mapping[str, Any], id: str) -> bytes:
 
 def _damaged(id: str, version: str, why: str) -> DataLoss:
     return DataLoss(
-        f"the stored {version} of {id} is damaged: {why}; restore the state folder from a backup, or swap {id} anew"
+        f"the stored {version} of {id} is damaged: {why}; restore the state folder from a backup, or swap {id} again"
     )
 
 
 @contextmanager
 def _disk(what: str) -> Iterator[None]:
-    """What the operating system refuses, as an error of ours."""
+    """Translate OSError to FailedPrecondition."""
     try:
         yield
     except OSError as error:
         raise FailedPrecondition(
-            f"{what}: {error.strerror or error}. Mend or clear the disk of state_dir, then try again"
+            f"{what}: {error.strerror or error}; repair the file system of state_dir or free space on it, then retry"
         ) from None

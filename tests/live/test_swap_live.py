@@ -142,8 +142,8 @@ def test_what_cannot_be_asked_for(running: SwapCluster, tmp_path: Path) -> None:
         ({"l/z": file}, NotFound, "there is no expert or gate 'l/z'"),
         ({"l/a": tmp_path / "none.safetensors"}, NotFound, "cannot read"),
         ({"l/a": tmp_path}, NotFound, "cannot read"),
-        ({"../l": file}, InvalidRequest, "is no id"),
-        ({"a": file}, InvalidRequest, "is no id"),
+        ({"../l": file}, InvalidRequest, "is not the id"),
+        ({"a": file}, InvalidRequest, "is not the id"),
         ({}, InvalidRequest, "say what to swap"),
         ({"l/a": 5}, InvalidRequest, "pass the path of a safetensors file"),
     ]:
@@ -156,7 +156,7 @@ def test_what_cannot_be_asked_for(running: SwapCluster, tmp_path: Path) -> None:
         ({"timeout": 0.0}, "timeout"),
         ({"timeout": float("inf")}, "timeout"),
         ({"swap_id": "a b"}, "swap id"),
-        ({"expect": {"l/a": "seven"}}, "is no version"),
+        ({"expect": {"l/a": "seven"}}, "is not a version"),
         ({"expect": {"l/a": 7}}, "field expect"),
     ]:
         with pytest.raises(InvalidRequest, match=said):
@@ -222,7 +222,7 @@ def check_rollback_and_history(running: SwapCluster) -> None:
         (("l/c",), {}, FailedPrecondition, "no version before"),
         (("l/z",), {}, NotFound, "there is no expert or gate"),
         (("l/a",), {"to": "v9-0123456789ab"}, NotFound, "not registered"),
-        (("l/a",), {"to": "latest"}, InvalidRequest, "is no version"),
+        (("l/a",), {"to": "latest"}, InvalidRequest, "is not a version"),
         (("l/a",), {"expect": first}, Aborted, "as expected"),
         (("l/a", "l/b"), {"to": first["l/a"]}, InvalidRequest, "several ids"),
         (("l/a",), {"to": {"l/b": first["l/b"]}}, InvalidRequest, "not rolled back"),

@@ -144,7 +144,7 @@ def test_a_commit_needs_registered_versions_and_a_swap_that_was_begun(registry: 
 def test_a_version_is_registered_once_and_never_changed(registry: Registry) -> None:
     registry.add_version(record())
     registry.add_version(record())
-    with pytest.raises(DataLoss, match="registered as something else"):
+    with pytest.raises(DataLoss, match="already registered with other content"):
         registry.add_version(record(note="another"))
     assert registry.history(E3) == [record()]
     with pytest.raises(NotFound, match="not registered"):
@@ -214,7 +214,7 @@ def test_a_swap_is_open_until_it_ends(registry: Registry) -> None:
 def test_what_is_committed_is_never_called_aborted(registry: Registry) -> None:
     swapped(registry, record())
     swap_id = f"swap-{record().version}"
-    with pytest.raises(Aborted, match="committed already"):
+    with pytest.raises(Aborted, match="already committed"):
         registry.end_swap(swap_id, "aborted")
     registry.end_swap(swap_id, "committed", "all routers flipped")
     swap = registry.swap(swap_id)
@@ -306,7 +306,7 @@ def test_a_writer_that_was_taken_over_changes_nothing(folder: Path, change: Call
         furnish(old)
         with Registry(folder) as new:
             before = facts(new)
-            with pytest.raises(Aborted, match="taken the registry over \\(term 2, ours is 1\\)"):
+            with pytest.raises(Aborted, match="taken over the registry \\(term 2; this one has 1\\)"):
                 change(old)
             with pytest.raises(Fenced):
                 old.check_writer()
@@ -330,7 +330,7 @@ def test_a_full_disk_leaves_the_old_state_readable(folder: Path, change: Callabl
     with Registry(folder) as registry:
         furnish(registry)
         before = facts(registry)
-        with full_disk(), pytest.raises(Unavailable, match="see to the disk of state_dir"):
+        with full_disk(), pytest.raises(Unavailable, match="check the file system of state_dir"):
             change(registry)
         assert facts(registry) == before
         change(registry)
@@ -427,8 +427,8 @@ def test_a_registry_that_lacks_something_is_damaged(folder: Path, sql: str) -> N
 @pytest.mark.parametrize(
     ("schema", "said"),
     [
-        (SCHEMA + 1, f"newer expertmesh \\(schema {SCHEMA + 1}, this one knows {SCHEMA}\\): install"),
-        (SCHEMA - 1, f"older expertmesh \\(schema {SCHEMA - 1}, this one has {SCHEMA}\\).*swap in what you want"),
+        (SCHEMA + 1, f"newer expertmesh \\(schema {SCHEMA + 1}; this one reads {SCHEMA}\\): install"),
+        (SCHEMA - 1, f"older expertmesh \\(schema {SCHEMA - 1}; this one reads {SCHEMA}\\).*swap in the weights"),
     ],
 )
 def test_another_schema_is_refused_and_left_alone(folder: Path, schema: int, said: str) -> None:
@@ -456,7 +456,7 @@ def test_a_lost_registry_is_not_begun_anew_over_stored_versions(folder: Path, wi
     path = closed(folder)
     (folder / "versions" / "news" / "e3" / record().version).mkdir(parents=True)
     wipe(path)
-    with pytest.raises(DataLoss, match="empty or was removed, but there are stored versions"):
+    with pytest.raises(DataLoss, match="empty or was removed, but stored versions exist"):
         Registry(folder)
 
 
@@ -477,5 +477,5 @@ def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:
             Registry(path)
     tmp_path.chmod(0o700)
     (tmp_path / FILE).symlink_to(tmp_path / "file")
-    with pytest.raises(ExpertMeshError, match="set state_dir to a folder of yours"):
+    with pytest.raises(ExpertMeshError, match="set state_dir to a folder that this user can write to"):
         Registry(tmp_path)

@@ -205,7 +205,7 @@ class RegistryMachine(RuleBasedStateMachine):
     def take_over(self, random: random.Random) -> None:
         old, self.registry = self.registry, Registry(self.path, clock=lambda: 1.5)
         self.terms += 1
-        with old, pytest.raises(Aborted, match="taken the registry over"):
+        with old, pytest.raises(Aborted, match="taken over the registry"):
             old.commit(random.choice(sorted(self.model.swaps)), {}, expect={})
 
     @invariant()

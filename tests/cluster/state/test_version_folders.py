@@ -84,7 +84,7 @@ def test_writing_again_changes_nothing(store: VersionStore, source: Path) -> Non
     assert store.manifest(E3, V1)["first"] is True
     source.write_bytes(b"other")
     for given in (source, None):
-        with pytest.raises(DataLoss, match=f"the weights given for {V1} of {E3}"):
+        with pytest.raises(DataLoss, match=f"the weights sent for {V1} of {E3}"):
             store.write(E3, V1, given, {})
     store.verify(E3, V1)
 
@@ -178,13 +178,13 @@ def test_damage_is_noticed(store: VersionStore, source: Path, damage: Callable[[
     for file in folder.iterdir():
         file.chmod(0o600)
     damage(folder)
-    with pytest.raises(DataLoss, match=f"the stored {V1} of {E3} is damaged: .*; restore .*, or swap {E3} anew"):
+    with pytest.raises(DataLoss, match=f"the stored {V1} of {E3} is damaged: .*; restore .*, or swap {E3} again"):
         store.verify(E3, V1)
 
 
 def test_weights_that_are_gone_are_noticed_without_verifying(store: VersionStore, source: Path) -> None:
     (store.write(E3, V1, source, {}) / WEIGHTS).unlink()
-    with pytest.raises(DataLoss, match="its weights file is gone"):
+    with pytest.raises(DataLoss, match="its weights file is missing"):
         store.weights(E3, V1)
 
 
@@ -249,7 +249,7 @@ def test_a_disk_that_refuses_any_step_changes_nothing(tmp_path: Path, move: bool
                 store.write(E4, V2, upload, {}, move=move)
                 continue  # a folder that is there already need not be made
             except FailedPrecondition as error:
-                refused += "No space left on device. Mend or clear the disk" in error.message
+                refused += "No space left on device; repair the file system of state_dir or free space" in error.message
         assert {name for name in files(state) if V2 not in name} == before
         assert not [name for name in files(state) if "/." in name]
         store.verify(E3, V1)
