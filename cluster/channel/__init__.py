@@ -1,1 +1,1 @@
-"""The direct channel that carries rows between a router and its replicas, over sockets of our own."""
+"""The direct channel: carries rows between a router and its replicas over plain sockets."""

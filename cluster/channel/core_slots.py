@@ -1,9 +1,9 @@
-"""How many experts compute at once on a node: no more than it has cores, whatever the number of processes.
+"""Limits how many experts compute at once on a node to its number of cores, across all processes.
 
-Processes that all wake for one batch would take each other's caches and time slices. A slot is a lock on a file in a
-folder that the processes share; the kernel releases it when its holder dies. Whoever waits for a slot queues on one
-more lock, roughly in order of arrival, and the head of the queue takes the next slot that is free. So a process that is
-stopped at the head of the queue (SIGSTOP) holds up the CPU experts of its node until it continues or dies.
+Processes that all wake up for one batch would compete for caches and time slices. A slot is a lock on a file in a
+folder that the processes share; the kernel releases it when its holder dies. Waiting processes queue on one more lock,
+roughly in order of arrival, and the head of the queue takes the next free slot. So a process that is stopped at the
+head of the queue (SIGSTOP) blocks the CPU experts of its node until it continues or dies.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 
 RECHECK_MS = 20
-"""How soon the slot of a holder that died is found: nobody announces it."""
+"""How often to check for the slot of a holder that died, in milliseconds: nothing signals that."""
 
 
 class CoreSlots:
-    """The cores of a node, of which this process takes one to compute. It belongs to one thread."""
+    """The cores of a node, of which this process holds at most one. Not thread-safe."""
 
     def __init__(self, folder: Path, cores: int) -> None:
         create = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
@@ -38,7 +38,7 @@ class CoreSlots:
         self._poll.register(self._released, select.POLLIN)
 
     def take(self) -> bool:
-        """Take a core; waits while all are taken or others queue, and says whether it had to."""
+        """Take a core, waiting while all are taken or other processes queue; returns whether it had to wait."""
         waited = not _locked(self._queue)
         if waited:
             fcntl.flock(self._queue, fcntl.LOCK_EX)
@@ -57,7 +57,7 @@ class CoreSlots:
             return
         fcntl.flock(self._held, fcntl.LOCK_UN)
         self._held = None
-        with suppress(BlockingIOError):  # full: whoever waits is woken anyway
+        with suppress(BlockingIOError):  # the pipe is full: a waiting process wakes up anyway
             os.write(self._released, b"x")
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ class CoreSlots:
         self._forget()
 
     def _forget(self) -> None:
-        """Close the files and unlock nothing: a child that an expert forks must not hold what its parent dies with."""
+        """Close the files without unlocking: a child forked by an expert must not keep its parent's locks alive."""
         self._held = None
         files, self._files = self._files, []
         for file in files:
@@ -78,7 +78,7 @@ class CoreSlots:
 
 
 def _locked(file: int) -> bool:
-    """Whether a file could be locked without waiting."""
+    """Try to lock a file without waiting; returns whether that succeeded."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

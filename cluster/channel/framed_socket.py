@@ -1,4 +1,4 @@
-"""Whole messages over a non-blocking socket: written from several buffers at once, read into memory of their own."""
+"""Complete messages over a non-blocking socket: vectored writes, and each message read into its own memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_MESSAGE_BYTES = 2**31
 
 
 class FramedSocket:
-    """One end of a connection. `limit` bounds the messages that are taken, in bytes."""
+    """One end of a connection. `limit` is the maximum size of a received message in bytes."""
 
     def __init__(self, connection: socket.socket, limit: int = MAX_MESSAGE_BYTES) -> None:
         self.limit = limit
@@ -40,7 +40,7 @@ class FramedSocket:
         return sum(map(len, self._out))
 
     def send(self, parts: list[Buffer]) -> bool:
-        """Write a message, in buffers of bytes, as far as the kernel takes it; True when it has taken everything.
+        """Write as much of a message as the kernel accepts; returns True when everything is written.
 
         Raises OSError. The buffers must not change until `unsent` is 0.
         """
@@ -48,7 +48,7 @@ class FramedSocket:
         return self.flush()
 
     def flush(self) -> bool:
-        """Go on writing; True when everything is written. Raises OSError."""
+        """Continue writing; returns True when everything is written. Raises OSError."""
         while self._out:
             try:
                 count = self._socket.sendmsg(list(islice(self._out, MAX_BUFFERS)))
@@ -58,9 +58,9 @@ class FramedSocket:
         return True
 
     def receive(self, most: int | None = None) -> Iterator[memoryview]:
-        """The messages that are complete by now, at most so many; a selector tells of the others again.
+        """Yield the complete messages, at most `most`; for the others the socket stays readable.
 
-        Raises Unavailable at the end of the stream, OSError, TooLarge or DataLoss for a length that cannot be.
+        Raises Unavailable at the end of the stream, OSError, and TooLarge or DataLoss for an invalid length.
         """
         taken = 0
         while True:
@@ -86,17 +86,17 @@ class FramedSocket:
                     return
 
     def close(self) -> None:
-        """Close the socket; what was not written is lost."""
+        """Close the socket and discard unwritten data."""
         self._out.clear()
         self._body = None
         self._socket.close()
 
     def _memory(self, size: int) -> memoryview:
-        """Memory for a message, aligned for tensors; the kernel gives pages only as bytes come in."""
+        """Memory for a message, aligned for tensors; the kernel allocates pages only as bytes arrive."""
         if size > self.limit:
-            raise TooLarge(f"a message of {size} bytes was announced, the limit is {self.limit}")
+            raise TooLarge(f"a message announces {size} bytes; the limit is {self.limit}")
         if size == 0:
-            raise DataLoss("an empty message was announced")
+            raise DataLoss("a message announces 0 bytes")
         memory: memoryview = torch.empty(size, dtype=torch.uint8).numpy().data
         return memory
 
@@ -111,7 +111,7 @@ class FramedSocket:
 
 
 def tuned(connection: socket.socket) -> socket.socket:
-    """Non-blocking, with large buffers; over TCP without delay, and a dead machine is noticed."""
+    """Make a socket non-blocking with large buffers; over TCP, also without delay and with keepalive."""
     connection.setblocking(False)
     for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
         connection.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)

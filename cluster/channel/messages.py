@@ -1,16 +1,16 @@
-"""What router and replicas say to each other on a channel, as frames: handshake, calls, replies, cancellations. No I/O.
+"""The frames that router and replicas exchange on a channel: handshake, calls, replies, cancellations. No I/O.
 
 A message is eight bytes of length, little endian, and one frame of `experts/wire.py`. The replica speaks first:
 
     replica   hello    {replica, incarnation, nonce}
     router    prove    {nonce, proof}                     proof of the secret over both nonces and the incarnation
-    replica   welcome  {proof, credits}                   the same by the replica, and how many calls it takes at once
+    replica   welcome  {proof, credits}                   the replica's proof, and how many calls may be in flight
     router    call     {attempt, timeout, parts, sums}    rows, index?, weights?
     replica   reply    {attempt, outputs, sums, failures, seconds} rows0, rows1, ... and lost?
-    router    cancel   {attempt}                          nobody waits for it any more
+    router    cancel   {attempt}                          the reply is no longer needed
 
-So a router sends no row to a process that does not know the secret, or that is another incarnation than it was told.
-Nothing is encrypted: between nodes the channel belongs into a network as private as Ray's own.
+So a router sends no row to a process that does not know the secret, or to another incarnation than the one it expects.
+Nothing is encrypted: between nodes, run the channel on a network as private as Ray's own.
 """
 
 from __future__ import annotations
@@ -43,29 +43,29 @@ def message(kind: str, **meta: Any) -> list[Buffer]:
 
 
 def proof(secret: bytes, role: bytes, incarnation: str, nonces: Sequence[str]) -> str:
-    """What only a holder of the secret can say in this conversation: HMAC-SHA256, as hex digits."""
+    """Prove knowledge of the secret for this connection: HMAC-SHA256 in hexadecimal."""
     text = b"\0".join([role, incarnation.encode(), *(nonce.encode() for nonce in nonces)])
     return hmac.new(secret, text, hashlib.sha256).hexdigest()
 
 
 def encode_call(call: ExpertCall) -> list[Buffer]:
-    """The message of a call; no tensor is copied."""
+    """Encode a call; no tensor is copied."""
     tensors = {"rows": call.rows, "index": call.row_index, "weights": call.weights}
     meta = {
         "attempt": call.attempt,
         "timeout": call.timeout if math.isfinite(call.timeout) else None,
         "parts": [[part.expert, part.version, part.start, part.stop] for part in call.parts],
-        "sums": [[asked.first, asked.last, asked.start, asked.stop] for asked in call.sums],
+        "sums": [[total.first, total.last, total.start, total.stop] for total in call.sums],
     }
     wired = {name: _pieces([tensor]) for name, tensor in tensors.items() if tensor is not None}
     return _framed(encode_scattered("call", meta, wired))
 
 
 def decode_call(frame: Frame) -> ExpertCall:
-    """The call of a frame, checked so far that nothing in it points outside of its rows. Raises InvalidRequest."""
+    """Decode a call, and check that its indices and ranges stay within its rows. Raises InvalidRequest."""
     meta, tensors = _expect(frame, "call", "attempt", "timeout", "parts", "sums"), frame.tensors
     if "rows" not in tensors or not tensors["rows"].shape or not tensors.keys() <= {"rows", "index", "weights"}:
-        raise InvalidRequest("a call carries rows, and of others only index and weights")
+        raise InvalidRequest("a call must carry rows, and may carry only index and weights besides")
     rows = from_wire(tensors["rows"])
     index = from_wire(tensors["index"]) if "index" in tensors else None
     weights = from_wire(tensors["weights"]) if "weights" in tensors else None
@@ -78,9 +78,9 @@ def decode_call(frame: Frame) -> ExpertCall:
         for first, last, a, b in _lists(meta["sums"], 4)
     )
     if index is not None and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < rows.shape[0]:
-        raise InvalidRequest("index points outside of the rows")
-    if any(first.first == first.last for first in sums) or (sums and (weights is None or weights.shape != (pairs,))):
-        raise InvalidRequest("sums need parts and a weight for every pair")
+        raise InvalidRequest("index points outside the rows")
+    if any(total.first == total.last for total in sums) or (sums and (weights is None or weights.shape != (pairs,))):
+        raise InvalidRequest("sums need parts and one weight per pair")
     timeout = meta["timeout"]
     if not (timeout is None or isinstance(timeout, (int, float))):
         raise InvalidRequest("timeout must be a number of seconds")
@@ -88,12 +88,12 @@ def decode_call(frame: Frame) -> ExpertCall:
 
 
 def encode_reply(attempt: int, reply: ExpertReply, queued: float = 0.0) -> list[Buffer]:
-    """The message of a reply; no tensor is copied. Outputs of one dtype and shape stand in one tensor."""
+    """Encode a reply; no tensor is copied. Outputs of the same dtype and row shape share one tensor."""
     kinds: dict[tuple[str, tuple[int, ...]], list[Tensor]] = {}
     failures: list[list[str]] = []
 
-    def told(output: Output) -> list[int]:
-        """[kind, rows], or [-1, 0] for nothing, or [-2, number of the failure]."""
+    def entry(output: Output) -> list[int]:
+        """[kind, rows], or [-1, 0] for no output, or [-2, index of the failure]."""
         if output is None:
             return [-1, 0]
         if isinstance(output, PartFailure):
@@ -105,8 +105,8 @@ def encode_reply(attempt: int, reply: ExpertReply, queued: float = 0.0) -> list[
 
     meta = {
         "attempt": attempt,
-        "outputs": [told(output) for output in reply.outputs],
-        "sums": [told(total) for total in reply.sums],
+        "outputs": [entry(output) for output in reply.outputs],
+        "sums": [entry(total) for total in reply.sums],
         "failures": failures,
         "seconds": [queued, reply.computed],
     }
@@ -117,47 +117,47 @@ def encode_reply(attempt: int, reply: ExpertReply, queued: float = 0.0) -> list[
 
 
 def decode_reply(frame: Frame, incarnation: str) -> ExpertReply:
-    """The reply of a frame. Its tensors share the frame's memory. Raises InvalidRequest."""
+    """Decode a reply. Its tensors share the frame's memory. Raises InvalidRequest."""
     meta = _expect(frame, "reply", "attempt", "outputs", "sums", "failures", "seconds")
-    left = {name: from_wire(tensor) for name, tensor in frame.tensors.items()}
+    remaining = {name: from_wire(tensor) for name, tensor in frame.tensors.items()}
     failures = [PartFailure(str(error), str(text)) for error, text in _lists(meta["failures"], 2)]
 
     def read(kind: Any, count: Any) -> Output:
         if type(kind) is not int or type(count) is not int:
-            raise InvalidRequest("a reply counts rows")
+            raise InvalidRequest("the row counts of a reply must be integers")
         if kind == -1:
             return None
         if kind == -2 and 0 <= count < len(failures):
             failure: PartFailure = failures[count]
             return failure
-        rows = left.get(f"rows{kind}")
+        rows = remaining.get(f"rows{kind}")
         if rows is None or not 0 <= count <= rows.shape[0]:
             raise InvalidRequest("a reply names rows that it does not carry")
-        left[f"rows{kind}"] = rows[count:]
+        remaining[f"rows{kind}"] = rows[count:]
         taken: Tensor = rows[:count]
         return taken
 
-    outputs = tuple(read(*told) for told in _lists(meta["outputs"], 2))
-    sums = tuple(read(*told) for told in _lists(meta["sums"], 2))
+    outputs = tuple(read(*entry) for entry in _lists(meta["outputs"], 2))
+    sums = tuple(read(*entry) for entry in _lists(meta["sums"], 2))
     ((queued, computed),) = _lists([meta["seconds"]], 2)
     if not isinstance(queued, float) or not isinstance(computed, float):
-        raise InvalidRequest("a reply tells seconds")
-    return ExpertReply(incarnation, outputs, sums, left.get("lost"), queued, computed)
+        raise InvalidRequest("the seconds of a reply must be two floats")
+    return ExpertReply(incarnation, outputs, sums, remaining.get("lost"), queued, computed)
 
 
 def attempt_of(frame: Frame) -> int:
-    """The attempt that a call, reply or cancellation names. Raises InvalidRequest."""
+    """The attempt of a call, reply or cancellation. Raises InvalidRequest."""
     attempt = frame.meta.get("attempt")
     if type(attempt) is not int:
-        raise InvalidRequest(f"a {frame.kind} names its attempt")
+        raise InvalidRequest(f"a {frame.kind} must have an integer attempt")
     return attempt
 
 
 def text_of(frame: Frame, kind: str, *names: str) -> list[str]:
-    """The texts of a message of the handshake. Raises InvalidRequest for a message of another kind."""
+    """The text fields of a handshake message. Raises InvalidRequest for a message of another kind."""
     meta = _expect(frame, kind, *names)
     if not all(isinstance(meta[name], str) for name in names) or frame.tensors:
-        raise InvalidRequest(f"{kind} carries the texts {', '.join(names)}")
+        raise InvalidRequest(f"{kind} must carry {', '.join(names)} as text and no tensors")
     return [meta[name] for name in names]
 
 
@@ -173,17 +173,17 @@ def _pieces(tensors: Sequence[Tensor]) -> tuple[str, tuple[int, ...], list[Buffe
 
 def _expect(frame: Frame, kind: str, *names: str) -> dict[str, Any]:
     if frame.kind != kind or frame.meta.keys() != set(names):
-        raise InvalidRequest(f"a message of kind {kind} with {', '.join(names)} was expected")
+        raise InvalidRequest(f"expected a message of kind {kind} with {', '.join(names)}")
     return frame.meta
 
 
 def _lists(value: Any, length: int) -> list[list[Any]]:
     if not isinstance(value, list) or any(not isinstance(entry, list) or len(entry) != length for entry in value):
-        raise InvalidRequest(f"a list of entries of {length} was expected")
+        raise InvalidRequest(f"expected a list of lists of length {length}")
     return value
 
 
 def _range(start: Any, stop: Any, end: int) -> tuple[int, int]:
     if type(start) is not int or type(stop) is not int or not 0 <= start <= stop <= end:
-        raise InvalidRequest(f"{start}:{stop} is no range within {end}")
+        raise InvalidRequest(f"{start}:{stop} is not a range within 0:{end}")
     return start, stop

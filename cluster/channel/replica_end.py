@@ -1,7 +1,7 @@
-"""The replica's end of the channel: one thread that reads calls, computes them one after the other, and answers.
+"""The replica's end of the channel: one thread that reads calls, computes them one at a time, and replies.
 
-Between two computations it reads what has come in, so cancelled and late calls that still wait are never computed. A
-peer that breaks the protocol, stops reading or takes too long to prove itself is closed; the others do not notice.
+It reads all sockets between two computations, so queued calls that were cancelled or expired are never computed. A
+peer that violates the protocol, stops reading or does not authenticate in time is closed, without effect on the others.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .messages import (
 )
 
 CREDITS = 4
-"""How many calls a router may have under way to one replica; one that sends more is closed."""
+"""How many calls a router may have in flight to one replica; a connection that sends more is closed."""
 
 STRANGERS = 64
 STRANGER_BYTES = 4096
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 class _Peer:
-    """A connection, a stranger until it has proved the secret."""
+    """A connection; `known` once its router has proved the secret."""
 
     def __init__(self, connection: socket.socket, now: float) -> None:
         self.framed = FramedSocket(tuned(connection), STRANGER_BYTES)
@@ -58,7 +58,7 @@ class _Peer:
 
 
 class ChannelServer:
-    """Serves a host to routers that know the secret. `counted` counts what happened, by name."""
+    """Serves a host to routers that know the secret. `counted` counts calls and closed connections by outcome."""
 
     def __init__(self, host: ExpertHost, replica_id: str, secret: bytes, slots: CoreSlots | None = None) -> None:
         self.counted: Counter[str] = Counter()
@@ -76,19 +76,19 @@ class ChannelServer:
         self._thread = threading.Thread(target=self._run, name="expertmesh-channel", daemon=True)
 
     def listen_unix(self, path: Path) -> None:
-        """Listen on a Unix socket in a folder of this user alone, and begin to serve."""
+        """Start to serve on a Unix socket, in a folder private to this user."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(str(path))
         self._path = path
         self._begin(listener, f"unix:{path}")
 
     def listen_tcp(self, host: str) -> None:
-        """Listen on any free port of an address that other nodes reach, and begin to serve."""
+        """Start to serve on a free port of an address that other nodes can reach."""
         listener = socket.create_server((host, 0), family=family_of(host))
         self._begin(listener, f"tcp:{host}:{listener.getsockname()[1]}")
 
     def close(self) -> None:
-        """Close every connection and end the thread after what it computes now; idempotent."""
+        """Close every connection and end the thread after its current computation; idempotent."""
         if self._stopping:
             return
         self._stopping = True
@@ -124,24 +124,24 @@ class ChannelServer:
             self._woken.close()
 
     def _turn(self, timeout: float) -> None:
-        """Do what the sockets ask for."""
+        """Handle socket events, and close stalled or unauthenticated peers."""
         for key, mask in self._selector.select(timeout):
             key.data(mask)
         now = time.monotonic()
         for peer in list(self._peers):
             stalled = peer.framed.unsent and now - peer.since > STALL_SECONDS
             if stalled or (not peer.known and now - peer.since > STRANGER_SECONDS):
-                self._drop(peer, "stalled" if peer.known else "stranger", "it took too long")
+                self._drop(peer, "stalled" if peer.known else "stranger", "it did not read or authenticate in time")
 
     def _accept(self, mask: int) -> None:
         while self._listener is not None:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # nobody is left, or whoever came has gone again
+            except OSError:  # the backlog is empty, or the peer disconnected
                 return
             strangers = [peer for peer in self._peers if not peer.known]
             if len(strangers) >= STRANGERS:
-                self._drop(strangers[0], "stranger", "there are too many that have not proved themselves")
+                self._drop(strangers[0], "stranger", "too many connections are not authenticated yet")
             peer = _Peer(connection, time.monotonic())
             self._peers.append(peer)
             self._selector.register(peer.framed, selectors.EVENT_READ, lambda mask, peer=peer: self._ready(peer, mask))
@@ -161,7 +161,7 @@ class ChannelServer:
             self._drop(peer, "refused", error.message)
         except InvalidRequest as error:
             self._drop(peer, "malformed", error.message)
-        except (ExpertMeshError, OSError) as error:  # it has gone, or announced what cannot be
+        except (ExpertMeshError, OSError) as error:  # the peer disconnected, or announced an invalid length
             self._drop(peer, "closed", str(error))
 
     def _take(self, peer: _Peer, frame: Frame) -> None:
@@ -170,21 +170,21 @@ class ChannelServer:
         elif frame.kind == "call":
             call = decode_call(frame)
             if len(peer.waiting) >= CREDITS:
-                raise InvalidRequest(f"it sent more than {CREDITS} calls at once")
+                raise InvalidRequest(f"it has more than {CREDITS} calls in flight")
             peer.waiting.append((call, time.monotonic()))
         elif frame.kind == "cancel":
             attempt = attempt_of(frame)
-            left = deque(waiting for waiting in peer.waiting if waiting[0].attempt != attempt)
-            self.counted["cancelled"] += len(peer.waiting) - len(left)
-            peer.waiting = left
+            kept = deque(waiting for waiting in peer.waiting if waiting[0].attempt != attempt)
+            self.counted["cancelled"] += len(peer.waiting) - len(kept)
+            peer.waiting = kept
         else:
-            raise InvalidRequest(f"a message of kind {frame.kind[:64]!r} has no meaning here")
+            raise InvalidRequest(f"unexpected message of kind {frame.kind[:64]!r}")
 
     def _prove(self, peer: _Peer, frame: Frame) -> None:
-        nonce, given = text_of(frame, "prove", "nonce", "proof")
+        nonce, received = text_of(frame, "prove", "nonce", "proof")
         nonces = (peer.nonce, nonce)
-        wanted = proof(self._secret, ROUTER, self._host.incarnation, nonces)
-        if not hmac.compare_digest(given.encode(), wanted.encode()):
+        expected = proof(self._secret, ROUTER, self._host.incarnation, nonces)
+        if not hmac.compare_digest(received.encode(), expected.encode()):
             raise Unauthenticated("it does not know the secret of this cluster")
         peer.known = True
         peer.framed.limit = MAX_MESSAGE_BYTES
@@ -192,7 +192,7 @@ class ChannelServer:
         self._send(peer, message("welcome", proof=own, credits=str(CREDITS)))
 
     def _next(self) -> tuple[_Peer, ExpertCall, float] | None:
-        """The next call, of each peer in turn."""
+        """The next queued call, round-robin over the peers."""
         for _ in range(len(self._peers)):
             peer = self._peers[0]
             self._peers.rotate(-1)
@@ -210,7 +210,7 @@ class ChannelServer:
             queued = time.monotonic() - arrived
             if queued > call.timeout:
                 self.counted["expired"] += 1
-                reply = _failed(self._host, call, "DeadlineExceeded", "the deadline passed while the rows waited")
+                reply = _failed(self._host, call, "DeadlineExceeded", "the deadline passed while the rows were queued")
             else:
                 self.counted["computed"] += 1
                 reply = self._computed(call)
@@ -222,7 +222,7 @@ class ChannelServer:
     def _computed(self, call: ExpertCall) -> ExpertReply:
         try:
             return self._host.compute(call)
-        except Exception as error:  # memory that is not there, a device that failed: this call's end, not the replica's
+        except Exception as error:  # e.g. out of memory or a device error: fails this call, not the replica
             log.exception("a call failed", extra={"attempt": call.attempt})
             return _failed(self._host, call, "ExpertFailed", f"the replica raised {type(error).__name__}; see its log")
 
@@ -242,7 +242,7 @@ class ChannelServer:
             return
         self.counted[why] += 1
         level = logging.INFO if why == "closed" else logging.WARNING
-        log.log(level, "a connection is closed: %s", details, extra={"replica": self._replica_id, "why": why})
+        log.log(level, "closing a connection: %s", details, extra={"replica": self._replica_id, "why": why})
         self._close(peer)
 
     def _close(self, peer: _Peer) -> None:
@@ -253,7 +253,7 @@ class ChannelServer:
 
 
 def socket_path(folder: Path, replica_id: str, incarnation: str) -> Path:
-    """Where an incarnation of a replica listens; what earlier ones left there is removed."""
+    """The socket of an incarnation of a replica; sockets of earlier incarnations are removed."""
     name = f"{hashlib.sha256(replica_id.encode()).hexdigest()[:8]}-"  # an id may be too long for a path
     for old in folder.glob(f"{name}*"):
         old.unlink(missing_ok=True)

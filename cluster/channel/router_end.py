@@ -1,7 +1,7 @@
-"""The router's end of the channels: one connection to each replica, on the event loop, and messages both ways at once.
+"""The router's end of the channels: one full-duplex connection to each replica, on the event loop.
 
-A connection belongs to one incarnation. When it closes, everything under way on it ends at that moment; when the view
-names another incarnation, it is closed first, so what an actor that was given up still answers is never read.
+A connection belongs to one incarnation. When it closes, all calls in flight on it fail at once. When the view names
+another incarnation, the old connection is closed first, so late replies of an abandoned actor are never read.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class ChannelTransport:
-    """Carries messages over direct sockets. It belongs to one event loop."""
+    """Carries messages over direct sockets. Belongs to one event loop."""
 
     def __init__(self, secret: bytes) -> None:
         self.carried: Counter[str] = Counter()
@@ -57,14 +57,14 @@ class ChannelTransport:
         return channel.send(call, done)
 
     def refresh(self, replicas: Iterable[Replica], lost: Lost) -> None:
-        """Connect to every incarnation that has an address and no connection, and close all other connections."""
-        wanted = {replica.id: replica for replica in replicas if replica.address}
+        """Connect to every incarnation that has an address and no connection, and close outdated connections."""
+        current = {replica.id: replica for replica in replicas if replica.address}
         for name, channel in list(self._channels.items()):
-            replica = wanted.get(name)
+            replica = current.get(name)
             if replica is None or replica.incarnation != channel.replica.incarnation or channel.closed:
                 channel.close(Unavailable("the replica was replaced; retry"))
                 del self._channels[name]
-        for name, replica in wanted.items():
+        for name, replica in current.items():
             if name not in self._channels:
                 self._channels[name] = channel = Channel(replica, self._secret, lost)
                 task = asyncio.get_running_loop().create_task(channel.connect())
@@ -76,7 +76,7 @@ class ChannelTransport:
         for task in self._connecting:
             task.cancel()
         for channel in self._channels.values():
-            channel.close(Unavailable("the router stops"))
+            channel.close(Unavailable("the router is stopping"))
         self._channels.clear()
 
 
@@ -99,7 +99,7 @@ class Channel:
         self._pending: dict[int, Done] = {}
 
     async def connect(self) -> None:
-        """Connect and prove the secret both ways; what fails closes the connection."""
+        """Connect and authenticate both ends; a failure closes the connection."""
         connection = None
         try:
             family, target = self._target()
@@ -114,7 +114,7 @@ class Channel:
             self.close(Unavailable(f"the replica cannot be reached ({type(error).__name__}); retry"))
 
     def send(self, call: ExpertCall, done: Done) -> Cancel:
-        """Send a call, as soon as the connection is open; `done` gets its reply and nothing else that comes."""
+        """Send a call as soon as the connection is open; `done` gets the reply or the error of a closed connection."""
         parts = encode_call(call)
         self._pending[call.attempt] = done
         if self._open:
@@ -132,7 +132,7 @@ class Channel:
             self._early.pop(attempt, None)
 
     def close(self, why: ExpertMeshError) -> None:
-        """Close the connection; whoever waits on it is told why at once. Idempotent."""
+        """Close the connection and fail all calls in flight on it with `why`; idempotent."""
         if self.closed:
             return
         self.closed = True
@@ -187,7 +187,7 @@ class Channel:
 
     def _broken(self, error: Exception) -> None:
         name = self.replica.id
-        log.warning("the connection to a replica is closed: %s", error, extra={"replica": name})
+        log.warning("lost the connection to a replica: %s", error, extra={"replica": name})
         self.close(Unavailable("the connection to the replica was closed; retry"))
         self._lost(self.replica)
 
@@ -196,23 +196,23 @@ class Channel:
             reply = decode_reply(frame, self.replica.incarnation)
             done = self._pending.pop(attempt_of(frame), None)
             if done is None:
-                self.late += 1  # its caller has gone; the rows land nowhere
+                self.late += 1  # cancelled: the rows are dropped
             else:
                 done(reply)
         elif frame.kind == "hello" and not self._nonces[0]:
             self._prove(frame)
         elif frame.kind == "welcome" and self._nonces[0] and not self._open:
-            (given, _) = text_of(frame, "welcome", "proof", "credits")
-            wanted = proof(self._secret, REPLICA, self.replica.incarnation, self._nonces)
-            if not hmac.compare_digest(given.encode(), wanted.encode()):
-                raise Unauthenticated("what listens there does not know the secret of this cluster")
+            (received, _) = text_of(frame, "welcome", "proof", "credits")
+            expected = proof(self._secret, REPLICA, self.replica.incarnation, self._nonces)
+            if not hmac.compare_digest(received.encode(), expected.encode()):
+                raise Unauthenticated("the process listening there does not know the secret of this cluster")
             self._open = True
             self._opened.set_result(None)
             early, self._early = self._early, {}
             for parts in early.values():
                 self._write(parts)
         else:
-            raise InvalidRequest(f"a message of kind {frame.kind[:64]!r} has no meaning here")
+            raise InvalidRequest(f"unexpected message of kind {frame.kind[:64]!r}")
 
     def _prove(self, frame: Frame) -> None:
         replica, incarnation, nonce = text_of(frame, "hello", "replica", "incarnation", "nonce")

@@ -1,7 +1,7 @@
-"""The folder of a cluster's sockets and locks on one node: this user's alone, and never left behind for long.
+"""The folder of a cluster's sockets and locks on one node: private to this user, and removed once unused.
 
-Whoever uses it holds a shared lock in it; a folder that nobody holds belongs to a cluster that is gone, and the next
-one that starts on the node removes it.
+Every process that uses it holds a shared lock in it. A folder without a holder belongs to a cluster that has ended; the
+next cluster that starts on the node removes it.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ _ALIVE = "alive"
 
 
 def folder_of(run: str) -> Path:
-    """Where the folder of a run of a cluster is on this node."""
+    """The folder of a cluster's run on this node."""
     return Path(tempfile.gettempdir()) / f"{PREFIX}{run}"
 
 
 def hold(folder: Path) -> int:
-    """Make the folder where it is missing, and hold it; returns the descriptor that holds it, to be kept open.
+    """Create the folder if it is missing, and lock it; returns the descriptor of the lock, which must stay open.
 
-    Raises FailedPrecondition for a folder that somebody else could write to.
+    Raises FailedPrecondition for a folder that other users can access.
     """
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-        raise FailedPrecondition(f"{folder} is not a folder of this user alone: remove it")
+        raise FailedPrecondition(f"{folder} must be a folder that belongs to this user with mode 700: remove it")
     holder = os.open(folder / _ALIVE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     fcntl.flock(holder, fcntl.LOCK_SH)
-    if os.fstat(holder).st_nlink == 0:  # swept between making and holding
+    if os.fstat(holder).st_nlink == 0:  # swept before it was locked
         os.close(holder)
         return hold(folder)
     return holder
 
 
 def sweep() -> list[Path]:
-    """Remove the folders of this user's clusters that are gone from this node; returns them."""
-    gone = []
+    """Remove the folders of this user's clusters that have ended; returns them."""
+    removed = []
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         if _abandoned(folder):
             shutil.rmtree(folder, ignore_errors=True)
-            gone.append(folder)
-    return gone
+            removed.append(folder)
+    return removed
 
 
 def _abandoned(folder: Path) -> bool:
@@ -56,7 +56,7 @@ def _abandoned(folder: Path) -> bool:
         if folder.lstat().st_uid != os.geteuid():
             return False
         holder = os.open(folder / _ALIVE, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:  # not ours, half made, or just removed
+    except OSError:  # foreign, incomplete, or just removed
         return False
     try:
         fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What an actor needs to take part in the direct channel, and the replica's end of it made from that."""
+"""An actor's settings for the direct channel, and how to open the replica's end with them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .run_folder import folder_of, hold, sweep
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelSettings:
-    """The secret of a cluster's run, the node that its router runs on, and where its sockets are on a node.
+    """The secret of a cluster's run, the node of its router, and the folder of its sockets on a node.
 
-    `folder` None takes one in the node's folder for temporary files, named for `run`.
+    With `folder` None it is one in the node's folder for temporary files, named after `run`.
     """
 
     secret: bytes = field(repr=False)
@@ -28,9 +28,9 @@ class ChannelSettings:
 def open_channel(
     host: ExpertHost, replica_id: str, settings: ChannelSettings, node: str, address: str
 ) -> ChannelServer:
-    """Serve a host on the node `node` with the IP address `address`: by a Unix socket where the router is, else by TCP.
+    """Serve a host on `node` with the IP address `address`: over a Unix socket on the router's node, else over TCP.
 
-    Experts on the CPU compute as many at once as the node has cores. Raises FailedPrecondition or OSError.
+    Experts on the CPU share as many slots as the node has cores. Raises FailedPrecondition or OSError.
     """
     if settings.folder is None:
         sweep()

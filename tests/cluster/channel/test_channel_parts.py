@@ -223,6 +223,6 @@ def test_a_folder_that_others_may_write_to_or_a_link_is_refused(temporary: Path)
     (temporary / "elsewhere").mkdir(mode=0o700)
     folder_of("link").symlink_to(temporary / "elsewhere")
     for run in ("open", "link"):
-        with pytest.raises(FailedPrecondition, match="not a folder of this user alone"):
+        with pytest.raises(FailedPrecondition, match="must be a folder that belongs to this user"):
             hold(folder_of(run))
     assert run_folder.sweep() == []
