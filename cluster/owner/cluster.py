@@ -1,4 +1,4 @@
-"""The cluster as its owner sees it: start it, look at it, replace an expert, stop it and leave nothing behind."""
+"""A cluster for its owner: start it, inspect it, replace an expert, and stop it without leftovers."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ Progress = Callable[[str], None]
 SUPERVISE_SECONDS = 0.5
 STOP_GRACE = 5.0
 BEHAVIOUR = ("factory", "args", "kwargs", "weights", "input", "output", "framework", "live")
-"""What of an expert says what it does; the rest says where and how often it runs."""
+"""The fields of an expert that define what it computes; the others define where and how often it runs."""
 
 _HERE = {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}
-"""How clients on this machine reach a gateway that listens on every address."""
+"""The address for clients on this machine when the gateway listens on all addresses."""
 
 log = logging.getLogger(__name__)
 
 
 class Cluster:
-    """A running cluster, owned by this process; made by `Cluster.start` or `Cluster.from_config`.
+    """A running cluster, owned by this process; created by `Cluster.start` or `Cluster.from_config`.
 
-    `endpoint` is what clients connect to, `metrics_endpoint` where the metrics page is ("" when off).
+    Clients connect to `endpoint`; `metrics_endpoint` is the URL of the metrics page ("" when off).
 
     Example:
         layer = Layer("waves", gates.Fixed([0.5, 0.5]), {"sin": Expert("numpy:sin"), "cos": Expert("numpy:cos")})
@@ -83,7 +83,7 @@ class Cluster:
         redeclare: Iterable[str] = (),
         **overrides: Any,
     ) -> Cluster:
-        """Start a cluster with these layers, and return when every replica is ready and the gateway serves.
+        """Start a cluster with these layers; returns once every replica is ready and the gateway serves.
 
         A version that was swapped in serves on after a restart, also where the declaration was edited meanwhile;
         `progress` is told which. `redeclare` has the ids ("news/e3", "news/gate") that follow their declaration anyway.
@@ -109,7 +109,7 @@ class Cluster:
     def from_config(
         cls, path: str | os.PathLike[str], *, progress: Progress | None = None, **overrides: Any
     ) -> Cluster:
-        """Start the cluster that a YAML file describes. Raises ConfigError that lists every mistake as file:line."""
+        """Start the cluster described by a YAML file. Raises ConfigError that lists every mistake as file:line."""
         return cls.start(config=load_config(path, overrides), progress=progress)
 
     def __enter__(self) -> Cluster:
@@ -125,7 +125,7 @@ class Cluster:
         return f"Cluster(name={self.config.name!r}, endpoint={self.endpoint!r}, layers={shown}, {state})"
 
     def status(self) -> dict[str, Any]:
-        """What the controller knows: {"name", "endpoint", "epoch", "versions": {id: ...}, "replicas": {id: {...}}}."""
+        """The controller's view: {"name", "endpoint", "epoch", "versions": {id: ...}, "replicas": {id: {...}}}."""
         state = self._running().state()
         return {
             "name": self.config.name,
@@ -139,25 +139,25 @@ class Cluster:
         }
 
     def replace(self, expert_id: str, expert: Expert, *, timeout: float = 120.0) -> str:
-        """Replace one expert by another declaration of it, under traffic; returns its new version.
+        """Replace one expert by a new declaration, under traffic; returns its new version.
 
-        The new one is staged and verified beside the old one in every replica, committed, and then flipped to;
-        requests that began on the old version end on it. Where and how often it runs stays as it was. Weights alone
-        are replaced by `Client.swap`.
+        The new version is staged and verified beside the old one in every replica, committed, and then made current;
+        requests in flight finish on the old version. Placement and number of replicas stay unchanged. To replace
+        weights only, use `Client.swap`.
 
-        Raises NotFound for an unknown expert, and what is wrong with the new one: then the old one serves on.
+        Raises NotFound for an unknown expert, and any error of the new version; then the old one still serves.
         """
         layer_name, _, name = expert_id.partition("/")
         with self._change:
             if layer_name not in self._layers or name not in self._layers[layer_name].everyone:
-                known = [id for layer in self._layers.values() for id in layer.everyone_by_id]
-                raise NotFound(f"there is no expert {expert_id!r}; known are {', '.join(sorted(known)[:20])}")
+                ids = [id for layer in self._layers.values() for id in layer.everyone_by_id]
+                raise NotFound(f"there is no expert {expert_id!r}; the cluster has {', '.join(sorted(ids)[:20])}")
             old = self._layers
             before = old[layer_name].everyone[name]
             placed = replace(before, **{f.name: getattr(expert, f.name) for f in fields(Expert) if f.name in BEHAVIOUR})
-            wanted = old[layer_name].with_experts({**old[layer_name].everyone, name: placed})
+            layer = old[layer_name].with_experts({**old[layer_name].everyone, name: placed})
             elsewhere = self.config.runtime_env is not None
-            self._layers = {**old, layer_name: check_layer(wanted, code_elsewhere=elsewhere)}
+            self._layers = {**old, layer_name: check_layer(layer, code_elsewhere=elsewhere)}
             try:
                 return self._declare(timeout, frozenset({expert_id}))[expert_id]
             except BaseException:
@@ -166,7 +166,7 @@ class Cluster:
                 raise
 
     def stop(self, grace: float = STOP_GRACE) -> None:
-        """Refuse new requests, give those under way `grace` seconds, and end everything; idempotent."""
+        """Refuse new requests, give those in flight `grace` seconds, and stop everything; idempotent."""
         self._stopping.set()
         if self._supervisor.is_alive():
             self._supervisor.join()
@@ -182,14 +182,14 @@ class Cluster:
 
     def wait(self) -> None:
         """Block until SIGINT or SIGTERM asks this process to stop. Call it from the main thread."""
-        asked = threading.Event()
+        stop = threading.Event()
 
-        def ask(number: int, frame: FrameType | None) -> None:
-            asked.set()
+        def handle(number: int, frame: FrameType | None) -> None:
+            stop.set()
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            while not asked.wait(0.2) and not self._stopping.is_set():
+            while not stop.wait(0.2) and not self._stopping.is_set():
                 pass
         finally:
             for number, handler in before.items():
@@ -232,19 +232,20 @@ class Cluster:
     def _service_settings(self) -> ServiceSettings:
         config = self.config
         own = [(token_digest(token), role, None) for role, token in create_token_file(token_path(config.name)).items()]
-        given = [(entry.sha256, entry.role, entry.expires) for entry in config.tokens]
+        configured = [(entry.sha256, entry.role, entry.expires) for entry in config.tokens]
         tls = None
         if config.tls_key is not None and config.tls_cert is not None:
             tls = (config.tls_key.read_bytes(), config.tls_cert.read_bytes())
         gateway = GatewaySettings(
             host=config.host,
-            port=config.port or free_port(config.host),  # chosen here: a router that Ray restarts listens there again
+            port=config.port
+            or free_port(config.host),  # chosen here, so that a restarted router listens on the same port
             max_message_bytes=config.max_message_bytes,
             streams=StreamLimits(max_request_bytes=config.max_request_bytes, max_stream_bytes=config.max_stream_bytes),
             default_timeout=config.default_timeout,
             tls=tls,
         )
-        tokens: tuple[tuple[str, Role, float | None], ...] = (*own, *given)
+        tokens: tuple[tuple[str, Role, float | None], ...] = (*own, *configured)
         return ServiceSettings(
             name=config.name,
             gateway=gateway,
@@ -280,7 +281,7 @@ class Cluster:
     def _wait_for(self, planned: list[PlannedReplica], deadline: float) -> None:
         for number, replica in enumerate(planned, start=1):
             report = self._running().wait_replica(replica.id, deadline)
-            self._say(f"replica {number}/{len(planned)} runs: {replica.id} on {report.node}, {report.device}")
+            self._say(f"replica {number}/{len(planned)} is running: {replica.id} on {report.node}, {report.device}")
 
     def _declare(self, timeout: float, redeclare: frozenset[str] = frozenset()) -> dict[str, str]:
         """Send the controller the current declaration; returns the versions that then serve."""
@@ -295,15 +296,15 @@ class Cluster:
         return backend.declare(self._desired, timeout)
 
     def _supervise(self) -> None:
-        """Bring a controller that Ray restarted up to date; it in turn does so for the router."""
+        """Send the declared layers again to a restarted controller, which passes them on to the router."""
         while not self._stopping.wait(SUPERVISE_SECONDS):
             if not self._change.acquire(blocking=False):
-                continue  # a change is under way, and tells the controller itself
+                continue  # a change in progress sends them itself
             try:
                 if self._running().state().revision < self._desired.revision:
                     self._running().declare(self._desired, self.config.start_timeout)
             except ExpertMeshError as error:
-                log.warning("the controller is not up to date: %s", error)
+                log.warning("the controller is not up to date; retrying: %s", error)
             finally:
                 self._change.release()
 

@@ -1,1 +1,1 @@
-"""Processes: the router's, the controller's and the replicas', started in this process or as Ray actors."""
+"""The processes of a cluster: router, controller and replicas, run in this process or as Ray actors."""

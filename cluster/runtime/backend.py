@@ -1,4 +1,4 @@
-"""What a cluster stands on: Ray, or this process alone, behind one interface."""
+"""The backend that runs a cluster's processes: Ray, or this process alone, behind one interface."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .router_process import ServiceSettings
 
 
 class Backend(Protocol):
-    """Starts and ends the processes of a cluster."""
+    """Starts and stops the processes of a cluster."""
 
     temp_dir: str | None
 
     def start(self, address: str | None) -> None:
-        """Make the ground ready. Raises FailedPrecondition or ConfigError."""
+        """Prepare the backend. Raises FailedPrecondition or ConfigError."""
 
     def gpus(self) -> float:
-        """How many GPUs there are."""
+        """The number of GPUs."""
 
     def start_front(self, settings: ServiceSettings, state: StateSettings, timeout: float) -> tuple[int, int | None]:
-        """Start router and controller; returns the ports of the gateway and of the metrics page."""
+        """Start router and controller; returns the ports of gateway and metrics page."""
 
     def start_replica(self, planned: PlannedReplica) -> None:
         """Start a replica."""
@@ -36,20 +36,20 @@ class Backend(Protocol):
         """Wait for a replica's report. Raises Unavailable at `deadline` (monotonic seconds)."""
 
     def handles(self) -> dict[str, Any]:
-        """How the transport reaches each replica."""
+        """A handle of each replica for the transport, by id."""
 
     def declare(self, desired: Desired, timeout: float) -> dict[str, str]:
-        """Have the controller bring everything to what is declared; returns the versions that then serve."""
+        """Have the controller load the declared layers; returns the versions that then serve."""
 
     def state(self) -> ControllerState:
-        """What the controller knows."""
+        """The state of the controller."""
 
     def stop(self, grace: float) -> None:
-        """End everything; idempotent."""
+        """Stop everything; idempotent."""
 
 
 def open_backend(config: ClusterConfig) -> Backend:
-    """The backend that a configuration asks for. Imports Ray only where it is needed."""
+    """The backend for a configuration. Imports Ray only if needed."""
     path = log_file(config.name)
     if config.transport == "local":
         return LocalBackend(config.log_level, path)

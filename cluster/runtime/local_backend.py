@@ -1,4 +1,4 @@
-"""A whole cluster in one process: hosts, router and controller on one event loop in a thread, and no Ray."""
+"""A whole cluster in one process: hosts, router and controller on one event loop in a thread, without Ray."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CALL_TIMEOUT = 60.0
 
 
 class LocalBackend:
-    """Runs a cluster's parts in this process; tests and notebooks use the whole product this way."""
+    """Runs a cluster in this process, for tests and notebooks."""
 
     temp_dir: str | None = None
 
@@ -44,11 +44,11 @@ class LocalBackend:
         self._thread.start()
 
     def gpus(self) -> float:
-        """No GPU is pinned in a single process."""
+        """Always 0: no GPU is pinned in a single process."""
         return 0.0
 
     def start_front(self, settings: ServiceSettings, state: StateSettings, timeout: float) -> tuple[int, int | None]:
-        """Start router and controller; returns the ports of the gateway and of the metrics page."""
+        """Start router and controller; returns the ports of gateway and metrics page."""
         return self._await(self._start_front(settings, state))
 
     async def _start_front(self, settings: ServiceSettings, state: StateSettings) -> tuple[int, int | None]:
@@ -60,7 +60,7 @@ class LocalBackend:
         return ports
 
     def start_replica(self, planned: PlannedReplica) -> None:
-        """Make a host of its own for a replica."""
+        """Create the host of a replica."""
         host = self._hosts[planned.id] = ExpertHost()
         self._transport.add(planned.id, host)
 
@@ -69,15 +69,15 @@ class LocalBackend:
         return report_of(replica_id, self._hosts[replica_id], node="local")
 
     def handles(self) -> dict[str, Any]:
-        """No handles: the transport has the hosts."""
+        """Empty: the transport holds the hosts."""
         return {}
 
     def declare(self, desired: Desired, timeout: float) -> dict[str, str]:
-        """Have the controller bring everything to what is declared; returns the versions that then serve."""
+        """Have the controller load the declared layers; returns the versions that then serve."""
         return self._await(self._running().declare(desired, timeout), timeout + CALL_TIMEOUT)
 
     def state(self) -> ControllerState:
-        """What the controller knows."""
+        """The state of the controller."""
         return self._running().state()
 
     def _running(self) -> Controller:
@@ -86,7 +86,7 @@ class LocalBackend:
         return self._controller
 
     def stop(self, grace: float) -> None:
-        """Drain, close the port and end the thread; idempotent."""
+        """Drain, close the port and stop the thread; idempotent."""
         if self._loop.is_closed():
             return
         if self._thread.is_alive():
@@ -141,5 +141,5 @@ class _ReplicaPort:
     def _host(self, replica_id: str) -> ExpertHost:
         host = self._hosts.get(replica_id)
         if host is None:
-            raise Unavailable(f"replica {replica_id} is not here")
+            raise Unavailable(f"there is no replica {replica_id} in this process")
         return host

@@ -1,6 +1,6 @@
-"""The Ray shells: actors for experts, router and controller.
+"""The Ray actors of experts, router and controller.
 
-Each class here only wraps an object that knows no Ray. Health and control calls have a concurrency group of their own,
+Each class only wraps an object that does not depend on Ray. Health and control calls have their own concurrency group,
 so that a long computation does not delay them.
 """
 
@@ -35,7 +35,7 @@ from .router_process import RouterService, ServiceSettings
 
 @dataclass(frozen=True)
 class LogSettings:
-    """Where the processes of a cluster log to, and from which level on."""
+    """The log file of a cluster's processes, and the lowest level that they log."""
 
     level: str
     path: str | None
@@ -46,7 +46,7 @@ LET_GO_SECONDS = 1.0
 
 
 class ExpertActor:
-    """Runs one replica: one expert, or the experts of a pack, on the device that Ray assigned. It starts empty."""
+    """Runs one replica, of one expert or of a pack, on the device that Ray assigned. It starts without versions."""
 
     def __init__(
         self,
@@ -68,14 +68,14 @@ class ExpertActor:
 
     @ray.method(concurrency_group="compute")
     def compute(self, call: ExpertCall) -> Any:
-        """Compute one message that came as an actor call: tensors packed, and so is the reply."""
+        """Compute one message sent as an actor call, with packed tensors; the reply is packed too."""
         return packed_reply(self._host.compute(unpacked_call(call)))
 
     @ray.method(concurrency_group="stage")
     def stage(
         self, proposal: Proposal, replaces: str | None, mode: str, weights: Mapping[str, Packed] | None
     ) -> Receipt:
-        """Build and verify a version beside those that serve, at low priority."""
+        """Build and verify a version beside the serving ones, at low priority."""
         yield_to_serving()
         if weights is not None:
             proposal = replace(proposal, weights={name: from_bytes(*packed) for name, packed in weights.items()})
@@ -86,12 +86,12 @@ class ExpertActor:
 
     @ray.method(concurrency_group="control")
     def unload(self, expert_id: str, version: str) -> None:
-        """Forget a version."""
+        """Unload a version."""
         self._host.unload(expert_id, version)
 
     @ray.method(concurrency_group="control")
     def report(self) -> Replica:
-        """What this replica is and holds."""
+        """This replica's experts, node, device, address and loaded versions."""
         address = "" if self._channel is None else self._channel.address
         device = _device_name(self._host.device)
         return report_of(self._id, self._host, experts=self._experts, node=_node(), device=device, address=address)
@@ -110,21 +110,21 @@ class RouterActor:
         self._ports: tuple[int, int | None] | None = None
 
     async def start(self) -> tuple[int, int | None]:
-        """Listen, once; returns the ports of the gateway and of the metrics page."""
+        """Start to listen; idempotent. Returns the ports of gateway and metrics page."""
         if self._ports is None:
             self._ports = await self._service.start()
             settle()
         return self._ports
 
     async def declare(self, controller: Any, desired: Desired) -> None:
-        """Take newer declared layers, and how replicas and controller are reached."""
+        """Take newer declared layers, and the handles of replicas and controller."""
         if isinstance(self._transport, RayTransport):
             self._transport.handles = dict(desired.handles)
         self._control.handle = controller
         await self._service.declare(desired)
 
     async def sync(self, update: RouterUpdate) -> RouterReport:
-        """Take what the controller knows; a router that Ray restarted begins to listen here."""
+        """Take an update from the controller; a router that Ray restarted starts to listen here."""
         await self.start()
         report = await self._service.sync(update)
         now = asyncio.get_running_loop().time()
@@ -138,7 +138,7 @@ class RouterActor:
         return await self._service.stage(candidate)
 
     async def unload(self, id: str, version: str) -> None:
-        """Forget a gate."""
+        """Unload a gate."""
         await self._service.unload(id, version)
 
     async def stop(self, grace: float) -> None:
@@ -147,9 +147,10 @@ class RouterActor:
 
 
 class ControllerActor:
-    """Runs the controller and its endless turns. A new incarnation takes the registry over from the one before.
+    """Runs the controller and its loop. A new incarnation takes over the registry from the previous one.
 
-    A state folder that is refused is told to whoever calls: of an error here Ray would only say that the actor died.
+    If the state folder is refused, every call raises that error: for an error in the constructor Ray would only report
+    that the actor died.
     """
 
     def __init__(self, settings: StateSettings, logs: LogSettings) -> None:
@@ -171,9 +172,9 @@ class ControllerActor:
         return self._opened
 
     async def declare(self, controller: Any, router: Any, desired: Desired, timeout: float) -> dict[str, str]:
-        """Take what the owner declares, and bring everything there; returns the versions that then serve.
+        """Load the layers that the owner declares; returns the versions that then serve.
 
-        The handles come with every call and not with the constructor, whose arguments Ray may lose before a restart.
+        The handles come with every call, not with the constructor, whose arguments Ray may lose before a restart.
         """
         self._router.handle, self._router.controller = router, controller
         if self._turns is None:
@@ -184,28 +185,28 @@ class ControllerActor:
         """Carry out a swap."""
         try:
             return await self._controller.swap(request)
-        finally:  # a refusal is still on its way
+        finally:  # later, because a refusal is not sent yet
             asyncio.get_running_loop().call_later(LET_GO_SECONDS, let_go)
 
     async def progress(self, swap_id: str) -> dict[str, Any]:
-        """How far a swap is."""
+        """The progress of a swap."""
         return self._controller.progress(swap_id)
 
     async def history(self, id: str) -> list[dict[str, Any]]:
-        """The versions of an id that are kept."""
+        """The kept versions of an id."""
         return self._controller.history(id)
 
     async def recall(self, epoch: int, ttl: float) -> None:
-        """Load an epoch that is kept."""
+        """Load a kept epoch."""
         await self._controller.recall(epoch, ttl)
 
     async def state(self) -> ControllerState:
-        """What is known here."""
+        """The state of the controller."""
         return self._controller.state()
 
 
 def _node() -> str:
-    """This node: its address, and the beginning of Ray's id for it."""
+    """This node's address, and the start of its Ray id."""
     return f"{ray.util.get_node_ip_address()}/{ray.get_runtime_context().get_node_id()[:8]}"  # type: ignore[no-untyped-call]
 
 

@@ -1,4 +1,4 @@
-"""Ray as the ground a cluster stands on: start it or join it, start actors, and leave nothing behind."""
+"""The Ray backend: start or join Ray, start actors, and stop without leftovers."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ ALWAYS_RESTART = {"max_restarts": -1, "max_task_retries": 0}
 
 
 class RayBackend:
-    """Runs a cluster's processes as Ray actors that this process owns: when it dies, they die."""
+    """Runs a cluster's processes as Ray actors owned by this process, which die with it."""
 
     def __init__(
         self, log_level: str, log_path: str, runtime_env: Mapping[str, Any] | None = None, *, direct: bool = True
     ) -> None:
-        """Rows travel by the direct channel, or through Ray's calls if not `direct`."""
+        """Rows travel over the direct channel, or over Ray's calls if not `direct`."""
         self._logs = LogSettings(log_level, log_path)
         self._runtime_env = dict(runtime_env or {})
         self._replicas: dict[str, Any] = {}
@@ -60,7 +60,7 @@ class RayBackend:
         if version < MINIMUM_RAY:
             raise ConfigError(f"Ray {ray.__version__} has known vulnerabilities: install ray>=2.56")
         if ray.is_initialized() and address is None:
-            raise FailedPrecondition('this process uses a Ray already: pass address="auto" to run on it')
+            raise FailedPrecondition('this process already uses Ray: pass address="auto" to run the cluster on it')
         if not ray.is_initialized():
             self._start_ray(address)
         if self._direct:
@@ -84,14 +84,14 @@ class RayBackend:
         try:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, configure_logging=True, **options)
         except (ConnectionError, RuntimeError) as error:
-            raise FailedPrecondition(f"Ray could not be reached or started: {error}") from error
+            raise FailedPrecondition(f"Ray could not be started or joined: {error}") from error
 
     def gpus(self) -> float:
-        """How many GPUs the Ray cluster has."""
+        """The number of GPUs of the Ray cluster."""
         return float(ray.cluster_resources().get("GPU", 0.0))  # type: ignore[no-untyped-call]
 
     def start_front(self, settings: ServiceSettings, state: StateSettings, timeout: float) -> tuple[int, int | None]:
-        """Start router and controller on this node; returns the ports of the gateway and of the metrics page."""
+        """Start router and controller on this node; returns the ports of gateway and metrics page."""
         options = {"num_cpus": 0, "max_concurrency": 1000, **self._here(), **ALWAYS_RESTART}
         self._router = ray.remote(RouterActor).options(**options).remote(settings, self._logs, self._channel)
         self._controller = ray.remote(ControllerActor).options(**options).remote(state, self._logs)
@@ -99,7 +99,7 @@ class RayBackend:
         return ports
 
     def start_replica(self, planned: PlannedReplica) -> None:
-        """Start the actor of a replica; does not wait for it."""
+        """Start the actor of a replica, without waiting for it."""
         expert = planned.placement
         actor = ray.remote(concurrency_groups=GROUPS)(ExpertActor)  # type: ignore[call-overload]
         options: dict[str, Any] = {
@@ -123,25 +123,25 @@ class RayBackend:
         return report
 
     def handles(self) -> dict[str, Any]:
-        """The actor of every replica, for the transport."""
+        """The actor of each replica by id, for the transport."""
         return dict(self._replicas)
 
     def declare(self, desired: Desired, timeout: float) -> dict[str, str]:
-        """Have the controller bring everything to what is declared; returns the versions that then serve.
+        """Have the controller load the declared layers; returns the versions that then serve.
 
-        Raises what the controller raises, and Unavailable where it does not answer in time.
+        Raises the controller's errors, and Unavailable if it does not answer in time.
         """
         call = self._controller.declare.remote(self._controller, self._router, desired, timeout)
         versions: dict[str, str] = fetched(call, timeout + CALL_TIMEOUT)
         return versions
 
     def state(self) -> ControllerState:
-        """What the controller knows."""
+        """The state of the controller."""
         state: ControllerState = fetched(self._controller.state.remote(), CALL_TIMEOUT)
         return state
 
     def stop(self, grace: float) -> None:
-        """Drain the router, end every actor, shut down a Ray that was started here, and clear its folder."""
+        """Drain the router, kill every actor, shut down Ray if it was started here, and remove its folder."""
         if self._router is not None and ray.is_initialized():
             _quietly(lambda: fetched(self._router.stop.remote(grace), grace + CALL_TIMEOUT))
         for actor in (self._controller, self._router, *self._replicas.values()):
@@ -164,16 +164,16 @@ class RayBackend:
             self._reaper = None
 
     def _here(self) -> dict[str, Any]:
-        """Where the router runs: on this node, whose address clients are told."""
-        from_id = ray.get_runtime_context().get_node_id()
-        strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(from_id, soft=False)
+        """Options that place an actor on this node, whose address clients use."""
+        node_id = ray.get_runtime_context().get_node_id()
+        strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id, soft=False)
         return {"scheduling_strategy": strategy}
 
 
 def uploaded(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """A runtime environment whose local folders were uploaded to the nodes.
+    """Upload the local folders of a runtime environment; returns it with their URIs.
 
-    Ray does this by itself only for the environment of a whole job; an expert's own takes its internal functions.
+    Ray does this only for the environment of a whole job; for a single actor this uses Ray's internal functions.
     """
     with tempfile.TemporaryDirectory() as scratch:
         with_code = upload_working_dir_if_needed(dict(environment), True, scratch)
@@ -182,7 +182,7 @@ def uploaded(environment: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _quietly(action: Callable[[], Any]) -> None:
-    """Run one step of stopping; the next must be run whatever becomes of this one."""
+    """Run one step of `stop`, and only log its errors, so that the next step runs."""
     try:
         action()
     except (Unavailable, RuntimeError, ConnectionError, ValueError, ray.exceptions.RayError) as error:

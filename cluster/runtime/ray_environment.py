@@ -1,4 +1,4 @@
-"""What Ray reads from the environment when it is imported: set before, or it has no effect. Imports no Ray."""
+"""Environment variables that Ray reads on import, and so must be set before it. Does not import Ray."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ _SETTINGS = {
     "RAY_timeout_ms_task_wait_for_death_info": "20",  # a killed actor is reported after 0.4 s instead of 1.4 s
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
-    "RAY_worker_niceness": "0",  # Ray runs its workers at 15: whatever else runs on the machine would go before them
+    "RAY_worker_niceness": "0",  # Ray's default of 15 would put all other processes of the machine first
 }
 
 
 def load_backend(address: str | None) -> Any:
-    """The module `ray_backend`, imported with the right environment.
+    """Set the environment, then import the module `ray_backend`.
 
-    A private Ray demands a token on every call, from a file that only this user can read. One that is joined decides
-    that itself. Raises FailedPrecondition when Ray was imported too early for that.
+    A private Ray requires a token on every call, from a file that only this user can read. A joined Ray keeps its own
+    settings. Raises FailedPrecondition if Ray was imported too early to enable tokens.
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     if address is None:
         if "ray" in sys.modules and os.environ.get("RAY_AUTH_MODE") != "token":
             raise FailedPrecondition(
-                "ray was imported before the cluster was started, too early to switch on its authentication: import "
-                'ray after Cluster.start, or set RAY_AUTH_MODE=token first, or join your Ray with address="auto"'
+                "ray was imported before the cluster was started, too early to enable its authentication: import ray "
+                'after Cluster.start, or set RAY_AUTH_MODE=token before, or join your Ray with address="auto"'
             )
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(_token_file()))

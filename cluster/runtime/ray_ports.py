@@ -1,4 +1,4 @@
-"""How the actors reach each other through Ray's calls, and the one border at which Ray's errors become ours."""
+"""Calls between actors through Ray, and the one place that translates Ray's errors."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ from ..machine.process_tuning import background
 FILES_KEPT = 4
 T = TypeVar("T")
 Packed = tuple[np.ndarray[Any, Any], str, tuple[int, ...]]
-"""A tensor as Ray carries it without a copy: its bytes, its dtype's name, its shape."""
+"""A tensor in a form that Ray sends without a copy: bytes, name of the dtype, shape."""
 
 
 class RayRouterPort:
-    """Reaches the router actor."""
+    """Calls the router actor."""
 
     handle: Any = None
     controller: Any = None
 
     async def declare(self, desired: Desired) -> None:
-        """Hand over the declared layers."""
+        """Send the declared layers."""
         layers = {name: layer.without_live_objects() for name, layer in desired.layers.items()}
         await awaited(self.handle.declare.remote(self.controller, replace(desired, layers=layers)))
 
     async def sync(self, update: RouterUpdate) -> RouterReport:
-        """Hand over what is known."""
+        """Send an update; returns the router's report."""
         return await awaited(self.handle.sync.remote(update))
 
     async def stage(self, candidate: Candidate) -> Receipt:
-        """Have a gate staged."""
+        """Stage a gate."""
         return await awaited(self.handle.stage.remote(candidate))
 
     async def unload(self, id: str, version: str) -> None:
-        """Have a gate forgotten."""
+        """Unload a gate."""
         await awaited(self.handle.unload.remote(id, version))
 
 
 class RayReplicaPort:
-    """Reaches the replicas. Weights go through Ray's object store: once to each node, whatever its replicas."""
+    """Calls the replicas. Weights go through Ray's object store: once to each node, for all its replicas."""
 
     def __init__(self) -> None:
         self._weights: dict[Any, Any] = {}
@@ -61,28 +61,28 @@ class RayReplicaPort:
         self._background = background("weights")
 
     async def probe(self, replica_id: str, handle: Any) -> Replica:
-        """Ask for a report."""
-        return await awaited(_there(replica_id, handle).report.remote())
+        """Request a report."""
+        return await awaited(_actor(replica_id, handle).report.remote())
 
     async def stage(self, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:
-        """Have an expert staged."""
+        """Stage an expert."""
         weights = None
         if candidate.weights is not None:
             loop = asyncio.get_running_loop()
             weights = await loop.run_in_executor(self._background, self._stored, candidate.weights)
-        call = _there(replica_id, handle).stage.remote(
+        call = _actor(replica_id, handle).stage.remote(
             proposal_of(candidate), candidate.replaces, candidate.mode, weights
         )
         return await awaited(call)
 
     async def unload(self, replica_id: str, handle: Any, id: str, version: str) -> None:
-        """Have a version forgotten."""
-        await awaited(_there(replica_id, handle).unload.remote(id, version))
+        """Unload a version."""
+        await awaited(_actor(replica_id, handle).unload.remote(id, version))
 
     def _stored(self, path: Path) -> Any:
-        """The tensors of a file in the object store; the last few files are kept for the next replica.
+        """Put the tensors of a file into the object store; the last few files are kept for the next replicas.
 
-        Called from several threads at once: the candidates of a set are staged together.
+        Thread-safe: the candidates of one swap are staged concurrently.
         """
         status = path.stat()
         key = (path, status.st_ino, status.st_mtime_ns)
@@ -98,34 +98,34 @@ class RayReplicaPort:
 
 
 class RayControlPort:
-    """Reaches the controller, for the gateway."""
+    """Calls the controller, for the gateway."""
 
     handle: Any = None
 
     async def swap(self, request: SwapRequest) -> SwapResult:
         """Carry out a swap."""
-        return await awaited(self._there().swap.remote(request))
+        return await awaited(self._actor().swap.remote(request))
 
     async def progress(self, swap_id: str) -> dict[str, Any]:
-        """How far a swap is."""
-        return await awaited(self._there().progress.remote(swap_id))
+        """The progress of a swap."""
+        return await awaited(self._actor().progress.remote(swap_id))
 
     async def history(self, id: str) -> list[dict[str, Any]]:
-        """The versions of an id that are kept."""
-        return await awaited(self._there().history.remote(id))
+        """The kept versions of an id."""
+        return await awaited(self._actor().history.remote(id))
 
     async def recall(self, epoch: int, ttl: float) -> None:
-        """Load an epoch that is kept."""
-        await awaited(self._there().recall.remote(epoch, ttl))
+        """Load a kept epoch."""
+        await awaited(self._actor().recall.remote(epoch, ttl))
 
-    def _there(self) -> Any:
+    def _actor(self) -> Any:
         if self.handle is None:
-            raise Unavailable("the controller is not there yet; retry in a moment")
+            raise Unavailable("the controller has not started yet; retry in a moment")
         return self.handle
 
 
 async def awaited(reference: Awaitable[T]) -> T:
-    """Await a Ray reference; the one border at which Ray's exceptions become ours."""
+    """Await a Ray reference, and translate Ray's exceptions."""
     try:
         return await reference
     except RayError as error:
@@ -133,7 +133,7 @@ async def awaited(reference: Awaitable[T]) -> T:
 
 
 def fetched(reference: Any, timeout: float) -> Any:
-    """Like `awaited`, for a caller that blocks, at most `timeout` seconds."""
+    """Like `awaited`, but blocking, for at most `timeout` seconds."""
     try:
         return ray.get(reference, timeout=timeout)
     except RayError as error:
@@ -141,7 +141,7 @@ def fetched(reference: Any, timeout: float) -> Any:
 
 
 def translated(error: RayError) -> ExpertMeshError:
-    """What a Ray exception means here."""
+    """The expertmesh error for a Ray exception."""
     if isinstance(error, RayTaskError):
         cause = error.cause
         return cause if isinstance(cause, ExpertMeshError) else ExpertMeshError(f"an actor raised: {cause!r}")
@@ -153,11 +153,11 @@ def translated(error: RayError) -> ExpertMeshError:
 
 
 def pack(tensor: Tensor) -> Packed:
-    """A tensor in the form that Ray carries without a copy."""
+    """Pack a tensor into a form that Ray sends without a copy."""
     return np.frombuffer(byte_view(tensor), np.uint8), dtype_name(tensor.dtype), tuple(tensor.shape)
 
 
-def _there(replica_id: str, handle: Any) -> Any:
+def _actor(replica_id: str, handle: Any) -> Any:
     if handle is None:
         raise Unavailable(f"replica {replica_id} has no actor yet")
     return handle

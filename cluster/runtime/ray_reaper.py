@@ -1,8 +1,8 @@
-"""Ends what a private Ray leaves when its owner dies: a small process that waits for the owner's end of a pipe.
+"""A small process that cleans up after a private Ray when its owner dies; a pipe from the owner signals that.
 
-Run as `python -m expertmesh.cluster.runtime.ray_reaper FOLDER`, with the pipe as standard input. All processes
-of that Ray carry the folder in their environment. No Ray is imported here, and nothing later than at the start: it
-must outlive both.
+Run as `python -m expertmesh.cluster.runtime.ray_reaper FOLDER`, with the pipe as standard input. All processes of that
+Ray have the folder in their environment. This module does not import Ray, and imports nothing after its start, because
+it must outlive both.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ import psutil
 
 MODULE = "expertmesh.cluster.runtime.ray_reaper"
 MARKER = "EXPERTMESH_RAY_DIR"
-"""Names the folder of a private Ray in the environment of all its processes."""
+"""The environment variable with the folder of a private Ray, set in all its processes."""
 
 KILL_SECONDS = 5.0
 
 
 def start_reaper(folder: str) -> subprocess.Popen[bytes]:
-    """Start a reaper that waits for this process to end; it is in a session of its own, so that Ctrl-C spares it."""
+    """Start a reaper that waits for this process to end, in its own session so that Ctrl-C does not reach it."""
     command = [sys.executable, "-m", MODULE, folder]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, cwd="/")
 
 
 def end_marked_processes(folder: str, spare: int = 0) -> None:
-    """Kill every process that belongs to the Ray of `folder`, but this one and `spare`."""
+    """Kill every process of the Ray of `folder`, except this one and `spare`."""
     deadline = time.monotonic() + KILL_SECONDS
-    while (left := marked_processes(folder, spare)) and time.monotonic() < deadline:
-        for pid in left:
+    while (pids := marked_processes(folder, spare)) and time.monotonic() < deadline:
+        for pid in pids:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -43,21 +43,21 @@ def end_marked_processes(folder: str, spare: int = 0) -> None:
 
 
 def marked_processes(folder: str, spare: int = 0) -> list[int]:
-    """The live processes that carry `folder` in their environment or have a file of it open.
+    """The pids of live processes with `folder` in their environment or a file of it open.
 
-    This process, reapers, and `spare` are left out.
+    Excludes this process, reapers and `spare`.
     """
-    found = []
+    pids = []
     for process in psutil.process_iter():
         if process.pid in (os.getpid(), spare):
             continue
-        try:  # one that changed its title has lost its environment
+        try:  # a process that changed its title has lost its environment
             carries = process.environ().get(MARKER) == folder or _has_open(process, folder)
             if carries and process.status() != psutil.STATUS_ZOMBIE and MODULE not in process.cmdline():
-                found.append(process.pid)
-        except (psutil.Error, OSError):  # it is gone, or another user's
+                pids.append(process.pid)
+        except (psutil.Error, OSError):  # it has ended, or belongs to another user
             continue
-    return found
+    return pids
 
 
 def _has_open(process: psutil.Process, folder: str) -> bool:
@@ -65,11 +65,11 @@ def _has_open(process: psutil.Process, folder: str) -> bool:
 
 
 def main(folder: str) -> None:
-    """Wait for the owner's death, then kill and clear. A folder that is not one of ours is left alone."""
+    """Wait for the owner's end, then kill all processes and remove the folder if it is named expertmesh-*."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     owner = os.getppid()
     sys.stdin.buffer.read()
-    # An owner that stopped in good order lives on, and may still have Ray's log files open.
+    # After an orderly stop the owner is still alive, and may still have Ray's log files open.
     end_marked_processes(folder, spare=owner if os.getppid() == owner else 0)
     if Path(folder).name.startswith("expertmesh-"):
         shutil.rmtree(folder, ignore_errors=True)

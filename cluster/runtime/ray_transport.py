@@ -1,4 +1,4 @@
-"""Rows through Ray's actor calls: the portable transport, and the baseline of the direct channel."""
+"""Sends rows through Ray's actor calls: the portable transport, and the baseline of the direct channel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .ray_ports import awaited, pack
 
 
 class RayTransport:
-    """Carries messages as actor calls; tensors go as bytes, which Ray does not copy."""
+    """Sends messages as actor calls, tensors as bytes, which Ray does not copy."""
 
     def __init__(self) -> None:
         self.carried: Counter[str] = Counter()
@@ -38,20 +38,20 @@ class RayTransport:
         return _each(_unpacked, await awaited(handle.compute.remote(packed)))
 
     def refresh(self, replicas: Iterable[Replica], lost: Lost) -> None:
-        """Nothing to connect: Ray knows where its actors are."""
+        """Does nothing: Ray connects to its actors."""
 
     def close(self) -> None:
-        """Nothing to let go."""
+        """Does nothing: there is no connection to close."""
 
 
 def unpacked_call(call: ExpertCall) -> ExpertCall:
-    """The call as the host takes it. Ray's memory cannot be written to, and an expert may write into its rows."""
+    """Unpack a call for the host; rows without an index are copied, as experts may write to them, but not to Ray's."""
     rows, index = from_bytes(*call.rows), _unpacked(call.row_index)
     return replace(call, rows=rows.clone() if index is None else rows, row_index=index, weights=_unpacked(call.weights))
 
 
 def packed_reply(reply: ExpertReply) -> ExpertReply:
-    """The reply as Ray carries it."""
+    """Pack a reply for Ray."""
     return _each(_packed, reply)
 
 

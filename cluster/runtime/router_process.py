@@ -1,4 +1,4 @@
-"""The router's process, without Ray: the gateway on this event loop, the router on one in a thread of its own."""
+"""The router's process, without Ray: the gateway on this event loop, the router on another in its own thread."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from ..state.version_folders import VersionStore
 from .router_thread import RouterThread, elsewhere
 
 RECALL_SECONDS = 30.0
-"""How long an epoch that a request has named stays loaded at least."""
+"""How long at least an epoch that a request named stays loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceSettings:
-    """All that a router's process needs to know: where it listens, whom it knows, what it bears.
+    """The settings of a router's process: addresses, tokens and limits.
 
-    `tokens` are (sha256, role, expires in seconds since 1970 or None). Uploads go to `state_dir`, which the controller
+    `tokens` are (sha256, role, expiry in seconds since 1970 or None). Uploads go to `state_dir`, which the controller
     shares. `allowed_factories` are those that an admin may name over the network.
     """
 
@@ -58,7 +58,7 @@ class ServiceSettings:
 
 
 class RouterService:
-    """Serves requests and takes what the controller says."""
+    """Serves requests, and follows the controller."""
 
     def __init__(self, settings: ServiceSettings, transport: Transport, control: ControlPort) -> None:
         self.incarnation = uuid.uuid4().hex
@@ -89,16 +89,16 @@ class RouterService:
         self._heard = 0.0
 
     async def start(self) -> tuple[int, int | None]:
-        """Listen; returns the ports of the gateway and of the metrics page."""
+        """Start to listen; returns the ports of gateway and metrics page."""
         here = asyncio.get_running_loop()
         self.router.pinning.recall = lambda number: elsewhere(here, self.control.recall(number, RECALL_SECONDS))
         port = await self._server.start()
-        wanted = self._settings.metrics_port
-        if wanted is not None:
+        metrics_port = self._settings.metrics_port
+        if metrics_port is not None:
             try:
-                self._metrics = MetricsServer(self.router, self._tokens, self._settings.gateway.host, wanted)
+                self._metrics = MetricsServer(self.router, self._tokens, self._settings.gateway.host, metrics_port)
             except OSError as error:
-                raise Unavailable(f"cannot listen on metrics port {wanted}: {error.strerror}") from None
+                raise Unavailable(f"cannot listen on metrics port {metrics_port}: {error.strerror}") from None
         return port, self._metrics.port if self._metrics else None
 
     async def stop(self, grace: float = 0.0) -> None:
@@ -120,7 +120,7 @@ class RouterService:
             self._layers = {name: layer.without_live_objects() for name, layer in desired.layers.items()}
 
     async def stage(self, candidate: Candidate) -> Receipt:
-        """Stage and verify a gate beside the one that serves. Raises what `stage_gate` raises."""
+        """Stage and verify a gate beside the serving one. Raises the errors of `stage_gate`."""
         receipt, gate = await asyncio.to_thread(self._staged, candidate)
         await self._thread.call(self._gates.__setitem__, (receipt.id, receipt.version), gate)
         return receipt
@@ -131,16 +131,16 @@ class RouterService:
         tensors = tensors_of(gate)
         digest = gate_digest(gate.name, gate, tensors)
         version, size = version_name(candidate.counter, digest), sum(tensor.nbytes for tensor in tensors.values())
-        told = (candidate.id, version, self.incarnation, digest, tensor_digest(tensors))
-        receipt = Receipt(*told, drift=drift, nbytes=size, seconds=0.0, input=ANY, output=ANY)
+        identity = (candidate.id, version, self.incarnation, digest, tensor_digest(tensors))
+        receipt = Receipt(*identity, drift=drift, nbytes=size, seconds=0.0, input=ANY, output=ANY)
         return receipt, gate
 
     async def unload(self, id: str, version: str) -> None:
-        """Forget a gate; the epochs that are known here keep theirs."""
+        """Unload a gate; loaded epochs keep theirs."""
         await self._thread.call(self._gates.pop, (id, version), None)
 
     async def sync(self, update: RouterUpdate) -> RouterReport:
-        """Take a report of all replicas, and adopt the current epoch once its gates are here."""
+        """Take a report of all replicas, and adopt the current epoch once its gates are loaded."""
         self._heard = time.monotonic()
         self.swaps.tidy()
         before = self.router.epochs.number
@@ -170,7 +170,7 @@ class RouterService:
         )
 
     def _epoch(self, number: int, versions: Mapping[str, str], cluster: str) -> Epoch | None:
-        """An epoch with the gates that it names, or None while one of them is not here."""
+        """An epoch with its gates, or None while one of them is not loaded."""
         layers = {}
         for name, layer in self._layers.items():
             gate = self._gates.get((layer.gate_id, versions.get(layer.gate_id, "")))
@@ -180,7 +180,7 @@ class RouterService:
         return Epoch(number, versions, layers, cluster) if layers else None
 
     async def status(self) -> dict[str, Any]:
-        """Everything that is known here of the cluster, as plain JSON types."""
+        """The status document of the cluster, as plain JSON types."""
         return await self._thread.call(self._status)
 
     def _status(self) -> dict[str, Any]:
@@ -228,12 +228,12 @@ class RouterService:
 
 
 def staged_gate(candidate: Candidate, old: Gate | None) -> tuple[Gate, float | None]:
-    """A candidate's gate as it would serve, and the drift of its scores where it only has other tensors than the old.
+    """A candidate's gate, ready to serve, and the drift of its scores if it differs from the old one only in tensors.
 
-    Raises what `stage_gate` raises.
+    Raises FailedPrecondition for an expert, and the errors of `stage_gate`.
     """
     if candidate.gate is None:
-        raise FailedPrecondition(f"{candidate.id} is an expert, and routers run gates")
+        raise FailedPrecondition(f"{candidate.id} is an expert: a router stages only gates")
     tensors = tensors_of(candidate.gate)
     if old is not None and tensors and repr(old) == repr(candidate.gate):
         return stage_gate(old, tensors, candidate.policy, name=candidate.id)

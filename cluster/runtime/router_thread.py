@@ -1,6 +1,6 @@
-"""A router on an event loop in a thread of its own, so that gate and combine never hold up the gateway.
+"""Runs a router on an event loop in its own thread, so that gate and combine never block the gateway.
 
-Torch runs right on that loop: handing each small step to another thread and back costs more than the step.
+Torch runs directly on that loop: handing each small step to another thread and back costs more than the step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class RouterThread:
-    """Runs a router; everything that changes it goes through `run` or `call`."""
+    """Runs a router; all changes to it go through `run` or `call`."""
 
     def __init__(self, router: Router) -> None:
         self.router = router
@@ -26,11 +26,11 @@ class RouterThread:
         self._thread.start()
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine there; cancelling the caller cancels it."""
+        """Run a coroutine on the router's loop; cancelling the caller cancels it."""
         return await elsewhere(self._loop, work)
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function there."""
+        """Call a function on the router's loop."""
 
         async def called() -> T:
             return function(*args, **kwargs)
@@ -38,7 +38,7 @@ class RouterThread:
         return await self.run(called())
 
     def close(self) -> None:
-        """Let go of every replica and end the thread; idempotent."""
+        """Disconnect from every replica and end the thread; idempotent."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._end)
             self._thread.join()
@@ -48,10 +48,10 @@ class RouterThread:
         try:
             self._loop.run_forever()
         finally:
-            left = asyncio.all_tasks(self._loop)
-            for task in left:
+            tasks = asyncio.all_tasks(self._loop)
+            for task in tasks:
                 task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
             self._loop.close()
 
     def _end(self) -> None:
