@@ -1,1 +1,1 @@
-"""What one expert is, and how a host runs it (the ground floor: also errors, protocol and wire)."""
+"""Experts and the host that runs them; also the base of all packages: errors, protocol and wire format."""

@@ -1,26 +1,26 @@
-"""The one exception tree of expertmesh: whose doing an error is, its wire code, and whether a retry is safe.
+"""The exception tree of expertmesh: the cause of each error, its wire code, and whether a retry is safe.
 
-    ExpertMeshError                     INTERNAL             our bug
-    ├── InvalidRequest (ValueError)     INVALID_ARGUMENT     the caller's: mend the request
-    │   ├── ConfigError                 INVALID_ARGUMENT     the operator's: mend the file, at file:line
-    │   └── SpecMismatch                INVALID_ARGUMENT     rows or experts whose shapes or dtypes do not fit
-    ├── NotFound                        NOT_FOUND            the caller's: no such layer, expert or version
-    ├── Unauthenticated                 UNAUTHENTICATED      the caller's: no token, or one that is not known
-    ├── PermissionDenied                PERMISSION_DENIED    the caller's: the token's role is too low
-    ├── TooLarge                        RESOURCE_EXHAUSTED   the caller's: split the request or raise the limit
-    ├── Overloaded                      RESOURCE_EXHAUSTED   load: retry after `retry_after` seconds
+    ExpertMeshError                     INTERNAL             a bug in expertmesh
+    ├── InvalidRequest (ValueError)     INVALID_ARGUMENT     the caller: fix the request
+    │   ├── ConfigError                 INVALID_ARGUMENT     the operator: fix the file, at file:line
+    │   └── SpecMismatch                INVALID_ARGUMENT     shapes or dtypes of rows, weights or experts do not fit
+    ├── NotFound                        NOT_FOUND            the caller: no such layer, expert or version
+    ├── Unauthenticated                 UNAUTHENTICATED      the caller: no token, or an unknown one
+    ├── PermissionDenied                PERMISSION_DENIED    the caller: the token's role is too low
+    ├── TooLarge                        RESOURCE_EXHAUSTED   the caller: split the request or raise the limit
+    ├── Overloaded                      RESOURCE_EXHAUSTED   traffic: retry after `retry_after` seconds
     ├── Unavailable                     UNAVAILABLE          an expert or process is down or draining: retry
     ├── DeadlineExceeded (TimeoutError) DEADLINE_EXCEEDED    the deadline passed before the answer was ready
-    ├── FailedPrecondition              FAILED_PRECONDITION  the state forbids it: retrying alone does not help
-    │   └── VersionGone                 FAILED_PRECONDITION  the version that was asked for is nowhere loaded
-    ├── Aborted                         ABORTED              lost a race against another change: look, then retry
-    │   └── Fenced                      ABORTED              another writer has taken over: what came of it, it knows
-    ├── DataLoss                        DATA_LOSS            bytes are not what they were declared to be
-    ├── ExpertFailed                    INTERNAL             the expert's own code raised: mend the expert
+    ├── FailedPrecondition              FAILED_PRECONDITION  the cluster's state forbids it: a retry does not help
+    │   └── VersionGone                 FAILED_PRECONDITION  no replica holds the requested version
+    ├── Aborted                         ABORTED              lost a race against another change: check, then retry
+    │   └── Fenced                      ABORTED              another writer has taken over and knows the outcome
+    ├── DataLoss                        DATA_LOSS            bytes are truncated or do not match their checksum
+    ├── ExpertFailed                    INTERNAL             the expert's code raised: fix the expert
     └── MissingExtra (ImportError)      FAILED_PRECONDITION  this name needs an extra that is not installed
 
-A message says what is wrong, where, and how to mend it. It never carries paths of the server, actor ids or tracebacks
-to a client.
+A message says what is wrong, where, and how to fix it. Messages to clients never contain server paths, actor ids or
+tracebacks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import ClassVar
 
 
 class ExpertMeshError(Exception):
-    """Base of every error that expertmesh raises; raised itself only for our own bugs.
+    """Base of every error that expertmesh raises; raised directly only for bugs in expertmesh.
 
     Example:
         try:
@@ -62,9 +62,9 @@ class InvalidRequest(ExpertMeshError, ValueError):
 
 
 class ConfigError(InvalidRequest):
-    """A configuration is wrong; the message names file and line where there is a file.
+    """A configuration is wrong; if it comes from a file, the message names file and line.
 
-    `mistakes` are what is wrong inside a value: the keys and positions that lead to each, and what to say of it.
+    `mistakes` lists the mistakes inside a value: the path of keys and positions to each, and its message.
 
     >>> Expert("torch.nn.Linear")
     Traceback (most recent call last):
@@ -75,7 +75,7 @@ class ConfigError(InvalidRequest):
 
     @classmethod
     def of(cls, *mistakes: tuple[tuple[str | int, ...], str]) -> ConfigError:
-        """The error that tells all of these mistakes."""
+        """An error that reports all of these mistakes."""
         error = cls("; ".join(message for _, message in mistakes))
         error.mistakes = mistakes
         return error
@@ -91,7 +91,7 @@ class SpecMismatch(InvalidRequest):
 
 
 class NotFound(ExpertMeshError):
-    """There is no layer, expert or version of that name.
+    """No layer, expert or version has that name.
 
     >>> Client(name="not-running")
     Traceback (most recent call last):
@@ -133,7 +133,7 @@ class TooLarge(ExpertMeshError):
 
 
 class Overloaded(ExpertMeshError):
-    """The request was refused early because too many rows are in flight.
+    """The request was rejected before any work because too many rows are in flight.
 
     `retry_after` is in seconds.
 
@@ -156,7 +156,7 @@ class Unavailable(ExpertMeshError):
     """An expert, replica or process is down, restarting or draining. Calls are idempotent: a retry is safe.
 
     Example:
-        reply = client.call("news", x, on_missing="renormalize")  # does without an expert that is down
+        reply = client.call("news", x, on_missing="renormalize")  # answers without an expert that is down
     """
 
     code = "UNAVAILABLE"
@@ -198,8 +198,8 @@ class Aborted(ExpertMeshError):
     """The operation lost a race against another change.
 
     Example:
-        known = client.call("news", x).versions["news/e3"]
-        client.swap({"news/e3": "e3.safetensors"}, expect={"news/e3": known})  # raises Aborted if it is another now
+        current = client.call("news", x).versions["news/e3"]
+        client.swap({"news/e3": "e3.safetensors"}, expect={"news/e3": current})  # raises Aborted if it has changed
     """
 
     code = "ABORTED"
@@ -207,12 +207,12 @@ class Aborted(ExpertMeshError):
 
 
 class Fenced(Aborted):
-    """Another writer has taken the registry over; this one can change nothing any more.
+    """Another writer has taken over the registry; this one can no longer change it.
 
     Example:
         try:
             outcome = client.swap({"news/e3": "e3.safetensors"}, swap_id="nightly-7")
-        except Fenced:  # it may have happened: under the same id it happens once
+        except Fenced:  # the outcome is unknown; with the same id the swap happens at most once
             outcome = client.swap({"news/e3": "e3.safetensors"}, swap_id="nightly-7")
     """
 
@@ -228,7 +228,7 @@ class DataLoss(ExpertMeshError):
 
 
 class ExpertFailed(ExpertMeshError):
-    """The code of an expert raised, or gave something that is not its rows' answer.
+    """The code of an expert raised, or returned something other than one answer per row.
 
     Example:
         reply = client.call("news", x, on_missing="fallback:e0")  # e0 answers the rows of an expert that raises
@@ -236,7 +236,7 @@ class ExpertFailed(ExpertMeshError):
 
 
 class MissingExtra(ExpertMeshError, ImportError):
-    """A public name needs an extra that is not installed; the message gives the `pip install` that mends it.
+    """A public name needs an extra that is not installed; the message gives the `pip install` command.
 
     Example:
         try:
@@ -249,8 +249,8 @@ class MissingExtra(ExpertMeshError, ImportError):
 
 
 def _tree(cls: type[ExpertMeshError]) -> list[type[ExpertMeshError]]:
-    return [cls, *(found for child in cls.__subclasses__() for found in _tree(child))]
+    return [cls, *(error for child in cls.__subclasses__() for error in _tree(child))]
 
 
 BY_NAME: dict[str, type[ExpertMeshError]] = {cls.__name__: cls for cls in _tree(ExpertMeshError)}
-"""Every class of the tree by its name, which is how an error crosses the wire."""
+"""Every class of the tree by name; errors are sent by name."""

@@ -1,4 +1,4 @@
-"""The host: holds versions of experts in slots and computes messages of rows. It knows no Ray and no socket."""
+"""The host: holds versions of experts in slots and computes messages of rows, without Ray or sockets."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 
 
 class ExpertHost:
-    """Runs experts in this process, each version in a slot of its own.
+    """Runs experts in this process, each version in its own slot.
 
-    A host answers for exactly the version that a message names, or refuses. `incarnation` is new with every host.
+    A host computes exactly the version that a message names, or refuses. Every host has a new `incarnation`.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -36,11 +36,11 @@ class ExpertHost:
         self._lock = threading.Lock()
 
     def stage(self, proposal: Proposal, replaces: str | None = None, mode: str = "double") -> Receipt:
-        """Build and verify a version beside those that serve, compared with the one that it replaces if that is here.
+        """Build and verify a version beside the serving ones, and compare it with the one it replaces, if loaded.
 
-        In mode "double" both are on the device; with "staged_cpu" the new one waits in main memory, and the first rows
-        for it bring it to the device and send the other versions of the expert off it. A version that is here already
-        is not built again. Raises what `stage.stage` raises; then nothing has changed.
+        In mode "double" both are on the device. In mode "staged_cpu" the new one stays in main memory until its first
+        rows arrive; then it moves to the device, and the other versions of the expert move to main memory. A version
+        that is already loaded is not built again. Raises the errors of `stage.stage`; then nothing has changed.
         """
         if proposal.version is not None and (proposal.id, proposal.version) in self._receipts:
             return self._receipts[proposal.id, proposal.version]
@@ -54,7 +54,7 @@ class ExpertHost:
         return receipt
 
     def _resident(self, expert_id: str, version: str) -> RowFunction | None:
-        """The function of a slot, on the device; one that was staged in main memory takes the place of its siblings."""
+        """The function of a slot, moved to the device if it was staged in main memory, in exchange for its siblings."""
         function = self._slots.get((expert_id, version))
         device = torch.device(self.device)
         if function is None or function.device.type == device.type:
@@ -67,7 +67,7 @@ class ExpertHost:
         return moved
 
     def unload(self, expert_id: str, version: str) -> None:
-        """Empty the slot of one version. Raises NotFound when there is none."""
+        """Empty the slot of a version. Raises NotFound if it is not loaded."""
         with self._lock:
             if self._slots.pop((expert_id, version), None) is None:
                 raise NotFound(f"{expert_id} {version} is not loaded in this replica")
@@ -79,7 +79,7 @@ class ExpertHost:
             return frozenset(self._slots)
 
     def computes(self, call: ExpertCall) -> bool:
-        """Whether a message keeps a core busy: modules do, plain functions may as well wait for something else."""
+        """Whether a message keeps a core busy: modules do; plain functions may block on something else."""
         return any(
             function is not None and function.module is not None
             for function in (self._slots.get((part.expert, part.version)) for part in call.parts)
@@ -87,15 +87,15 @@ class ExpertHost:
 
     @torch.inference_mode()
     def compute(self, call: ExpertCall) -> ExpertReply:
-        """Compute every part of a message; a part that fails does not harm the others.
+        """Compute every part of a message; a part that fails does not affect the others.
 
-        Raises what only shows when the answers come from a GPU: then the message has failed.
+        Raises GPU errors that only surface when the answers are copied back: then the whole message has failed.
         """
         began = time.perf_counter()
         rows_N = to_device(call.rows, self.device)
-        if call.row_index is not None:  # once for all parts: what each of them gets is then a slice
+        if call.row_index is not None:  # once for all parts, each of which then gets a slice
             rows_N = rows_N.index_select(0, to_device(call.row_index, self.device))
-        summed = {position for asked in call.sums for position in range(asked.first, asked.last)}
+        summed = {position for total in call.sums for position in range(total.first, total.last)}
         keep = range(len(call.parts)) if self._on_gpu else summed
         outputs = [self._part(part, rows_N, keep=position in keep) for position, part in enumerate(call.parts)]
         if self._on_gpu:
@@ -103,11 +103,11 @@ class ExpertHost:
         if not call.sums:
             return ExpertReply(self.incarnation, tuple(outputs), computed=time.perf_counter() - began)
         sums, lost = add_up(call, outputs)
-        told = (None if at in summed and isinstance(out, Tensor) else out for at, out in enumerate(outputs))
-        return ExpertReply(self.incarnation, tuple(told), sums, lost, computed=time.perf_counter() - began)
+        unsummed = (None if at in summed and isinstance(out, Tensor) else out for at, out in enumerate(outputs))
+        return ExpertReply(self.incarnation, tuple(unsummed), sums, lost, computed=time.perf_counter() - began)
 
     def _part(self, part: Part, rows_N: Tensor, *, keep: bool) -> Tensor | PartFailure:
-        """The answer of one part to its slice of the rows; where the expert left it if `keep`."""
+        """The answer of one part to its slice of the rows; left on the expert's device if `keep`, else on the CPU."""
         function = self._resident(part.expert, part.version)
         if function is None:
             return PartFailure("VersionGone", f"{part.expert} {part.version} is not loaded in this replica")
@@ -116,14 +116,14 @@ class ExpertHost:
             return answer if keep else answer.cpu()
         except ExpertMeshError as error:
             return PartFailure("ExpertFailed", f"{part.expert}: {error.message}")
-        except (Exception, SystemExit) as error:  # an expert is foreign code and may raise anything
+        except (Exception, SystemExit) as error:  # an expert is user code and may raise anything
             log.exception("expert raised", extra={"expert": part.expert, "version": part.version})
             return PartFailure(
                 "ExpertFailed", f"{part.expert} raised {type(error).__name__}; see the log of its replica"
             )
 
     def _placed(self, outputs: Sequence[Tensor | PartFailure], summed: Collection[int]) -> list[Tensor | PartFailure]:
-        """Answers where they are needed next: those of the parts in `summed` on the GPU, the others in host memory."""
+        """Move answers: those of the parts in `summed` to the GPU, the others to host memory."""
         answers = {at: out for at, out in enumerate(outputs) if isinstance(out, Tensor)}
         apart = [at for at in answers if at not in summed]
         placed = {at: to_device(out, self.device) for at, out in answers.items() if at in summed}

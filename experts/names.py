@@ -1,4 +1,4 @@
-"""Names of clusters, layers and experts, which stand in ids, files and folders."""
+"""The syntax of names of clusters, layers and experts, which are used in ids, files and folders."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 
 def is_name(value: object) -> bool:
-    """Whether a value may be a name: 1 to 64 letters, digits, '_', '-' or '.', not starting with '-' or '.'."""
+    """Whether a value is a valid name: 1 to 64 letters, digits, '_', '-' or '.', not starting with '-' or '.'."""
     return isinstance(value, str) and _NAME.fullmatch(value) is not None

@@ -1,4 +1,4 @@
-"""Names that need more than the base install: import their module, or say which `pip install` provides it."""
+"""Names that need an optional extra: import their module, or say which `pip install` provides it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 
 from .errors import MissingExtra
 
-_OURS = __name__.partition(".")[0]
+_PACKAGE = __name__.partition(".")[0]
 
 
 def load(module: str, what: str, extra: str = "cluster") -> ModuleType:
@@ -19,8 +19,8 @@ def load(module: str, what: str, extra: str = "cluster") -> ModuleType:
         return import_module(module)
     except ModuleNotFoundError as error:
         missing = (error.name or "a dependency").partition(".")[0]
-        if missing == _OURS:
+        if missing == _PACKAGE:
             raise
         raise MissingExtra(
-            f"{what} needs {missing}, which is not installed; fix it with: pip install '{_OURS}[{extra}]'"
+            f"{what} needs {missing}, which is not installed; fix it with: pip install '{_PACKAGE}[{extra}]'"
         ) from error

@@ -1,6 +1,6 @@
-"""The messages of expertmesh as plain records: what a client asks, what it is told, what router and experts exchange.
+"""The messages of expertmesh as plain records: a client's request and reply, and those of router and experts.
 
-Standard library only; a tensor in a record is whatever the process at hand uses (torch on the cluster's side).
+Standard library only; the type of tensors depends on the process (torch in the cluster).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class CallOptions:
-    """What a client asks of one layer, beside its tensors `x`, `gate_input`, `top_k_index`, `top_k_weights`.
+    """A client's request to one layer, without its tensors `x`, `gate_input`, `top_k_index`, `top_k_weights`.
 
-    `epoch` asks for exactly that epoch, `pin` is the id of a lease on one. `min_epoch` is the highest epoch that the
-    client has seen of `cluster`: it means nothing to another cluster.
+    `epoch` requires exactly that epoch; `pin` is the id of a lease on one. `min_epoch` is the highest epoch that the
+    client has seen of `cluster`; other clusters ignore it.
     """
 
     layer: str
@@ -41,7 +41,7 @@ class CallOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CallSummary:
-    """What a client is told, beside the tensors `output`, `lost_mass` and on demand `indices` and `weights`.
+    """The reply to a client, without the tensors `output`, `lost_mass` and on demand `indices` and `weights`.
 
     `versions` names every expert that took part, and the gate: {"news/e0": "v1-3fa1c2d40b9e", "news/gate": ...}.
     `cluster` is the id of the cluster that numbers the epochs.
@@ -69,7 +69,7 @@ class Part:
 
 @dataclass(frozen=True)
 class PartialSum:
-    """Parts `first:last` of a message are weighted and added up where they are computed, into rows `start:stop`."""
+    """A weighted sum of the parts `first:last` of a message, computed by the replica, over rows `start:stop`."""
 
     first: int
     last: int
@@ -81,9 +81,9 @@ class PartialSum:
 class ExpertCall:
     """One message to one replica: each row once, and which rows each expert computes.
 
-    `rows` is [R, ...]; `row_index` is int64 [N] into it, grouped by part, or None where each part has rows of its own.
-    `weights` float [N] are the factors of the pairs in `sums`, and None where there are none. `timeout` is how many
-    seconds the most patient of those who wait has left.
+    `rows` is [R, ...]; `row_index` is int64 [N] into it, grouped by part, or None if each part has its own rows.
+    `weights` float [N] are the factors of the pairs in `sums`, or None without sums. `timeout` is the longest remaining
+    time, in seconds, of the requests that wait for the call.
     """
 
     attempt: int
@@ -97,7 +97,7 @@ class ExpertCall:
 
 @dataclass(frozen=True)
 class PartFailure:
-    """Why one expert gave no answer for its part: the class of the error, by name, and a message."""
+    """The error of an expert on its part: the name of the error class, and a message."""
 
     error: str
     message: str
@@ -107,10 +107,10 @@ class PartFailure:
 class ExpertReply:
     """The answer to an `ExpertCall`.
 
-    `outputs` has one entry per part: its rows [stop - start, ...], or why there are none; None for a part that went
-    into a sum. `sums` has the rows [stop - start, ...] of each partial sum, or why there are none. `lost` holds the
-    pairs, int64, that no sum contains because their answer is not finite; None where there are none. `queued` and
-    `computed` are the seconds that the call waited in the replica, and that its experts took.
+    `outputs` has one entry per part: its rows [stop - start, ...] or its failure; None for a part that went into a sum.
+    `sums` has the rows [stop - start, ...] of each partial sum, or its failure. `lost` holds the pairs, int64, that no
+    sum contains because their answer is not finite; None if there are none. `queued` and `computed` are the seconds
+    that the call waited in the replica, and that its experts took.
     """
 
     incarnation: str
@@ -127,13 +127,13 @@ def from_mapping(cls: type[T], values: Mapping[str, Any]) -> T:
     Raises InvalidRequest naming the field.
     """
     hints = _hints(cast(Any, cls))
-    known = {item.name: item for item in fields(cls)}  # type: ignore[arg-type]
+    items = {item.name: item for item in fields(cls)}  # type: ignore[arg-type]
     for name, value in values.items():
-        if name not in known:
-            raise InvalidRequest(f"unknown field {name[:64]!r}; known are {', '.join(known)}")
+        if name not in items:
+            raise InvalidRequest(f"unknown field {name[:64]!r}; the fields are {', '.join(items)}")
         if not _fits(value, hints[name]):
-            raise InvalidRequest(f"field {name} has the wrong type: {_type_name(hints[name])} expected")
-    for name, item in known.items():
+            raise InvalidRequest(f"field {name} has the wrong type: expected {_type_name(hints[name])}")
+    for name, item in items.items():
         if name not in values and item.default is MISSING and item.default_factory is MISSING:
             raise InvalidRequest(f"field {name} is missing")
     return cls(**values)

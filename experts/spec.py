@@ -1,4 +1,4 @@
-"""What an expert is before it runs: its declaration, and the shapes and dtypes of its rows."""
+"""The declaration of an expert, and the shapes and dtypes of its rows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TensorSpec:
             raise ConfigError(f"dtype {self.dtype!r} is not known; use one of {', '.join(ITEM_SIZES)}")
 
     def check(self, shape: tuple[int, ...], dtype: str, what: str) -> None:
-        """Check rows of trailing `shape` and `dtype`; floating dtypes may stand for each other.
+        """Check rows of trailing `shape` and `dtype`; all floating-point dtypes are interchangeable.
 
         Raises SpecMismatch naming `what`.
         """
@@ -46,14 +46,14 @@ class TensorSpec:
             raise SpecMismatch(f"{what} has dtype {dtype}, expected {self.dtype}")
 
     def agrees(self, other: TensorSpec) -> bool:
-        """Whether rows of one spec may stand where the other is expected."""
+        """Whether rows of one spec are valid for the other."""
         shapes = self.shape is None or other.shape is None or self.shape == other.shape
         if self.dtype is None or other.dtype is None or self.dtype == other.dtype:
             return shapes
         return shapes and self.dtype in FLOATING and other.dtype in FLOATING
 
     def filled(self, other: TensorSpec) -> TensorSpec:
-        """The same spec, with what another one says where this one says nothing."""
+        """This spec with its unset fields taken from another one."""
         return TensorSpec(self.shape if self.shape is not None else other.shape, self.dtype or other.dtype)
 
     def __str__(self) -> str:
@@ -69,16 +69,16 @@ ANY = TensorSpec()
 class Expert:
     """A function from rows [n, ...] to rows [n, ...], and where and how often it runs.
 
-    `factory` is an import string "module:attribute". A class, a callable that takes no arguments, or anything that is
-    given `args` or `kwargs`, is called once, and what it returns is the expert; any other callable is the expert
-    itself. `weights` is a safetensors file whose keys, shapes and dtypes are exactly those of the module's state.
+    `factory` is an import string "module:attribute". A class, a callable without required arguments, or any callable
+    with `args` or `kwargs` is called once and returns the expert; any other callable is the expert itself. `weights` is
+    a safetensors file whose keys, shapes and dtypes are exactly those of the module's state.
 
-    `num_gpus`, `num_cpus` and `resources` are what each replica reserves, as Ray counts them; `replicas` is how many
-    copies run; experts of one layer with the same `pack` name share one actor per replica. `runtime_env` is Ray's
-    (code and packages on other nodes). `input` and `output` declare the rows; what is not declared is probed.
-    `framework` says what the function takes, "torch" or "numpy"; by default numpy for functions of numpy and scipy.
+    `num_gpus`, `num_cpus` and `resources` are reserved in Ray by each replica; `replicas` is the number of copies;
+    experts of one layer with the same `pack` name share one actor per replica. `runtime_env` is Ray's (code and
+    packages on other nodes). `input` and `output` declare the rows; undeclared specs are probed. `framework` is the
+    type of the function's rows, "torch" or "numpy"; by default numpy for functions of numpy and scipy.
 
-    Raises ConfigError for a declaration that cannot be right.
+    Raises ConfigError for an invalid declaration.
 
     >>> sine = Expert("numpy:sin")
     >>> linear = Expert("torch.nn:Linear", args=(16, 4), weights="e0.safetensors", num_gpus=0.5, replicas=2)
@@ -121,34 +121,34 @@ class Expert:
 
     @classmethod
     def from_module(cls, module: Any, **options: Any) -> Expert:
-        """An expert from a live torch module of trusted code. It is ephemeral: no cold restart brings it back."""
+        """An expert from a live torch module of trusted code. It is ephemeral: a cold restart cannot restore it."""
         return cls(live=module, **options)
 
     @classmethod
     def from_function(cls, function: Callable[[Any], Any], **options: Any) -> Expert:
-        """An expert from a live function of trusted code. It is ephemeral: a cold restart does not bring it back."""
+        """An expert from a live function of trusted code. It is ephemeral: a cold restart cannot restore it."""
         if not callable(function):
             raise ConfigError(f"from_function needs a function, not {type(function).__name__}")
         return cls(live=function, **options)
 
     @property
     def ephemeral(self) -> bool:
-        """Whether the expert is a live object, which no file can bring back."""
+        """Whether the expert is a live object, which cannot be restored from a file."""
         return self.live is not None
 
     def placement(self) -> tuple[object, ...]:
-        """What decides where an actor of this expert may run; equal for all experts of one pack."""
+        """The settings that decide where an actor of this expert may run; equal for all experts of a pack."""
         resources = tuple(sorted(self.resources.items()))
         environment = json.dumps(self.runtime_env, sort_keys=True, default=str)
         return (self.num_gpus, self.num_cpus, resources, self.replicas, environment)
 
     def with_specs(self, input: TensorSpec, output: TensorSpec) -> Expert:
-        """The same expert with its specs filled in."""
+        """A copy with these specs."""
         return replace(self, input=input, output=output)
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is an int or a float; a bool is none."""
+    """Whether a value is an int or a float, but not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -1,4 +1,4 @@
-"""What is said of a name that is not known: the one that was probably meant."""
+"""Suggestions for unknown names in error messages."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 
 def suggestion(name: str, known: Iterable[str], otherwise: str = "") -> str:
-    """Text for the end of a message: the known name that is closest, or all of them after `otherwise` if that is given.
+    """The end of a message: the closest known name, else `otherwise`, if not empty, and all known names.
 
-    suggestion("newz", ["news"], "it serves") is " (did you mean 'news'?)", of ["waves"] it is "; it serves waves".
+    suggestion("newz", ["news"], "it serves") is " (did you mean 'news'?)"; with ["waves"] it is "; it serves waves".
     """
     names = list(known)
     close = difflib.get_close_matches(name, names, n=1)

@@ -1,4 +1,4 @@
-"""Torch tensors to and from raw bytes without copies: the wire's dtypes, bf16 included."""
+"""Conversion of torch tensors to and from raw bytes without copies, for all wire dtypes including bf16."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYP
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a wire dtype name. Raises InvalidRequest for a name that the wire does not know."""
+    """The torch dtype for a wire dtype name. Raises InvalidRequest for an unknown name."""
     try:
         return TORCH_DTYPES[name]
     except KeyError:
@@ -27,7 +27,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The wire's name of a torch dtype. Raises InvalidRequest for a dtype that cannot cross the wire."""
+    """The wire dtype name of a torch dtype. Raises InvalidRequest for a dtype that cannot be sent."""
     try:
         return DTYPE_NAMES[dtype]
     except KeyError:
@@ -38,12 +38,12 @@ def byte_view(tensor: Tensor) -> memoryview:
     """The bytes of a tensor: [nbytes]. Copies only from a device or a strided tensor."""
     if tensor.numel() == 0:
         return memoryview(b"")
-    held: memoryview = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-    return held
+    view: memoryview = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    return view
 
 
 def from_bytes(data: Any, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """View bytes as a tensor of `shape`; the tensor is to be read, never written."""
+    """View bytes as a tensor of `shape`, which must not be written to."""
     count = math.prod(shape)
     if count == 0:
         return torch.empty(shape, dtype=torch_dtype(dtype))
@@ -51,10 +51,10 @@ def from_bytes(data: Any, dtype: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def to_wire(tensor: Tensor) -> WireTensor:
-    """Describe a tensor for the wire; no copy for a contiguous tensor on the CPU."""
+    """View a tensor as a wire tensor; a contiguous tensor on the CPU is not copied."""
     return WireTensor(dtype_name(tensor.dtype), tuple(tensor.shape), byte_view(tensor))
 
 
 def from_wire(tensor: WireTensor) -> Tensor:
-    """View a tensor of the wire as torch, sharing the frame's memory."""
+    """View a wire tensor as a torch tensor that shares the frame's memory."""
     return from_bytes(tensor.data, tensor.dtype, tensor.shape)

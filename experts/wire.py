@@ -1,4 +1,4 @@
-"""The one frame format: a msgpack header and raw tensor bytes, checked in full before anything is believed.
+"""The frame format: a msgpack header and raw tensor bytes, fully validated before use.
 
     offset 0   magic b"XMSH"
            4   protocol version, u16 little endian
@@ -7,8 +7,8 @@
           12   header: msgpack map {"kind": str, "meta": map, "tensors": [[name, dtype, [dims...]], ...]}
                zero padding to a multiple of 64, then each tensor's bytes in C order, each padded to a multiple of 64
 
-Where a tensor lies follows from the header, so there is no offset that could lie. Decoding copies no tensor: the views
-are read-only and share the frame's memory. Neither pickle nor any extension type of msgpack is ever understood.
+The offset of a tensor is computed from the header, so a frame contains no offset that could be wrong. Decoding copies
+no tensor: the views are read-only and share the frame's memory. Pickle and msgpack extension types are never decoded.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ ITEM_SIZES: dict[str, int] = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
 }  # fmt: skip
-"""Every dtype that may cross the wire, with its size in bytes. Byte order is little endian."""
+"""The wire dtypes and their sizes in bytes. Byte order is little endian."""
 
 
 @dataclass(frozen=True)
 class WireTensor:
-    """A tensor as it crosses the wire: dtype name, shape, and its bytes in C order."""
+    """A tensor on the wire: dtype name, shape, and its bytes in C order."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -55,7 +55,7 @@ class WireTensor:
 
     @classmethod
     def from_numpy(cls, array: np.ndarray[Any, Any], dtype: str | None = None) -> WireTensor:
-        """Describe an array without copying it where it is contiguous; `dtype` renames uint16 bits as bfloat16."""
+        """View an array, copied only if not contiguous; `dtype` declares uint16 bits as bfloat16."""
         name = dtype or array.dtype.name
         if name not in ITEM_SIZES:
             raise InvalidRequest(f"dtype {name} cannot be sent; use one of {', '.join(ITEM_SIZES)}")
@@ -67,7 +67,7 @@ class WireTensor:
         return cls(name, tuple(array.shape), contiguous.reshape(-1).view(np.uint8).data)
 
     def to_numpy(self) -> np.ndarray[Any, Any]:
-        """View the bytes as an array; bfloat16, which numpy lacks, comes as its uint16 bits."""
+        """View the bytes as an array; bfloat16, which numpy lacks, is returned as uint16 bits."""
         numpy_dtype = np.uint16 if self.dtype == "bfloat16" else np.dtype(self.dtype)
         return np.frombuffer(self.data, dtype=numpy_dtype).reshape(self.shape)
 
@@ -101,7 +101,7 @@ def encode_parts(kind: str, meta: Mapping[str, Any], tensors: Mapping[str, WireT
 def encode_scattered(
     kind: str, meta: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...], Sequence[Buffer]]]
 ) -> list[Buffer]:
-    """Like `encode_parts`, for tensors (dtype, shape, pieces) whose bytes lie in several pieces one after the other."""
+    """Like `encode_parts`, for tensors (dtype, shape, pieces) whose bytes are the concatenation of several pieces."""
     described = [[name, dtype, list(shape)] for name, (dtype, shape, _) in tensors.items()]
     try:
         header = msgpack.packb({"kind": kind, "meta": dict(meta), "tensors": described}, use_bin_type=True)
@@ -122,15 +122,15 @@ def encode_scattered(
 def encode(kind: str, meta: Mapping[str, Any], tensors: Mapping[str, WireTensor] | None = None) -> bytes:
     """Encode a message as one byte string.
 
-    Raises TooLarge when the header exceeds 64 KiB, and InvalidRequest for values that msgpack does not know.
+    Raises TooLarge if the header exceeds 64 KiB, and InvalidRequest for values that msgpack cannot encode.
     """
     return b"".join(encode_parts(kind, meta, tensors or {}))
 
 
 def decode(frame: Buffer, *, max_bytes: int = MAX_FRAME_BYTES) -> Frame:
-    """Decode and check one frame.
+    """Decode and validate one frame.
 
-    Raises InvalidRequest for anything malformed, DataLoss for a frame whose length is not what its header says, and
+    Raises InvalidRequest for a malformed frame, DataLoss for a frame whose length does not match its header, and
     TooLarge above `max_bytes`.
     """
     view = memoryview(frame)
@@ -198,15 +198,15 @@ def _unpack(data: memoryview) -> object:
 
 
 def without_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
-    """A map of text keys, for a decoder of msgpack or JSON. Raises InvalidRequest for a key that appears twice."""
-    found: dict[str, Any] = {}
+    """A map with text keys, for a decoder of msgpack or JSON. Raises InvalidRequest for a key that appears twice."""
+    result: dict[str, Any] = {}
     for key, value in pairs:
         if not isinstance(key, str):
             raise InvalidRequest("keys in the header must be text")
-        if key in found:
+        if key in result:
             raise InvalidRequest(f"key {key[:64]!r} appears twice")
-        found[key] = value
-    return found
+        result[key] = value
+    return result
 
 
 def _check_values(value: object, left: int) -> None:
@@ -219,7 +219,7 @@ def _check_values(value: object, left: int) -> None:
     if left == 0:
         raise InvalidRequest(f"the header is nested deeper than {MAX_DEPTH}")
     for child in value.values() if isinstance(value, dict) else value:  # type: ignore[attr-defined]
-        if type(child) not in _SCALARS:  # most are: a call for each would cost more than all the rest of decoding
+        if type(child) not in _SCALARS:  # most are scalars: a call for each would cost more than the rest of decoding
             _check_values(child, left - 1)
 
 

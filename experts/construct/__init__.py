@@ -1,1 +1,1 @@
-"""From the declaration of an expert to the function over rows that it names, and what its rows look like."""
+"""Builds an expert from its declaration, and determines shapes and dtypes of its rows."""

@@ -1,4 +1,4 @@
-"""From a declared expert to a function over rows: import strings, construction, weights, dtypes and devices."""
+"""Builds a function over rows from a declared expert: import string, construction, weights, dtype and device."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from ..tensors import DTYPE_NAMES, torch_dtype
 from ..weights.files import load_into, load_tensors, tensors_of
 
 _DRAWING = threading.RLock()
-"""Held while random numbers are drawn: torch has one generator for all threads, and replicas may be built at once; what
-is built may build others in turn."""
+"""Held while random numbers are drawn: torch has one generator for all threads, and replicas are built concurrently.
+Reentrant, because a factory may build other experts."""
 
 _NUMPY_PACKAGES = ("numpy", "scipy")
 
@@ -32,7 +32,7 @@ _NUMPY_PACKAGES = ("numpy", "scipy")
 class RowFunction:
     """An expert that is ready to run: rows [n, ...] in, rows [n, ...] out, on one device.
 
-    Floating rows are cast to the dtype that the expert declares or, for a module, that its parameters have.
+    Floating-point rows are cast to the dtype that the expert declares, else to that of the module's parameters.
     """
 
     def __init__(self, function: Callable[[Any], Any], expert: Expert, device: torch.device) -> None:
@@ -44,13 +44,15 @@ class RowFunction:
         self._dtype = _floating_dtype(self.module, expert)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Compute rows [n, ...]. Raises ExpertFailed when the result is not n rows."""
+        """Compute rows [n, ...]. Raises ExpertFailed if the result is not n rows of a wire dtype."""
         rows = rows.to(self.device)
         if self._dtype is not None and rows.is_floating_point():
             rows = rows.to(self._dtype)
         result = self._call_numpy(rows) if self._numpy else self.function(rows)
         if isinstance(result, (np.ndarray, np.generic)):
-            result = torch.from_numpy(np.require(result, requirements=["C", "W"]))  # torch takes no reversed strides
+            result = torch.from_numpy(
+                np.require(result, requirements=["C", "W"])
+            )  # torch does not support negative strides
         if not isinstance(result, Tensor):
             raise ExpertFailed(f"an expert must return a tensor or an array; this one returned {type(result).__name__}")
         if result.ndim == 0 or result.shape[0] != rows.shape[0]:
@@ -66,36 +68,36 @@ class RowFunction:
         return self.function(rows.cpu().numpy())
 
     def on(self, device: torch.device) -> RowFunction:
-        """The same expert on another device; its module is moved there."""
+        """Move the expert to another device."""
         function = self.function.to(device) if isinstance(self.function, nn.Module) else self.function
         return RowFunction(function, self.expert, device)
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors of the expert by name; empty for a plain function."""
+        """The expert's tensors by name; empty for a plain function."""
         return tensors_of(self.module) if self.module is not None else {}
 
 
 def locate(factory: str) -> Any:
-    """Import what "module:attribute" names. Raises ConfigError that says which half is wrong."""
+    """Import the object "module:attribute". Raises ConfigError naming the wrong half."""
     module_name, _, attributes = factory.partition(":")
     try:
-        found: Any = importlib.import_module(module_name)
+        target: Any = importlib.import_module(module_name)
     except Exception as error:
         raise ConfigError(f"factory {factory!r}: importing {module_name!r} failed: {error}") from error
     for name in attributes.split("."):
-        if not hasattr(found, name):
+        if not hasattr(target, name):
             raise ConfigError(f"factory {factory!r}: {module_name!r} has no attribute {attributes!r}")
-        found = getattr(found, name)
-    if not callable(found):
-        raise ConfigError(f"factory {factory!r} is a {type(found).__name__}, not a class or function")
-    return found
+        target = getattr(target, name)
+    if not callable(target):
+        raise ConfigError(f"factory {factory!r} is a {type(target).__name__}, not a class or function")
+    return target
 
 
 def build(expert: Expert, device: str = "cpu", *, load_weights: bool = True) -> RowFunction:
     """Construct an expert on a device, with its weights.
 
-    Parameters that no file gives are drawn from a seed that follows from the declaration, so that every replica and
-    every restart has the same ones.
+    Parameters without a weights file are drawn with a seed derived from the declaration, so that they are the same in
+    every replica and after every restart.
 
     Raises ConfigError, SpecMismatch, NotFound or DataLoss.
     """
@@ -115,9 +117,9 @@ def build(expert: Expert, device: str = "cpu", *, load_weights: bool = True) -> 
 
 
 def with_own_copy(expert: Expert, owner: str) -> Expert:
-    """The declaration with a copy of its live object, if it has one: the one that is given may be serving elsewhere.
+    """The declaration with a copy of its live object, if any: the original may be serving elsewhere.
 
-    Raises ConfigError, saying who needs the copy, for what cannot be copied.
+    Raises ConfigError for an object that cannot be copied; `owner` names the owner of the copy in its message.
     """
     try:
         return replace(expert, live=copy.deepcopy(expert.live))
@@ -130,7 +132,7 @@ def with_own_copy(expert: Expert, owner: str) -> Expert:
 
 @contextmanager
 def seeded(declared: str) -> Iterator[None]:
-    """Have torch draw on the CPU from a seed that follows from a declaration; the caller's own generator is kept."""
+    """Seed torch's CPU generator from a declaration; its previous state is restored afterwards."""
     with _DRAWING, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int.from_bytes(hashlib.sha256(declared.encode()).digest()[:6], "big"))
         yield
@@ -153,7 +155,7 @@ def _construct(expert: Expert) -> Callable[[Any], Any]:
 def _takes_no_arguments(target: Any) -> bool:
     try:
         parameters = inspect.signature(target).parameters.values()
-    except (ValueError, TypeError):  # builtins and ufuncs have no signature: they are functions over rows
+    except (ValueError, TypeError):  # builtins and ufuncs without a signature are functions over rows
         return False
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return all(

@@ -1,4 +1,4 @@
-"""Finds out what rows an expert takes and gives: by its declaration, and else by trying two rows of zeros."""
+"""Determines the rows that an expert takes and returns: from its declaration, else by a call with two rows of zeros."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .factory import RowFunction, build, with_own_copy
 
 
 def complete(function: RowFunction, name: str) -> tuple[TensorSpec, TensorSpec]:
-    """The input and output spec of a built expert; probes the output where the input's shape is known.
+    """The input and output spec of a built expert; probes the output if the shape of the input is known.
 
-    Raises SpecMismatch when the expert refuses such rows or answers otherwise than it declares.
+    Raises SpecMismatch if the expert fails on such rows, or its output differs from its declaration.
     """
     expert = function.expert
     input_spec = _input_spec(function)
@@ -38,8 +38,8 @@ def complete(function: RowFunction, name: str) -> tuple[TensorSpec, TensorSpec]:
 def check_declaration(expert: Expert, name: str, rows: TensorSpec) -> tuple[TensorSpec, TensorSpec]:
     """Check an expert before any actor starts, without allocating its weights: code, weights header, specs.
 
-    `rows` is what the layer says of its rows, for an expert that declares nothing; of floating dtypes each expert keeps
-    its own. Raises ConfigError, SpecMismatch, NotFound or DataLoss.
+    `rows` is the layer's spec, used where the expert declares nothing, except that each expert keeps its own
+    floating-point dtype. Raises ConfigError, SpecMismatch, NotFound or DataLoss.
     """
     function = without_weights(expert)
     check_weights(expert, function, name)
@@ -47,23 +47,23 @@ def check_declaration(expert: Expert, name: str, rows: TensorSpec) -> tuple[Tens
 
 
 def check_rows(expert: Expert, function: RowFunction, name: str, rows: TensorSpec) -> tuple[TensorSpec, TensorSpec]:
-    """The specs of an expert that was built `without_weights`, among rows as `check_declaration` takes them.
+    """The specs of an expert built by `without_weights`; `rows` is as in `check_declaration`.
 
     Raises SpecMismatch.
     """
     shape = expert.input.shape if expert.input.shape is not None else rows.shape
-    wanted = TensorSpec(shape, expert.input.dtype or (None if rows.dtype in FLOATING else rows.dtype))
-    declared = expert.with_specs(wanted, expert.output)
+    input_spec = TensorSpec(shape, expert.input.dtype or (None if rows.dtype in FLOATING else rows.dtype))
+    declared = expert.with_specs(input_spec, expert.output)
     try:
         return complete(RowFunction(function.function, declared, function.device), name)
     except SpecMismatch as error:
         if _needs_data(error.__cause__):  # the replica checks it
-            return wanted, expert.output
+            return input_spec, expert.output
         raise
 
 
 def without_weights(expert: Expert) -> RowFunction:
-    """An expert to try, with tensors that have shapes and no bytes where its code can do without these.
+    """An expert for checks, built on torch's "meta" device, without memory for tensors, if its code supports that.
 
     Raises ConfigError.
     """
@@ -76,20 +76,20 @@ def without_weights(expert: Expert) -> RowFunction:
         if not _needs_data(error.__cause__):
             raise
         return build(expert, load_weights=False)
-    if function.module is None:  # a plain function has no weights to allocate, and may not know meta tensors
+    if function.module is None:  # a plain function allocates no weights, and may not support meta tensors
         return build(expert)
     return function
 
 
 def _needs_data(error: BaseException | None) -> bool:
-    """Whether code failed only because tensors on the device "meta" have no bytes."""
+    """Whether code failed only because tensors on the device "meta" have no data."""
     return isinstance(error, NotImplementedError) or (
         isinstance(error, (RuntimeError, TypeError)) and re.search(r"\bmeta\b", str(error)) is not None
     )
 
 
 def check_weights(expert: Expert, function: RowFunction, name: str) -> None:
-    """Compare the header of an expert's weights, if it has some, with what was built `without_weights`.
+    """Compare the header of an expert's weights file, if any, with the expert built by `without_weights`.
 
     Raises ConfigError, SpecMismatch, NotFound or DataLoss.
     """

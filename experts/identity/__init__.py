@@ -1,1 +1,1 @@
-"""What a version's digits are computed from."""
+"""The digests that versions are named after."""

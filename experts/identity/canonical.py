@@ -1,4 +1,4 @@
-"""One text for equal values, the same in every process: what arguments contribute to a version's digits."""
+"""A canonical text of arguments, the same in every process, for the digest of a version."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..tensors import byte_view
 
 
 def canonical(value: object) -> str:
-    """One text for equal arguments, in every process. Raises ConfigError for what has no such text."""
+    """The same text for equal values, in every process. Raises ConfigError for a value without such a text."""
     try:
         return json.dumps(_text_keys(value), sort_keys=True, separators=(",", ":"), default=_described)
     except ConfigError:
@@ -25,7 +25,7 @@ def canonical(value: object) -> str:
 
 
 def named(value: object) -> str:
-    """What is known by its name alone: module, qualified name, and the version of the package."""
+    """Describe a value by its name: module, qualified name, and the version of the package."""
     module = str(getattr(value, "__module__", None) or type(value).__module__)
     package = sys.modules.get(module.partition(".")[0])
     name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None) or type(value).__qualname__
@@ -33,7 +33,7 @@ def named(value: object) -> str:
 
 
 def sha256(*texts: str) -> str:
-    """The sha256 of texts in their order, as hexadecimal text; where one ends and the next begins counts too."""
+    """The sha256 of a sequence of texts in hexadecimal; it depends on the boundaries between them."""
     digest = hashlib.sha256()
     for text in texts:
         data = text.encode("utf-8", "surrogatepass")
@@ -43,7 +43,7 @@ def sha256(*texts: str) -> str:
 
 
 def _text_keys(value: object) -> object:
-    """The same value with maps that have other keys than text as lists of pairs: JSON would make text of the keys."""
+    """Replace maps with non-text keys by lists of pairs, because JSON would turn the keys into text."""
     if isinstance(value, (list, tuple)):
         return [_text_keys(item) for item in value]
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What code does, as a digest that is the same in every process: functions, classes, and what both hold on to.
+"""A digest of code that is the same in every process: functions, classes, and the values they refer to.
 
 Code of torch, numpy, scipy and the standard library, and whatever is compiled, is described by its name and the version
 of its package. Code that is called by a global name is known by that name alone. Our own gates are described by name
@@ -26,10 +26,10 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def code_digest(behaviour: object) -> str:
-    """The sha256 of what a function, module or callable object does, as hexadecimal text.
+    """The sha256 of the behaviour of a function, module or callable object, in hexadecimal.
 
-    It covers code, defaults, closures, bound arguments, attributes of objects and of their classes. The tensors of a
-    module are left out where the module is `behaviour` itself: they are digested apart, as they were read back from it.
+    It covers code, defaults, closures, bound arguments, attributes of objects and of their classes. If `behaviour` is
+    itself a module, its tensors are excluded: they have a digest of their own, computed from the tensors read back.
     """
     describer = _Describer()
     if isinstance(behaviour, nn.Module):
@@ -38,14 +38,14 @@ def code_digest(behaviour: object) -> str:
 
 
 class _Describer:
-    """Walks over what an object is made of; what comes a second time is described by when it first came."""
+    """Walks the parts of an object; a repeated part is described by the position of its first occurrence."""
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[int, object]] = {}
         self._known: set[type] = set()
 
     def describe(self, value: object) -> str:
-        """A text for a value, whatever it is."""
+        """A text for any value."""
         if isinstance(value, type):
             return self._once(value)
         try:
@@ -54,7 +54,7 @@ class _Describer:
             return self._once(value)
 
     def module(self, module: nn.Module) -> list[str]:
-        """The classes, attributes and printed structure of a module and of those inside it, without their tensors."""
+        """The classes, attributes and printed structure of a module and its submodules, without their tensors."""
         texts = [_ADDRESS.sub("", repr(module))]
         for name, child in module.named_modules():
             state = {key: item for key, item in vars(child).items() if key not in _MODULE_STATE}
@@ -89,11 +89,11 @@ class _Describer:
         return [*self._classes(type(value)), *self._map(_attributes(value))]
 
     def _function(self, function: types.FunctionType) -> list[str]:
-        held = [_content(cell) for cell in function.__closure__ or ()]
-        if _is_foreign(function) and not held:
+        values = [_content(cell) for cell in function.__closure__ or ()]
+        if _is_foreign(function) and not values:
             return [named(function)]
-        held += function.__defaults__ or ()
-        texts = [function.__qualname__, *self._code(function.__code__), *map(self.describe, held)]
+        values += function.__defaults__ or ()
+        texts = [function.__qualname__, *self._code(function.__code__), *map(self.describe, values)]
         return texts + self._map(function.__kwdefaults__ or {})
 
     def _code(self, code: types.CodeType) -> list[str]:
@@ -127,7 +127,7 @@ class _Describer:
 
 def _functions(member: object) -> list[object]:
     if isinstance(member, property):
-        return [found for found in (member.fget, member.fset) if found is not None]
+        return [accessor for accessor in (member.fget, member.fset) if accessor is not None]
     if isinstance(member, (staticmethod, classmethod)):
         return [member.__func__]
     if isinstance(member, functools.cached_property):

@@ -1,4 +1,4 @@
-"""The identity of behaviour: what a version's 12 hex digits are computed from, the same in every process."""
+"""The names of versions: their 12 hex digits identify behaviour, the same in every process."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def version_name(counter: int, digest: str) -> str:
 
 
 def expert_digest(expert: Expert, behaviour: object, tensors: str) -> str:
-    """The sha256 of an expert: factory, canonical arguments, specs, code and tensor bytes, as hexadecimal text.
+    """The sha256 of an expert: factory, canonical arguments, specs, code and tensor bytes, in hexadecimal.
 
-    `behaviour` is the module or function that runs, `tensors` the `tensor_digest` of what was read back from it.
+    `behaviour` is the module or function that runs, `tensors` the `tensor_digest` of the tensors read back from it.
     """
     return sha256(
         str(expert.factory),
@@ -35,5 +35,5 @@ def expert_digest(expert: Expert, behaviour: object, tensors: str) -> str:
 
 
 def gate_digest(name: str, gate: object, tensors: Mapping[str, Tensor]) -> str:
-    """The sha256 of a gate: its kind, code with attributes, and tensor bytes, as hexadecimal text."""
+    """The sha256 of a gate: its kind, code with attributes, and tensor bytes, in hexadecimal."""
     return sha256(name, code_digest(gate), tensor_digest(tensors))

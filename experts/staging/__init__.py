@@ -1,1 +1,1 @@
-"""A new version is built beside the old one, verified, and kept within memory."""
+"""Builds a new version beside the old one, verifies it, and checks that memory suffices."""

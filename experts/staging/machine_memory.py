@@ -1,4 +1,4 @@
-"""Memory of this machine and of the control groups that this process is in: how much there is, and how much is free."""
+"""The total and free memory of this machine and of the control groups of this process."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ _NAMES_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_f
 
 
 def memory_bytes(root: Path = Path("/")) -> tuple[int | None, int | None]:
-    """Bytes in all and free: the least of what the machine and each control group has; None where nobody says."""
+    """Total and free bytes: the minimum over the machine and each control group; None if unknown."""
     lines = [line.split() for line in read_text(root / "proc/meminfo").splitlines()]
     sizes = {words[0]: int(words[1]) * 1024 for words in lines if len(words) > 1 and words[1].isdecimal()}
     groups = list(_control_groups(root))
     totals = [sizes.get("MemTotal:"), *(total for total, _ in groups)]
-    left = [sizes.get("MemAvailable:"), *(free for _, free in groups)]
-    return _least(totals), _least(left)
+    available = [sizes.get("MemAvailable:"), *(free for _, free in groups)]
+    return _least(totals), _least(available)
 
 
 def read_text(path: Path) -> str:
-    """The text of a file of the kernel; nothing where it cannot be read."""
+    """The text of a kernel file; empty if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -28,7 +28,7 @@ def read_text(path: Path) -> str:
 
 
 def _control_groups(root: Path) -> Iterator[tuple[int, int]]:
-    """(limit, free) of each control group of this process that has a limit, version 2 and 1, from its own upwards."""
+    """(limit, free) in bytes of the control groups of this process with a limit, versions 2 and 1, innermost first."""
     for line in (read_text(root / "proc/self/cgroup") or "0::/").splitlines():
         controllers, _, path = line.partition(":")[2].partition(":")
         if controllers and "memory" not in controllers.split(","):

@@ -1,4 +1,4 @@
-"""How much memory a device has left, and what is done when it runs out."""
+"""Free memory of a device, and recovery when it runs out."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..errors import TooLarge
 from .machine_memory import memory_bytes
 
 RESERVE = 1.2
-"""How many times its own size must be free before a new version is put beside the old one."""
+"""A new version is built beside the old one only if this multiple of its size is free."""
 
 Result = TypeVar("Result")
 
 
 def check_memory(needed: int, device: str, *, free: Callable[[str], int | None] | None = None) -> None:
-    """Check that `RESERVE` times `needed` bytes are free on a device. `free` takes the place of `free_memory`.
+    """Check that `RESERVE` times `needed` bytes are free on a device. `free` replaces `free_memory`.
 
-    Raises TooLarge, which offers another way.
+    Raises TooLarge that suggests a way out.
     """
     free_bytes = (free or free_memory)(device)
     if free_bytes is not None and free_bytes < RESERVE * needed:
@@ -33,9 +33,9 @@ def check_memory(needed: int, device: str, *, free: Callable[[str], int | None] 
 
 
 def within_memory(work: Callable[[], Result], device: str) -> Result:
-    """Do work that allocates; where memory runs out, let go of all that the work held.
+    """Do work that allocates; if memory runs out, release everything that the work allocated.
 
-    Raises TooLarge, which offers another way, and whatever else the work raises.
+    Raises TooLarge that suggests a way out if memory runs out; other errors propagate.
     """
     try:
         return work()
@@ -51,10 +51,10 @@ def within_memory(work: Callable[[], Result], device: str) -> Result:
 
 
 def free_memory(device: str, root: Path = Path("/")) -> int | None:
-    """Bytes that can still be allocated on a device; None where that cannot be known.
+    """Bytes that can still be allocated on a device; None if unknown.
 
-    On the CPU it is the least of what the machine and the control groups of this process leave; on a GPU it counts what
-    torch holds and does not use.
+    On the CPU it is the minimum over the machine and the control groups of this process; on a GPU it includes memory
+    that torch has reserved but does not use.
     """
     place = torch.device(device)
     if place.type == "cuda":
@@ -72,7 +72,7 @@ def _way_out(device: str) -> str:
 
 
 def _ran_out(error: BaseException) -> bool:
-    """Whether memory was the cause; torch on the CPU and code around an allocation say so only in their own words."""
+    """Whether out-of-memory is the cause; torch on the CPU reports it only in the message of a RuntimeError."""
     return any(
         isinstance(link, (MemoryError, torch.OutOfMemoryError))
         or (isinstance(link, RuntimeError) and "allocate memory" in str(link))

@@ -1,4 +1,4 @@
-"""The border of staging to foreign code: whatever it raises becomes a refusal that names what was staged."""
+"""Translates errors of user code during staging to refusals that name the staged expert or gate."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def refusals(name: str, kind: str, see: str) -> Iterator[None]:
-    """Begin errors with `name`; what is not ours is logged and raised as FailedPrecondition: "see ..."."""
+    """Prefix errors with `name`; errors of user code are logged and raised as FailedPrecondition with "see {see}"."""
     try:
         yield
     except ExpertMeshError as error:
         raise type(error)(f"{name}: {error.message}") from None
-    except Exception as error:  # constructors, hooks and scorers are foreign code and may raise anything
+    except Exception as error:  # constructors, hooks and scorers are user code and may raise anything
         log.exception("staging failed", extra={kind: name})
         raise FailedPrecondition(f"{name}: staging raised {type(error).__name__}; see {see}") from None

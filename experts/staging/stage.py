@@ -1,4 +1,4 @@
-"""Puts a new version beside the one that serves, verified in full, or refuses it and leaves nothing behind."""
+"""Builds a new version beside the serving one and verifies it, or refuses it without leftovers."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from .verify import Policy, check_applied, check_drift, check_norms, golden_rows
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """A version to be: its declaration, and the weights that take the place of those declared.
+    """A proposed version: its declaration, and weights that replace the declared ones.
 
-    `weights` is a safetensors file or tensors by name, `sha256` that of the file, `version` the name that the version
-    must turn out to have, where it is known. `input` and `output` are the rows of the layer.
+    `weights` is a safetensors file or tensors by name, `sha256` that of the file, `version` the expected name of the
+    version, if known. `input` and `output` are the specs of the layer's rows.
     """
 
     id: str
@@ -44,10 +44,10 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Receipt:
-    """Proof that one incarnation holds a version and has verified it.
+    """Proof that an incarnation holds a version and has verified it.
 
-    `digest` is the sha256 that the version's digits come from, `tensor_digest` that of its tensors as read back,
-    `nbytes` their size, `drift` the relative L2 distance on golden rows, None where it was not measured.
+    `digest` is the sha256 that the version is named after, `tensor_digest` that of its tensors as read back, `nbytes`
+    their size in bytes, `drift` the relative L2 distance on golden rows, None if it was not measured.
     """
 
     id: str
@@ -72,11 +72,11 @@ def stage(
     free: Callable[[str], int | None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[RowFunction, Receipt]:
-    """Build a version beside `old`, which it replaces, and verify it. Nothing that serves is touched.
+    """Build a version beside `old`, which it replaces, and verify it, without effect on serving versions.
 
-    `free` takes the place of `memory.free_memory`.
+    `free` replaces `memory.free_memory`.
 
-    Raises NotFound, DataLoss, SpecMismatch, FailedPrecondition, TooLarge or ConfigError; then nothing is left of it.
+    Raises NotFound, DataLoss, SpecMismatch, FailedPrecondition, TooLarge or ConfigError, and releases the new version.
     """
     started = clock()
 
@@ -98,7 +98,7 @@ def stage(
 def _contents(
     proposal: Proposal, old: RowFunction | None, limits: ArtefactLimits
 ) -> tuple[Contents | None, Mapping[str, Tensor] | Path | None]:
-    """What the weights are found to hold, before anything is built; and where they are."""
+    """Inspect the weights before the build; returns the result, and the tensors or their file."""
     weights = proposal.weights if proposal.weights is not None else proposal.expert.weights
     wanted = described(old.state()) if old is not None and _same_code(proposal.expert, old.expert) else None
     if weights is None:
@@ -129,7 +129,7 @@ def _receipt(
     proposal: Proposal, function: RowFunction, contents: Contents | None, old: RowFunction | None, incarnation: str
 ) -> Receipt:
     state = function.state()
-    # Their bytes were read back already, and are those of the contents.
+    # The bytes read back were already compared with the contents.
     tensors = tensor_digest(state) if contents is None else joined_digest(described(state), contents.digests)
     digest = expert_digest(proposal.expert, function.function, tensors)  # before the probes run its code
     version = version_name(proposal.counter, digest)
@@ -167,7 +167,7 @@ def _drift(proposal: Proposal, function: RowFunction, old: RowFunction | None, r
 
 
 def _same_code(one: Expert, other: Expert) -> bool:
-    """Whether two declarations differ in their weights alone, so that their tensors can be compared by name."""
+    """Whether two declarations differ at most in their weights, so that tensors can be compared by name."""
     if one.factory != other.factory:
         return False
     if one.live is not None:
@@ -176,7 +176,7 @@ def _same_code(one: Expert, other: Expert) -> bool:
 
 
 def _size(contents: Contents | None, old: RowFunction | None) -> int:
-    """Bytes that the new version will hold; where it brings no weights, as many as the old."""
+    """The size of the new version in bytes: of its weights if given, else that of the old version."""
     if contents is not None:
         return contents.tensor_bytes
     return sum(tensor.nbytes for tensor in old.state().values()) if old is not None else 0

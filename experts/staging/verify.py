@@ -1,4 +1,4 @@
-"""A staged version against what it replaces: sizes of its tensors, what was really applied, and golden probe rows."""
+"""Compares a staged version with the one it replaces: norms of tensors, tensors read back, and golden probe rows."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ GOLDEN_SEED = 0
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What a new version may differ in from the one that it replaces.
+    """How much a new version may differ from the one it replaces.
 
-    `max_norm_ratio` bounds the L2 norm of each tensor against the old one's, both ways; `allow_norm` lifts that.
+    `max_norm_ratio` bounds the ratio of each tensor's L2 norm to the old one, both ways; `allow_norm` disables that.
     `max_drift` bounds the relative L2 distance of the answers to `probe_rows` golden rows; without it the drift is
-    only reported. Raises ConfigError for bounds that cannot be meant.
+    only reported. Raises ConfigError for invalid bounds.
     """
 
     max_norm_ratio: float = 1000.0
@@ -50,7 +50,7 @@ class Policy:
 def check_norms(new: Mapping[str, float], old: Mapping[str, float], policy: Policy) -> None:
     """Compare the L2 norms of tensors that both versions have; a tensor that was zero may take any norm.
 
-    Raises FailedPrecondition naming the tensor that is furthest off.
+    Raises FailedPrecondition naming the tensor with the largest ratio.
     """
     ratios = {name: _ratio(new[name], old[name]) for name in new.keys() & old.keys()}
     if policy.allow_norm or not ratios:
@@ -64,13 +64,13 @@ def check_norms(new: Mapping[str, float], old: Mapping[str, float], policy: Poli
 
 
 def check_applied(staged: Mapping[str, Tensor], digests: Mapping[str, str]) -> None:
-    """Compare tensors read back from a staged module with the digests of those that it was given.
+    """Compare tensors read back from a staged module with the digests of those sent.
 
     Raises DataLoss naming the first three that were not applied.
     """
-    there = {name: tensor for name, tensor in staged.items() if not tensor.is_meta}
-    found = tensor_digests({name: there[name] for name in digests if name in there})
-    wrong = sorted({name for name in digests if found.get(name) != digests[name]} | (staged.keys() - digests.keys()))
+    loaded = {name: tensor for name, tensor in staged.items() if not tensor.is_meta}
+    actual = tensor_digests({name: loaded[name] for name in digests if name in loaded})
+    wrong = sorted({name for name in digests if actual.get(name) != digests[name]} | (staged.keys() - digests.keys()))
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise DataLoss(
@@ -80,9 +80,9 @@ def check_applied(staged: Mapping[str, Tensor], digests: Mapping[str, str]) -> N
 
 
 def golden_rows(spec: TensorSpec, n: int, seed: int = GOLDEN_SEED) -> Tensor | None:
-    """Rows [n, ...] to probe an expert with, the same in every process; None where the spec has no shape.
+    """Rows [n, ...] to probe an expert with, the same in every process; None if the spec has no shape.
 
-    Floating rows are normal, whole numbers are 0 and 1, which are in range of any table with two entries.
+    Floating rows are drawn from N(0, 1), integers from {0, 1}, valid indices of any table with two entries.
     """
     if spec.shape is None:
         return None
@@ -94,11 +94,11 @@ def golden_rows(spec: TensorSpec, n: int, seed: int = GOLDEN_SEED) -> Tensor | N
 
 
 def probe_drift(new: RowFunction, old: RowFunction, rows: Tensor, output: TensorSpec = ANY) -> float:
-    """The relative L2 distance of two experts' answers to the same rows; infinite where the old answers are all zero.
+    """The relative L2 distance of two experts' answers to the same rows; infinite if only the old answers are all zero.
 
-    Rows that the old expert does not answer with finite numbers do not count. Raises FailedPrecondition where the new
-    one raises, answers with NaN or infinity, or with other shapes or dtypes than it declares, `output` says or the old
-    one gives; and where there is no row to compare.
+    Rows that the old expert does not answer with finite numbers do not count. Raises FailedPrecondition if the new
+    expert raises, answers with NaN or infinity, or its shape or dtype differs from its declaration, `output` or the old
+    expert; also if there is no row to compare.
     """
     answer = probe(new, rows, output)
     try:
@@ -124,7 +124,7 @@ def probe_drift(new: RowFunction, old: RowFunction, rows: Tensor, output: Tensor
 def probe(function: RowFunction, rows: Tensor, output: TensorSpec = ANY) -> Tensor:
     """The answer of an expert to probe rows, on the CPU.
 
-    Raises FailedPrecondition where it raises, or answers with other shapes or dtypes than it declares or `output` says.
+    Raises FailedPrecondition if it raises, or its shape or dtype differs from its declaration or `output`.
     """
     answer = _answer(function, rows)
     _check_rows(answer, function.expert.output, "its declaration")
@@ -133,14 +133,14 @@ def probe(function: RowFunction, rows: Tensor, output: TensorSpec = ANY) -> Tens
 
 
 def distance(new: Tensor, old: Tensor) -> float:
-    """The L2 norm of the difference over that of the old, in float64; infinite where only the old is zero."""
+    """The L2 norm of the difference over that of the old, in float64; infinite if only the old is zero."""
     scale = float(torch.linalg.vector_norm(old.double()))
     moved = float(torch.linalg.vector_norm(new.double() - old.double()))
     return moved / scale if scale else (math.inf if moved else 0.0)
 
 
 def check_drift(drift: float | None, policy: Policy) -> None:
-    """Hold a drift against its bound. Raises FailedPrecondition where it is above it, or unknown and bounded."""
+    """Compare a drift with its bound, if any. Raises FailedPrecondition if it is larger, or unknown."""
     if policy.max_drift is None:
         return
     if drift is None:
@@ -162,7 +162,7 @@ def _answer(function: RowFunction, rows: Tensor) -> Tensor:
         raise
     except ExpertMeshError as error:
         raise FailedPrecondition(f"it fails on probe rows: {error.message}") from error
-    except (Exception, SystemExit) as error:  # an expert is foreign code and may raise anything
+    except (Exception, SystemExit) as error:  # an expert is user code and may raise anything
         log.exception("an expert raised on probe rows")
         raise FailedPrecondition(
             f"it raised {type(error).__name__} on probe rows; see the log of its replica, and fix the expert"
@@ -182,7 +182,7 @@ def _finite(answer: Tensor) -> Tensor:
 
 
 def _ratio(new: float, old: float) -> float:
-    """How many times larger one norm is than the other; 1 where the old is zero, infinite where only the new is."""
+    """The ratio of the larger norm to the smaller one; 1 if the old is zero, infinite if only the new is."""
     if old == 0 or new == old:
         return 1.0
     if new == 0 or not math.isfinite(new) or not math.isfinite(old):

@@ -1,1 +1,1 @@
-"""Weighted sums in a fixed order, and rows on their way to a device and back."""
+"""Weighted sums in a fixed order, and copies of rows to a device and back."""

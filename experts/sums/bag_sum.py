@@ -1,4 +1,4 @@
-"""Weighted sums of bags of rows in a fixed order, so that the same batch gives the same bits again.
+"""Weighted sums of bags of rows in a fixed order, so that the same batch gives the same bits.
 
 Shapes: N rows, S slots, B bags; rows may have any trailing shape.
 """
@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 
 def bag_sum(rows_N: Tensor, slots_S: Tensor, starts_B: Tensor | None, weights: Tensor | None = None) -> Tensor:
-    """Σ of weight · row over each bag, [B, ...], one slot after the other.
+    """Σ weight · row over each bag, [B, ...], in the order of the slots.
 
-    Bag b holds the rows that the slots from `starts_B[b]` up to the next start name; with `starts_B` None the slots are
-    [B, S / B], a bag in each line. Adds up in float32 (float64 for float64 rows). Without weights, which have the shape
-    of the slots, they are 1.
+    A slot is the index of a row. Bag b holds the slots from `starts_B[b]` up to the next start; with `starts_B` None
+    the slots are [B, S / B], one bag per line. Accumulates in float32 (float64 for float64 rows). `weights` has the
+    shape of the slots; None means 1.
     """
     dtype = torch.float64 if rows_N.dtype == torch.float64 else torch.float32
     shape = (slots_S.shape[0] if starts_B is None else starts_B.shape[0], *rows_N.shape[1:])

@@ -1,1 +1,1 @@
-"""Weights files: reading and writing safetensors, and inspecting a file before anything is allocated."""
+"""Weights files: reads and writes safetensors, and inspects a file before it allocates memory for tensors."""

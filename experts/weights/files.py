@@ -1,4 +1,4 @@
-"""Tensors at rest: safetensors files, and nothing else, are read and written here."""
+"""Reads and writes tensors as safetensors files, the only supported format."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Description = tuple[tuple[int, ...], str]
 def save_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors, with text metadata, as one safetensors file; a reader never sees half a file."""
+    """Write tensors and text metadata to a safetensors file, atomically."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -39,7 +39,7 @@ def save_tensors(
 
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read every tensor, and the text metadata, of a safetensors file.
+    """Read all tensors and the text metadata of a safetensors file.
 
     Raises NotFound for a missing file and DataLoss for one that is truncated or not safetensors.
     """
@@ -71,9 +71,9 @@ def save_module(path: str | os.PathLike[str], module: nn.Module) -> None:
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Put tensors into a module: exactly its keys, shapes and dtypes.
+    """Load tensors into a module, which must match its keys, shapes and dtypes exactly.
 
-    Raises SpecMismatch that names the first three differences.
+    Raises SpecMismatch naming the first three differences.
     """
     check_fit(
         {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()},
@@ -84,20 +84,20 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> 
 
 
 def check_fit(
-    given: Mapping[str, tuple[tuple[int, ...], object]],
-    wanted: Mapping[str, tuple[tuple[int, ...], object]],
+    actual: Mapping[str, tuple[tuple[int, ...], object]],
+    expected: Mapping[str, tuple[tuple[int, ...], object]],
     source: str,
     owner: str = "expert",
 ) -> None:
-    """Compare shapes and dtypes of tensors with those that a module, the `owner`, has.
+    """Compare shapes and dtypes of tensors with those expected by the `owner`, an expert or a gate.
 
-    Raises SpecMismatch that names the first three differences.
+    Raises SpecMismatch naming the first three differences.
     """
-    problems = [f"missing {name!r}" for name in wanted if name not in given]
-    problems += [f"unexpected {name!r}" for name in given if name not in wanted]
-    for name in wanted.keys() & given.keys():
-        if given[name] != wanted[name]:
-            (shape, dtype), (want_shape, want_dtype) = given[name], wanted[name]
+    problems = [f"missing {name!r}" for name in expected if name not in actual]
+    problems += [f"unexpected {name!r}" for name in actual if name not in expected]
+    for name in expected.keys() & actual.keys():
+        if actual[name] != expected[name]:
+            (shape, dtype), (want_shape, want_dtype) = actual[name], expected[name]
             problems.append(f"{name!r} is {list(shape)} {dtype}, but the {owner} has {list(want_shape)} {want_dtype}")
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
@@ -105,7 +105,7 @@ def check_fit(
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a module's state by name; other things that a module keeps in its state are left out."""
+    """The tensors of a module's state by name, without other kinds of state."""
     return {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
 
 
@@ -115,17 +115,17 @@ def described(tensors: Mapping[str, Tensor]) -> dict[str, Description]:
 
 
 def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The sha256 of each tensor's bytes, as hexadecimal text."""
+    """The sha256 of each tensor's bytes, in hexadecimal."""
     return {name: hashlib.sha256(byte_view(tensor)).hexdigest() for name, tensor in tensors.items()}
 
 
 def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
-    """The sha256 over names, dtypes, shapes and bytes of tensors, in the order of their names."""
+    """The sha256 over names, dtypes, shapes and bytes of tensors, sorted by name."""
     return joined_digest(described(tensors), tensor_digests(tensors))
 
 
 def joined_digest(descriptions: Mapping[str, Description], digests: Mapping[str, str]) -> str:
-    """The `tensor_digest` of tensors whose bytes have been hashed already: a sha256 over what is known of each."""
+    """The `tensor_digest` of tensors from their descriptions and the digests of their bytes."""
     digest = hashlib.sha256()
     for name in sorted(descriptions):
         shape, dtype = descriptions[name]

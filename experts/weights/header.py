@@ -1,7 +1,7 @@
-"""The header of a safetensors file, read under limits: a hostile one is refused before anything large is allocated.
+"""The header of a safetensors file, read with limits, so that a hostile file cannot cause large allocations.
 
-The library's own reader takes headers of 100 MB. Parsed JSON takes up to 45 times the memory of its text, so the
-limit on the length of a header is what bounds the memory that one costs.
+The library's own reader accepts headers of 100 MB. Parsed JSON takes up to 45 times the memory of its text; the limit
+on the length of a header bounds that memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
 }  # fmt: skip
-"""The torch dtype of each dtype that a file may name."""
+"""The torch dtypes of the supported safetensors dtypes."""
 
 METADATA = "__metadata__"
 LONGEST_NAME = 512
@@ -33,7 +33,7 @@ ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: its name, what it is, and where its bytes lie, in bytes from the start of the file."""
+    """One tensor of a file: its name, dtype, shape, and its range of bytes from the start of the file."""
 
     name: str
     dtype: torch.dtype
@@ -43,11 +43,11 @@ class Entry:
 
 
 def read_header(file: BinaryIO, nbytes: int, *, max_bytes: int, max_tensors: int) -> tuple[Entry, ...]:
-    """The tensors of a file of `nbytes` bytes, in the order in which their bytes lie.
+    """The tensors of a file of `nbytes` bytes, in the order of their bytes.
 
-    They are known to fill the file behind the header without gap or overlap, each with as many bytes as its shape
-    needs. Raises DataLoss for a file that is truncated or malformed, TooLarge for a header above a limit, SpecMismatch
-    for a dtype that no expert here can have.
+    They fill the file after the header without gap or overlap, each with the number of bytes of its shape and dtype.
+    Raises DataLoss for a file that is truncated or malformed, TooLarge for a header above a limit, SpecMismatch for an
+    unsupported dtype.
     """
     length = int.from_bytes(file.read(8), "little")
     if nbytes < 8 or length > nbytes - 8:
@@ -72,12 +72,12 @@ def read_header(file: BinaryIO, nbytes: int, *, max_bytes: int, max_tensors: int
 
 
 def short(name: str) -> str:
-    """A name from a file as it may stand in a message: quoted, escaped and of bounded length."""
+    """Format a name from a file for a message: quoted, escaped and of bounded length."""
     return repr(name if len(name) <= 80 else f"{name[:77]}...")
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:
-    """What a header says of each tensor, by name; metadata is checked and left out."""
+    """The header's entries of tensors by name; metadata is checked and dropped."""
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
@@ -112,7 +112,7 @@ def _entry(name: str, described: object, base: int) -> Entry:
 
 
 def _placed(entries: list[Entry], start: int, nbytes: int) -> tuple[Entry, ...]:
-    """Entries in the order of their bytes, which must fill the file."""
+    """Sort entries by the position of their bytes, which must fill the file."""
     entries.sort(key=lambda entry: (entry.start, entry.stop))
     for entry in entries:
         if entry.start != start:
@@ -131,7 +131,7 @@ def _sizes(value: object) -> bool:
 
 
 def _is_text(name: str) -> bool:
-    return not any("\ud800" <= sign <= "\udfff" for sign in name)  # halves of a pair, which JSON lets through
+    return not any("\ud800" <= sign <= "\udfff" for sign in name)  # lone surrogates, which JSON allows
 
 
 def _malformed(problem: str) -> DataLoss:

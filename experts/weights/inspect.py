@@ -1,4 +1,4 @@
-"""A weights file as it arrives, of which nothing is believed: size, header, fit, checksum, and every number in it."""
+"""Inspection of an untrusted weights file: size, header, fit, checksum, and every number in it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .files import Description, check_fit, described, joined_digest, torch_name
 from .header import Entry, read_header, short
 
 CHUNK = 2**20
-"""Bytes that are looked at together; what a look allocates is a small multiple of it."""
+"""Bytes inspected at a time; inspection allocates a small multiple of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArtefactLimits:
-    """What a weights file may be at most: `max_bytes` and `max_header_bytes` in bytes, `max_tensors` by count.
+    """The limits of a weights file: its size, the size of its header, and its number of tensors.
 
-    A header has 100 to 150 bytes for a tensor, so `max_tensors` of them fit into `max_header_bytes`.
+    A header has 100 to 150 bytes per tensor, so `max_tensors` of them fit into `max_header_bytes`.
     """
 
     max_bytes: int = 8 * 2**30
@@ -39,7 +39,7 @@ LIMITS = ArtefactLimits()
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What was found in tensors by looking at all of them.
+    """The result of an inspection of tensors.
 
     `norms` is the L2 norm of each floating tensor, computed in float64; `digests` the sha256 of each tensor's bytes.
     """
@@ -61,7 +61,7 @@ class Contents:
 
 @dataclass(frozen=True, kw_only=True)
 class Artefact(Contents):
-    """A weights file that passed inspection: its size in bytes, its sha256, and what is in it."""
+    """A weights file that passed inspection: its size in bytes, its sha256 and its contents."""
 
     path: Path
     sha256: str
@@ -76,12 +76,12 @@ def inspect_artefact(
     wanted: Mapping[str, Description] | None = None,
     owner: str = "expert",
 ) -> Artefact:
-    """Inspect a safetensors file in one pass, in little memory whatever its size.
+    """Inspect a safetensors file in one pass, in bounded memory.
 
-    `sha256` is what the sender computed; `wanted` the tensors that it must have, of its `owner`.
+    `sha256` is the sender's; `wanted` describes the tensors that its `owner` requires.
 
-    Raises NotFound; TooLarge for a size above a limit; DataLoss for a file that is truncated, malformed or not the one
-    that was sent; SpecMismatch naming the first three tensors that do not fit; FailedPrecondition for NaN, infinity or
+    Raises NotFound; TooLarge for a size above a limit; DataLoss for a file that is truncated, malformed or differs from
+    the one sent; SpecMismatch naming the first three tensors that do not fit; FailedPrecondition for NaN, infinity or
     all zeros.
     """
     name = Path(path).name
@@ -100,10 +100,10 @@ def inspect_artefact(
                 check_described(tensors, wanted, owner)
             header = file.tell()
             file.seek(0)
-            whole, looks = _pass(file, entries, header)
+            whole, inspections = _pass(file, entries, header)
         if sha256 is not None and whole != sha256.lower():
             raise DataLoss(f"its sha256 is {whole[:12]}..., but the sender's is {short(sha256[:12])}...: send it again")
-        norms, digests = _judged(looks)
+        norms, digests = _judged(inspections)
     except OSError as error:
         raise DataLoss(f"the weights file {name!r} cannot be read: {error.strerror or type(error).__name__}") from None
     except (DataLoss, SpecMismatch, TooLarge, FailedPrecondition) as error:
@@ -112,15 +112,15 @@ def inspect_artefact(
 
 
 def survey(tensors: Mapping[str, Tensor]) -> Contents:
-    """Look at tensors in memory as `inspect_artefact` looks at those in a file.
+    """Inspect tensors in memory, as `inspect_artefact` does in a file.
 
     Raises FailedPrecondition for NaN, infinity or all zeros.
     """
-    looks = {name: _Look(name, tensor.dtype) for name, tensor in tensors.items()}
+    inspections = {name: _Inspection(name, tensor.dtype) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         for part in _parts(tensor):
-            looks[name].take(part)
-    norms, digests = _judged(looks.values())
+            inspections[name].take(part)
+    norms, digests = _judged(inspections.values())
     return Contents(tensors=described(tensors), norms=norms, digests=digests)
 
 
@@ -131,32 +131,32 @@ def norms_of(tensors: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def check_described(given: Mapping[str, Description], wanted: Mapping[str, Description], owner: str = "expert") -> None:
-    """Compare tensors with those of the `owner` that is to take them. Raises SpecMismatch naming the first three."""
+    """Compare tensors with those that their `owner` requires. Raises SpecMismatch naming the first three."""
     try:
         check_fit(given, wanted, "it", owner)
     except SpecMismatch as error:
         raise SpecMismatch(f"{error.message}; write exactly the tensors of the {owner} it replaces") from None
 
 
-def _pass(file: BinaryIO, entries: Iterable[Entry], header: int) -> tuple[str, list[_Look]]:
-    """Read the file once; its sha256, and what was found in each tensor."""
-    whole, looks = hashlib.sha256(), []
+def _pass(file: BinaryIO, entries: Iterable[Entry], header: int) -> tuple[str, list[_Inspection]]:
+    """Read the file once; returns its sha256, and an inspection of each tensor."""
+    whole, inspections = hashlib.sha256(), []
     buffer = bytearray(CHUNK)
     for part in _chunks(file, header, buffer):
         whole.update(part)
     for entry in entries:
-        look = _Look(entry.name, entry.dtype)
+        inspection = _Inspection(entry.name, entry.dtype)
         for part in _chunks(file, entry.stop - entry.start, buffer):
             whole.update(part)
-            look.take(torch.frombuffer(part, dtype=entry.dtype))
-        looks.append(look)
+            inspection.take(torch.frombuffer(part, dtype=entry.dtype))
+        inspections.append(inspection)
     if file.read(1):
         raise DataLoss("it grew while it was read: send it again")
-    return whole.hexdigest(), looks
+    return whole.hexdigest(), inspections
 
 
 def _chunks(file: BinaryIO, nbytes: int, buffer: bytearray) -> Iterator[memoryview]:
-    """The next `nbytes` bytes of a file; each chunk is valid until the next one is asked for."""
+    """Yield the next `nbytes` bytes of a file; each chunk is valid only until the next one."""
     while nbytes:
         part = memoryview(buffer)[: min(nbytes, len(buffer))]
         if file.readinto(part) != len(part):  # type: ignore[attr-defined]
@@ -165,8 +165,8 @@ def _chunks(file: BinaryIO, nbytes: int, buffer: bytearray) -> Iterator[memoryvi
         nbytes -= len(part)
 
 
-class _Look:
-    """What is found in one tensor while its numbers go by."""
+class _Inspection:
+    """The running inspection of one tensor."""
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         self.name = name
@@ -176,7 +176,7 @@ class _Look:
         self.sha256 = hashlib.sha256()
 
     def take(self, part: Tensor) -> None:
-        """Look at the next numbers, in a flat tensor."""
+        """Inspect the next numbers of the tensor, as a flat tensor."""
         self.seen = True
         data = byte_view(part)
         self.sha256.update(data)
@@ -193,20 +193,20 @@ class _Look:
         self.nonzero = self.nonzero or norm > 0 or bool(_wide(part).any())
 
 
-def _judged(looks: Iterable[_Look]) -> tuple[dict[str, float], dict[str, str]]:
-    """Norms and digests of tensors. Raises FailedPrecondition where there are floating numbers, and all are zero."""
-    looks = list(looks)
-    floating = [look for look in looks if look.floating]
-    if any(look.seen for look in floating) and not any(look.nonzero for look in floating):
+def _judged(inspections: Iterable[_Inspection]) -> tuple[dict[str, float], dict[str, str]]:
+    """Norms and digests of tensors. Raises FailedPrecondition if there are floating numbers, and all are zero."""
+    inspections = list(inspections)
+    floating = [inspection for inspection in inspections if inspection.floating]
+    if any(inspection.seen for inspection in floating) and not any(inspection.nonzero for inspection in floating):
         raise FailedPrecondition(
             "all its floating-point values are zero: the weights were never filled in; export the trained weights"
         )
-    norms = {look.name: look.norm for look in floating}
-    return norms, {look.name: look.sha256.hexdigest() for look in looks}
+    norms = {inspection.name: inspection.norm for inspection in floating}
+    return norms, {inspection.name: inspection.sha256.hexdigest() for inspection in inspections}
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The numbers of a tensor in their order, flat and on the CPU, a chunk at a time."""
+    """The numbers of a tensor in order, as flat chunks on the CPU."""
     flat = tensor.detach().contiguous().reshape(-1)
     if flat.numel():
         for part in torch.split(flat, CHUNK // flat.element_size()):
