@@ -102,7 +102,7 @@ def set_declared(db: Database, digests: Mapping[str, str]) -> None:
         db.execute("INSERT OR REPLACE INTO declared VALUES (?, ?)", (id, digest))
 
 
-def check_expected(expect: Mapping[str, str | None], found: Mapping[str, str]) -> None:
+def check_expected(expect: Mapping[str, str | None], versions: Mapping[str, str]) -> None:
     """Compare what a writer expects with what there is. Raises Aborted that names the first difference."""
     for id, version in sorted(expect.items()):
         if versions.get(id) != version:
