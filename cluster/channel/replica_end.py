@@ -47,12 +47,12 @@ log = logging.getLogger(__name__)
 
 
 class _Peer:
-    """A connection; `known` once its router has proved the secret."""
+    """A connection; `authenticated` once its router has proved the secret."""
 
     def __init__(self, connection: socket.socket, now: float) -> None:
         self.framed = FramedSocket(tuned(connection), STRANGER_BYTES)
         self.nonce = secrets.token_hex(NONCE_BYTES)
-        self.known = False
+        self.authenticated = False
         self.since = now
         self.waiting: deque[tuple[ExpertCall, float]] = deque()
 
@@ -130,8 +130,10 @@ class ChannelServer:
         now = time.monotonic()
         for peer in list(self._peers):
             stalled = peer.framed.unsent and now - peer.since > STALL_SECONDS
-            if stalled or (not peer.known and now - peer.since > STRANGER_SECONDS):
-                self._drop(peer, "stalled" if peer.known else "stranger", "it did not read or authenticate in time")
+            if not peer.authenticated and (stalled or now - peer.since > STRANGER_SECONDS):
+                self._drop(peer, "stranger", "it did not authenticate in time")
+            elif stalled:
+                self._drop(peer, "stalled", "it did not read its replies in time")
 
     def _accept(self, mask: int) -> None:
         while self._listener is not None:
@@ -139,7 +141,7 @@ class ChannelServer:
                 connection, _ = self._listener.accept()
             except OSError:  # the backlog is empty, or the peer disconnected
                 return
-            strangers = [peer for peer in self._peers if not peer.known]
+            strangers = [peer for peer in self._peers if not peer.authenticated]
             if len(strangers) >= STRANGERS:
                 self._drop(strangers[0], "stranger", "too many connections are not authenticated yet")
             peer = _Peer(connection, time.monotonic())
@@ -165,7 +167,7 @@ class ChannelServer:
             self._drop(peer, "closed", str(error))
 
     def _take(self, peer: _Peer, frame: Frame) -> None:
-        if not peer.known:
+        if not peer.authenticated:
             self._prove(peer, frame)
         elif frame.kind == "call":
             call = decode_call(frame)
@@ -186,7 +188,7 @@ class ChannelServer:
         expected = proof(self._secret, ROUTER, self._host.incarnation, nonces)
         if not hmac.compare_digest(received.encode(), expected.encode()):
             raise Unauthenticated("it does not know the secret of this cluster")
-        peer.known = True
+        peer.authenticated = True
         peer.framed.limit = MAX_MESSAGE_BYTES
         own = proof(self._secret, REPLICA, self._host.incarnation, nonces)
         self._send(peer, message("welcome", proof=own, credits=str(CREDITS)))

@@ -95,9 +95,11 @@ def check_weights(expert: Expert, function: RowFunction, name: str) -> None:
     """
     if function.module is None or expert.weights is None:
         return
-    given = {key: (shape, DTYPES.get(dtype, dtype)) for key, (shape, dtype) in describe_tensors(expert.weights).items()}
-    wanted = {key: (tuple(value.shape), value.dtype) for key, value in function.module.state_dict().items()}
-    check_fit(given, wanted, f"{name}: weights {str(expert.weights)!r}")
+    actual = {
+        key: (shape, DTYPES.get(dtype, dtype)) for key, (shape, dtype) in describe_tensors(expert.weights).items()
+    }
+    expected = {key: (tuple(value.shape), value.dtype) for key, value in function.module.state_dict().items()}
+    check_fit(actual, expected, f"{name}: weights {str(expert.weights)!r}")
 
 
 def _input_spec(function: RowFunction) -> TensorSpec:
