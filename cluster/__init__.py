@@ -1,1 +1,1 @@
-"""Processes, durable state and the front door."""
+"""Processes, durable state, and what clients and operators talk to."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...experts.errors import InvalidRequest
 from ...experts.wire import ITEM_SIZES, WireTensor, bfloat16_to_float32
-from .half_precision import NARROW, check_rows, overflow, to_bfloat16, to_float16
+from .half_precision import HALF_DTYPES, check_rows, overflow, to_bfloat16, to_float16
 
 
 @dataclass(frozen=True)
@@ -48,24 +48,26 @@ class ArrayKind:
 
     def _torch(self, torch: ModuleType, tensor: WireTensor) -> Any:
         dtype = getattr(torch, tensor.dtype)
-        target = torch.float32 if self.widen and tensor.dtype in NARROW else dtype
+        target = torch.float32 if self.widen and tensor.dtype in HALF_DTYPES else dtype
         if tensor.nbytes == 0:
             return torch.empty(tensor.shape, dtype=target, device=self.device)
         owned = torch.from_numpy(np.frombuffer(tensor.data, np.uint8).copy())
         return owned.view(dtype).reshape(tensor.shape).to(self.device).to(target)
 
 
-def to_wire(value: Any, *, name: str, raw: bool = False, narrow: str | None = None) -> tuple[WireTensor, ArrayKind]:
+def to_wire(value: Any, *, name: str, raw: bool = False, half: str | None = None) -> tuple[WireTensor, ArrayKind]:
     """Convert an array, a torch tensor, or anything that numpy converts to an array; also returns the type for outputs.
 
-    `raw` sends uint16 arrays as bfloat16 bits. `narrow` converts float32 to "float16" or "bfloat16". Raises
+    `raw` sends uint16 arrays as bfloat16 bits. `half` converts float32 to "float16" or "bfloat16". Raises
     InvalidRequest, with `name`, for unsupported values.
     """
     torch = sys.modules.get("torch")
     tensor_class = getattr(torch, "Tensor", None)
     if torch is not None and tensor_class is not None and isinstance(value, tensor_class):
-        tensor = _from_torch(torch, value, name, narrow)
-        return tensor, ArrayKind(torch, value.device, widen=value.dtype == torch.float32 and tensor.dtype in NARROW)
+        tensor = _from_torch(torch, value, name, half)
+        return tensor, ArrayKind(
+            torch, value.device, widen=value.dtype == torch.float32 and tensor.dtype in HALF_DTYPES
+        )
     try:
         array = np.asarray(value)
     except (ValueError, TypeError) as error:
@@ -73,23 +75,23 @@ def to_wire(value: Any, *, name: str, raw: bool = False, narrow: str | None = No
     bits = raw and array.dtype == np.uint16
     if not bits and array.dtype.name not in ITEM_SIZES:
         raise InvalidRequest(_refusal(name, array.dtype.name))
-    if narrow and check_rows(name, "bfloat16" if bits else array.dtype.name, narrow):
-        shrink = to_bfloat16 if narrow == "bfloat16" else to_float16
-        return WireTensor.from_numpy(shrink(array, name), narrow), ArrayKind(raw=raw, widen=True)
+    if half and check_rows(name, "bfloat16" if bits else array.dtype.name, half):
+        shrink = to_bfloat16 if half == "bfloat16" else to_float16
+        return WireTensor.from_numpy(shrink(array, name), half), ArrayKind(raw=raw, widen=True)
     return WireTensor.from_numpy(array, "bfloat16" if bits else None), ArrayKind(raw=raw)
 
 
-def _from_torch(torch: ModuleType, tensor: Any, name: str, narrow: str | None) -> WireTensor:
+def _from_torch(torch: ModuleType, tensor: Any, name: str, half: str | None) -> WireTensor:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in ITEM_SIZES:
         raise InvalidRequest(_refusal(name, dtype))
     if tensor.layout != torch.strided or tensor.is_meta:
         raise InvalidRequest(f"{name} must be a dense tensor with data, not {tensor.layout} on {tensor.device}")
-    if narrow and check_rows(name, dtype, narrow):
-        wide, dtype = tensor.detach(), narrow
-        tensor = wide.to(getattr(torch, narrow))
+    if half and check_rows(name, dtype, half):
+        wide, dtype = tensor.detach(), half
+        tensor = wide.to(getattr(torch, half))
         if bool((tensor.isinf() & wide.isfinite()).any()):
-            raise overflow(name, narrow)
+            raise overflow(name, half)
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return WireTensor(dtype, tuple(tensor.shape), memoryview(flat.view(torch.uint8).numpy()))
 

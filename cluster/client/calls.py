@@ -135,11 +135,9 @@ class Calls:
         for an epoch that is no longer retained), Unauthenticated or PermissionDenied. Calls that fail with Unavailable
         have already been retried, within their timeout and the client's retry budget.
         """
-        narrow = half_dtype(self.payload_dtype if payload_dtype is None else payload_dtype)
+        half = half_dtype(self.payload_dtype if payload_dtype is None else payload_dtype)
         rows, routing = {"x": x, "gate_input": gate_input}, {"top_k_index": top_k_index, "top_k_weights": top_k_weights}
-        described = {
-            k: to_wire(value, name=k, raw=raw, narrow=narrow) for k, value in rows.items() if value is not None
-        }
+        described = {k: to_wire(value, name=k, raw=raw, half=half) for k, value in rows.items() if value is not None}
         described |= {k: to_wire(value, name=k, raw=raw) for k, value in routing.items() if value is not None}
         if "x" not in described:
             raise InvalidRequest("x must be an array of rows, not None")

@@ -17,7 +17,7 @@ from .half_precision import AS_IT_IS, check_payload_dtype
 
 
 def half_dtype(payload_dtype: object) -> str | None:
-    """The narrow dtype for float32 rows, None for float32 itself. Raises InvalidRequest for an unknown dtype."""
+    """The half-precision dtype for float32 rows, None for float32 itself. Raises InvalidRequest for an unknown one."""
     check_payload_dtype(payload_dtype)
     return payload_dtype if isinstance(payload_dtype, str) and payload_dtype != AS_IT_IS else None
 

@@ -36,7 +36,9 @@ def _one_of(*names: str) -> Any:
 
 def _seconds(time: object) -> object:
     """A YAML time or date, or ISO text, as seconds since 1970; a time without a zone is UTC."""
-    if isinstance(time, (date, str)):
+    if isinstance(time, str):
+        time = datetime.fromisoformat(time.replace("Z", "+00:00"))
+    if isinstance(time, date):
         moment = _TIME.validate_python(time)
         return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
     return time

@@ -68,6 +68,6 @@ def _message(name: str, refused: ErrorDetails, description: str | None = None) -
 @cache
 def _field(kind: type, name: str) -> tuple[TypeAdapter[Any], str | None]:
     hint = get_type_hints(kind, include_extras=True)[name]
-    extras = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, FieldInfo)]
+    infos = [info for info in getattr(hint, "__metadata__", ()) if isinstance(info, FieldInfo)]
     config = ConfigDict(strict=True, arbitrary_types_allowed=True)
-    return TypeAdapter(hint, config=config), extras[0].description if extras else None
+    return TypeAdapter(hint, config=config), infos[0].description if infos else None

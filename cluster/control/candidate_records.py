@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,6 +19,7 @@ from ...experts.spec import Expert, TensorSpec
 from ...experts.weights.files import tensor_digest, tensors_of
 from ...router.gates import Gate
 from ...router.mixture.layer import Layer
+from ..machine.durable_files import hash_file
 from ..state.records import VersionRecord
 from ..state.version_folders import VersionStore
 from .messages import Candidate
@@ -50,7 +50,7 @@ def declared_digest(expert: Expert) -> str:
     if expert.live is not None:
         tensors = tensors_of(expert.live) if isinstance(expert.live, nn.Module) else {}
         return sha256("live", *parts, code_digest(expert.live), tensor_digest(tensors))
-    weights = "" if expert.weights is None else file_sha256(Path(expert.weights))
+    weights = "" if expert.weights is None else hash_file(Path(expert.weights))[0]
     return sha256(str(expert.factory), _factory_code(expert), str(expert.framework), weights, *parts)
 
 
@@ -64,12 +64,6 @@ def _factory_code(expert: Expert) -> str:
 def declared_gate_digest(gate: Gate) -> str:
     """The same for a gate."""
     return gate_digest(gate.name, gate, gate.state_dict())
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file as hexadecimal text."""
-    with path.open("rb") as file:
-        return _sha256_of(file)
 
 
 def from_record(record: VersionRecord, store: VersionStore, live: Mapping[tuple[str, str], Candidate]) -> Candidate:
@@ -139,10 +133,3 @@ def _spec(spec: TensorSpec) -> list[Any]:
 
 def _spec_of(pair: list[Any]) -> TensorSpec:
     return TensorSpec(None if pair[0] is None else tuple(pair[0]), pair[1])
-
-
-def _sha256_of(file: Any) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()

@@ -34,6 +34,7 @@ TURN_SECONDS = 0.5
 DRAIN_SECONDS = 0.02
 PROBE_TIMEOUT = 2.0
 ROUTER_TIMEOUT = 5.0
+WRITER_SECONDS = 1.0
 LEASE_SECONDS = 30.0
 
 
@@ -83,7 +84,7 @@ class Controller:
             if self._declared < self.desired.revision:
                 request = await asyncio.to_thread(self.transactions.declared_swap, timeout, self.desired.redeclare)
                 if request is not None:
-                    await self.swap(request)
+                    await self.swap(request)  # to its end: another declaration would bring the same once more
                 self._declared = self.desired.revision
             await self._until(self._at_rest, deadline)
         return dict(self.reconciler.epochs[self.reconciler.current])
@@ -263,7 +264,10 @@ class Controller:
 
     async def _sync(self) -> None:
         async with self._syncing:
-            await asyncio.to_thread(self.transactions.check_writer)
+            with suppress(
+                asyncio.TimeoutError, TimeoutError
+            ):  # a slow disk says nothing, and must not hold up the router
+                await asyncio.wait_for(asyncio.to_thread(self.transactions.check_writer), WRITER_SECONDS)
             update = RouterUpdate(
                 replicas=self._health.replicas(),
                 epochs=self.reconciler.known_to_routers(),

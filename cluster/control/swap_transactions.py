@@ -53,6 +53,7 @@ class SwapTransactions:
         self._receipts: dict[str, dict[str, Receipt]] = {}
         self._written: dict[str, list[VersionRecord]] = {}
         self._rehearsed: set[str] = set()
+        self._declarations: dict[str, dict[str, str]] = {}
         self._answers: dict[str, asyncio.Future[SwapResult]] = {}
         self.kept: dict[str, str] = {}
         for swap in registry.open_swaps():  # of a controller that died: what was not committed is discarded
@@ -142,6 +143,8 @@ class SwapTransactions:
         plan = {id: {"note": candidate.note, "version": candidate.version} for id, candidate in candidates.items()}
         self.registry.begin_swap(request.swap_id, plan)
         self._requests[request.swap_id], self._candidates[request.swap_id] = request, candidates
+        if request.declares:
+            self._declarations[request.swap_id] = dict(self.builder.digests)
         self._receipts[request.swap_id] = {}
 
     def candidate(self, swap_id: str, id: str) -> Candidate | None:
@@ -178,8 +181,9 @@ class SwapTransactions:
         changes: dict[str, str | None] = dict(versions)
         declared: dict[str, str] = {}
         if request.declares:
-            changes |= {id: None for id in self.current() if id not in self.builder.declared}
-            declared = {id: self.builder.digests[id] for id in request.changes}
+            digests = self._declarations[swap_id]  # as prepared: the owner may have declared something else since
+            changes |= {id: None for id in self.current() if id not in digests}
+            declared = {id: digests[id] for id in request.changes}
         epoch = self.registry.commit(swap_id, changes, expect=request.expect, declared=declared)
         return epoch.number, epoch.versions
 
@@ -218,6 +222,7 @@ class SwapTransactions:
         answer, request = self._answers.pop(swap_id, None), self._requests.pop(swap_id, None)
         candidates, receipts = self._candidates.pop(swap_id, {}), self._receipts.pop(swap_id, {})
         self._written.pop(swap_id, None)
+        self._declarations.pop(swap_id, None)
         result = self._result(swap_id, request, candidates, receipts, epoch)
         rehearsed = swap_id in self._rehearsed
         self._rehearsed.discard(swap_id)

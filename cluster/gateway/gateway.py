@@ -44,14 +44,14 @@ class GatewaySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CallInfo:
-    """The metadata of a call. `timeout` is the seconds until its deadline, None without a deadline.
+    """The metadata of a call. `deadline` is in monotonic seconds, None without a deadline.
 
     `client` identifies the caller, so that the router can serve callers fairly.
     """
 
     request_id: str
     token: str | None = field(repr=False)
-    timeout: float | None = None
+    deadline: float | None = None
     client: str = ""
 
 
@@ -80,11 +80,13 @@ class Gateway:
         status: Callable[[], Awaitable[dict[str, Any]]],
         more: Mapping[str, FrameHandler] | None = None,
         run: Run = _here,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings = settings
         self.streams = StreamedCalls(settings.streams, settings.max_message_bytes)
         self._router = router
         self._run = run
+        self._clock = clock
         self._tokens = tokens
         self._status = status
         self._draining = False
@@ -188,7 +190,7 @@ class Gateway:
             raise Unavailable("this cluster is draining and accepts no new requests")
 
     def _seconds(self, call: CallInfo) -> float:
-        return self.settings.default_timeout if call.timeout is None else max(0.0, call.timeout)
+        return self.settings.default_timeout if call.deadline is None else max(0.0, call.deadline - self._clock())
 
     async def _forward(self, frame: Frame, call: CallInfo, timeout: float) -> list[Buffer]:
         forward = forward_request(frame, call.request_id, timeout, call.client)

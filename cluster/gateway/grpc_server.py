@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
@@ -94,11 +95,11 @@ class GrpcServer:
 
 def _call_info(context: grpc.aio.ServicerContext) -> CallInfo:
     scheme, _, token = _metadata(context, "authorization").partition(" ")
-    request_id = _metadata(context, REQUEST_ID_KEY)
+    request_id, seconds = _metadata(context, REQUEST_ID_KEY), context.time_remaining()
     return CallInfo(
         request_id=request_id if is_request_id(request_id) else new_request_id(),
         token=token if scheme.lower() == "bearer" else None,
-        timeout=context.time_remaining(),
+        deadline=None if seconds is None else time.monotonic() + seconds,
         client=context.peer(),
     )
 

@@ -238,7 +238,7 @@ class Registry:
     def _check_term(self, db: sqlite3.Connection) -> None:
         term = registry_schema.meta(db, "term")
         if term != self.term:
-            raise Fenced(f"another controller has taken the registry over (term {term}, ours is {self.term})")
+            raise Fenced(f"another controller has taken over the registry (term {term}; this one has {self.term})")
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -103,3 +103,12 @@ def test_names_of_versions() -> None:
 def test_arguments_without_a_stable_text_are_refused_as_the_operators_mistake() -> None:
     with pytest.raises(ConfigError, match="cannot be part of a version's digest"):
         expert_digest(Expert("helpers.samples:Affine", args=(object(),)), torch.sin, tensor_digest({}))
+
+
+def test_a_gate_that_computes_something_else_raises_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = gates.TopK(4, 3, 2)
+    before = gate_digest(gate.name, gate, gate.state_dict())
+    monkeypatch.setattr(gates.TopK, "scores", lambda self, x: x)  # its code alone is not part of its version
+    assert gate_digest(gate.name, gate, gate.state_dict()) == before
+    monkeypatch.setattr(gates.TopK, "revision", 2)
+    assert gate_digest(gate.name, gate, gate.state_dict()) != before

@@ -150,11 +150,9 @@ class ForgetsDeclarations(Transactions):
     """Notes only later what a declaration has brought, so that a controller may die between the two."""
 
     def commit(self, swap_id: str, versions: Mapping[str, str]) -> tuple[int, Mapping[str, str]]:
-        digests, self.builder.digests = self.builder.digests, dict.fromkeys(self.builder.digests, "")
-        try:
-            return super().commit(swap_id, versions)
-        finally:
-            self.builder.digests = digests
+        if swap_id in self._declarations:
+            self._declarations[swap_id] = dict.fromkeys(self._declarations[swap_id], "")
+        return super().commit(swap_id, versions)
 
 
 class Backwards(Epochs):

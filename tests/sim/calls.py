@@ -1,4 +1,4 @@
-"""A request as `router/forward.py` and `router/fanout.py` carry it out: pin, gate, fan out, retry, combine, answer."""
+"""A request as `router/request` and `router/fanout` carry it out: pin, gate, fan out, retry, combine, answer."""
 
 from __future__ import annotations
 

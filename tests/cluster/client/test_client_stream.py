@@ -131,11 +131,11 @@ def test_limits_of_this_end_and_of_the_other_name_the_setting(kind: type) -> Non
                 await client("forward", "l", x, stream=True)
             with pytest.raises(TooLarge, match=r"the reply has .* max_request_bytes of this cluster is 4194304"):
                 await client("forward", "l", x[:512], stream=True)
-            narrow = client_of(kind, front, max_request_bytes=2 * MIB)
+            half = client_of(kind, front, max_request_bytes=2 * MIB)
             with pytest.raises(TooLarge, match=r"the reply has .* max_request_bytes of this client is 2097152"):
-                await narrow("forward", "l", x[:256], stream=True)
+                await half("forward", "l", x[:256], stream=True)
             await client("close")
-            await narrow("close")
+            await half("close")
             await until(lambda: not len(front.gateway.streams))
 
     run_async(main())

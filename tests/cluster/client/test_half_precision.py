@@ -72,25 +72,25 @@ def test_what_is_given_is_not_changed_and_there_and_back_is_within_the_bound() -
 TOO_LARGE = {"float16": (65520.0, -65520.0, 1e30), "bfloat16": (3.3961776e38, -3.4028235e38)}
 
 
-@pytest.mark.parametrize(("narrow", "value"), [(name, value) for name in TOO_LARGE for value in TOO_LARGE[name]])
-def test_a_finite_value_never_becomes_infinite_in_silence(narrow: str, value: float) -> None:
+@pytest.mark.parametrize(("half", "value"), [(name, value) for name in TOO_LARGE for value in TOO_LARGE[name]])
+def test_a_finite_value_never_becomes_infinite_in_silence(half: str, value: float) -> None:
     values = np.array([[1.0, np.inf], [value, np.nan]], np.float32)
     for rows in (values, torch.from_numpy(values)):
-        with pytest.raises(InvalidRequest, match=f"x holds values beyond .* the largest {narrow}"):
-            to_wire(rows, name="x", narrow=narrow)
-    values[1, 0] = LARGEST[narrow]
-    to_wire(values, name="x", narrow=narrow)
-    to_wire(torch.from_numpy(values), name="x", narrow=narrow)
+        with pytest.raises(InvalidRequest, match=f"x holds values beyond .* the largest {half}"):
+            to_wire(rows, name="x", half=half)
+    values[1, 0] = LARGEST[half]
+    to_wire(values, name="x", half=half)
+    to_wire(torch.from_numpy(values), name="x", half=half)
 
 
-@pytest.mark.parametrize("narrow", ["float16", "bfloat16"])
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
-def test_an_array_goes_narrow_and_its_answer_comes_back_wide(kind: str, narrow: str) -> None:
+def test_an_array_goes_narrow_and_its_answer_comes_back_wide(kind: str, half: str) -> None:
     x: Any = np.random.default_rng(3).standard_normal((4, 3)).astype(np.float32)
-    wanted = torch.from_numpy(x).to(getattr(torch, narrow))
+    wanted = torch.from_numpy(x).to(getattr(torch, half))
     x = torch.from_numpy(x) if kind == "torch" else x
-    tensor, arrays = to_wire(x, name="x", narrow=narrow)
-    assert (tensor.dtype, tensor.nbytes) == (narrow, 24)
+    tensor, arrays = to_wire(x, name="x", half=half)
+    assert (tensor.dtype, tensor.nbytes) == (half, 24)
     assert bytes(tensor.data) == wanted.view(torch.uint8).numpy().tobytes()
     back = arrays.restore(tensor)
     assert back.dtype == x.dtype
@@ -98,23 +98,23 @@ def test_an_array_goes_narrow_and_its_answer_comes_back_wide(kind: str, narrow: 
     back[0] = 1
     integers = arrays.restore(WireTensor.from_numpy(np.arange(4)))  # what is no float stays what it is
     assert str(integers.dtype).endswith("int64")
-    assert arrays.restore(WireTensor(narrow, (0, 3), b"")).dtype == x.dtype
+    assert arrays.restore(WireTensor(half, (0, 3), b"")).dtype == x.dtype
 
 
 @pytest.mark.parametrize("dtype", ["int64", "int8", "uint8", "bool", "float64"])
 def test_rows_that_are_no_float32_are_refused(dtype: str) -> None:
     for rows in (np.ones((2, 2), dtype), torch.ones((2, 2), dtype=getattr(torch, dtype))):
         with pytest.raises(InvalidRequest, match=f'float32 rows, but x is {dtype}: .* payload_dtype="float32"'):
-            to_wire(rows, name="x", narrow="bfloat16")
+            to_wire(rows, name="x", half="bfloat16")
 
 
-@pytest.mark.parametrize("narrow", ["float16", "bfloat16"])
-def test_rows_of_two_bytes_go_as_they_are(narrow: str) -> None:
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+def test_rows_of_two_bytes_go_as_they_are(half: str) -> None:
     for rows in (torch.ones(2, 2).half(), torch.ones(2, 2).bfloat16(), np.ones((2, 2), np.float16)):
-        tensor, arrays = to_wire(rows, name="x", narrow=narrow)
+        tensor, arrays = to_wire(rows, name="x", half=half)
         assert tensor.dtype == str(rows.dtype).removeprefix("torch.")
         assert arrays.restore(tensor).dtype == rows.dtype
-    bits, _ = to_wire(np.ones((2, 2), np.uint16), name="x", raw=True, narrow=narrow)
+    bits, _ = to_wire(np.ones((2, 2), np.uint16), name="x", raw=True, half=half)
     assert bits.dtype == "bfloat16"
 
 
@@ -130,7 +130,7 @@ def test_it_needs_no_torch() -> None:
     code = (
         "import sys; sys.modules['torch'] = None; import numpy as np; "
         "from expertmesh.cluster.client.arrays import to_wire; "
-        "t, kind = to_wire(np.float32([[1.5]]), name='x', narrow='bfloat16'); print(t.dtype, kind.restore(t)[0, 0])"
+        "t, kind = to_wire(np.float32([[1.5]]), name='x', half='bfloat16'); print(t.dtype, kind.restore(t)[0, 0])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert run.stdout.strip() == "bfloat16 1.5"

@@ -436,7 +436,8 @@ def test_a_note_is_for_people_and_decides_nothing(tmp_path: Path, monkeypatch: p
     async def story(world: World) -> None:
         before = await world.declare(layer())
         await world.declare(layer("torch:tanh"))
-        del world.controller.transactions.builder.declared["l/e1"]
+        for known in (world.controller.transactions.builder.declared, world.controller.transactions.builder.digests):
+            del known["l/e1"]  # type: ignore[attr-defined]
         change = {E0: Change(version=before[E0])}
         request = SwapRequest(swap_id="1", changes=change, timeout=5.0, note="declared")
         waiting = asyncio.ensure_future(world.controller.swap(request))

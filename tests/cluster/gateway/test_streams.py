@@ -10,11 +10,15 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from helpers.front import Front, opened, raw_stream
+from helpers.front import TOKEN, Front, opened, raw_stream
 from helpers.waiting import run_async, until
 
+from expertmesh.cluster.gateway.authorise import TokenTable
 from expertmesh.cluster.gateway.frames import one_message, reply_parts
+from expertmesh.cluster.gateway.gateway import CallInfo, Gateway, GatewaySettings
 from expertmesh.cluster.gateway.streams import StreamedCalls, StreamLimits
+from expertmesh.cluster.machine.tokens import token_digest
+from expertmesh.cluster.rpc.methods import Role
 from expertmesh.cluster.rpc.status import ERROR_KEY, REQUEST_ID_KEY, RETRY_AFTER_KEY
 from expertmesh.cluster.rpc.streams import ADMITTED, Opening, Streamed, StreamedAnswer
 from expertmesh.experts import wire
@@ -291,5 +295,36 @@ def test_an_expert_that_makes_much_of_little_needs_a_stream() -> None:
             y = await client.forward("l", X, stream=True)
             np.testing.assert_array_equal(y, np.tile(X, (1, 5000)))
             assert front.answered == answered + 1
+
+    run_async(main())
+
+
+def test_what_a_slow_stream_took_is_not_left_for_the_router() -> None:
+    seconds, timeouts = [100.0], []
+
+    async def status() -> dict[str, Any]:
+        return {}
+
+    async def late() -> bytes:
+        seconds[0] += 4.0
+        return streamed()[1]
+
+    async def main() -> None:
+        async with opened() as front:
+            forward = front.mesh.router.forward
+
+            async def noted(request: Any) -> Any:
+                timeouts.append(request.timeout)
+                return await forward(request)
+
+            front.mesh.router.forward = noted  # type: ignore[method-assign]
+            tokens = TokenTable()
+            tokens.add(token_digest(TOKEN), Role.READER)
+            gateway = Gateway(front.mesh.router, tokens, GatewaySettings(), status, clock=lambda: seconds[0])
+            first, *_ = streamed()
+            context = Context(first, late)
+            await gateway.stream(context, CallInfo(request_id="r", token=TOKEN, deadline=110.0))
+            assert received(context.written).kind == "reply"
+        assert timeouts == [6.0]
 
     run_async(main())

@@ -205,7 +205,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an upload elsewhere": ({"changes": {"l/a": CHANGE | {"upload": "../../etc/passwd"}}}, "32 hex digits"),
     "a sum that is none": ({"changes": {"l/a": CHANGE | {"sha256": "abc"}}}, "64 lower-case hex digits"),
     "two things at once": ({"changes": {"l/a": CHANGE | {"version": V1}}}, "leave upload and factory out"),
-    "a version that is none": ({"changes": {"l/a": {"version": "7"}}}, "is no version"),
+    "a version that is none": ({"changes": {"l/a": {"version": "7"}}}, "is not a version"),
     "arguments of nothing": ({"changes": {"l/a": CHANGE | {"args": [1]}}}, "args and kwargs need a factory"),
     "a field that is none": ({"changes": {"l/a": CHANGE | {"path": "/etc"}}}, "unknown field 'path'"),
     "an id that is none": ({"changes": {"a": CHANGE}}, "is not the id"),

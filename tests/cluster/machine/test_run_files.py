@@ -1,4 +1,4 @@
-"""Run files, the claim on a name, and the clearing of what a dead cluster left."""
+"""Run files, the lock on a name, and the clearing of what a dead cluster left."""
 
 from __future__ import annotations
 
