@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from expertmesh.cluster.control.events import StageCandidate, UnloadVersion
 from expertmesh.cluster.control.executor import ROUTER, Executor
 from expertmesh.cluster.control.messages import SwapRequest, proposal_of
 from expertmesh.cluster.control.ports import StateSettings
-from expertmesh.cluster.control.reconciler import StageCandidate, UnloadVersion
 from expertmesh.cluster.control.swap_transactions import SwapTransactions
 from expertmesh.cluster.runtime.ray_actors import ControllerActor, ExpertActor, LogSettings, RouterActor
 from expertmesh.cluster.state.records import VersionRecord
