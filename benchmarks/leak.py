@@ -207,4 +207,4 @@ def _options() -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
