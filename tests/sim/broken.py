@@ -212,6 +212,6 @@ RULES = {
         Broken(executor=TakesSilenceForRefusal), "no request fails", "one replica lost"
     ),
     "turns after another controller has taken over": Rule(Broken(transactions=GoesOnForEver), "one set", "storm"),
-    "several things at once at a member": Rule(Broken(executor=AllAtOnce), "receipts", "quiet"),
+    "several things at once at a member": Rule(Broken(executor=AllAtOnce), "receipts", "one replica lost"),
     "what a declaration has brought is forgotten": Rule(Broken(transactions=ForgetsDeclarations), "no third state"),
 }

@@ -128,6 +128,11 @@ class Clients:
         self._attempt(SwapRequest(swap_id=swap_id, changes=changes, expect=expect, timeout=STAGING_LIMIT), 1)
         return swap_id
 
+    def declared_id(self) -> str:
+        """The id of a swap that nobody here asks for: it brings what the owner declares."""
+        self._swaps += 1
+        return f"declare-{self._swaps}"
+
     def _attempt(self, request: SwapRequest, attempt: int) -> None:
         deadline = self.world.clock.now + ATTEMPT_SECONDS
         done = partial(self._told, request, attempt, deadline)

@@ -99,6 +99,11 @@ class Transactions(SwapTransactions):
 
     process: ControllerProcess
 
+    def declared_swap(self, *asked: Any) -> SwapRequest | None:
+        """With an id that the world has drawn: a random one would be in messages, and no seed would replay."""
+        request = super().declared_swap(*asked)
+        return None if request is None else replace(request, swap_id=self.process.world.clients.declared_id())
+
     def prepare(self, request: SwapRequest) -> None:
         self.process.reach("prepare", "before")
         super().prepare(request)
