@@ -7,7 +7,7 @@ BENCH_STAMP := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-ray check format clean bench bench-quick bench-plane
-.PHONY: sim chaos-swap chaos-kill chaos-slow soak-swap leak
+.PHONY: sim chaos-swap chaos-kill chaos-slow chaos-break soak-swap leak
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -76,6 +76,10 @@ soak-swap: $(STAMP) ## 2,000 swaps in a row: memory, file descriptors and latenc
 
 chaos-slow: $(STAMP) ## a slow layer at twice what it bears must not slow down another one
 	$(BIN)/python -m benchmarks.chaos slow
+
+chaos-break: $(STAMP) ## what breaks around a cluster: frozen, overloaded, full disks, damage, lost heads (15 minutes)
+	@mkdir -p $(RESULTS)
+	$(BIN)/python -m benchmarks.breakage --json $(RESULTS)/chaos-break.json
 
 leak: $(STAMP) ## starts, stops and kills in great number: nothing may be left (12 minutes at most)
 	$(BIN)/python -m benchmarks.leak

@@ -116,18 +116,19 @@ def chaos_mesh(
     more: tuple[Layer, ...] = (),
     actors: Mapping[str, str] | None = None,
     transport: str = "channel",
+    settings: Mapping[str, Any] | None = None,
 ) -> Iterator[Mesh]:
     """A cluster on Ray with a layer of chaos experts, and `more` layers; nothing of it is left at the end.
 
     Each expert carries `ballast` bytes of weights that it does not use. `actors` are classes that take the place of the
-    product's: {"ControllerActor": "module:attribute"}. One a process.
+    product's: {"ControllerActor": "module:attribute"}; `settings` go before the usual ones. One a process.
     """
     shape = Shape(experts)
     with own_home() as folder:
         backend = load_backend(None)
         for actor, where in (actors or {}).items():
             setattr(backend, actor, locate(where))
-        settings = {
+        usual = {
             "name": name,
             "port": 0,
             "metrics_port": None,
@@ -137,7 +138,7 @@ def chaos_mesh(
             "transport": transport,
         }
         started = time.monotonic()
-        mesh = Mesh(shape, folder, ballast, settings)
+        mesh = Mesh(shape, folder, ballast, {**usual, **(settings or {})})
         made = {id: mesh.make(id) for id in shape.ids}
         layer = _layer(shape, {id: path for id, (path, _) in made.items()}, replicas, pause, ballast)
         mesh.layers = (layer, *more)
