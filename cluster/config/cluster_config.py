@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import date, datetime, timezone
 from itertools import pairwise
@@ -161,12 +161,25 @@ def _broken_rules(values: Mapping[str, Any]) -> Iterator[tuple[Keys, str]]:
     for factory in values.get("allowed_factories") or ():
         if not is_import_string(factory):
             yield ("allowed_factories",), f"allowed_factories must be {_FACTORIES.description}, not {factory!r}"
+    if values.get("transport") == "local":
+        yield from _environments(values.get("runtime_env"), values.get("layers", ()))
     if {"host", "tls_cert", "tls_key"} <= values.keys():
         yield from _broken_tls_rules(values["host"], values["tls_cert"], values["tls_key"])
     for least, most in pairwise(("max_message_bytes", "max_request_bytes", "max_stream_bytes")):
         if values.get(least, 0) > values.get(most, math.inf):
             sizes = f"{most} ({values[most]}) is less than {least} ({values[least]})"
             yield (most,), f"{sizes}: raise {most} or lower {least}"
+
+
+def _environments(of_all: object, layers: Iterable[Layer]) -> Iterator[tuple[Keys, str]]:
+    """A runtime environment is Ray's; a cluster in one process has the environment of that process."""
+    reason = "has no effect with transport local, which runs all experts in this process: leave it out, or use Ray"
+    if of_all is not None:
+        yield ("runtime_env",), f"runtime_env {reason}"
+    for layer in layers:
+        for id, expert in layer.everyone_by_id.items():
+            if expert.runtime_env:
+                yield ("layers", *id.split("/")), f"the runtime_env of {id} {reason}"
 
 
 def _broken_tls_rules(host: str, cert: Path | None, key: Path | None) -> Iterator[tuple[Keys, str]]:

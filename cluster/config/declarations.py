@@ -25,7 +25,10 @@ from .preflight import check_layer
 from .records import Readers, Record, filled, typed
 
 _STAND_IN = Expert("torch.nn:Identity")  # replaces an invalid expert, so that the rest is checked
-_ELSEWHERE = "; install it, or give the folder of its code with `runtime_env: {working_dir: FOLDER}`"
+_ELSEWHERE = (
+    "; install it, put it beside this file in a folder that only you can write to, "
+    "or give the folder of its code with `runtime_env: {working_dir: FOLDER}`"
+)
 
 
 class DeclarationReader:

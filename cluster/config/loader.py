@@ -10,6 +10,7 @@ from typing import Any
 from ...experts.errors import ConfigError
 from ..rpc.methods import Role
 from .cluster_config import SETTINGS, ClusterConfig, TokenEntry
+from .code_folder import put_on_path
 from .declarations import DeclarationReader
 from .document import Document, Mistakes, Place, as_map, check_key, each, shown
 from .records import Readers
@@ -32,14 +33,17 @@ def load_config(
 
     A key of `overrides` may name a nested value, as in "layers.news.combine". Paths in the file are relative to it.
     The file names code that will be run, so it must belong to this user or root and must not be writable by others.
+    Modules beside it are found, if that is true of their folder, too.
 
     Raises one ConfigError that lists every mistake with file and line.
     """
     document = read_document(read_trusted(Path(path)), str(path))
+    folder = Path(path).absolute().parent
+    put_on_path(folder)
     _put_environment(document, os.environ if environ is None else environ)
     for key, value in (overrides or {}).items():
         document.put(tuple(key.split(".")), _from_here(key, value), f"override {key}")
-    readers, values, wrong = _readers(document, Path(path).absolute().parent), dict[str, Any](), Mistakes()
+    readers, values, wrong = _readers(document, folder), dict[str, Any](), Mistakes()
     for key, value in document.data.items():
         with wrong.at(key):
             check_key(key, SETTINGS, "the configuration")

@@ -1,9 +1,8 @@
-"""Checks before any process starts: GPUs, code, weights, and specs that do not fit together."""
+"""Checks before any process starts: code, weights, and specs that do not fit together."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from dataclasses import replace
 
 from ...experts.construct.factory import locate
@@ -11,17 +10,6 @@ from ...experts.construct.probe import check_declaration
 from ...experts.errors import ConfigError, ExpertMeshError, SpecMismatch
 from ...experts.spec import FLOATING, Expert, TensorSpec
 from ...router.mixture.layer import Layer
-
-
-def check_gpus(layers: Iterable[Layer], available: float) -> None:
-    """Check that the GPUs that experts ask for exist. Raises a ConfigError that says how to run on the CPU."""
-    for layer in layers:
-        for expert_id, expert in layer.everyone_by_id.items():
-            if expert.num_gpus > available:
-                raise ConfigError(
-                    f"{expert_id} asks for num_gpus={expert.num_gpus:g}, but this cluster has {available:g} GPUs. "
-                    "To run it on CPU, leave num_gpus out or set it to 0"
-                )
 
 
 def check_layer(layer: Layer, *, code_elsewhere: bool = False) -> Layer:

@@ -28,7 +28,7 @@ def read_trusted(path: Path) -> str:
             status = os.fstat(file.fileno())
             if status.st_uid not in (os.geteuid(), 0):
                 raise ConfigError(f"{path} names code to run, but belongs to another user: use your own copy")
-            if status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and not _is_private_group(status)):
+            if others_can_write(status):
                 raise ConfigError(f"{path} names code to run, but others can write it: run `chmod go-w {path}`")
             return file.read()
     except FileNotFoundError:
@@ -125,6 +125,11 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+
+
+def others_can_write(status: os.stat_result) -> bool:
+    """Whether users other than the owner can write a file, or place files in a folder."""
+    return bool(status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and not _is_private_group(status)))
 
 
 def _is_private_group(status: os.stat_result) -> bool:

@@ -13,13 +13,13 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from ...experts.errors import ExpertMeshError, NotFound, Unavailable
+from ...experts.errors import ConfigError, ExpertMeshError, NotFound, Unavailable
 from ...experts.package_version import version
 from ...experts.spec import Expert
 from ...router.mixture.layer import Layer
 from ..config.cluster_config import ClusterConfig, allowed_factories
 from ..config.loader import load_config
-from ..config.preflight import check_gpus, check_layer
+from ..config.preflight import check_layer
 from ..control.messages import Desired
 from ..control.ports import StateSettings
 from ..gateway.gateway import GatewaySettings
@@ -28,6 +28,7 @@ from ..machine.name_lock import lock_name
 from ..machine.ports import check_port, free_port, with_port
 from ..machine.run_files import RunFile, state_path, token_path
 from ..machine.tokens import create_token_file, token_digest
+from ..placement.capacity import unplaceable
 from ..placement.plan import PlannedReplica, plan_layer
 from ..rpc.methods import Role
 from ..runtime.backend import Backend, open_backend
@@ -212,7 +213,7 @@ class Cluster:
         self._backend = backend = open_backend(config)
         self._say("starting in this process" if config.transport == "local" else "starting Ray")
         backend.start(config.address)
-        check_gpus(config.layers, backend.gpus())
+        self._check_capacity(planned)
         settings = self._service_settings()
         deadline = time.monotonic() + config.start_timeout
         for replica in planned:
@@ -278,9 +279,21 @@ class Cluster:
         )
         self._run_file.write()
 
+    def _check_capacity(self, planned: list[PlannedReplica]) -> None:
+        """Raises ConfigError for replicas that no node can hold; a Ray that was joined may still get the node."""
+        problem = unplaceable(planned, self._running().nodes())
+        if problem and self.config.address is None:
+            raise ConfigError(problem)
+        if problem:
+            self._say(f"waiting for a node: {problem}")
+
     def _wait_for(self, planned: list[PlannedReplica], deadline: float) -> None:
         for number, replica in enumerate(planned, start=1):
-            report = self._running().wait_replica(replica.id, deadline)
+            try:
+                report = self._running().wait_replica(replica.id, deadline)
+            except ExpertMeshError as error:
+                reason = unplaceable(planned, self._running().nodes()) or error.message
+                raise type(error)(f"{replica.id} is not running: {reason}") from error
             self._say(f"replica {number}/{len(planned)} is running: {replica.id} on {report.node}, {report.device}")
 
     def _declare(self, timeout: float, redeclare: frozenset[str] = frozenset()) -> dict[str, str]:

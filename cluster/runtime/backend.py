@@ -9,6 +9,7 @@ from ..config.cluster_config import ClusterConfig
 from ..control.messages import Desired
 from ..control.ports import ControllerState, StateSettings
 from ..machine.logs import log_file
+from ..placement.capacity import Resources
 from ..placement.plan import PlannedReplica
 from .local_backend import LocalBackend
 from .ray_environment import load_backend
@@ -23,8 +24,8 @@ class Backend(Protocol):
     def start(self, address: str | None) -> None:
         """Prepare the backend. Raises FailedPrecondition or ConfigError."""
 
-    def gpus(self) -> float:
-        """The number of GPUs."""
+    def nodes(self) -> list[Resources] | None:
+        """What each node has to reserve; None where nothing is reserved."""
 
     def start_front(self, settings: ServiceSettings, state: StateSettings, timeout: float) -> tuple[int, int | None]:
         """Start router and controller; returns the ports of gateway and metrics page."""

@@ -43,9 +43,8 @@ class LocalBackend:
         """Start the event loop."""
         self._thread.start()
 
-    def gpus(self) -> float:
-        """Always 0: no GPU is pinned in a single process."""
-        return 0.0
+    def nodes(self) -> None:
+        """None: a single process reserves nothing."""
 
     def start_front(self, settings: ServiceSettings, state: StateSettings, timeout: float) -> tuple[int, int | None]:
         """Start router and controller; returns the ports of gateway and metrics page."""

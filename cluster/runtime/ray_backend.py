@@ -23,9 +23,10 @@ from ..channel.run_folder import folder_of
 from ..channel.settings import ChannelSettings
 from ..control.messages import Desired
 from ..control.ports import ControllerState, StateSettings
+from ..placement.capacity import Resources
 from ..placement.plan import PlannedReplica
 from .ray_actors import ControllerActor, ExpertActor, LogSettings, RouterActor
-from .ray_ports import fetched
+from .ray_ports import fetched, last_lines
 from .ray_reaper import MARKER, end_marked_processes, start_reaper
 from .router_process import ServiceSettings
 
@@ -86,9 +87,9 @@ class RayBackend:
         except (ConnectionError, RuntimeError) as error:
             raise FailedPrecondition(f"Ray could not be started or joined: {error}") from error
 
-    def gpus(self) -> float:
-        """The number of GPUs of the Ray cluster."""
-        return float(ray.cluster_resources().get("GPU", 0.0))  # type: ignore[no-untyped-call]
+    def nodes(self) -> list[Resources]:
+        """What each node of the Ray cluster has to reserve."""
+        return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
     def start_front(self, settings: ServiceSettings, state: StateSettings, timeout: float) -> tuple[int, int | None]:
         """Start router and controller on this node; returns the ports of gateway and metrics page."""
@@ -111,7 +112,10 @@ class RayBackend:
         }
         environment = {**self._runtime_env, **(expert.runtime_env or {})}
         if environment:
-            options["runtime_env"] = uploaded(environment)
+            try:
+                options["runtime_env"] = uploaded(environment)
+            except (ValueError, OSError) as error:
+                raise ConfigError(f"the runtime_env of {planned.id} cannot be used: {error}") from error
         device = "cuda" if expert.num_gpus else "cpu"
         settings = (planned.id, planned.expert_ids, device, self._logs, self._channel)
         self._replicas[planned.id] = actor.options(**options).remote(*settings)
@@ -119,8 +123,19 @@ class RayBackend:
     def wait_replica(self, replica_id: str, deadline: float) -> Replica:
         """Wait until the actor of a replica runs. Raises Unavailable at `deadline` (monotonic seconds)."""
         timeout = max(0.1, deadline - time.monotonic())
-        report: Replica = fetched(self._replicas[replica_id].report.remote(), timeout)
+        try:
+            report: Replica = fetched(self._replicas[replica_id].report.remote(), timeout)
+        except Unavailable as error:
+            if said := self._environment_log():
+                raise Unavailable(f"{error.message}; setting up its runtime_env said: {said}") from error
+            raise
         return report
+
+    def _environment_log(self) -> str:
+        """The end of what setting up runtime environments last printed on this node, for a Ray of our own."""
+        found = Path(self.temp_dir or os.devnull).glob("session_latest/logs/runtime_env_setup-*.log")
+        logs = sorted(found, key=lambda path: path.stat().st_mtime)
+        return last_lines(logs[-1].read_text(errors="replace")) if logs else ""
 
     def handles(self) -> dict[str, Any]:
         """The actor of each replica by id, for the transport."""

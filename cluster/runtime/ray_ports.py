@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 from torch import Tensor
 
-from ...experts.errors import ExpertMeshError, Unavailable
+from ...experts.errors import ConfigError, ExpertMeshError, Unavailable
 from ...experts.staging.stage import Receipt
 from ...experts.tensors import byte_view, dtype_name
 from ...experts.weights.files import load_tensors
@@ -147,6 +147,8 @@ def translated(error: RayError) -> ExpertMeshError:
         return cause if isinstance(cause, ExpertMeshError) else ExpertMeshError(f"an actor raised: {cause!r}")
     if isinstance(error, GetTimeoutError):
         return Unavailable("an actor did not answer in time; it may be starting or busy")
+    if isinstance(error, RuntimeEnvSetupError):
+        return ConfigError(f"its runtime_env could not be set up: {last_lines(str(error))}")
     if isinstance(error, RayActorError):
         return Unavailable("the actor died or is restarting; retry")
     return Unavailable(f"Ray could not carry the call ({type(error).__name__}); retry")
@@ -161,3 +163,9 @@ def _actor(replica_id: str, handle: Any) -> Any:
     if handle is None:
         raise Unavailable(f"replica {replica_id} has no actor yet")
     return handle
+
+
+def last_lines(text: str, most: int = 400) -> str:
+    """The end of what a tool printed: there it says what went wrong."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " | ".join(lines)[-most:]

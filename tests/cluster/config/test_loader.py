@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,7 +89,7 @@ name: mine
 host: localhost
 port: 0
 metrics_port: null
-transport: local
+transport: ray
 address: auto
 max_message_bytes: 1000000
 max_request_bytes: 2000000
@@ -466,3 +467,39 @@ def test_a_digest_does_not_show() -> None:
 )  # fmt: skip
 def test_loopback_is_told_from_the_rest(host: str, loopback: bool) -> None:
     assert is_loopback(host) is loopback
+
+
+def test_a_module_beside_the_file_is_found_here_and_by_child_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    (tmp_path / "beside_the_file.py").write_text("def double(rows):\n    return rows * 2\n")
+    assert (
+        load(tmp_path, layer(expert="{factory: 'beside_the_file:double'}")).layers[0].experts["e"].factory
+        == "beside_the_file:double"
+    )
+    assert os.environ["PYTHONPATH"].split(os.pathsep) == [str(tmp_path), "elsewhere"]
+
+
+def test_a_module_beside_the_file_where_others_can_place_one_is_not_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", "")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "placed_by_others.py").write_text("def double(rows):\n    return rows * 2\n")
+    shared.chmod(0o777)
+    with pytest.raises(ConfigError, match="put it beside this file in a folder that only you can write to"):
+        load(shared, layer(expert="{factory: 'placed_by_others:double'}"))
+    assert not os.environ["PYTHONPATH"]
+
+
+def test_runtime_environments_need_ray() -> None:
+    alone = Layer("l", gates.Fixed([1.0]), {"e": Expert("torch:sin")})
+    with_environment = alone.with_experts({"e": Expert("torch:sin", runtime_env={"pip": ["left-pad"]})})
+    with pytest.raises(ConfigError, match="the runtime_env of l/e has no effect with transport local"):
+        ClusterConfig(layers=(with_environment,), transport="local")
+    with pytest.raises(ConfigError, match="runtime_env has no effect with transport local"):
+        ClusterConfig(layers=(alone,), transport="local", runtime_env={"pip": []})

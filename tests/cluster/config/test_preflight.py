@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from expertmesh.cluster.config.preflight import check_gpus, check_layer
+from expertmesh.cluster.config.preflight import check_layer
 from expertmesh.cluster.machine.ports import check_port
 from expertmesh.experts.errors import ConfigError, FailedPrecondition, NotFound, SpecMismatch
 from expertmesh.experts.spec import Expert, TensorSpec
@@ -46,15 +46,6 @@ def layer_of(*experts: Expert, **options: Any) -> Layer:
     named = {f"e{number}": expert for number, expert in enumerate(experts)}
     gate = options.pop("gate", None) or gates.Fixed([1.0] * len(experts))
     return Layer("l", gate, named, **options)
-
-
-def test_gpus_that_are_not_there() -> None:
-    check_gpus([layer_of(Expert("torch:sin", num_gpus=0.5))], 1)
-    with pytest.raises(ConfigError, match=r"l/e1 asks for num_gpus=0.5, but .* 0 GPUs. To run it on CPU, leave"):
-        check_gpus([layer_of(Expert("torch:sin"), Expert("torch:sin", num_gpus=0.5))], 0)
-    shared = layer_of(Expert("torch:sin"), shared={"s": Expert("torch:cos", num_gpus=1)})
-    with pytest.raises(ConfigError, match="l/s asks for num_gpus=1"):
-        check_gpus([shared], 0)
 
 
 def linear(inputs: int, outputs: int, **options: Any) -> Expert:
