@@ -33,6 +33,7 @@ from ..placement.plan import PlannedReplica, plan_layer
 from ..rpc.methods import Role
 from ..runtime.backend import Backend, open_backend
 from ..runtime.router_process import ServiceSettings
+from ..state.state_lock import StateLock, hold_state
 from ..state.uploads import UploadLimits
 
 Progress = Callable[[str], None]
@@ -65,6 +66,7 @@ class Cluster:
         self.metrics_endpoint = ""
         self._say = progress or (lambda message: None)
         self._name_lock: IO[bytes] | None = None
+        self._state_lock: StateLock | None = None
         self._run_file: RunFile | None = None
         self._backend: Backend | None = None
         self._desired = Desired()
@@ -94,7 +96,7 @@ class Cluster:
 
         Raises ConfigError, SpecMismatch, NotFound or DataLoss for what is wrong with the layers, NotFound for an id of
         `redeclare` that is not declared, FailedPrecondition
-        for a name or port in use, Unavailable when a replica is not ready within `start_timeout`.
+        for a name, port or state_dir in use, Unavailable when a replica is not ready within `start_timeout`.
         """
         if layers is not None:
             overrides["layers"] = tuple(layers)
@@ -177,6 +179,9 @@ class Cluster:
         if self._run_file is not None:
             self._run_file.remove()
             self._run_file = None
+        if self._state_lock is not None:
+            self._state_lock.close()
+            self._state_lock = None
         if self._name_lock is not None:
             self._name_lock.close()
             self._name_lock = None
@@ -204,6 +209,7 @@ class Cluster:
                 f"redeclare: there is no expert or gate {unknown[0]!r}; known are {', '.join(sorted(ids)[:20])}"
             )
         self._name_lock = lock_name(config.name)
+        self._state_lock = hold_state(self._state_dir(), f"cluster {config.name!r}")
         check_port(config.host, config.port, "endpoint")
         check_port(config.host, config.metrics_port or 0, "metrics port")
         elsewhere = config.runtime_env is not None

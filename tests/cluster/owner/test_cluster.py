@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from expertmesh import Cluster, Expert, Layer, gates
+from expertmesh import Client, Cluster, Expert, FailedPrecondition, Layer, gates
 
 pytestmark = pytest.mark.usefixtures("own_home")
 
@@ -24,3 +28,12 @@ def test_a_cluster_shows_what_it_is_and_whether_it_runs() -> None:
 def test_many_layers_are_counted() -> None:
     with Cluster.start([layer(f"l{n}") for n in range(9)], transport="local", port=0, name="shown") as cluster:
         assert ", layers={9 layers}, running)" in repr(cluster)
+
+
+def test_a_second_cluster_on_a_state_dir_is_refused_and_told_whose_it_is(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"transport": "local", "port": 0, "state_dir": tmp_path / "state"}
+    with Cluster.start([layer("news")], name="first", **options) as first, Client(first.endpoint) as client:
+        with pytest.raises(FailedPrecondition, match=f"in use by cluster 'first' \\(pid {os.getpid()} "):
+            Cluster.start([layer("news")], name="second", **options)
+        assert client.forward("news", [0.0]).tolist() == [0.0]
+    Cluster.start([layer("news")], name="second", **options).stop()
