@@ -21,8 +21,11 @@ _COMMANDS: Mapping[str, tuple[str, str]] = {
     "history": ("List the stored versions of an expert or gate.", "cluster"),
     "bench": ("Send load to a running cluster; report latency and throughput.", "cluster"),
     "down": ("Stop a cluster on this machine.", "cluster"),
+    "repair": ("Rebuild the damaged registry of a stopped cluster.", "cluster"),
     "doctor": ("Check whether this machine can run a cluster.", "cluster"),
 }
+_MODULES = {"history": "versions", "rollback": "versions"}
+"""The module of a command, where it has another name."""
 
 
 class Commands(click.Group):
@@ -36,7 +39,9 @@ class Commands(click.Group):
         """Import a command. Raises MissingExtra if one of its dependencies is not installed."""
         if cmd_name not in _COMMANDS:
             return None
-        module = load(f"{__package__}.{cmd_name}", f"`expertmesh {cmd_name}`", _COMMANDS[cmd_name][1])
+        module = load(
+            f"{__package__}.{_MODULES.get(cmd_name, cmd_name)}", f"`expertmesh {cmd_name}`", _COMMANDS[cmd_name][1]
+        )
         command: click.Command = getattr(module, cmd_name)
         return command
 

@@ -58,7 +58,8 @@ class SwapTransactions:
         self.kept: dict[str, str] = {}
         for swap in registry.open_swaps():  # of a controller that died: what was not committed is discarded
             registry.end_swap(swap.swap_id, ABORTED, "the controller restarted before the commit")
-        store.sweep(registry.known())
+        for id, version in store.sweep(registry.known()):
+            log.warning("%s of %s is in no epoch that is kept: it was moved to quarantine/ of state_dir", version, id)
 
     def close(self) -> None:
         """Close the registry."""
@@ -81,6 +82,10 @@ class SwapTransactions:
     def recorded(self, id: str, version: str) -> Candidate:
         """The candidate that loads a version of the registry again. Raises NotFound, FailedPrecondition or DataLoss."""
         return self.builder.recorded(id, version)
+
+    def verify(self, id: str, version: str) -> None:
+        """Check a stored version against its checksum. Raises DataLoss or NotFound."""
+        self.store.verify(id, version)
 
     def epochs(self) -> dict[int, Mapping[str, str]]:
         """The epochs that are kept, by number."""

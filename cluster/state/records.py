@@ -109,6 +109,11 @@ def is_version(name: str) -> bool:
     return _VERSION.fullmatch(name) is not None
 
 
+def counter_of(version: str) -> int:
+    """The counter of a version that `is_version`."""
+    return int(version[1:].partition("-")[0])
+
+
 def check_swap_id(swap_id: str) -> None:
     """Check that a swap's id is 1 to 128 letters, digits, '_', '.', ':' or '-'. Raises InvalidRequest."""
     if not isinstance(swap_id, str) or not _SWAP_ID.fullmatch(swap_id):
@@ -137,6 +142,6 @@ def from_json(text: str) -> dict[str, Any]:
 def damaged(why: str) -> DataLoss:
     """The error for a damaged registry; the remedy is the same for every cause."""
     return DataLoss(
-        f"the registry (registry.sqlite in state_dir) is damaged: {why}. Restore the state folder from a backup, or "
-        "move it away to start again from the configuration"
+        f"the registry (registry.sqlite in state_dir) is damaged: {why}. Stop the cluster and run `expertmesh repair`, "
+        "which rebuilds it from the other files of state_dir and deletes nothing, or restore the folder from a backup"
     )

@@ -6,18 +6,20 @@ registry increments its `term`, and all further changes by earlier writers are r
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ...experts.errors import Aborted, ConfigError, FailedPrecondition, Fenced, InvalidRequest, Unavailable
+from ...experts.errors import Aborted, ConfigError, DataLoss, FailedPrecondition, Fenced, InvalidRequest, Unavailable
 from ..machine.durable_files import private_folder, sync_folder
 from . import registry_schema, registry_tables
+from .committed import Committed, check_not_behind, read_committed, write_committed
 from .records import (
     ABORTED,
     COMMITTED,
@@ -30,6 +32,7 @@ from .records import (
     to_json,
 )
 
+log = logging.getLogger(__name__)
 FILE = "registry.sqlite"
 
 _BUSY_SECONDS = 10.0
@@ -42,14 +45,16 @@ class Registry:
     `cluster_id` is created once, with the registry; `term` is the number of times the registry has been opened. `clock`
     returns seconds since 1970.
 
-    Opening raises FailedPrecondition for a registry of another schema, DataLoss for one that is damaged, or missing
-    although versions are stored, ConfigError for a folder that other users can write to. Every method raises
-    Unavailable if the disk fails, and every change raises Aborted once another writer has opened the registry.
+    Opening raises FailedPrecondition for a registry of another schema, DataLoss for one that is damaged, missing
+    although versions are stored, or behind the record of what was committed, ConfigError for a folder that other users
+    can write to. Every method raises Unavailable if the disk fails, and every change raises Aborted once another writer
+    has opened the registry.
     """
 
     def __init__(self, state_dir: str | os.PathLike[str], *, clock: Callable[[], float] = time.time) -> None:
-        folder = private_folder(state_dir)
+        folder = self._folder = private_folder(state_dir)
         self._clock = clock
+        self._recorded: Committed | None = None
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         try:
@@ -57,8 +62,11 @@ class Registry:
                 self._connection = _connect(folder / FILE)
                 new = registry_schema.is_new(self._connection, folder)
                 registry_schema.prepare(self._connection)
+                if not new:
+                    self._check(self._connection)
                 self.cluster_id, self.term = _take_over(self._connection, new)
                 sync_folder(folder)
+                self._record()
         except BaseException:
             self.close()
             raise
@@ -145,19 +153,31 @@ class Registry:
         repeated `commit`, or `end_swap`, returns.
         """
         with self._change() as db:
-            swap = registry_tables.begun_swap(db, swap_id)
-            if swap.state == COMMITTED:
-                return registry_tables.made_before(db, swap, changes)
-            if swap.state == ABORTED:
-                raise Aborted(f"swap {swap_id} was aborted ({swap.message or 'no reason given'}): start another swap")
-            current = registry_tables.current_epoch(db)
-            before = {} if current is None else current.versions
-            registry_tables.check_expected(expect, before)
-            versions = registry_tables.changed(db, before, changes)
-            number = 1 if current is None else current.number + 1
-            epoch = EpochRecord(number=number, versions=versions, created=self._clock(), swap_id=swap_id)
-            registry_tables.add_epoch(db, epoch)
-            registry_tables.set_declared(db, declared or {})
+            epoch = self._committed(db, swap_id, changes, expect, declared or {})
+        self._record()
+        return epoch
+
+    def _committed(
+        self,
+        db: sqlite3.Connection,
+        swap_id: str,
+        changes: Mapping[str, str | None],
+        expect: Mapping[str, str | None],
+        declared: Mapping[str, str],
+    ) -> EpochRecord:
+        swap = registry_tables.begun_swap(db, swap_id)
+        if swap.state == COMMITTED:
+            return registry_tables.made_before(db, swap, changes)
+        if swap.state == ABORTED:
+            raise Aborted(f"swap {swap_id} was aborted ({swap.message or 'no reason given'}): start another swap")
+        current = registry_tables.current_epoch(db)
+        before = {} if current is None else current.versions
+        registry_tables.check_expected(expect, before)
+        versions = registry_tables.changed(db, before, changes)
+        number = 1 if current is None else current.number + 1
+        epoch = EpochRecord(number=number, versions=versions, created=self._clock(), swap_id=swap_id)
+        registry_tables.add_epoch(db, epoch)
+        registry_tables.set_declared(db, declared)
         return epoch
 
     def begin_swap(self, swap_id: str, plan: Mapping[str, Any]) -> SwapRecord:
@@ -221,6 +241,25 @@ class Registry:
         with self._change() as db:
             return registry_tables.collect(db, retain_epochs, in_use)
 
+    def _check(self, db: sqlite3.Connection) -> None:
+        """Compare the registry with the files beside it. Raises DataLoss if it has lost what they show."""
+        registry_schema.check_folders(db, self._folder)
+        try:
+            recorded = read_committed(self._folder)
+        except DataLoss as error:
+            log.warning("%s; it is written again from the registry", error)
+            recorded = None
+        if recorded is not None:
+            check_not_behind(registry_tables.committed(db), recorded)
+
+    def _record(self) -> None:
+        """Write what is committed down once more, beside the registry."""
+        with self._read() as db:
+            committed = registry_tables.committed(db)
+            if committed != self._recorded:
+                write_committed(self._folder, committed)
+                self._recorded = committed
+
     @contextmanager
     def _read(self) -> Iterator[sqlite3.Connection]:
         with self._lock, _translated():
@@ -239,6 +278,19 @@ class Registry:
         term = registry_schema.meta(db, "term")
         if term != self.term:
             raise Fenced(f"another controller has taken over the registry (term {term}; this one has {self.term})")
+
+
+def rebuild(path: Path, committed: Committed, records: Collection[VersionRecord], counters: Mapping[str, int]) -> None:
+    """Write a new registry to a file that does not exist: these epochs, the records of their versions, their swaps as
+    committed, and counters that go on after the last number of each id.
+
+    Raises Unavailable if the disk fails.
+    """
+    with _translated(), closing(_connect(path)) as db:
+        registry_schema.prepare(db)
+        with _transaction(db):
+            registry_schema.create(db)
+            registry_tables.restore(db, committed, records, counters)
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -6,9 +6,10 @@ import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...experts.errors import FailedPrecondition
-from .records import damaged
-from .version_folders import has_versions
+from ...experts.errors import FailedPrecondition, Unavailable
+from .committed import COMMITTED_FILE
+from .records import counter_of, damaged
+from .version_folders import has_versions, stored_versions
 
 SCHEMA = 2
 """2: the digest of a version is computed from the digests of its tensors."""
@@ -44,7 +45,7 @@ def is_new(db: Database, folder: Path) -> bool:
     application, schema = _pragma(db, "application_id"), _pragma(db, "user_version")
     (objects,) = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
     if (application, schema, objects) == (0, 0, 0):
-        if has_versions(folder):
+        if has_versions(folder) or (folder / COMMITTED_FILE).exists():
             raise damaged("it is empty or was removed, but stored versions exist")
         return True
     if application != APPLICATION:
@@ -66,16 +67,23 @@ def is_new(db: Database, folder: Path) -> bool:
 def prepare(db: Database) -> None:
     """Make every commit durable, and check the file's integrity.
 
-    Raises FailedPrecondition on a file system without support for that, DataLoss for a damaged file.
+    Commits go into the file itself, not into a write-ahead log: SQLite takes a damaged page of such a log for its end,
+    and goes back to the state before it without an error. Raises DataLoss for a damaged file.
     """
-    if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
-        raise FailedPrecondition(
-            "state_dir is on a file system without shared memory: set it to a folder on a local disk"
-        )
-    db.execute("PRAGMA synchronous = FULL")
-    (problem,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    if db.execute("PRAGMA journal_mode = DELETE").fetchone()[0] != "delete":
+        raise Unavailable("the registry is in use by another process: stop that, or retry in a moment")
+    db.execute("PRAGMA synchronous = EXTRA")
+    (problem,) = db.execute("PRAGMA integrity_check(1)").fetchone()
     if problem != "ok":
         raise damaged(" ".join(str(problem).split()))
+
+
+def check_folders(db: Database, folder: Path) -> None:
+    """Raise DataLoss if a version is stored whose counter the registry never gave out: then it has lost changes."""
+    last = dict(db.execute("SELECT id, last FROM counters"))
+    for id, version in stored_versions(folder):
+        if counter_of(version) > last.get(id, 0):
+            raise damaged(f"{version} of {id} is stored, but the last one that it knows is v{last.get(id, 0)}")
 
 
 def create(db: Database) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...experts.errors import Aborted, DataLoss, FailedPrecondition, NotFound
+from .committed import Committed
 from .records import (
     ABORTED,
     COMMITTED,
@@ -18,7 +19,7 @@ from .records import (
     from_json,
     to_json,
 )
-from .registry_schema import Database
+from .registry_schema import Database, meta
 
 KEPT_SWAPS = 1000
 """How many of the latest swaps `collect` keeps in the journal, so that a repeated request finds its outcome."""
@@ -85,6 +86,27 @@ def find_epoch(db: Database, number: int) -> EpochRecord:
 def all_epochs(db: Database) -> list[EpochRecord]:
     """Every epoch, oldest first."""
     return [_epoch(row) for row in db.execute(f"{_EPOCH} ORDER BY number")]
+
+
+def committed(db: Database) -> Committed:
+    """What is committed, as it is recorded beside the registry."""
+    declared = dict(db.execute("SELECT id, digest FROM declared ORDER BY id"))
+    return Committed(cluster_id=str(meta(db, "cluster_id")), epochs=tuple(all_epochs(db)), declared=declared)
+
+
+def restore(
+    db: Database, committed: Committed, records: Collection[VersionRecord], counters: Mapping[str, int]
+) -> None:
+    """Fill empty tables with what was committed."""
+    db.execute("UPDATE meta SET value = ? WHERE key = 'cluster_id'", (committed.cluster_id,))
+    for record in sorted(records, key=lambda record: record.counter):
+        add_version(db, record)
+    for id, counter in counters.items():
+        _count_to(db, id, counter)
+    for epoch in committed.epochs:
+        begin_swap(db, epoch.swap_id, "{}", epoch.created)
+        add_epoch(db, epoch)
+    set_declared(db, committed.declared)
 
 
 def add_epoch(db: Database, epoch: EpochRecord) -> None:

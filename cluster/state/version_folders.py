@@ -3,6 +3,7 @@
 versions/<layer>/<expert or gate>/<version>/weights.safetensors    absent for a version without tensors
 versions/<layer>/<expert or gate>/<version>/manifest.json          id, version, sha256 and nbytes, and more
 uploads/<upload id>                                                sent by clients, not yet part of a version
+quarantine/versions/...                                            versions that the registry does not know
 
 A folder under a version's name is always complete: it gets the name last, and loses it first.
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ...experts.errors import DataLoss, FailedPrecondition, InvalidRequest, NotFound
+from ...experts.names import is_name
 from ..machine.durable_files import (
     OWNER_READS,
     copy_file,
@@ -35,6 +37,7 @@ from .records import check_version, is_version
 
 VERSIONS = "versions"
 UPLOADS = "uploads"
+QUARANTINE = "quarantine"
 WEIGHTS = "weights.safetensors"
 MANIFEST = "manifest.json"
 
@@ -48,6 +51,28 @@ def has_versions(state_dir: Path) -> bool:
     return any((state_dir / VERSIONS).glob("*/*/*"))
 
 
+def stored_versions(state_dir: Path, under: str = VERSIONS) -> list[tuple[str, str]]:
+    """The (id, version) of every version folder of a state folder, sorted by path."""
+    parts = [path.parts[-3:] for path in sorted((state_dir / under).glob("*/*/*"))]
+    return [
+        (f"{layer}/{name}", version)
+        for layer, name, version in parts
+        if all(map(is_name, (layer, name))) and is_version(version)
+    ]
+
+
+def quarantine(state_dir: Path, path: Path) -> Path:
+    """Move a file or folder of a state folder to the same place under quarantine/; returns where. Raises OSError."""
+    target = state_dir / QUARANTINE / path.relative_to(state_dir)
+    private_folder(target.parent)
+    if target.exists():
+        target = target.with_name(f"{target.name}.{secrets.token_hex(4)}")
+    os.rename(path, target)
+    sync_folder(target.parent)
+    sync_folder(path.parent)
+    return target
+
+
 class VersionStore:
     """The version folders and uploads of one state folder.
 
@@ -57,7 +82,7 @@ class VersionStore:
     """
 
     def __init__(self, state_dir: str | os.PathLike[str], *, clock: Callable[[], float] = time.time) -> None:
-        root = private_folder(state_dir)
+        root = self._root = private_folder(state_dir)
         self._versions = private_folder(root / VERSIONS)
         self._uploads = private_folder(root / UPLOADS)
         self._clock = clock
@@ -139,26 +164,23 @@ class VersionStore:
             if folder.is_dir():
                 _discard(folder)
 
-    def sweep(self, known: Collection[tuple[str, str]]) -> int:
-        """Remove every version folder that is not in `known` (id, version), and the remains of interrupted writes.
+    def sweep(self, known: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Move every version that is not in `known` (id, version) to quarantine/; interrupted writes, which have no
+        version's name yet, and interrupted removals, which have none any more, are removed.
 
-        Returns how many. Writes in progress in this process are not touched, but finished ones are: `known` must also
-        contain versions that are stored and not yet in the registry.
+        Returns what was moved. Writes in progress in this process are not touched, but finished ones are: `known` must
+        also contain versions that are stored and not yet in the registry.
 
         Raises FailedPrecondition if the file system fails.
         """
-        removed = 0
         with _disk("cannot sweep the version folders"):
-            for folder in sorted(self._versions.glob("*/*/*")):
-                id = f"{folder.parent.parent.name}/{folder.parent.name}"
-                if folder.name.startswith(".") and folder.name not in self._writing:
+            for folder in self._versions.glob("*/*/.v*"):
+                if folder.name not in self._writing:
                     shutil.rmtree(folder, ignore_errors=True)
-                elif is_version(folder.name) and (id, folder.name) not in known:
-                    _discard(folder)
-                else:
-                    continue
-                removed += 1
-        return removed
+            unknown = [stored for stored in stored_versions(self._root) if stored not in known]
+            for id, version in unknown:
+                quarantine(self._root, self._folder(id, version))
+        return unknown
 
     def upload_path(self, upload_id: str) -> Path:
         """The file of an upload. Raises InvalidRequest for an id that is not a safe file name."""

@@ -71,6 +71,9 @@ class Registry(product.Registry):
     def close(self) -> None:
         """The database is the world's."""
 
+    def _record(self) -> None:
+        """A database in memory has no file beside it."""
+
     def commit(self, *asked: Any, **more: Any) -> EpochRecord:
         self._committing = True
         try:
@@ -141,15 +144,18 @@ class Store:
             raise NotFound(f"{version} of {id} is not stored")
         return None
 
+    def verify(self, id: str, version: str) -> None:
+        """No version rots here."""
+
     def remove(self, id: str, version: str) -> None:
         """Forget a version."""
         self._folders.discard((id, version))
 
-    def sweep(self, known: Collection[tuple[str, str]]) -> int:
+    def sweep(self, known: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
         """Forget all versions but these."""
         gone = {folder for folder in self._folders if folder not in known}
         self._folders.difference_update(gone)
-        return len(gone)
+        return sorted(gone)
 
     def upload_path(self, upload_id: str) -> Path:
         """Where an upload would be."""

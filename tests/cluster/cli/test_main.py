@@ -19,13 +19,14 @@ from expertmesh.cluster.cli import connect
 from expertmesh.cluster.cli.down import stop
 from expertmesh.cluster.cli.main import cli
 from expertmesh.cluster.machine.run_files import RunFile, home, run_path, start_time, token_path
+from expertmesh.cluster.state.registry import Registry
 from expertmesh.experts.errors import DeadlineExceeded, NotFound, Unavailable
 
 pytestmark = pytest.mark.usefixtures("own_home")
 SWALLOWED: list[signal.Signals] = []
 """Signals that arrive during a start, inside code that swallows their exception."""
 
-COMMANDS = ("demo", "serve", "status", "swap", "rollback", "history", "bench", "down", "doctor")
+COMMANDS = ("demo", "serve", "status", "swap", "rollback", "history", "bench", "down", "repair", "doctor")
 STATUS: dict[str, Any] = {
     "name": "default",
     "epoch": 3,
@@ -340,3 +341,16 @@ def test_doctor_prints_every_check_and_fails_where_one_fails(monkeypatch: pytest
     failed = SimpleNamespace(name="x", state="fail", found="y", mend="z")
     monkeypatch.setattr(doctor, "examine", lambda machine: [failed])
     assert run("doctor").exit_code == 1
+
+
+def test_repair_says_what_it_found_and_did(tmp_path: Path) -> None:
+    with Registry(tmp_path / "state") as registry:
+        registry.begin_swap("s", {})
+        registry.commit("s", {}, expect={})
+    assert run("repair", "--state-dir", str(tmp_path / "state")).output.startswith("the registry is whole")
+    (tmp_path / "state" / "registry.sqlite").write_bytes(b"rot")
+    result = run("repair", "--state-dir", str(tmp_path / "state"))
+    assert result.exit_code == 0
+    assert "the registry was rebuilt at epoch 1; the damaged one is in quarantine/" in result.output
+    assert "holds no state of a cluster" in run("repair", "--name", "never-started").stderr
+    assert run("repair", "--name", "a", "--state-dir", "b").exit_code == 2

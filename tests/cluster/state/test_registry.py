@@ -58,8 +58,8 @@ def test_a_new_registry_is_private_and_empty(registry: Registry, folder: Path) -
 def test_commits_are_durable_by_sqlites_strictest_rule(registry: Registry) -> None:
     connection = registry._connection
     assert connection is not None
-    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+    assert connection.execute("PRAGMA synchronous").fetchone() == (3,)  # EXTRA
 
 
 def test_what_was_written_is_there_after_reopening(folder: Path) -> None:
@@ -388,7 +388,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_registry_is_refused_with_what_to_do(folder: Path, damage: Callable[[Path], object]) -> None:
     damage(closed(folder))
-    with pytest.raises(DataLoss, match=r"registry\.sqlite in state_dir.*Restore the state folder.*or move it"):
+    with pytest.raises(DataLoss, match=r"registry\.sqlite in state_dir.*run `expertmesh repair`.*or restore"):
         Registry(folder)
 
 

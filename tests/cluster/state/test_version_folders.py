@@ -278,7 +278,7 @@ def test_a_crash_at_any_step_leaves_a_whole_version_or_none(tmp_path: Path, move
             whole += 1
             after.verify(E4, V2)
         after.sweep({(E3, V1)})
-        assert files(state) == before
+        assert {name for name in files(state) if not name.startswith("quarantine/")} == before
         after.write(E4, V2, upload, {}, move=move)
         after.verify(E4, V2)
     assert 0 < whole < steps
@@ -309,23 +309,33 @@ def test_a_writer_that_was_faster_is_no_error(
 # Removal
 
 
-def test_a_sweep_leaves_what_is_known(store: VersionStore, state: Path, source: Path) -> None:
+def test_a_sweep_moves_away_what_is_not_known(store: VersionStore, state: Path, source: Path) -> None:
     for version in (V1, V2):
         store.write(E3, version, source, {})
     store.write(GATE, V1, None, {})
     (state / "versions" / "news" / "e3" / f".{V1}.0123").mkdir()
     (state / "versions" / "news" / "e3" / "lost+found").mkdir()
-    assert store.sweep({(E3, V2)}) == 3
+    assert store.sweep({(E3, V2)}) == [(E3, V1), (GATE, V1)]
     store.verify(E3, V2)
     assert {path.name for path in (state / "versions" / "news" / "e3").iterdir()} == {V2, "lost+found"}
-    assert store.sweep({(E3, V2)}) == 0
+    assert store.sweep({(E3, V2)}) == []
+
+
+def test_a_sweep_deletes_no_version(store: VersionStore, state: Path, source: Path) -> None:
+    for content in (b"first", b"second"):
+        source.write_bytes(content)
+        store.write(E3, V1, source, {})
+        assert store.sweep(()) == [(E3, V1)]
+    moved = sorted((state / "quarantine" / "versions" / "news" / "e3").iterdir())
+    assert {(path / WEIGHTS).read_bytes() for path in moved} == {b"first", b"second"}
+    assert moved[0].name == V1
 
 
 def test_a_sweep_leaves_a_write_that_is_under_way(
     store: VersionStore, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rename = os.rename
-    swept: list[int] = []
+    swept: list[list[tuple[str, str]]] = []
 
     def sweep_first(old: Path, new: Path) -> None:
         swept.append(store.sweep(()))
@@ -334,7 +344,7 @@ def test_a_sweep_leaves_a_write_that_is_under_way(
     monkeypatch.setattr(os, "rename", sweep_first)
     store.write(E3, V1, source, {})
     store.verify(E3, V1)
-    assert swept == [0]
+    assert swept == [[]]
 
 
 def test_a_version_loses_its_name_before_its_files(
@@ -347,7 +357,7 @@ def test_a_version_loses_its_name_before_its_files(
     with pytest.raises(NotFound):
         store.path(E3, V1)
     assert files(state) != set()
-    assert store.sweep(()) == 1
+    assert store.sweep(()) == []
     assert files(state) == set()
 
 
