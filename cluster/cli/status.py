@@ -56,6 +56,8 @@ def _print_tables(document: Mapping[str, Any]) -> None:
     click.echo(f"cluster {document.get('name')}: {document.get('state')}, epoch {document.get('epoch')}")
     for id, versions in (document.get("draining") or {}).items():
         click.echo(f"draining: {id}, requests in flight still use {', '.join(versions)}")
+    for id, why in (document.get("broken") or {}).items():
+        click.echo(f"broken: {id} cannot be loaded: {why}")
     for name, layer in (document.get("layers") or {}).items():
         gate = layer.get("gate") or {}
         click.echo(f"\nlayer {name}: gate {gate.get('id')} ({gate.get('kind')}), version {gate.get('version')}")

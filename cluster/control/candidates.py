@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ...experts.construct.factory import build
-from ...experts.errors import FailedPrecondition, InvalidRequest, NotFound
+from ...experts.errors import DataLoss, FailedPrecondition, InvalidRequest, NotFound
 from ...experts.spec import Expert
 from ...experts.weights.files import described, load_into, load_tensors
 from ...experts.weights.inspect import inspect_artefact
@@ -18,6 +19,8 @@ from ..state.registry import Registry
 from ..state.version_folders import VersionStore
 from .candidate_records import declared_candidates, declared_digest, declared_gate_digest, from_record, origin_of
 from .messages import Candidate, Change, SwapRequest
+
+log = logging.getLogger(__name__)
 
 
 class CandidateBuilder:
@@ -61,14 +64,22 @@ class CandidateBuilder:
         elif change.expert is not None:
             base = self._of_factory(id, change.expert, replaces or "")
         else:
-            base = self.recorded(id, replaces or "")
+            base = self._base(id, replaces or "")
         if change.upload is not None:
             base = self._with_upload(id, base, change)
         return replace(base, counter=self._registry.next_counter(id), **common)
 
+    def _base(self, id: str, version: str) -> Candidate:
+        """What a new version takes over from the current one, or from the declaration where that one is damaged."""
+        try:
+            return self.recorded(id, version)
+        except (DataLoss, NotFound) as error:
+            log.warning("%s; what replaces it is built as declared", error)
+            return self.declared[id]
+
     def _of_factory(self, id: str, expert: Expert, replaces: str) -> Candidate:
         """The candidate of another factory, for the same rows and in the same place."""
-        base = self.recorded(id, replaces)
+        base = self._base(id, replaces)
         if base.expert is None:
             raise InvalidRequest(f"{id} is a gate, and gates have no factory: swap in its weights")
         expert = replace(expert, input=base.expert.input, output=base.expert.output)

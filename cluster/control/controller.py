@@ -68,6 +68,8 @@ class Controller:
 
         What the registry knows and the declaration has not changed is loaded as it was; what is new or edited becomes a
         new version, all of it in one swap. A version that was swapped in is replaced only if `redeclare` has its id.
+        An expert whose stored version is damaged stays out, and the others serve. Raises what is wrong with the first
+        of them where all are.
         """
         async with self._declaring:
             if desired.revision > self.desired.revision:
@@ -87,6 +89,7 @@ class Controller:
                     await self.swap(request)  # to its end: another declaration would bring the same once more
                 self._declared = self.desired.revision
             await self._until(self._at_rest, deadline)
+            self._check_something_serves()
         return dict(self.reconciler.epochs[self.reconciler.current])
 
     async def swap(self, request: SwapRequest) -> SwapResult:
@@ -203,7 +206,12 @@ class Controller:
             versions=dict(self.reconciler.epochs.get(self.reconciler.current, {})),
             replicas=self._health.replicas(),
             kept=dict(self.transactions.kept),
+            broken=self._broken(),
         )
+
+    def _broken(self) -> dict[str, str]:
+        """The ids whose current version cannot be loaded, and why."""
+        return self.executor.broken(self.reconciler.epochs.get(self.reconciler.current, {}))
 
     def history(self, id: str) -> list[dict[str, Any]]:
         """The versions of an id that are kept, oldest first, and which epochs name them. Raises NotFound."""
@@ -241,10 +249,18 @@ class Controller:
     def _at_rest(self) -> str:
         if self.report is None or self.report.epoch < self.reconciler.current or not self.reconciler.current:
             return "the router has not adopted the epoch"
-        lacking = self.reconciler.incomplete()
+        broken = self._broken()
+        lacking = [entry for entry in self.reconciler.incomplete() if entry[1] not in broken]
         return (
             f"{lacking[0][0]} does not hold {lacking[0][1]} {lacking[0][2]}: {self.executor.problem}" if lacking else ""
         )
+
+    def _check_something_serves(self) -> None:
+        """Raise what is wrong with the first expert, where no expert can be loaded."""
+        broken, versions = self._broken(), self.reconciler.epochs[self.reconciler.current]
+        experts = sorted(id for layer in self.desired.layers.values() for id in layer.everyone_by_id)
+        if broken.keys() >= set(experts):
+            raise self.executor.problems[experts[0], versions[experts[0]]]
 
     async def _probe(self, name: str, handle: Any) -> None:
         began = asyncio.get_running_loop().time()
@@ -273,6 +289,7 @@ class Controller:
                 epochs=self.reconciler.known_to_routers(),
                 current=self.reconciler.current,
                 cluster_id=self.transactions.cluster_id,
+                broken=self._broken(),
             )
             loop = asyncio.get_running_loop()
             if self._router_heard is None:

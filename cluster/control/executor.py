@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ...experts.errors import DataLoss, ExpertMeshError, FailedPrecondition, Fenced, Unavailable
+from ...experts.errors import DataLoss, ExpertMeshError, FailedPrecondition, Fenced, NotFound, Unavailable
 from ...experts.staging.stage import Receipt
 from .events import Action, CommitSwap, FinishSwap, LoadVersion, StageCandidate, Sync, UnloadVersion
 from .messages import Candidate
@@ -21,12 +21,17 @@ log = logging.getLogger(__name__)
 ROUTER = "router"
 """The router as a member: it holds gates."""
 COMMIT_SECONDS = 0.2
+LASTING = (DataLoss, FailedPrecondition, NotFound)
+"""What is wrong with a stored version when another try will hardly help."""
+LASTING_SECONDS = 5.0
+"""So long it is before that other try."""
 
 
 class Executor:
     """Carries out actions. `handles` is how replicas are reached, `problem` the last load that failed.
 
-    `background` are threads of the lowest priority.
+    `problems` are the (id, version) whose last load failed, with the error. `background` are threads of the lowest
+    priority.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class Executor:
         self.transactions = transactions
         self.handles: Mapping[str, Any] = {}
         self.problem = "it is still loading"
+        self.problems: dict[tuple[str, str], ExpertMeshError] = {}
         self._health = health
         self._router = router
         self._replicas = replicas
@@ -51,6 +57,11 @@ class Executor:
         self._turns: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._background = background
+
+    def broken(self, versions: Mapping[str, str]) -> dict[str, str]:
+        """The ids of these versions whose stored version cannot be loaded by trying again, and why, by id."""
+        found = {id: self.problems.get((id, version)) for id, version in versions.items()}
+        return {id: error.message for id, error in found.items() if isinstance(error, LASTING)}
 
     def changed_since(self, member: str, moment: float) -> bool:
         """Whether a replica was told to hold or forget something since then (a time of the event loop)."""
@@ -106,16 +117,30 @@ class Executor:
                 raise FailedPrecondition(
                     f"{action.id} loads as {receipt.version}, not {action.version}: its code changed"
                 )
-        except ExpertMeshError as error:
+        except ExpertMeshError as failure:
+            error = await self._cause(action, failure)
             self.problem = error.message
+            self.problems[action.id, action.version] = error
             log.warning("%s could not load %s %s: %s", action.member, action.id, action.version, error)
-            self.reconciler.load_failed(action.member, action.incarnation, action.id, action.version)
+            failed = (action.member, action.incarnation, action.id, action.version)
+            delay = LASTING_SECONDS if isinstance(error, LASTING) else 0.0
+            asyncio.get_running_loop().call_later(delay, self.reconciler.load_failed, *failed)
         except Exception:  # a disk that fails, a bug: it is tried again, and seen in the log
             self.reconciler.load_failed(action.member, action.incarnation, action.id, action.version)
             raise
         else:
+            self.problems.pop((action.id, action.version), None)
             self._holds(action.member, action.incarnation, action.id, action.version)
             await self.perform(self.reconciler.loaded(action.member, action.incarnation, action.id, action.version))
+
+    async def _cause(self, action: LoadVersion, failure: ExpertMeshError) -> ExpertMeshError:
+        """The damage of a stored version, where that is why it could not be loaded."""
+        if isinstance(failure, LASTING):
+            try:
+                await asyncio.to_thread(self.transactions.verify, action.id, action.version)
+            except (DataLoss, NotFound) as damage:
+                return damage
+        return failure
 
     async def _unload(self, action: UnloadVersion) -> None:
         try:

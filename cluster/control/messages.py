@@ -76,13 +76,15 @@ def proposal_of(candidate: Candidate) -> Proposal:
 class RouterUpdate:
     """What a router is told every turn: the replicas, the epochs that requests may pin, and the current one.
 
-    `cluster_id` is that of the registry, whose epochs these are.
+    `cluster_id` is that of the registry, whose epochs these are. `broken` are the ids whose current version cannot be
+    loaded, and why.
     """
 
     replicas: tuple[Replica, ...]
     epochs: Mapping[int, Mapping[str, str]]
     current: int
     cluster_id: str = ""
+    broken: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,8 @@ class StateSettings:
 class ControllerState:
     """What the owner asks its controller about: the revision that it serves, the replicas, the current versions.
 
-    `kept` are versions that were swapped in and serve on although their declaration was edited.
+    `kept` are versions that were swapped in and serve on although their declaration was edited. `broken` are the ids
+    whose current version cannot be loaded, and why.
     """
 
     revision: int
@@ -31,6 +32,7 @@ class ControllerState:
     versions: Mapping[str, str]
     replicas: tuple[Replica, ...]
     kept: Mapping[str, str]
+    broken: Mapping[str, str]
 
 
 class RouterPort(Protocol):

@@ -231,7 +231,10 @@ class Cluster:
         self._say("loading and verifying experts")
         self._replicas = {replica.id: replica.expert_ids for replica in planned}
         self._declare(max(1.0, deadline - time.monotonic()), redeclare)
-        for id, kept in sorted(backend.state().kept.items()):
+        known = backend.state()
+        for id, why in sorted(known.broken.items()):
+            self._say(f"{id} is broken and does not serve: {why}")
+        for id, kept in sorted(known.kept.items()):
             self._say(f"{id} serves {kept}, which was swapped in; its edited declaration needs --redeclare {id}")
         self._supervisor.start()
         self._say(f"serving on {self.endpoint}")

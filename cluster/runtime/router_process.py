@@ -87,6 +87,7 @@ class RouterService:
         self._layers: dict[str, Layer] = {}
         self._gates: dict[tuple[str, str], Gate] = {}
         self._heard = 0.0
+        self._broken: Mapping[str, str] = {}
 
     async def start(self) -> tuple[int, int | None]:
         """Start to listen; returns the ports of gateway and metrics page."""
@@ -150,11 +151,12 @@ class RouterService:
         return report
 
     def _sync(self, update: RouterUpdate) -> RouterReport:
+        self._broken = update.broken
         self.router.leases.drop_expired()
         self.router.update_view(update.replicas)
         known = {epoch.number for epoch in self.router.epochs.known()}
         new = {n: versions for n, versions in update.epochs.items() if n not in known}
-        built = {n: self._epoch(n, versions, update.cluster_id) for n, versions in new.items()}
+        built = {n: self._epoch(n, versions, update) for n, versions in new.items()}
         current = built.get(update.current)
         if current is not None:
             self.router.adopt(current)
@@ -169,15 +171,17 @@ class RouterService:
             gates=frozenset(self._gates),
         )
 
-    def _epoch(self, number: int, versions: Mapping[str, str], cluster: str) -> Epoch | None:
-        """An epoch with its gates, or None while one of them is not loaded."""
+    def _epoch(self, number: int, versions: Mapping[str, str], update: RouterUpdate) -> Epoch | None:
+        """An epoch with its gates, or None while one of them is not loaded. A layer whose gate is broken stays out."""
         layers = {}
         for name, layer in self._layers.items():
+            if layer.gate_id in update.broken and number == update.current:
+                continue
             gate = self._gates.get((layer.gate_id, versions.get(layer.gate_id, "")))
             if gate is None or not layer.everyone_by_id.keys() <= versions.keys():
                 return None
             layers[name] = replace(layer, gate=gate)
-        return Epoch(number, versions, layers, cluster) if layers else None
+        return Epoch(number, versions, layers, update.cluster_id) if layers else None
 
     async def status(self) -> dict[str, Any]:
         """The status document of the cluster, as plain JSON types."""
@@ -191,6 +195,7 @@ class RouterService:
             "name": self._settings.name,
             "epoch": epochs.number,
             "draining": epochs.draining(),
+            "broken": dict(self._broken),
             "layers": {name: self._layer(layer) for name, layer in layers.items()},
             "router": {
                 "pid": os.getpid(),
