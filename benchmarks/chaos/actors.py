@@ -118,7 +118,7 @@ class NotingControllerActor(ControllerActor):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self._controller.transactions.__class__ = NotingTransactions
+        self._opening.get().transactions.__class__ = NotingTransactions
 
 
 class CrashingControllerActor(ControllerActor):
@@ -126,8 +126,8 @@ class CrashingControllerActor(ControllerActor):
 
     def __init__(self, settings: StateSettings, logs: LogSettings) -> None:
         super().__init__(settings, logs)
-        self._controller.executor.__class__ = CrashingExecutor
-        transactions = self._controller.transactions
+        self._opening.get().executor.__class__ = CrashingExecutor
+        transactions = self._opening.get().transactions
         transactions.__class__ = CrashingTransactions
         vars(transactions)["crash"] = signals.crash_file(settings.state_dir)
 
@@ -172,7 +172,7 @@ class EarlyController(ControllerActor):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self._controller.executor.__class__ = FlipsEarly
+        self._opening.get().executor.__class__ = FlipsEarly
 
 
 class NewestExpert(ExpertActor):

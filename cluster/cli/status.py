@@ -95,4 +95,5 @@ def _controller_lines(controller: Mapping[str, Any]) -> Iterator[str]:
     if controller:
         seconds = controller.get("heard_seconds_ago")
         heard = "not heard from yet" if seconds is None else f"last heard from {seconds:.2f} s ago"
-        yield f"controller: {controller.get('state')}, {heard}"
+        problem = controller.get("problem")
+        yield f"controller: {controller.get('state')}, {heard}{f': {problem}' if problem else ''}"

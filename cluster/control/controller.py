@@ -47,6 +47,7 @@ class Controller:
         self.transactions = transactions
         self.reconciler = Reconciler()
         self.report: RouterReport | None = None
+        self.problem = ""
         self._router = router
         self._replicas = replicas
         self._health = Health()
@@ -160,6 +161,7 @@ class Controller:
                 await self.turn()
             except Fenced as error:
                 log.warning("%s: it takes no more turns. Clusters need a state_dir each", error)
+                self.problem = error.message
                 return
             except (ExpertMeshError, asyncio.TimeoutError, TimeoutError) as error:
                 log.warning("the router was not reached: %s", error)
@@ -319,7 +321,12 @@ class Controller:
 
 def open_controller(settings: StateSettings, router: RouterPort, replicas: ReplicaPort) -> Controller:
     """Open the registry, taking it over from whoever had it, and make a controller of it."""
-    registry, store = Registry(settings.state_dir), VersionStore(settings.state_dir)
-    builder = CandidateBuilder(registry, store)
-    transactions = SwapTransactions(registry, store, builder, retain_epochs=settings.retain_epochs)
+    registry = Registry(settings.state_dir)
+    try:
+        store = VersionStore(settings.state_dir)
+        builder = CandidateBuilder(registry, store)
+        transactions = SwapTransactions(registry, store, builder, retain_epochs=settings.retain_epochs)
+    except BaseException:
+        registry.close()
+        raise
     return Controller(transactions, router, replicas)

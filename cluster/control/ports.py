@@ -78,3 +78,6 @@ class ControlPort(Protocol):
 
     async def recall(self, epoch: int, ttl: float) -> None:
         """Load an epoch that is kept."""
+
+    async def problem(self) -> str:
+        """Why the controller does not work; empty if it does."""

@@ -122,6 +122,9 @@ class _ControlPort:
     async def recall(self, epoch: int, ttl: float) -> None:
         await self.controller.recall(epoch, ttl)
 
+    async def problem(self) -> str:
+        return self.controller.problem
+
 
 class _ReplicaPort:
     def __init__(self, hosts: dict[str, ExpertHost]) -> None:

@@ -7,8 +7,11 @@ so that a long computation does not delay them.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -25,6 +28,7 @@ from ..channel.router_end import ChannelTransport
 from ..channel.settings import ChannelSettings, open_channel
 from ..control.controller import Controller, open_controller
 from ..control.messages import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
+from ..control.opening import Opening
 from ..control.ports import ControllerState, StateSettings
 from ..machine.logs import configure_logs
 from ..machine.process_tuning import give_memory_back, let_go, settle, trim_memory, yield_to_serving
@@ -149,27 +153,26 @@ class RouterActor:
 class ControllerActor:
     """Runs the controller and its loop. A new incarnation takes over the registry from the previous one.
 
-    If the state folder is refused, every call raises that error: for an error in the constructor Ray would only report
-    that the actor died.
+    While the state folder is refused, every call raises that error, and from time to time tries again: for an error in
+    the constructor Ray would only report that the actor died.
     """
 
     def __init__(self, settings: StateSettings, logs: LogSettings) -> None:
         configure_logs("controller", logs.level, logs.path)
         give_memory_back()
         self._router = RayRouterPort()
-        self._opened: Controller | ExpertMeshError
-        try:
-            self._opened = open_controller(settings, self._router, RayReplicaPort())
-        except ExpertMeshError as error:
-            self._opened = error
+        self._opening = Opening(partial(open_controller, settings, self._router, RayReplicaPort()), time.monotonic)
+        self._one_opens = asyncio.Lock()
+        with suppress(ExpertMeshError):  # whoever calls is told
+            self._opening.get()
         self._turns: asyncio.Task[None] | None = None
         settle()
 
-    @property
-    def _controller(self) -> Controller:
-        if isinstance(self._opened, ExpertMeshError):
-            raise self._opened
-        return self._opened
+    async def _controller(self) -> Controller:
+        if self._opening.opened is not None:
+            return self._opening.opened
+        async with self._one_opens:
+            return await asyncio.to_thread(self._opening.get)
 
     async def declare(self, controller: Any, router: Any, desired: Desired, timeout: float) -> dict[str, str]:
         """Load the layers that the owner declares; returns the versions that then serve.
@@ -177,32 +180,38 @@ class ControllerActor:
         The handles come with every call, not with the constructor, whose arguments Ray may lose before a restart.
         """
         self._router.handle, self._router.controller = router, controller
+        opened = await self._controller()
         if self._turns is None:
-            self._turns = asyncio.get_running_loop().create_task(self._controller.run())
-        return await self._controller.declare(desired, timeout)
+            self._turns = asyncio.get_running_loop().create_task(opened.run())
+        return await opened.declare(desired, timeout)
 
     async def swap(self, request: SwapRequest) -> SwapResult:
         """Carry out a swap."""
         try:
-            return await self._controller.swap(request)
+            return await (await self._controller()).swap(request)
         finally:  # later, because a refusal is not sent yet
             asyncio.get_running_loop().call_later(LET_GO_SECONDS, let_go)
 
     async def progress(self, swap_id: str) -> dict[str, Any]:
         """The progress of a swap."""
-        return self._controller.progress(swap_id)
+        return (await self._controller()).progress(swap_id)
 
     async def history(self, id: str) -> list[dict[str, Any]]:
         """The kept versions of an id."""
-        return self._controller.history(id)
+        return (await self._controller()).history(id)
 
     async def recall(self, epoch: int, ttl: float) -> None:
         """Load a kept epoch."""
-        await self._controller.recall(epoch, ttl)
+        await (await self._controller()).recall(epoch, ttl)
+
+    async def problem(self) -> str:
+        """Why the controller does not work; empty if it does."""
+        opened = self._opening.opened
+        return self._opening.problem if opened is None else opened.problem
 
     async def state(self) -> ControllerState:
         """The state of the controller."""
-        return self._controller.state()
+        return (await self._controller()).state()
 
 
 def _node() -> str:

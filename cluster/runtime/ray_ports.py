@@ -118,6 +118,10 @@ class RayControlPort:
         """Load a kept epoch."""
         await awaited(self._actor().recall.remote(epoch, ttl))
 
+    async def problem(self) -> str:
+        """Why the controller does not work; empty if it does."""
+        return await awaited(self._actor().problem.remote())
+
     def _actor(self) -> Any:
         if self.handle is None:
             raise Unavailable("the controller has not started yet; retry in a moment")

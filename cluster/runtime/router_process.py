@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ...experts.errors import FailedPrecondition, Unavailable
+from ...experts.errors import ExpertMeshError, FailedPrecondition, Unavailable
 from ...experts.identity.version_name import gate_digest, version_name
 from ...experts.spec import ANY
 from ...experts.staging.stage import Receipt
@@ -37,6 +37,8 @@ from .router_thread import RouterThread, elsewhere
 
 RECALL_SECONDS = 30.0
 """How long at least an epoch that a request named stays loaded."""
+PROBLEM_SECONDS = 1.0
+"""How long the status waits for a controller that is not heard to say why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +187,19 @@ class RouterService:
 
     async def status(self) -> dict[str, Any]:
         """The status document of the cluster, as plain JSON types."""
-        return await self._thread.call(self._status)
+        document: dict[str, Any] = await self._thread.call(self._status)
+        if document["controller"]["state"] == "silent":
+            document["controller"]["problem"] = await self._problem()
+        return document
+
+    async def _problem(self) -> str:
+        """Why the controller is not heard, as far as it says so itself."""
+        try:
+            return await asyncio.wait_for(self.control.problem(), PROBLEM_SECONDS)
+        except ExpertMeshError as error:
+            return error.message
+        except (asyncio.TimeoutError, TimeoutError):
+            return "it does not answer"
 
     def _status(self) -> dict[str, Any]:
         telemetry, epochs = self.router.telemetry, self.router.epochs

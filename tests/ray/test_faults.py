@@ -161,6 +161,23 @@ def test_controller_is_killed(client: Client) -> None:
     assert {name for name, _ in traffic.outcomes} == {"right"}
 
 
+def test_a_controller_that_cannot_open_its_registry_says_why_and_comes_back_when_it_can(client: Client) -> None:
+    registry = run_files.state_path("faults") / "registry.sqlite"
+    whole, pid = registry.read_bytes(), pid_of_actor("ControllerActor")
+
+    def told() -> str:
+        return str(client.status()["controller"].get("problem", ""))
+
+    with Traffic(client, "twin", np.tan(X)) as traffic:
+        registry.write_bytes(b"rot" * 1000)
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: "the registry (registry.sqlite in state_dir) is damaged" in told(), BACK, "it says why")
+        registry.write_bytes(whole)
+        eventually(lambda: client.status()["controller"]["heard_seconds_ago"] < 1.0, 2 * BACK, "the router hears it")
+        assert told() == ""
+    assert {name for name, _ in traffic.outcomes} == {"right"}
+
+
 def test_router_is_killed(client: Client) -> None:
     pid = pid_of_actor("RouterActor")
     with Traffic(client, "twin", np.tan(X)) as traffic:
