@@ -7,6 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +20,18 @@ from .sums.device_rows import to_device, to_host_all
 from .sums.partial_sum import add_up
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Overdue:
+    """An expert that has not returned: how long it computes, and how long beyond the deadline of its call (seconds)."""
+
+    expert: str
+    seconds: float
+    beyond: float
+
+    def __str__(self) -> str:
+        return f"{self.expert} has not returned for {self.seconds:.0f} s, {self.beyond:.0f} s beyond its deadline"
 
 
 class ExpertHost:
@@ -34,6 +47,7 @@ class ExpertHost:
         self._slots: dict[tuple[str, str], RowFunction] = {}
         self._receipts: dict[tuple[str, str], Receipt] = {}
         self._lock = threading.Lock()
+        self._computing: tuple[str, float, float] | None = None
 
     def stage(self, proposal: Proposal, replaces: str | None = None, mode: str = "double") -> Receipt:
         """Build and verify a version beside the serving ones, and compare it with the one it replaces, if loaded.
@@ -85,6 +99,18 @@ class ExpertHost:
             for function in (self._slots.get((part.expert, part.version)) for part in call.parts)
         )
 
+    def overdue(self, seconds: float) -> Overdue | None:
+        """The expert that computes now, if that takes `seconds` more than the deadline of its call allows.
+
+        Safe to call from another thread. Calls without a deadline are never overdue.
+        """
+        computing = self._computing
+        if computing is None:
+            return None
+        expert, began, timeout = computing
+        taken = time.monotonic() - began
+        return Overdue(expert, taken, taken - timeout) if taken - timeout > seconds else None
+
     @torch.inference_mode()
     def compute(self, call: ExpertCall) -> ExpertReply:
         """Compute every part of a message; a part that fails does not affect the others.
@@ -97,7 +123,7 @@ class ExpertHost:
             rows_N = rows_N.index_select(0, to_device(call.row_index, self.device))
         summed = {position for total in call.sums for position in range(total.first, total.last)}
         keep = range(len(call.parts)) if self._on_gpu else summed
-        outputs = [self._part(part, rows_N, keep=position in keep) for position, part in enumerate(call.parts)]
+        outputs: Sequence[Tensor | PartFailure] = self._parts(call, rows_N, keep)
         if self._on_gpu:
             outputs = self._placed(outputs, summed)
         if not call.sums:
@@ -105,6 +131,16 @@ class ExpertHost:
         sums, lost = add_up(call, outputs)
         unsummed = (None if at in summed and isinstance(out, Tensor) else out for at, out in enumerate(outputs))
         return ExpertReply(self.incarnation, tuple(unsummed), sums, lost, computed=time.perf_counter() - began)
+
+    def _parts(self, call: ExpertCall, rows_N: Tensor, keep: Collection[int]) -> list[Tensor | PartFailure]:
+        began, outputs = time.monotonic(), []
+        try:
+            for position, part in enumerate(call.parts):
+                self._computing = (part.expert, began, call.timeout)
+                outputs.append(self._part(part, rows_N, keep=position in keep))
+        finally:
+            self._computing = None
+        return outputs
 
     def _part(self, part: Part, rows_N: Tensor, *, keep: bool) -> Tensor | PartFailure:
         """The answer of one part to its slice of the rows; left on the expert's device if `keep`, else on the CPU."""
@@ -115,8 +151,8 @@ class ExpertHost:
             answer = function(rows_N[part.start : part.stop])
             return answer if keep else answer.cpu()
         except ExpertMeshError as error:
-            return PartFailure("ExpertFailed", f"{part.expert}: {error.message}")
-        except (Exception, SystemExit) as error:  # an expert is user code and may raise anything
+            return PartFailure("ExpertFailed", f"{part.expert}: {error}")
+        except BaseException as error:  # an expert is foreign code and may raise anything, also a panic of Rust
             log.exception("expert raised", extra={"expert": part.expert, "version": part.version})
             return PartFailure(
                 "ExpertFailed", f"{part.expert} raised {type(error).__name__}; see the log of its replica"

@@ -28,10 +28,12 @@ from torch import Tensor
 from ...experts.errors import InvalidRequest
 from ...experts.protocol import ExpertCall, ExpertReply, Part, PartFailure, PartialSum
 from ...experts.tensors import byte_view, dtype_name, from_wire
-from ...experts.wire import Buffer, Frame, encode_scattered
+from ...experts.wire import MAX_TENSORS, Buffer, Frame, encode_scattered
 
 LENGTH = struct.Struct("<Q")
 NONCE_BYTES = 16
+MOST_KINDS = MAX_TENSORS - 1
+"""How many kinds of rows one reply carries, beside the list of lost pairs."""
 ROUTER, REPLICA = b"expertmesh router", b"expertmesh replica"
 
 Output = Tensor | PartFailure | None
@@ -88,18 +90,22 @@ def decode_call(frame: Frame) -> ExpertCall:
 
 
 def encode_reply(attempt: int, reply: ExpertReply, queued: float = 0.0) -> list[Buffer]:
-    """Encode a reply; no tensor is copied. Outputs of the same dtype and row shape share one tensor."""
+    """Encode a reply; no tensor is copied. Outputs of the same dtype and row shape share one tensor.
+
+    An output of one kind too many for a frame becomes a failure: the router could not decode the reply.
+    """
     kinds: dict[tuple[str, tuple[int, ...]], list[Tensor]] = {}
-    failures: list[list[str]] = []
+    failures: dict[PartFailure, int] = {}
 
     def entry(output: Output) -> list[int]:
         """[kind, rows], or [-1, 0] for no output, or [-2, index of the failure]."""
         if output is None:
             return [-1, 0]
         if isinstance(output, PartFailure):
-            failures.append([output.error, output.message[:1000]])
-            return [-2, len(failures) - 1]
+            return [-2, failures.setdefault(output, len(failures))]
         kind = (dtype_name(output.dtype), tuple(output.shape[1:]))
+        if kind not in kinds and len(kinds) == MOST_KINDS:
+            return entry(PartFailure("ExpertFailed", f"the answers of one message have more than {MOST_KINDS} shapes"))
         kinds.setdefault(kind, []).append(output)
         return [list(kinds).index(kind), output.shape[0]]
 
@@ -107,7 +113,7 @@ def encode_reply(attempt: int, reply: ExpertReply, queued: float = 0.0) -> list[
         "attempt": attempt,
         "outputs": [entry(output) for output in reply.outputs],
         "sums": [entry(total) for total in reply.sums],
-        "failures": failures,
+        "failures": [[failure.error, failure.message[:1000]] for failure in failures],
         "seconds": [queued, reply.computed],
     }
     wired = {f"rows{number}": _pieces(tensors) for number, tensors in enumerate(kinds.values())}

@@ -2,6 +2,7 @@
 
 It reads all sockets between two computations, so queued calls that were cancelled or expired are never computed. A
 peer that violates the protocol, stops reading or does not authenticate in time is closed, without effect on the others.
+If the thread ends by an error all the same, the replica has failed, and its process is told.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import socket
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from pathlib import Path
 
 from ...experts.errors import ExpertMeshError, InvalidRequest, Unauthenticated
@@ -58,15 +60,26 @@ class _Peer:
 
 
 class ChannelServer:
-    """Serves a host to routers that know the secret. `counted` counts calls and closed connections by outcome."""
+    """Serves a host to routers that know the secret. `counted` counts calls and closed connections by outcome.
 
-    def __init__(self, host: ExpertHost, replica_id: str, secret: bytes, slots: CoreSlots | None = None) -> None:
+    `failed` is called with the reason if the thread ends by itself: nothing is served from then on.
+    """
+
+    def __init__(
+        self,
+        host: ExpertHost,
+        replica_id: str,
+        secret: bytes,
+        slots: CoreSlots | None = None,
+        failed: Callable[[str], None] = log.critical,
+    ) -> None:
         self.counted: Counter[str] = Counter()
         self.address = ""
         self._host = host
         self._replica_id = replica_id
         self._secret = secret
         self._slots = slots
+        self._failed = failed
         self._selector = selectors.DefaultSelector()
         self._peers: deque[_Peer] = deque()
         self._listener: socket.socket | None = None
@@ -112,6 +125,9 @@ class ChannelServer:
                 call = self._next()
                 if call is not None:
                     self._serve(*call)
+        except BaseException as error:  # whatever it is: a thread that has ended is a replica that has failed
+            log.exception("the channel's thread ended", extra={"replica": self._replica_id})
+            self._failed(f"its channel ended with {type(error).__name__}")
         finally:
             for peer in list(self._peers):
                 self._close(peer)
@@ -212,21 +228,25 @@ class ChannelServer:
             queued = time.monotonic() - arrived
             if queued > call.timeout:
                 self.counted["expired"] += 1
-                reply = _failed(self._host, call, "DeadlineExceeded", "the deadline passed while the rows were queued")
+                late = _all_failed(
+                    self._host, call, "DeadlineExceeded", "the deadline passed while the rows were queued"
+                )
+                reply = encode_reply(call.attempt, late, queued)
             else:
                 self.counted["computed"] += 1
-                reply = self._computed(call)
+                reply = self._computed(call, queued)
         finally:
             if self._slots is not None:
                 self._slots.give_back()
-        self._send(peer, encode_reply(call.attempt, reply, queued))
+        self._send(peer, reply)
 
-    def _computed(self, call: ExpertCall) -> ExpertReply:
+    def _computed(self, call: ExpertCall, queued: float) -> list[Buffer]:
         try:
-            return self._host.compute(call)
-        except Exception as error:  # e.g. out of memory or a device error: fails this call, not the replica
+            return encode_reply(call.attempt, self._host.compute(call), queued)
+        except BaseException as error:  # out of memory, a device error, foreign code: it fails this call, no other
             log.exception("a call failed", extra={"attempt": call.attempt})
-            return _failed(self._host, call, "ExpertFailed", f"the replica raised {type(error).__name__}; see its log")
+            text = f"the replica raised {type(error).__name__}; see its log"
+            return encode_reply(call.attempt, _all_failed(self._host, call, "ExpertFailed", text), queued)
 
     def _send(self, peer: _Peer, parts: list[Buffer]) -> None:
         if peer.framed.fileno() < 0:
@@ -262,6 +282,6 @@ def socket_path(folder: Path, replica_id: str, incarnation: str) -> Path:
     return folder / f"{name}{incarnation[:8]}"
 
 
-def _failed(host: ExpertHost, call: ExpertCall, error: str, text: str) -> ExpertReply:
+def _all_failed(host: ExpertHost, call: ExpertCall, error: str, text: str) -> ExpertReply:
     failure = PartFailure(error, text)
     return ExpertReply(host.incarnation, (failure,) * len(call.parts), (failure,) * len(call.sums))

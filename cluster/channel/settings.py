@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,11 +27,17 @@ class ChannelSettings:
 
 
 def open_channel(
-    host: ExpertHost, replica_id: str, settings: ChannelSettings, node: str, address: str
+    host: ExpertHost,
+    replica_id: str,
+    settings: ChannelSettings,
+    node: str,
+    address: str,
+    failed: Callable[[str], None],
 ) -> ChannelServer:
     """Serve a host on `node` with the IP address `address`: over a Unix socket on the router's node, else over TCP.
 
-    Experts on the CPU share as many slots as the node has cores. Raises FailedPrecondition or OSError.
+    Experts on the CPU share as many slots as the node has cores. `failed` is called with the reason if the channel ends
+    by itself. Raises FailedPrecondition or OSError.
     """
     if settings.folder is None:
         sweep()
@@ -39,7 +46,7 @@ def open_channel(
     )
     hold(folder)  # for as long as this process lives
     slots = CoreSlots(folder, cores()) if host.device == "cpu" else None
-    server = ChannelServer(host, replica_id, settings.secret, slots)
+    server = ChannelServer(host, replica_id, settings.secret, slots, failed)
     if node == settings.router_node:
         server.listen_unix(socket_path(folder, replica_id, host.incarnation))
     else:

@@ -77,6 +77,9 @@ class ClusterConfig:
     router's process). `address` joins a Ray cluster ("auto" or its address); by default a new one is started.
     `runtime_env` is Ray's runtime environment for all experts. Times are in seconds.
 
+    `hang_seconds` is how long an expert may compute beyond the deadline of its call; then its process is ended and
+    started again.
+
     `max_message_bytes` bounds one gRPC message. Larger messages are sent in chunks, up to `max_request_bytes` for one
     request or reply, and up to `max_stream_bytes` for all streams in flight together.
 
@@ -110,6 +113,7 @@ class ClusterConfig:
     max_rows_in_flight: Annotated[int, _whole(1, 1 << 40)] = 65536
     default_timeout: Annotated[float, _SECONDS] = 30.0
     start_timeout: Annotated[float, _SECONDS] = 120.0
+    hang_seconds: Annotated[float, _SECONDS] = 60.0
     log_level: Annotated[str, _one_of("debug", "info", "warning", "error")] = "info"
     state_dir: Annotated[Path | None, Field(strict=False, description="the path of a folder")] = None
     retain_epochs: Annotated[int, _whole(0, 1000)] = 2

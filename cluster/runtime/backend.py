@@ -56,6 +56,10 @@ def open_backend(config: ClusterConfig) -> Backend:
         return LocalBackend(config.log_level, path)
     module = load_backend(config.address)
     backend: Backend = module.RayBackend(
-        config.log_level, path, config.runtime_env, direct=config.transport == "channel"
+        config.log_level,
+        path,
+        config.runtime_env,
+        direct=config.transport == "channel",
+        hang_seconds=config.hang_seconds,
     )
     return backend

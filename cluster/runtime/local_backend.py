@@ -22,6 +22,7 @@ from .router_process import RouterService, ServiceSettings
 
 T = TypeVar("T")
 CALL_TIMEOUT = 60.0
+CURE = "nothing ends it with transport local; restart this process"
 
 
 class LocalBackend:
@@ -65,7 +66,7 @@ class LocalBackend:
 
     def wait_replica(self, replica_id: str, deadline: float) -> Replica:
         """The report of a replica."""
-        return report_of(replica_id, self._hosts[replica_id], node="local")
+        return report_of(replica_id, self._hosts[replica_id], CURE, node="local")
 
     def handles(self) -> dict[str, Any]:
         """Empty: the transport holds the hosts."""
@@ -131,7 +132,7 @@ class _ReplicaPort:
         self._hosts = hosts
 
     async def probe(self, replica_id: str, handle: Any) -> Replica:
-        return report_of(replica_id, self._host(replica_id), node="local")
+        return report_of(replica_id, self._host(replica_id), CURE, node="local")
 
     async def stage(self, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:
         proposal = replace(proposal_of(candidate), weights=candidate.weights)

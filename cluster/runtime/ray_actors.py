@@ -7,6 +7,10 @@ so that a long computation does not delay them.
 from __future__ import annotations
 
 import asyncio
+import faulthandler
+import logging
+import os
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -45,12 +49,19 @@ class LogSettings:
     path: str | None
 
 
+log = logging.getLogger(__name__)
 TRIM_SECONDS = 2.0
+WATCH_SECONDS = 1.0
 LET_GO_SECONDS = 1.0
+STDERR = 2
 
 
 class ExpertActor:
-    """Runs one replica, of one expert or of a pack, on the device that Ray assigned. It starts without versions."""
+    """Runs one replica, of one expert or of a pack, on the device that Ray assigned. It starts without versions.
+
+    An expert that computes `hang_seconds` beyond the deadline of its call, or keeps every thread from running for so
+    long, ends the process, and Ray starts another.
+    """
 
     def __init__(
         self,
@@ -59,16 +70,30 @@ class ExpertActor:
         device: str,
         logs: LogSettings,
         channel: ChannelSettings | None,
+        hang_seconds: float,
     ) -> None:
         configure_logs(replica_id, logs.level, logs.path)
+        logging.raiseExceptions = False  # an expert may have closed standard error
         torch.set_num_threads(1)
         self._host = ExpertHost(device)
         self._id = replica_id
         self._experts = experts
         here = ray.get_runtime_context().get_node_id()
         address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        self._channel = None if channel is None else open_channel(self._host, replica_id, channel, here, address)
+        self._channel = None
+        if channel is not None:
+            self._channel = open_channel(self._host, replica_id, channel, here, address, _end_process)
+        self._hang_seconds = hang_seconds
+        threading.Thread(target=self._watch, name="expertmesh-watch", daemon=True).start()
         settle()
+
+    def _watch(self) -> None:
+        while True:
+            # A thread of C ends the process where this thread cannot: an expert may hold Python's lock for ever.
+            faulthandler.dump_traceback_later(self._hang_seconds + WATCH_SECONDS, exit=True, file=STDERR)
+            if (overdue := self._host.overdue(self._hang_seconds)) is not None:
+                _end_process(str(overdue))
+            time.sleep(WATCH_SECONDS)
 
     @ray.method(concurrency_group="compute")
     def compute(self, call: ExpertCall) -> Any:
@@ -98,7 +123,9 @@ class ExpertActor:
         """This replica's experts, node, device, address and loaded versions."""
         address = "" if self._channel is None else self._channel.address
         device = _device_name(self._host.device)
-        return report_of(self._id, self._host, experts=self._experts, node=_node(), device=device, address=address)
+        cure = f"its process is ended {self._hang_seconds:g} s beyond the deadline"
+        where = {"experts": self._experts, "node": _node(), "device": device, "address": address}
+        return report_of(self._id, self._host, cure, **where)
 
 
 class RouterActor:
@@ -212,6 +239,12 @@ class ControllerActor:
     async def state(self) -> ControllerState:
         """The state of the controller."""
         return (await self._controller()).state()
+
+
+def _end_process(reason: str) -> None:
+    """End the process of a replica that cannot serve any more: Ray starts another."""
+    log.critical("the replica's process is ended: %s", reason)
+    os._exit(1)
 
 
 def _node() -> str:

@@ -41,9 +41,16 @@ class RayBackend:
     """Runs a cluster's processes as Ray actors owned by this process, which die with it."""
 
     def __init__(
-        self, log_level: str, log_path: str, runtime_env: Mapping[str, Any] | None = None, *, direct: bool = True
+        self,
+        log_level: str,
+        log_path: str,
+        runtime_env: Mapping[str, Any] | None = None,
+        *,
+        direct: bool = True,
+        hang_seconds: float = 60.0,
     ) -> None:
         """Rows travel over the direct channel, or over Ray's calls if not `direct`."""
+        self._hang_seconds = hang_seconds
         self._logs = LogSettings(log_level, log_path)
         self._runtime_env = dict(runtime_env or {})
         self._replicas: dict[str, Any] = {}
@@ -117,7 +124,7 @@ class RayBackend:
             except (ValueError, OSError) as error:
                 raise ConfigError(f"the runtime_env of {planned.id} cannot be used: {error}") from error
         device = "cuda" if expert.num_gpus else "cpu"
-        settings = (planned.id, planned.expert_ids, device, self._logs, self._channel)
+        settings = (planned.id, planned.expert_ids, device, self._logs, self._channel, self._hang_seconds)
         self._replicas[planned.id] = actor.options(**options).remote(*settings)
 
     def wait_replica(self, replica_id: str, deadline: float) -> Replica:

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, ExpertFailed
+from ..errors import ConfigError
 from ..identity.canonical import canonical
 from ..spec import Expert
-from ..tensors import DTYPE_NAMES, torch_dtype
+from ..tensors import torch_dtype
 from ..weights.files import load_into, load_tensors, tensors_of
+from .returned import own_rows
 
 _DRAWING = threading.RLock()
 """Held while random numbers are drawn: torch has one generator for all threads, and replicas are built concurrently.
@@ -44,23 +45,12 @@ class RowFunction:
         self._dtype = _floating_dtype(self.module, expert)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Compute rows [n, ...]. Raises ExpertFailed if the result is not n rows of a wire dtype."""
+        """Compute rows [n, ...]. Raises ExpertFailed for a result that `own_rows` refuses."""
         rows = rows.to(self.device)
         if self._dtype is not None and rows.is_floating_point():
             rows = rows.to(self._dtype)
         result = self._call_numpy(rows) if self._numpy else self.function(rows)
-        if isinstance(result, (np.ndarray, np.generic)):
-            result = torch.from_numpy(
-                np.require(result, requirements=["C", "W"])
-            )  # torch does not support negative strides
-        if not isinstance(result, Tensor):
-            raise ExpertFailed(f"an expert must return a tensor or an array; this one returned {type(result).__name__}")
-        if result.ndim == 0 or result.shape[0] != rows.shape[0]:
-            raise ExpertFailed(f"the expert returned shape {list(result.shape)} for {rows.shape[0]} rows")
-        if result.dtype not in DTYPE_NAMES:
-            dtypes = ", ".join(DTYPE_NAMES.values())
-            raise ExpertFailed(f"the expert returned {result.dtype}, which cannot be sent: return one of {dtypes}")
-        return result.detach()
+        return own_rows(result, rows.shape[0], self.device)
 
     def _call_numpy(self, rows: Tensor) -> Any:
         if rows.dtype == torch.bfloat16:  # numpy has no bfloat16

@@ -17,8 +17,9 @@ SUSPECT_REPORTS = 2
 class Replica:
     """The state of one replica: its experts, the (expert, version) pairs that it holds, where it runs.
 
-    `state` is "ready", or why it is not chosen: "starting", "restarting", "unresponsive" or, after a failure,
-    "suspect". `address` is where its channel listens, empty if it has none.
+    `state` is "ready", or why it is not chosen: "starting", "restarting", "unresponsive", "hung" (an expert does not
+    return; `problem` names it) or, after a failure, "suspect". `address` is where its channel listens, empty if it has
+    none.
     """
 
     id: str
@@ -111,7 +112,9 @@ class View:
     def _no_holder(self, expert: str, version: str) -> Unavailable | VersionGone:
         if any(other == expert for other, _ in self._by_version):
             return VersionGone(f"no replica holds {expert} {version} any more")
-        return Unavailable(f"no replica of {expert} is ready; retry in a moment")
+        problems = {entry.replica.problem for entry in self._entries.values() if expert in entry.replica.experts}
+        why = "; ".join(sorted(problems - {""}))
+        return Unavailable(f"no replica of {expert} is ready{why and f' ({why})'}; retry in a moment")
 
     def _index(self) -> None:
         index: dict[tuple[str, str], list[str]] = {}

@@ -16,6 +16,8 @@ from ...experts.protocol import ExpertCall, ExpertReply
 from .replica_view import READY, Replica
 
 log = logging.getLogger(__name__)
+HUNG_SECONDS = 5.0
+"""How long an expert may compute beyond the deadline of its call before its replica is not chosen any more."""
 
 Done = Callable[[ExpertReply | ExpertMeshError], None]
 Cancel = Callable[[], object]
@@ -90,10 +92,15 @@ class LocalTransport:
             self.remove(replica_id)
 
 
-def report_of(replica_id: str, host: ExpertHost, **where: Any) -> Replica:
-    """What a replica whose host is in this process says of itself; `where` are fields that say where that is."""
-    held = host.holds()
-    return Replica(replica_id, incarnation=host.incarnation, holds=held, state=READY, pid=os.getpid(), **where)
+def report_of(replica_id: str, host: ExpertHost, cure: str, **where: Any) -> Replica:
+    """What a replica whose host is in this process says of itself; `where` are fields that say where that is.
+
+    `cure` says what ends an expert that does not return; until then the replica is not chosen.
+    """
+    overdue = host.overdue(HUNG_SECONDS)
+    state, problem = (READY, "") if overdue is None else ("hung", f"{overdue}: {cure}")
+    known: dict[str, Any] = {"incarnation": host.incarnation, "holds": host.holds(), "pid": os.getpid()}
+    return Replica(replica_id, state=state, problem=problem, **known, **where)
 
 
 def in_task(exchange: Coroutine[Any, Any, ExpertReply], done: Done) -> Cancel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,17 @@ from torch import Tensor
 
 from expertmesh.experts.errors import ConfigError, ExpertMeshError, NotFound, SpecMismatch
 from expertmesh.experts.host import ExpertHost
-from expertmesh.experts.protocol import ExpertCall, Part, PartFailure
+from expertmesh.experts.protocol import ExpertCall, Part, PartFailure, PartialSum
 from expertmesh.experts.spec import Expert, TensorSpec
 
 ROWS = torch.arange(12.0).reshape(3, 4)
 FAILING = {
     "helpers.samples:raises": "raised ZeroDivisionError; see the log",
     "helpers.samples:leaves": "raised SystemExit; see the log",
+    "helpers.samples:panics": "raised Panic; see the log",
+    "helpers.samples:interrupts": "raised KeyboardInterrupt; see the log",
+    "helpers.samples:sparse": "returned a sparse_coo tensor",
+    "helpers.samples:deep": "returned 10 dimensions",
     "helpers.samples:text": "must return a tensor or an array; this one returned str",
     "helpers.samples:narrow": "returned shape",
     "helpers.samples:complex_rows": "complex64",
@@ -142,6 +147,42 @@ def test_what_cannot_be_loaded_leaves_the_host_as_it_was(expert: Expert, kind: t
         load(host, "e", expert, 2)
     assert host.holds() == before
     assert torch.equal(tensor_of(host.compute(call(("e", versions["e"], [0]))).outputs[0]), ROWS[[0]].sin())
+
+
+BUFFER = torch.zeros(3, 4)
+
+
+def doubles_in_place(rows: Tensor) -> Tensor:
+    return torch.mul(rows, 2, out=BUFFER[: len(rows)])
+
+
+def halves_in_place(rows: Tensor) -> Tensor:
+    return torch.mul(rows, 0.5, out=BUFFER[: len(rows)])
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_experts_that_share_one_buffer_do_not_overwrite_each_other(summed: bool) -> None:
+    host = ExpertHost()
+    versions = {
+        name: load(host, name, Expert.from_function(function)).version
+        for name, function in {"a": doubles_in_place, "b": halves_in_place}.items()
+    }
+    asked = call(("a", versions["a"], [0, 1, 2]), ("b", versions["b"], [0, 1, 2]), ("a", versions["a"], [2, 1, 0]))
+    if not summed:
+        answers = [tensor_of(output) for output in host.compute(asked).outputs]
+        wanted = (ROWS * 2, ROWS * 0.5, ROWS.flip(0) * 2)
+        assert all(torch.equal(answer, rows) for answer, rows in zip(answers, wanted, strict=True))
+        return
+    summing = replace(asked, weights=torch.ones(9), sums=(PartialSum(0, 3, 0, 3),))
+    assert torch.equal(tensor_of(host.compute(summing).sums[0]), ROWS * 4.5)
+
+
+def test_an_answer_stays_as_it_was_when_its_expert_runs_again() -> None:
+    host = ExpertHost()
+    version = load(host, "e", Expert.from_function(doubles_in_place)).version
+    first = tensor_of(host.compute(call(("e", version, [0, 1, 2]))).outputs[0])
+    host.compute(call(("e", version, [2, 2, 2])))
+    assert torch.equal(first, ROWS * 2)
 
 
 def test_answers_of_a_host_need_no_gradient_and_leave_the_rows_alone() -> None:

@@ -104,6 +104,27 @@ def leaves(rows: Tensor) -> NoReturn:
     raise SystemExit(3)
 
 
+class Panic(BaseException):
+    """Stands for what is no Exception: a panic of a Rust library, gevent's Timeout, asyncio.CancelledError."""
+
+
+def panics(rows: Tensor) -> NoReturn:
+    raise Panic("a secret of the expert")
+
+
+def interrupts(rows: Tensor) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def sparse(rows: Tensor) -> Tensor:
+    return rows.to_sparse()
+
+
+def deep(rows: Tensor) -> Tensor:
+    """A function that answers with more dimensions than can be sent."""
+    return rows.reshape(len(rows), *[1] * 8, -1)
+
+
 def not_a_number(rows: Tensor) -> Tensor:
     return torch.full_like(rows, torch.nan)
 

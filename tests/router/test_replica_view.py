@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from expertmesh.experts.errors import Unavailable, VersionGone
 from expertmesh.router.fanout.replica_view import READY, SUSPECT_REPORTS, Replica, View
 
 OLD, NEW = ("l/e", "v1-a"), ("l/e", "v2-b")
-STATES = [READY, "starting", "restarting", "unresponsive", "draining", "failed"]
+STATES = [READY, "starting", "restarting", "unresponsive", "hung", "draining", "failed"]
 
 
 def replica(name: str, *holds: tuple[str, str], incarnation: str = "1", state: str = READY) -> Replica:
@@ -42,6 +43,9 @@ def test_the_error_says_why_no_replica_can_be_chosen() -> None:
         view_of().choose([OLD])
     with pytest.raises(Unavailable, match="no replica of l/e is ready; retry"):
         view_of(replica("a", OLD, state="restarting")).choose([OLD])
+    hung = replace(replica("a", OLD, state="hung"), problem="l/other has not returned for 9 s")
+    with pytest.raises(Unavailable, match=r"no replica of l/e is ready \(l/other has not returned for 9 s\); retry"):
+        view_of(hung, replica("b", OLD, state="restarting")).choose([OLD])
     with pytest.raises(VersionGone, match="no replica holds l/e v1-a any more"):
         view_of(replica("a", NEW)).choose([OLD])
     with pytest.raises(Unavailable, match="every replica of l/e is down or restarting"):

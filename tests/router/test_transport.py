@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers.router_in_process import load
+from helpers.waiting import run_async, until
 from torch import Tensor
 
 from expertmesh.experts.errors import ExpertMeshError, Unavailable
 from expertmesh.experts.host import ExpertHost
 from expertmesh.experts.protocol import ExpertCall, ExpertReply, Part
 from expertmesh.experts.spec import Expert
-from expertmesh.router.fanout.replica_view import Replica
-from expertmesh.router.fanout.transport import LocalTransport
+from expertmesh.router.fanout import transport as module
+from expertmesh.router.fanout.replica_view import READY, Replica
+from expertmesh.router.fanout.transport import LocalTransport, report_of
 
 ROWS = torch.ones(2, 3)
 
@@ -55,6 +59,33 @@ def test_a_message_is_computed_by_its_host() -> None:
     assert reply.incarnation == host.incarnation
     assert torch.equal(answer_of(reply), ROWS.exp())
     transport.close()
+
+
+def test_an_expert_that_does_not_return_is_named_and_its_replica_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    returns = threading.Event()
+    monkeypatch.setattr(module, "HUNG_SECONDS", 0.0)
+
+    def hangs(rows: Tensor) -> Tensor:
+        returns.wait(60)
+        return rows
+
+    async def main() -> None:
+        host, call = host_of(Expert.from_function(hangs))
+        transport = transport_to(a=host)
+        for timeout, state in ((math.inf, READY), (60.0, READY), (-1.0, "hung")):
+            returns.clear()
+            answer = asyncio.ensure_future(sent(transport, "a", replace(call, timeout=timeout)))
+            await until(lambda: host._computing)
+            report = report_of("a", host, "restart it", node="here")
+            assert (report.state, report.node, report.incarnation) == (state, "here", host.incarnation)
+            assert report.problem.startswith("l/e has not returned for ") == (state == "hung")
+            assert report.problem.endswith(": restart it") == (state == "hung")
+            returns.set()
+            await answer
+            assert report_of("a", host, "restart it").state == READY
+        transport.close()
+
+    run_async(main())
 
 
 def test_a_replica_that_is_gone_or_closed_is_unavailable() -> None:

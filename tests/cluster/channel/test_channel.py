@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.router_in_process import load
-from helpers.waiting import run_async
+from helpers.waiting import run_async, until
 from torch import Tensor
 
 from expertmesh.cluster.channel import replica_end as module
@@ -25,7 +25,7 @@ from expertmesh.cluster.channel.messages import LENGTH, ROUTER, encode_call, mes
 from expertmesh.cluster.channel.messages import REPLICA as REPLICA_ROLE
 from expertmesh.cluster.channel.replica_end import CREDITS, ChannelServer, socket_path
 from expertmesh.cluster.channel.router_end import ChannelTransport
-from expertmesh.experts.errors import ExpertMeshError, Unavailable
+from expertmesh.experts.errors import ExpertFailed, ExpertMeshError, Unavailable
 from expertmesh.experts.host import ExpertHost
 from expertmesh.experts.protocol import ExpertCall, ExpertReply, Part, PartFailure
 from expertmesh.experts.spec import Expert
@@ -362,6 +362,100 @@ def test_a_failure_of_the_expert_is_told_and_the_connection_stays(tmp_path: Path
                 await router.ask(made.call(attempt))
         router.transport.close()
         made.server.close()
+
+    run_async(main())
+
+
+@pytest.mark.parametrize("factory", ["panics", "interrupts", "leaves", "sparse", "deep", "complex_rows"])
+def test_nothing_that_an_expert_does_ends_the_thread_that_serves_the_others(tmp_path: Path, factory: str) -> None:
+    async def main() -> None:
+        made = Served(tmp_path, expert=Expert(f"helpers.samples:{factory}"))
+        good = load(made.host, "l/good", Expert("torch:sin")).version
+        router = Router(made.replica())
+        for attempt in (1, 3):
+            with pytest.raises(ExpertMeshError, match="ExpertFailed: l/e"):
+                await router.ask(made.call(attempt))
+            call = ExpertCall(attempt + 1, (Part("l/good", good, 0, 3),), ROWS)
+            assert torch.equal(await router.ask(call), ROWS.sin())
+        assert not router.lost
+        router.transport.close()
+        made.server.close()
+
+    run_async(main())
+
+
+def raises_at_length(rows: Tensor) -> Tensor:
+    raise ExpertFailed(f"{float(rows[0, 0])}" + "\ud800\N{GRINNING FACE}" * 500)
+
+
+@pytest.mark.parametrize("parts", [1, 256])
+def test_an_error_that_cannot_be_sent_is_told_all_the_same(tmp_path: Path, parts: int) -> None:
+    async def main() -> None:
+        made = Served(tmp_path, expert=Expert.from_function(raises_at_length))
+        router = Router(made.replica())
+        asked = tuple(Part("l/e", made.version, row, row + 1) for row in range(parts))
+        reply = await asyncio.wait_for(router.send(ExpertCall(1, asked, torch.arange(256.0)[:, None]))[0], 20)
+        assert {output.error for output in reply.outputs} == {"ExpertFailed"}
+        assert not router.lost
+        router.transport.close()
+        made.server.close()
+
+    run_async(main())
+
+
+def widths(rows: Tensor) -> Tensor:
+    return rows.expand(1, int(rows[0, 0]))
+
+
+def test_more_shapes_than_a_reply_can_carry_fail_only_what_does_not_fit(tmp_path: Path) -> None:
+    async def main() -> None:
+        made = Served(tmp_path, expert=Expert.from_function(widths))
+        router = Router(made.replica())
+        asked = tuple(Part("l/e", made.version, row, row + 1) for row in range(20))
+        reply = await asyncio.wait_for(router.send(ExpertCall(1, asked, torch.arange(20.0)[:, None]))[0], 20)
+        for width, output in enumerate(reply.outputs):
+            if width < 15:
+                assert torch.equal(output, torch.full((1, width), float(width)))
+            else:
+                assert output == PartFailure("ExpertFailed", "the answers of one message have more than 15 shapes")
+        router.transport.close()
+        made.server.close()
+
+    run_async(main())
+
+
+def test_an_expert_that_answers_from_one_buffer_gives_everyone_their_own_rows(tmp_path: Path) -> None:
+    """The answers are larger than what the kernel takes, so that one is being sent while the next is computed."""
+    buffer = torch.zeros(64, 400_000)
+
+    def fills(rows: Tensor) -> Tensor:
+        return buffer[: len(rows)].copy_(rows[:, :1].expand(len(rows), buffer.shape[1]))
+
+    async def main() -> None:
+        made = Served(tmp_path, expert=Expert.from_function(fills))
+        router = Router(made.replica())
+        asked = [made.call(number, torch.full((8, 1), float(number))) for number in range(1, CREDITS + 1)]
+        replies = await asyncio.wait_for(asyncio.gather(*(router.send(call)[0] for call in asked)), 60)
+        for call, reply in zip(asked, replies, strict=True):
+            assert set(reply.outputs[0].unique().tolist()) == {float(call.attempt)}
+        router.transport.close()
+        made.server.close()
+
+    run_async(main())
+
+
+def test_a_thread_that_ends_is_a_replica_that_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        made = Served(tmp_path)
+        told: list[str] = []
+        monkeypatch.setattr(made.server, "_failed", told.append)
+        router = Router(made.replica())
+        await router.ask(made.call())
+        monkeypatch.setattr(made.server, "_next", lambda: (_ for _ in ()).throw(MemoryError()))
+        assert isinstance(await asyncio.wait_for(router.send(made.call(2))[0], 20), Unavailable)
+        await until(lambda: router.lost)
+        assert told == ["its channel ended with MemoryError"]
+        router.transport.close()
 
     run_async(main())
 

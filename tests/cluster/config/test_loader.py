@@ -97,6 +97,7 @@ max_stream_bytes: 3000000
 max_rows_in_flight: 10
 default_timeout: 1e1
 start_timeout: 5
+hang_seconds: 7.5
 log_level: debug
 tokens:
   - {{role: operator, sha256: {DIGEST}, expires: 2030-01-01T00:00:00Z}}
@@ -123,6 +124,7 @@ layers:
 """
     config = load(tmp_path, text)
     assert (config.name, config.port, config.metrics_port, config.default_timeout) == ("mine", 0, None, 10.0)
+    assert config.hang_seconds == 7.5
     assert (config.max_message_bytes, config.max_request_bytes, config.max_stream_bytes) == (
         10**6,
         2 * 10**6,
@@ -285,7 +287,8 @@ def test_the_factories_that_may_be_swapped_in_are_those_of_the_start_unless_they
         ("max_message_bytes", 1 << 31), ("max_request_bytes", 100), ("max_request_bytes", 2.0**30),
         ("max_request_bytes", 1 << 20), ("max_stream_bytes", -1), ("max_stream_bytes", 1 << 29),
         ("max_rows_in_flight", 0), ("default_timeout", 0),
-        ("default_timeout", float("inf")), ("start_timeout", "1s"), ("log_level", "loud"), ("retain_epochs", -1),
+        ("default_timeout", float("inf")), ("start_timeout", "1s"), ("hang_seconds", 0),
+        ("log_level", "loud"), ("retain_epochs", -1),
         ("max_upload_bytes", 0), ("max_upload_bytes", 1 << 40), ("max_uploads_bytes", "8"), ("upload_rate", 1000),
         ("allowed_factories", "torch:sin"), ("allowed_factories", ["torch"]), ("allowed_factories", [5]),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,6 +57,13 @@ def test_one_that_failed_says_why_and_a_restart_may_mend_it() -> None:
     assert (replica.state, replica.problem) == ("failed", "no such file")
     assert state(health_of(failed, LATE, LATE, LATE)) == "failed"
     assert state(health_of(failed, DOWN, UP)) == READY
+
+
+def test_what_ended_a_replica_is_told_while_it_restarts() -> None:
+    hung = Probe(replace(REPORT, state="hung", problem="l/e has not returned for 9 s"))
+    (replica,) = health_of(UP, hung, DOWN, LATE).replicas()
+    assert (replica.state, replica.problem) == ("restarting", "l/e has not returned for 9 s")
+    assert health_of(UP, hung, DOWN, UP).replicas() == (REPORT,)
 
 
 def test_what_a_replica_holds_is_known_between_probes_but_only_of_the_incarnation_that_said_so() -> None:
