@@ -138,9 +138,9 @@ def bench(
         file = MeshFile(name=name or file.name, layers=file.layers)
         name = file.name
     token = None if token_file is None else read_token(token_file)
-    there = resolve(endpoint, token=token, name=name, ca_cert=ca_cert, token_option="--token-file")
-    connect = partial(LoadClient, there.address, token=there.token, ca_cert=ca_cert)
-    status = look(Client(there.address, token=there.token, ca_cert=ca_cert, timeout=STATUS_SECONDS))
+    resolve(endpoint, token=token, name=name, ca_cert=ca_cert, token_option="--token-file")  # its errors name options
+    connect = partial(LoadClient, endpoint, name=name, token=token, ca_cert=ca_cert)
+    status = look(Client(endpoint, name=name, token=token, ca_cert=ca_cert, timeout=STATUS_SECONDS))
     aims = targets(layers, status, file, width=width, dtype=dtype)
     settings = LoadSettings(seconds=load.pop("duration"), most_in_flight=load.pop("max_in_flight"), **load)
     job = Bench(connect=connect, connections=connections, targets=aims, settings=settings, slo_ms=slo_ms)

@@ -28,14 +28,14 @@ from ...experts.wire import Buffer, Frame, WireTensor, decode, encode_parts
 from ..rpc import health
 from ..rpc.channel_options import MAX_MESSAGE_BYTES
 from ..rpc.documents import NAME, decode_document, to_tensor
-from ..rpc.methods import SERVICE, new_request_id
+from ..rpc.methods import METHODS, SERVICE, Role, new_request_id
 from ..rpc.status import REQUEST_ID_KEY, is_request_id
 from ..rpc.streams import MAX_REQUEST_BYTES, Streamed
 from ..rpc.swaps import Lease, SwapAsked, SwapOutcome, read_answer
 from .arrays import to_wire
 from .half_precision import check_payload_dtype
 from .reply import Reply, read_reply
-from .requests import call_fields, check_timeout, expert_names, half_dtype, swap_request
+from .requests import around, call_fields, check_timeout, expert_names, half_dtype, swap_request
 from .retry import Flow, Retries, RetryBudget, RetryPolicy
 from .seen_epoch import SeenEpoch
 from .upload import Progress, Upload, prepare, with_file_names
@@ -58,9 +58,13 @@ def new_retries(policy: RetryPolicy) -> Retries:
 
 @dataclass(frozen=True, kw_only=True)
 class Calls:
-    """The methods of a cluster as flows, for one token; `timeout` is the default of its calls, in seconds."""
+    """The methods of a cluster as flows; `timeout` is the default of its calls, in seconds.
+
+    A call carries the token of the lowest role that may make it, if `tokens` has one, else `token`.
+    """
 
     token: str = field(repr=False)
+    tokens: Mapping[Role, str] = field(default_factory=dict, repr=False)
     timeout: float = 30.0
     max_message_bytes: int = MAX_MESSAGE_BYTES
     max_request_bytes: int = MAX_REQUEST_BYTES
@@ -264,7 +268,7 @@ class Calls:
         current: dict[str, str] = {}
         for id in ids:
             history = yield from self.history(id)
-            current[id], before = _around(id, history)
+            current[id], before = around(id, history)
             targets.setdefault(id, before or "")
             if not targets[id]:
                 raise FailedPrecondition(f"{id} has no version before {current[id]} in its history")
@@ -304,7 +308,8 @@ class Calls:
     def _swap(self, request: SwapAsked) -> Flow[SwapOutcome]:
         """Request a swap and retry until there is an answer; repeated requests with its id do not repeat the swap."""
         retries = replace(self.retries, policy=PATIENT, budget=RetryBudget(ratio=0.0, reserve=float(PATIENT.attempts)))
-        patient = replace(self, retries=retries)
+        with_code = any(change.get("factory") is not None for change in request.changes.values())
+        patient = replace(self, retries=retries, tokens={} if with_code else self.tokens)
         document = to_tensor(asdict(request))
         try:
             seconds = request.timeout + ANSWER_SECONDS
@@ -364,7 +369,8 @@ class Calls:
         if not is_request_id(request_id):
             raise InvalidRequest("request_id must be 1 to 128 letters, digits, or any of . _ : / -")
         seconds = self.timeout if timeout is None else check_timeout(timeout)
-        metadata = (("authorization", f"Bearer {self.token}"), (REQUEST_ID_KEY, request_id))
+        token = self.tokens.get(METHODS.get(method.rpartition("/")[2], Role.ADMIN), self.token)
+        metadata = (("authorization", f"Bearer {token}"), (REQUEST_ID_KEY, request_id))
         try:
             return (yield from retries.attempts(method, payload, timeout=seconds, metadata=metadata))
         except ExpertMeshError as error:
@@ -378,15 +384,6 @@ def _decoded(answer: Buffer, most: int, request_id: Any) -> Frame:
         return decode(answer, max_bytes=most)
     except InvalidRequest as error:
         raise DataLoss(f"the reply cannot be read: {error}", request_id=request_id) from None
-
-
-def _around(id: str, history: list[dict[str, Any]]) -> tuple[str, str | None]:
-    """The current version in a history, and the one before it."""
-    versions = [str(item.get("version")) for item in history]
-    positions = [position for position, item in enumerate(history) if item.get("current")]
-    if not positions:
-        raise FailedPrecondition(f"{id} has no current version: is the cluster still starting?")
-    return versions[positions[0]], versions[positions[0] - 1] if positions[0] else None
 
 
 def _open_ended(error: ExpertMeshError, swap_id: str) -> ExpertMeshError:

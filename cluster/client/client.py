@@ -11,6 +11,7 @@ import functools
 import inspect
 import os
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -26,6 +27,9 @@ from .calls import Calls, new_retries
 from .endpoint import Endpoint, resolve
 from .retry import Answer, Flow, Pause, RetryPolicy, Step, Work, drive, drive_async
 from .stream import exchange, exchange_async
+
+CUT_OFF = ("Socket closed", "Connection reset", "GOAWAY")
+"""What gRPC says, among others, when a client without TLS speaks to a port with TLS."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -82,18 +86,21 @@ class _Connected:
         """Prepare calls to `endpoint` ("host:port"); None finds this user's running cluster, by `name` among several.
 
         `token` None uses EXPERTMESH_TOKEN from the environment, else the token file of this user's cluster at that
-        endpoint. `timeout` is the default of all calls, in seconds. `ca_cert`, a PEM file, enables TLS, which every
-        endpoint but loopback requires. `retry` None makes at most 3 attempts per call.
+        endpoint. Calls to a cluster that was found by its run file go over its Unix socket, unless `ca_cert` is given,
+        and carry the token of the lowest role that may make them. `timeout` is the default of all calls, in seconds.
+        `ca_cert`, a PEM file, enables TLS, which every other endpoint but loopback requires. `retry` None makes at
+        most 3 attempts per call.
 
         `max_message_bytes` bounds one gRPC message, `max_request_bytes` a request or reply in chunks. Requests above a
         quarter of `max_message_bytes` are sent in chunks by default. `payload_dtype` "float16" or "bfloat16" sends
         float32 rows in half the bytes, as `call` explains.
 
-        Raises NotFound, InvalidRequest, or Unauthenticated if there is no token.
+        Raises NotFound, InvalidRequest, FailedPrecondition, or Unauthenticated if there is no token.
         """
         self._endpoint: Endpoint = resolve(endpoint, token=token, name=name, ca_cert=ca_cert)
         self._calls = Calls(
             token=self._endpoint.token,
+            tokens=self._endpoint.tokens,
             timeout=timeout,
             max_message_bytes=max_message_bytes,
             max_request_bytes=max_request_bytes,
@@ -120,12 +127,21 @@ class _Connected:
             raise FailedPrecondition("this client is closed: create a new one")
 
     def _open(self, module: Any) -> Any:
-        """A channel of `grpc` or `grpc.aio`; it connects at the first call."""
-        options = client_options(self._calls.max_message_bytes, loopback=self._endpoint.loopback)
+        """A channel of `grpc` or `grpc.aio`; it connects at the first call. Its user agent tells it from others."""
+        options: list[tuple[str, Any]] = [("grpc.primary_user_agent", f"expertmesh/{uuid.uuid4().hex}")]
+        options += client_options(self._calls.max_message_bytes, loopback=self._endpoint.loopback)
         if self._endpoint.ca_cert is None:
-            return module.insecure_channel(self._endpoint.address, options=options)
+            return module.insecure_channel(self._endpoint.target, options=options)
         credentials = grpc.ssl_channel_credentials(root_certificates=self._endpoint.ca_cert)
-        return module.secure_channel(self._endpoint.address, credentials, options=options)
+        return module.secure_channel(self._endpoint.target, credentials, options=options)
+
+    def _translate(self, error: Any) -> ExpertMeshError:
+        """Convert a gRPC error into an ExpertMeshError, with the table in rpc/status.py."""
+        text = error.details() or ""
+        in_the_clear = self._endpoint.ca_cert is None and self._endpoint.target == self._endpoint.address
+        if in_the_clear and error.code() is grpc.StatusCode.UNAVAILABLE and any(end in text for end in CUT_OFF):
+            text += "; does the port speak TLS? Then pass ca_cert="
+        return from_status(error.code().name, text, error.trailing_metadata() or ())
 
 
 class Client(_Connected):
@@ -193,7 +209,7 @@ class Client(_Connected):
             reply: bytes = method(step.payload, timeout=step.timeout, metadata=step.metadata)
             return reply
         except grpc.RpcError as error:
-            return _translate(error)
+            return self._translate(error)
         except ValueError:  # gRPC's error if another thread closes the channel before the call begins
             self._check_open()
             raise
@@ -260,7 +276,7 @@ class AsyncClient(_Connected):
             reply: bytes = await method(step.payload, timeout=step.timeout, metadata=step.metadata)
             return reply
         except grpc.RpcError as error:
-            return _translate(error)
+            return self._translate(error)
         except grpc.aio.UsageError:  # gRPC's error if another task closes the channel before the call begins
             self._check_open()
             raise
@@ -274,8 +290,3 @@ class AsyncClient(_Connected):
         if self._loop is not loop:
             raise FailedPrecondition("an AsyncClient belongs to the event loop of its first call: create one per loop")
         return self._channel
-
-
-def _translate(error: Any) -> ExpertMeshError:
-    """Convert a gRPC error into an ExpertMeshError, with the table in rpc/status.py."""
-    return from_status(error.code().name, error.details() or "", error.trailing_metadata() or ())

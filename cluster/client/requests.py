@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import Field, asdict, fields
 from typing import Any
 
-from ...experts.errors import InvalidRequest
+from ...experts.errors import FailedPrecondition, InvalidRequest
 from ...experts.protocol import CallOptions, from_mapping
 from ...experts.spec import is_number
 from ..rpc.documents import to_tensor
@@ -71,3 +71,12 @@ def swap_request(
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"the swap cannot be sent as JSON: {error}") from None
     return request
+
+
+def around(id: str, history: list[dict[str, Any]]) -> tuple[str, str | None]:
+    """The current version in a history, and the one before it. Raises FailedPrecondition."""
+    versions = [str(item.get("version")) for item in history]
+    positions = [position for position, item in enumerate(history) if item.get("current")]
+    if not positions:
+        raise FailedPrecondition(f"{id} has no current version: is the cluster still starting?")
+    return versions[positions[0]], versions[positions[0] - 1] if positions[0] else None

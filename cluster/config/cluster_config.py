@@ -72,7 +72,8 @@ class TokenEntry:
 class ClusterConfig:
     """All settings of a cluster.
 
-    `port` 0 and `metrics_port` 0 take any free port; `metrics_port` None serves no metrics. `transport` is "channel"
+    `port` 0 and `metrics_port` 0 take any free port; `metrics_port` None serves no metrics. `host` and `metrics_host`
+    are the addresses to listen on: any but loopback requires `tls_cert` and `tls_key`. `transport` is "channel"
     (expert actors, rows over direct sockets), "ray" (expert actors, rows over Ray calls) or "local" (experts in the
     router's process). `address` joins a Ray cluster ("auto" or its address); by default a new one is started.
     `runtime_env` is Ray's runtime environment for all experts. Times are in seconds.
@@ -99,6 +100,7 @@ class ClusterConfig:
     name: str = "default"
     host: Annotated[str, _HOST] = "127.0.0.1"
     port: Annotated[int, _whole(0, 65535)] = 50051
+    metrics_host: Annotated[str, _HOST] = "127.0.0.1"
     metrics_port: Annotated[int | None, _whole(0, 65535, ", or null for no metrics")] = 0
     transport: Annotated[str, _one_of("channel", "ray", "local")] = "channel"
     address: Annotated[str | None, _ADDRESS] = None
@@ -167,8 +169,8 @@ def _broken_rules(values: Mapping[str, Any]) -> Iterator[tuple[Keys, str]]:
             yield ("allowed_factories",), f"allowed_factories must be {_FACTORIES.description}, not {factory!r}"
     if values.get("transport") == "local":
         yield from _environments(values.get("runtime_env"), values.get("layers", ()))
-    if {"host", "tls_cert", "tls_key"} <= values.keys():
-        yield from _broken_tls_rules(values["host"], values["tls_cert"], values["tls_key"])
+    if {"host", "metrics_host", "tls_cert", "tls_key"} <= values.keys():
+        yield from _broken_tls_rules(values)
     for least, most in pairwise(("max_message_bytes", "max_request_bytes", "max_stream_bytes")):
         if values.get(least, 0) > values.get(most, math.inf):
             sizes = f"{most} ({values[most]}) is less than {least} ({values[least]})"
@@ -186,13 +188,15 @@ def _environments(of_all: object, layers: Iterable[Layer]) -> Iterator[tuple[Key
                 yield ("layers", *id.split("/")), f"the runtime_env of {id} {reason}"
 
 
-def _broken_tls_rules(host: str, cert: Path | None, key: Path | None) -> Iterator[tuple[Keys, str]]:
+def _broken_tls_rules(values: Mapping[str, Any]) -> Iterator[tuple[Keys, str]]:
+    cert, key = values["tls_cert"], values["tls_key"]
     if (cert is None) != (key is None):
         present, missing = ("tls_key", "tls_cert") if cert is None else ("tls_cert", "tls_key")
         yield (present,), f"{present} is set without {missing}: TLS needs both"
-    elif cert is None and not is_loopback(host):
-        reason = f"host {host!r} can be reached from other machines, which requires TLS"
-        yield ("host",), f"{reason}: set tls_cert and tls_key, or listen on 127.0.0.1"
+    for setting in ("host", "metrics_host"):
+        if cert is key is None and not is_loopback(values[setting]):
+            reason = f"{setting} {values[setting]!r} can be reached from other machines, which requires TLS"
+            yield (setting,), f"{reason}: set tls_cert and tls_key, or listen on 127.0.0.1"
     for name, path in (("tls_cert", cert), ("tls_key", key)):
         if path is not None and not path.is_file():
             yield (name,), f"{name}: there is no file {str(path)!r}"

@@ -32,10 +32,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class GatewaySettings:
-    """The gateway's address and limits. `tls` is (private key, certificate chain), both PEM."""
+    """The gateway's address and limits. `tls` is (private key, certificate chain), both PEM.
+
+    The owner may hold the port (`machine/ports.py`). `socket` is the path of a Unix socket to listen on as well.
+    """
 
     host: str = "127.0.0.1"
     port: int = 0
+    port_held: bool = False
+    socket: str | None = None
     max_message_bytes: int = 64 * 1024 * 1024
     streams: StreamLimits = field(default_factory=StreamLimits)
     default_timeout: float = 30.0

@@ -10,6 +10,7 @@ import grpc.aio
 
 from ...experts.errors import ExpertMeshError, Unavailable
 from ..machine.ports import with_port
+from ..machine.unix_socket import grpc_address
 from ..rpc import health
 from ..rpc.channel_options import server_options
 from ..rpc.methods import SERVICE, new_request_id
@@ -28,7 +29,7 @@ class GrpcServer:
     async def start(self) -> int:
         """Listen, and return the port. Raises Unavailable if the address is in use."""
         settings = self._gateway.settings
-        server = grpc.aio.server(options=server_options(settings.max_message_bytes))
+        server = grpc.aio.server(options=server_options(settings.max_message_bytes, port_held=settings.port_held))
         server.add_generic_rpc_handlers((self._handlers(),))
         address = with_port(settings.host, settings.port)
         try:
@@ -38,6 +39,12 @@ class GrpcServer:
                 self.port = server.add_secure_port(address, grpc.ssl_server_credentials([settings.tls]))
         except RuntimeError:
             raise Unavailable(f"cannot listen on {address}: is the port in use?") from None
+        if settings.socket is not None:
+            try:
+                server.add_insecure_port(grpc_address(settings.socket))  # its folder is the user's alone
+            except RuntimeError:
+                where = f"cannot listen on {settings.socket}"
+                raise Unavailable(f"{where}: set EXPERTMESH_HOME to a folder on a local disk") from None
         await server.start()
         self._server = server
         return self.port
@@ -100,8 +107,14 @@ def _call_info(context: grpc.aio.ServicerContext) -> CallInfo:
         request_id=request_id if is_request_id(request_id) else new_request_id(),
         token=token if scheme.lower() == "bearer" else None,
         deadline=None if seconds is None else time.monotonic() + seconds,
-        client=context.peer(),
+        client=_client_of(context),
     )
+
+
+def _client_of(context: grpc.aio.ServicerContext) -> str:
+    """The caller's address; on the Unix socket, where nobody has one, the name that the client gave itself."""
+    peer: str = context.peer()
+    return f"unix:{_metadata(context, 'user-agent')}" if peer.startswith("unix:") else peer
 
 
 def _metadata(context: grpc.aio.ServicerContext, key: str) -> str:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
+from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -15,12 +21,16 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from ...experts.errors import ExpertMeshError
 from ...router.fanout.telemetry import LATENCY_BUCKETS, Histogram
 from ...router.request.forward import Router
-from ..machine.ports import family_of
+from ..machine.ports import family_of, is_loopback
 from .authorise import TokenTable
 
+log = logging.getLogger(__name__)
 StartResponse = Callable[[str, list[tuple[str, str]]], Any]
 STOP_POLL_SECONDS = 0.05
-"""How often the server checks whether to stop; the shutdown of a cluster waits for it."""
+"""How often the server checks whether to stop, and for slow connections; the shutdown of a cluster waits for it."""
+
+MOST_CONNECTIONS = 16
+CONNECTION_SECONDS = 10.0
 
 
 class RouterCollector:
@@ -57,15 +67,27 @@ class RouterCollector:
 
 
 class MetricsServer:
-    """Serves /metrics over HTTP in a thread; requires a bearer token of any role."""
+    """Serves /metrics in threads; requires a bearer token of any role.
 
-    def __init__(self, router: Router, tokens: TokenTable, host: str, port: int) -> None:
+    On loopback it speaks HTTP, elsewhere HTTPS with `tls`, a private key and a certificate chain (PEM). The owner may
+    hold the port (`machine/ports.py`). Raises OSError if it cannot listen.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        tokens: TokenTable,
+        host: str,
+        port: int,
+        *,
+        port_held: bool = False,
+        tls: tuple[bytes, bytes] | None = None,
+    ) -> None:
         registry = CollectorRegistry()
         registry.register(RouterCollector(router))
-        page = make_wsgi_app(registry)
-        server_class = type("_Server", (WSGIServer,), {"address_family": family_of(host)})
-        served = _guarded(page, tokens)
-        self._server: WSGIServer = make_server(host.strip("[]"), port, served, server_class, _QuietHandler)
+        context = None if tls is None or is_loopback(host) else _tls_context(*tls)
+        self._server = _Server(host, port, port_held, context)
+        self._server.set_app(_guarded(make_wsgi_app(registry), tokens))
         self.port: int = self._server.server_port
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(STOP_POLL_SECONDS,), name="metrics", daemon=True
@@ -78,8 +100,73 @@ class MetricsServer:
         self._server.server_close()
 
 
+class _Server(ThreadingMixIn, WSGIServer):
+    """A thread for each connection, of which the slow ones and the oldest of too many are ended."""
+
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int, port_held: bool, tls: ssl.SSLContext | None) -> None:
+        self.address_family = family_of(host)
+        self._port_held = port_held
+        self._tls = tls
+        self._deadlines: dict[socket.socket, float] = {}
+        super().__init__((host.strip("[]"), port), _QuietHandler)
+
+    def server_bind(self) -> None:
+        """Bind, without asking the network for the name of this host as HTTPServer does."""
+        if self._port_held:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+        self.setup_environ()
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection; the thread that reads from it first makes the TLS handshake."""
+        request, address = super().get_request()
+        if self._tls is not None:
+            request = self._tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+        return request, address
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start the thread of a connection; of too many, the oldest makes room."""
+        for oldest in list(self._deadlines)[: -MOST_CONNECTIONS + 1]:
+            self._end(oldest)
+        self._deadlines[request] = time.monotonic() + CONNECTION_SECONDS
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer a connection."""
+        super().process_request_thread(request, client_address)
+        self._deadlines.pop(request, None)
+
+    def service_actions(self) -> None:
+        """End the connections that are too slow."""
+        now = time.monotonic()
+        for request in [request for request, deadline in list(self._deadlines.items()) if deadline < now]:
+            self._end(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log that a connection broke, which is its client's doing."""
+        log.debug("a connection to the metrics page broke", exc_info=True)
+
+    def _end(self, request: socket.socket) -> None:
+        self._deadlines.pop(request, None)
+        with suppress(OSError):
+            socket.socket.shutdown(request, socket.SHUT_RDWR)  # below TLS, whose state its own thread has
+
+
+def _tls_context(key: bytes, chain: bytes) -> ssl.SSLContext:
+    """A server's TLS context from PEM in memory; Python reads only files, so they get one without a name."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with os.fdopen(os.memfd_create("tls", os.MFD_CLOEXEC), "wb") as file:
+        file.write(key + b"\n" + chain)
+        file.flush()
+        context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
+    return context
+
+
 class _QuietHandler(WSGIRequestHandler):
-    timeout = 10
+    timeout = CONNECTION_SECONDS
 
     def log_message(self, format: str, *args: Any) -> None:
         """Do not log requests: the page is scraped every few seconds."""

@@ -26,14 +26,19 @@ def private_folder(path: str | os.PathLike[str], setting: str = "state_dir") -> 
         for part in reversed(missing):
             part.mkdir(mode=0o700, exist_ok=True)
             sync_folder(part.parent)
-        status = folder.stat()
     except OSError as error:
         raise ConfigError(f"cannot create {folder} ({error.strerror}): set {setting} to another folder") from None
+    check_private(folder, setting)
+    return folder
+
+
+def check_private(folder: Path, setting: str) -> None:
+    """Check that a folder exists and only this user can write into it. Raises a ConfigError that names `setting`."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder: set {setting} to another path")
+    status = folder.stat()
     if status.st_uid != os.geteuid() or status.st_mode & 0o022:
         raise ConfigError(f"others can write into {folder}: chmod 700 {folder}, or set {setting} to another folder")
-    return folder
 
 
 def sync_file(path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from ...experts.errors import DataLoss, FailedPrecondition, NotFound
-from .run_files import RunFile, home, lock_path, run_path, token_path
+from .run_files import RunFile, home, lock_path, run_path, socket_path, token_path
 
 
 def lock_name(name: str) -> IO[bytes]:
@@ -39,11 +39,11 @@ def lock_name(name: str) -> IO[bytes]:
 
 
 def clear(name: str, run_file: RunFile | None) -> None:
-    """Remove the run file, the token file and the temporary Ray folder of a dead cluster."""
+    """Remove the run file, the token file, the socket and the temporary Ray folder of a dead cluster."""
     if run_file is not None and run_file.ray_temp_dir is not None and may_be_removed(Path(run_file.ray_temp_dir)):
         shutil.rmtree(run_file.ray_temp_dir, ignore_errors=True)
-    run_path(name).unlink(missing_ok=True)
-    token_path(name).unlink(missing_ok=True)
+    for path in (run_path(name), token_path(name), socket_path(name)):
+        path.unlink(missing_ok=True)
 
 
 def _run_file(name: str) -> RunFile | None:

@@ -37,10 +37,7 @@ def check_port(host: str, port: int, what: str) -> None:
     try:
         _bound(host, port, reuse=True)
     except OSError as error:
-        raise FailedPrecondition(
-            f"{what} {host}:{port} cannot be used: {error.strerror}. Another cluster may listen there "
-            "(`expertmesh status`); choose another port, or 0 for any free one"
-        ) from None
+        raise _in_use(host, port, what, error) from None
 
 
 def is_free(host: str, port: int) -> bool:
@@ -48,6 +45,27 @@ def is_free(host: str, port: int) -> bool:
     with suppress(OSError):
         return _bound(host, port, reuse=True) >= 0
     return False
+
+
+def hold_port(host: str, port: int, what: str) -> socket.socket:
+    """Bind a port without listening: while the socket is open, no other user of this machine can listen there.
+
+    Processes of this user listen on it with SO_REUSEPORT, also one that was restarted. Port 0 takes a free one.
+    Raises FailedPrecondition.
+    """
+    port = port or free_port(host)
+    check_port(host, port, what)
+    everywhere = host.strip("[]") in ("0.0.0.0", "::") and socket.has_dualstack_ipv6()
+    holder = socket.socket(socket.AF_INET6 if everywhere else family_of(host), socket.SOCK_STREAM)
+    try:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if everywhere:  # as gRPC listens
+            holder.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        holder.bind(("::" if everywhere else host.strip("[]"), port))
+    except OSError as error:
+        holder.close()
+        raise _in_use(host, port, what, error) from None
+    return holder
 
 
 def free_port(host: str) -> int:
@@ -61,6 +79,13 @@ def free_port(host: str) -> int:
         with suppress(OSError):
             return _bound(host, draw.randrange(20_000, 32_768))
     return _bound(host, 0)
+
+
+def _in_use(host: str, port: int, what: str, error: OSError) -> FailedPrecondition:
+    return FailedPrecondition(
+        f"{what} {host}:{port} cannot be used: {error.strerror}. Another cluster may listen there "
+        "(`expertmesh status`); choose another port, or 0 for any free one"
+    )
 
 
 def _bound(host: str, port: int, *, reuse: bool = False) -> int:

@@ -1,7 +1,8 @@
-"""The files of a cluster name on this machine: run file, token file, and lock.
+"""The files of a cluster name on this machine: run file, token file, socket, and lock.
 
 home()/run/<name>.json    endpoint, token file, process and temporary folder of the cluster with that name
 home()/run/<name>.token   its tokens
+home()/run/<name>.sock    the socket for clients of the same user
 home()/run/<name>.lock    held as long as the process of the cluster lives; never removed
 """
 
@@ -36,6 +37,7 @@ class RunFile:
     version: str
     metrics_endpoint: str | None = None
     ray_temp_dir: str | None = None
+    socket: str | None = None
 
     @classmethod
     def of_this_process(cls, name: str, endpoint: str, version: str, **more: Any) -> RunFile:
@@ -63,9 +65,9 @@ class RunFile:
         write_private(run_path(self.name), json.dumps(asdict(self), indent=1))
 
     def remove(self) -> None:
-        """Remove the run file and the token file when the cluster stops."""
-        run_path(self.name).unlink(missing_ok=True)
-        Path(self.token_path).unlink(missing_ok=True)
+        """Remove the run file, the token file and the socket when the cluster stops."""
+        for path in (run_path(self.name), Path(self.token_path), socket_path(self.name)):
+            path.unlink(missing_ok=True)
 
     def is_stale(self) -> bool:
         """Whether the process that wrote the file has ended."""
@@ -90,6 +92,11 @@ def run_path(name: str) -> Path:
 def token_path(name: str) -> Path:
     """The token file of a cluster name."""
     return _in_run(name, "token")
+
+
+def socket_path(name: str) -> Path:
+    """The socket of a cluster name."""
+    return _in_run(name, "sock")
 
 
 def lock_path(name: str) -> Path:
@@ -132,13 +139,11 @@ def find(name: str | None = None) -> RunFile:
     raise NotFound(f"you have {which} on this machine: choose with --name among {', '.join(sorted(running))}")
 
 
-def token_for_endpoint(endpoint: str) -> Path | None:
-    """The token file of this user's running cluster that listens at `endpoint` on this machine, or None."""
+def find_endpoint(endpoint: str) -> RunFile | None:
+    """This user's running cluster that listens at `endpoint` on this machine, or None."""
     address = _address(endpoint)
-    for run in list_all():
-        if _address(run.endpoint) == address and not run.is_stale():
-            return Path(run.token_path)
-    return None
+    running = (run for run in list_all() if not run.is_stale())
+    return next((run for run in running if _address(run.endpoint) == address), None)
 
 
 def _folder() -> Path:

@@ -52,16 +52,25 @@ def read_token(path: str | os.PathLike[str], role: Role | None = None) -> Token:
     Raises NotFound if the file or the role is missing, and ConfigError if the file is malformed or readable by others
     than its owner.
     """
+    tokens = read_tokens(path)
+    role = max(tokens, default=None) if role is None else role
+    if role is None or role not in tokens:
+        raise NotFound(f"{path} holds no token{'' if role is None else f' for the role {role.label}'}")
+    return tokens[role]
+
+
+def read_tokens(path: str | os.PathLike[str]) -> dict[Role, Token]:
+    """The tokens of a token file by role.
+
+    Raises NotFound if the file is missing, and ConfigError if it is malformed or readable by others than its owner.
+    """
     tokens: dict[Role, Token] = {}
     for number, line in enumerate(_private_text(Path(path)).splitlines(), start=1):
         words = line.split()
         if len(words) != 2 or words[0] not in _LABELS:  # the line is not shown: it may be a token
             raise ConfigError(f"{path}:{number}: each line must be `role token`, with a role of {', '.join(_LABELS)}")
         tokens[Role.parse(words[0])] = Token(words[1])
-    role = max(tokens, default=None) if role is None else role
-    if role is None or role not in tokens:
-        raise NotFound(f"{path} holds no token{'' if role is None else f' for the role {role.label}'}")
-    return tokens[role]
+    return tokens
 
 
 def _private_text(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -25,8 +26,8 @@ from ..control.ports import StateSettings
 from ..gateway.gateway import GatewaySettings
 from ..gateway.streams import StreamLimits
 from ..machine.name_lock import lock_name
-from ..machine.ports import check_port, free_port, with_port
-from ..machine.run_files import RunFile, state_path, token_path
+from ..machine.ports import check_port, free_port, hold_port, is_loopback, with_port
+from ..machine.run_files import RunFile, socket_path, state_path, token_path
 from ..machine.tokens import create_token_file, token_digest
 from ..placement.capacity import unplaceable
 from ..placement.plan import PlannedReplica, plan_layer
@@ -67,6 +68,7 @@ class Cluster:
         self._say = progress or (lambda message: None)
         self._name_lock: IO[bytes] | None = None
         self._state_lock: StateLock | None = None
+        self._held_ports: list[socket.socket] = []
         self._run_file: RunFile | None = None
         self._backend: Backend | None = None
         self._desired = Desired()
@@ -182,6 +184,8 @@ class Cluster:
         if self._state_lock is not None:
             self._state_lock.close()
             self._state_lock = None
+        while self._held_ports:
+            self._held_ports.pop().close()
         if self._name_lock is not None:
             self._name_lock.close()
             self._name_lock = None
@@ -210,8 +214,9 @@ class Cluster:
             )
         self._name_lock = lock_name(config.name)
         self._state_lock = hold_state(self._state_dir(), f"cluster {config.name!r}")
-        check_port(config.host, config.port, "endpoint")
-        check_port(config.host, config.metrics_port or 0, "metrics port")
+        port, metrics_port = self._port("port", config.host, config.port), config.metrics_port
+        if metrics_port is not None:
+            metrics_port = self._port("metrics_port", config.metrics_host, metrics_port)
         elsewhere = config.runtime_env is not None
         self._say("checking experts")
         self._layers = {layer.name: check_layer(layer, code_elsewhere=elsewhere) for layer in config.layers}
@@ -220,7 +225,7 @@ class Cluster:
         self._say("starting in this process" if config.transport == "local" else "starting Ray")
         backend.start(config.address)
         self._check_capacity(planned)
-        settings = self._service_settings()
+        settings = self._service_settings(port, metrics_port)
         deadline = time.monotonic() + config.start_timeout
         for replica in planned:
             backend.start_replica(replica)
@@ -239,7 +244,19 @@ class Cluster:
         self._supervisor.start()
         self._say(f"serving on {self.endpoint}")
 
-    def _service_settings(self) -> ServiceSettings:
+    def _port(self, setting: str, host: str, port: int) -> int:
+        """The port to listen on, chosen here so that a restarted router listens on the same one.
+
+        It is held for the processes of this user, as those of a Ray that was started here are.
+        """
+        if self.config.address is not None:
+            check_port(host, port, setting)
+            return port or free_port(host)
+        holder = hold_port(host, port, setting)
+        self._held_ports.append(holder)
+        return int(holder.getsockname()[1])
+
+    def _service_settings(self, port: int, metrics_port: int | None) -> ServiceSettings:
         config = self.config
         own = [(token_digest(token), role, None) for role, token in create_token_file(token_path(config.name)).items()]
         configured = [(entry.sha256, entry.role, entry.expires) for entry in config.tokens]
@@ -248,8 +265,9 @@ class Cluster:
             tls = (config.tls_key.read_bytes(), config.tls_cert.read_bytes())
         gateway = GatewaySettings(
             host=config.host,
-            port=config.port
-            or free_port(config.host),  # chosen here, so that a restarted router listens on the same port
+            port=port,
+            port_held=bool(self._held_ports),
+            socket=str(socket_path(config.name)),
             max_message_bytes=config.max_message_bytes,
             streams=StreamLimits(max_request_bytes=config.max_request_bytes, max_stream_bytes=config.max_stream_bytes),
             default_timeout=config.default_timeout,
@@ -259,7 +277,8 @@ class Cluster:
         return ServiceSettings(
             name=config.name,
             gateway=gateway,
-            metrics_port=free_port(config.host) if config.metrics_port == 0 else config.metrics_port,
+            metrics_port=metrics_port,
+            metrics_host=config.metrics_host,
             tokens=tokens,
             max_rows_in_flight=config.max_rows_in_flight,
             state_dir=str(self._state_dir()),
@@ -275,9 +294,12 @@ class Cluster:
         return self.config.state_dir or state_path(self.config.name)
 
     def _announce(self, port: int, metrics_port: int | None) -> None:
-        host = _HERE.get(self.config.host, self.config.host)
-        self.endpoint = with_port(host, port)
-        self.metrics_endpoint = "" if metrics_port is None else f"http://{with_port(host, metrics_port)}/metrics"
+        config = self.config
+        self.endpoint = with_port(_HERE.get(config.host, config.host), port)
+        if metrics_port is not None:
+            scheme = "http" if is_loopback(config.metrics_host) else "https"
+            host = _HERE.get(config.metrics_host, config.metrics_host)
+            self.metrics_endpoint = f"{scheme}://{with_port(host, metrics_port)}/metrics"
         temp_dir = self._running().temp_dir
         self._run_file = RunFile.of_this_process(
             self.config.name,
@@ -285,6 +307,7 @@ class Cluster:
             version(),
             metrics_endpoint=self.metrics_endpoint or None,
             ray_temp_dir=temp_dir,
+            socket=str(socket_path(self.config.name)),
         )
         self._run_file.write()
 

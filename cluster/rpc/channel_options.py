@@ -30,11 +30,14 @@ def client_options(max_message_bytes: int = MAX_MESSAGE_BYTES, *, loopback: bool
     )
 
 
-def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> Options:
-    """Options of the gateway's server: an exclusive port, and the client's pings are allowed."""
+def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES, *, port_held: bool = False) -> Options:
+    """Options of the gateway's server: an exclusive port, and the client's pings are allowed.
+
+    A held port is shared with the socket of the owner that holds it, and so with this user alone.
+    """
     return (
         *_both(max_message_bytes, SERVER_PING_MS),
-        ("grpc.so_reuseport", 0),
+        ("grpc.so_reuseport", int(port_held)),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
         ("grpc.compression_enabled_algorithms_bitset", IDENTITY_ONLY),
     )

@@ -45,6 +45,8 @@ PROBLEM_SECONDS = 1.0
 class ServiceSettings:
     """The settings of a router's process: addresses, tokens and limits.
 
+    The metrics page has the TLS of the gateway, unless `metrics_host` is loopback. The owner holds its port or not, as
+    the gateway's.
     `tokens` are (sha256, role, expiry in seconds since 1970 or None). Uploads go to `state_dir`, which the controller
     shares. `allowed_factories` are those that an admin may name over the network.
     """
@@ -52,6 +54,7 @@ class ServiceSettings:
     name: str
     gateway: GatewaySettings
     metrics_port: int | None
+    metrics_host: str = "127.0.0.1"
     tokens: tuple[tuple[str, Role, float | None], ...]
     max_rows_in_flight: int
     state_dir: str
@@ -98,10 +101,12 @@ class RouterService:
         port = await self._server.start()
         metrics_port = self._settings.metrics_port
         if metrics_port is not None:
+            host, gateway = self._settings.metrics_host, self._settings.gateway
+            held, tls = gateway.port_held, gateway.tls
             try:
-                self._metrics = MetricsServer(self.router, self._tokens, self._settings.gateway.host, metrics_port)
+                self._metrics = MetricsServer(self.router, self._tokens, host, metrics_port, port_held=held, tls=tls)
             except OSError as error:
-                raise Unavailable(f"cannot listen on metrics port {metrics_port}: {error.strerror}") from None
+                raise Unavailable(f"cannot listen on metrics_port {metrics_port}: {error.strerror}") from None
         return port, self._metrics.port if self._metrics else None
 
     async def stop(self, grace: float = 0.0) -> None:

@@ -12,6 +12,7 @@ import pytest
 from expertmesh.cluster.client.calls import Calls
 from expertmesh.cluster.client.retry import Answer, Attempt, Flow, Pause, Retries, RetryBudget, RetryPolicy, Step, drive
 from expertmesh.cluster.rpc.documents import decode_document, encode_document
+from expertmesh.cluster.rpc.methods import METHODS, Role
 from expertmesh.experts import wire
 from expertmesh.experts.errors import DataLoss, InvalidRequest, NotFound, TooLarge, Unavailable
 from expertmesh.experts.wire import WireTensor
@@ -327,3 +328,18 @@ def test_a_torch_that_is_only_half_imported_is_no_torch(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "torch", type(sys)("torch"))
     world = World()
     assert isinstance(world.run(world.calls.forward("news", X), echo), np.ndarray)
+
+
+def test_a_call_carries_the_token_of_the_lowest_role_that_may_make_it() -> None:
+    calls = Calls(token="highest", tokens={Role.READER: "reader", Role.OPERATOR: "operator", Role.ADMIN: "admin"})
+    code = {"l/e": {"factory": "mine:Expert"}}
+    flows = {
+        "Call": calls.call("l", X), "Status": calls.status(), "Check": calls.health(), "Drain": calls.drain(),
+        "History": calls.history("l/e"), "Pin": calls.lease(), "SwapProgress": calls.swap_progress("s"),
+    }  # fmt: skip
+    sent = {method: next(flow) for method, flow in flows.items()}
+    assert {method: dict(step.metadata)["authorization"] for method, step in sent.items()} == {
+        method: f"Bearer {METHODS[method].label}" for method in flows
+    }
+    assert dict(next(calls.swap(code)).metadata)["authorization"] == "Bearer highest"  # only an admin names code
+    assert dict(next(Calls(token="given").drain()).metadata)["authorization"] == "Bearer given"

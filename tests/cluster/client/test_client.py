@@ -20,7 +20,6 @@ import grpc
 import numpy as np
 import pytest
 
-from expertmesh.cluster.client import endpoint
 from expertmesh.cluster.client.client import AsyncClient, Client
 from expertmesh.cluster.client.retry import RetryPolicy
 from expertmesh.cluster.rpc.channel_options import MIN_PING_INTERVAL_MS, client_options, server_options
@@ -414,6 +413,7 @@ def test_the_keepalives_of_both_ends_agree() -> None:
     assert client["grpc.keepalive_time_ms"] > server["grpc.http2.min_recv_ping_interval_without_data_ms"]
     assert server["grpc.http2.min_recv_ping_interval_without_data_ms"] == MIN_PING_INTERVAL_MS
     assert server["grpc.so_reuseport"] == 0
+    assert dict(server_options(port_held=True))["grpc.so_reuseport"] == 1
 
 
 def test_a_compressed_message_is_refused(server: EchoServer) -> None:
@@ -434,17 +434,8 @@ def test_the_environment_gives_the_token(server: EchoServer, monkeypatch: pytest
     assert server.calls[0][1]["authorization"] == "Bearer from-environment"
 
 
-def test_the_token_file_of_the_users_own_cluster_is_found(
-    server: EchoServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
+def test_without_a_token_there_is_no_client(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EXPERTMESH_TOKEN", raising=False)
-    token_file = tmp_path / "token"
-    token_file.touch(0o600)
-    token_file.write_text("operator from-file\n")
-    monkeypatch.setattr(endpoint, "token_for_endpoint", {server.endpoint: token_file}.get)
-    with Client(server.endpoint) as client:
-        client.forward("news", X)
-    assert server.calls[0][1]["authorization"] == "Bearer from-file"
     with pytest.raises(Unauthenticated, match="EXPERTMESH_TOKEN"):
         Client("127.0.0.1:1")
 

@@ -283,7 +283,8 @@ def test_the_factories_that_may_be_swapped_in_are_those_of_the_start_unless_they
     ("name", "value"),
     [
         ("name", "a/b"), ("host", ""), ("host", 5), ("port", -1), ("port", "x"), ("port", None),
-        ("metrics_port", True), ("transport", "udp"), ("address", 5), ("runtime_env", 5), ("max_message_bytes", 1),
+        ("metrics_host", "0.0.0.0"), ("metrics_port", True), ("transport", "udp"),
+        ("address", 5), ("runtime_env", 5), ("max_message_bytes", 1),
         ("max_message_bytes", 1 << 31), ("max_request_bytes", 100), ("max_request_bytes", 2.0**30),
         ("max_request_bytes", 1 << 20), ("max_stream_bytes", -1), ("max_stream_bytes", 1 << 29),
         ("max_rows_in_flight", 0), ("default_timeout", 0),

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import ssl
 import sys
 import threading
 from collections.abc import Iterator
-from http.client import HTTPConnection
+from contextlib import ExitStack, contextmanager
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
 from helpers.router_in_process import RouterInProcess
-from helpers.waiting import run_async
+from helpers.tls import CERTIFICATE, KEY
+from helpers.waiting import eventually, run_async
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from expertmesh.cluster.gateway import metrics
 from expertmesh.cluster.gateway.authorise import TokenTable
-from expertmesh.cluster.gateway.metrics import MetricsServer, RouterCollector
+from expertmesh.cluster.gateway.metrics import MOST_CONNECTIONS, MetricsServer, RouterCollector
+from expertmesh.cluster.machine.ports import hold_port
 from expertmesh.cluster.machine.tokens import new_token, token_digest
 from expertmesh.cluster.rpc.methods import Role
 from expertmesh.experts.errors import DeadlineExceeded, ExpertFailed, NotFound
 from expertmesh.experts.spec import Expert
 from expertmesh.router import gates
 from expertmesh.router.fanout.telemetry import LATENCY_BUCKETS
+from expertmesh.router.fanout.transport import LocalTransport
 from expertmesh.router.mixture.layer import Layer
+from expertmesh.router.request.forward import Router
 
 READER, OPERATOR, EXPIRED = new_token(), new_token(), new_token()
 X = torch.ones(3, 2)
@@ -68,6 +77,72 @@ def page() -> Iterator[Any]:
 
     yield get
     servers[0].stop()
+
+
+@contextmanager
+def bare(**settings: Any) -> Iterator[MetricsServer]:
+    """A page about a router that has answered nothing."""
+    tokens = TokenTable()
+    tokens.add(token_digest(READER), Role.READER)
+    server = MetricsServer(Router(LocalTransport()), tokens, settings.pop("host", "127.0.0.1"), 0, **settings)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def asked(connection: HTTPConnection) -> int:
+    connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {READER}"})
+    response = connection.getresponse()
+    response.read()
+    connection.close()
+    return response.status
+
+
+def test_half_sent_requests_do_not_keep_others_from_the_page() -> None:
+    with bare() as server, ExitStack() as slow:
+        for _ in range(3 * MOST_CONNECTIONS):
+            connection = slow.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=20))
+            connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: x")
+            assert asked(HTTPConnection("127.0.0.1", server.port, timeout=20)) == 200
+        threads = [thread for thread in threading.enumerate() if "process_request_thread" in thread.name]
+        eventually(lambda: sum(map(Thread.is_alive, threads)) <= MOST_CONNECTIONS, 20, "the oldest are ended")
+
+
+def test_a_connection_that_trickles_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "CONNECTION_SECONDS", 0.2)
+    with bare() as server, socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.1\r\n")
+
+        def is_ended() -> bool:
+            try:
+                connection.sendall(b"X: y\r\n")  # never a pause that a time-out would notice
+            except OSError:
+                return True
+            return False
+
+        eventually(is_ended, 20, "it is ended")
+
+
+def test_beyond_loopback_the_page_is_under_tls() -> None:
+    with bare(host="0.0.0.0", tls=(KEY, CERTIFICATE)) as server, ExitStack() as slow:
+        for _ in range(3):
+            slow.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=20))  # no handshake
+        trusting = ssl.create_default_context(cadata=CERTIFICATE.decode())
+        assert asked(HTTPSConnection("127.0.0.1", server.port, timeout=20, context=trusting)) == 200
+        with pytest.raises((OSError, HTTPException)):
+            asked(HTTPConnection("127.0.0.1", server.port, timeout=20))
+    with bare(tls=(KEY, CERTIFICATE)) as server:
+        assert asked(HTTPConnection("127.0.0.1", server.port, timeout=20)) == 200
+
+
+def test_the_page_listens_on_a_port_that_its_owner_holds() -> None:
+    with hold_port("127.0.0.1", 0, "metrics_port") as holder:
+        port = holder.getsockname()[1]
+        router, tokens = Router(LocalTransport()), TokenTable()
+        with pytest.raises(OSError, match="in use"):
+            MetricsServer(router, tokens, "127.0.0.1", port)
+        MetricsServer(router, tokens, "127.0.0.1", port, port_held=True).stop()
 
 
 def families(text: str) -> dict[str, Metric]:

@@ -16,12 +16,13 @@ from expertmesh.cluster.machine.name_lock import lock_name, may_be_removed
 from expertmesh.cluster.machine.run_files import (
     RunFile,
     find,
+    find_endpoint,
     home,
     list_all,
     lock_path,
     run_path,
+    socket_path,
     start_time,
-    token_for_endpoint,
     token_path,
 )
 from expertmesh.cluster.machine.tokens import create_token_file
@@ -62,7 +63,7 @@ def test_a_home_that_cannot_be_made_is_a_clear_error(tmp_path: Path, monkeypatch
 
 def test_reading_makes_nothing(own_home: Path) -> None:
     assert list_all() == []
-    assert token_for_endpoint("127.0.0.1:50051") is None
+    assert find_endpoint("127.0.0.1:50051") is None
     assert not own_home.exists()
 
 
@@ -138,15 +139,14 @@ def test_find_passes_over_dead_clusters() -> None:
     assert find().name == "b"
 
 
-def test_the_token_file_of_an_endpoint_is_found() -> None:
-    make("a", "127.0.0.1:5001").write()
-    make("b", "10.0.0.1:5002").write()
-    assert token_for_endpoint("127.0.0.1:5001") == token_path("a")
-    assert token_for_endpoint("localhost:5001") == token_path("a")
-    assert token_for_endpoint("10.0.0.1:5002") == token_path("b")
-    assert token_for_endpoint("10.0.0.1:5001") is None
-    dead("c", endpoint="127.0.0.1:5003").write()
-    assert token_for_endpoint("127.0.0.1:5003") is None
+def test_the_cluster_of_an_endpoint_is_found() -> None:
+    for made in (make("a", "127.0.0.1:5001"), make("b", "10.0.0.1:5002"), dead("c", endpoint="127.0.0.1:5003")):
+        made.write()
+    assert find_endpoint("127.0.0.1:5001") == make("a", "127.0.0.1:5001")
+    assert find_endpoint("localhost:5001") == make("a", "127.0.0.1:5001")
+    assert find_endpoint("10.0.0.1:5002") == make("b", "10.0.0.1:5002")
+    assert find_endpoint("10.0.0.1:5001") is None
+    assert find_endpoint("127.0.0.1:5003") is None
 
 
 def test_a_second_claim_is_refused_and_says_who_holds_the_name() -> None:
@@ -191,9 +191,11 @@ def test_a_claim_clears_what_a_dead_cluster_left(tmp_path: Path) -> None:
     (rays / "session").mkdir(parents=True)
     dead("x", ray_temp_dir=str(rays)).write()
     create_token_file(token_path("x"))
+    socket_path("x").touch()
     make("y").write()
     with lock_name("x"):
         assert not rays.exists()
+        assert not socket_path("x").exists()
         assert not run_path("x").exists()
         assert not token_path("x").exists()
         assert run_path("y").exists()
@@ -214,8 +216,6 @@ def test_a_token_file_lies_where_the_run_file_says() -> None:
     made = make()
     tokens = create_token_file(made.token_path)
     made.write()
-    found = token_for_endpoint("localhost:50051")
-    assert found is not None
-    assert tokens[Role.ADMIN] in found.read_text()
+    assert tokens[Role.ADMIN] in Path(made.token_path).read_text()
     made.remove()
-    assert not found.exists()
+    assert not Path(made.token_path).exists()
