@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NoReturn
 
 import pytest
@@ -53,7 +54,27 @@ def test_other_devices_get_what_torch_gives_them() -> None:
 
 
 def test_a_host_on_the_cpu_computes_with_the_memory_of_the_message() -> None:
+    read: list[int] = []
+
+    def noting(rows: torch.Tensor) -> torch.Tensor:
+        read.append(rows.data_ptr())
+        return rows
+
     host = ExpertHost()
-    version = load(host, "e", Expert.from_function(lambda rows: rows), 1).version
-    reply = host.compute(ExpertCall(1, (Part("e", version, 0, 1), Part("e", version, 1, 3)), ROWS))
-    assert [output.data_ptr() for output in reply.outputs] == [ROWS[0].data_ptr(), ROWS[1].data_ptr()]
+    version = load(host, "e", Expert(live=Uncopied(noting)), 1).version
+    read.clear()
+    host.compute(ExpertCall(1, (Part("e", version, 0, 1), Part("e", version, 1, 3)), ROWS))
+    assert read == [ROWS[0].data_ptr(), ROWS[1].data_ptr()]
+
+
+class Uncopied:
+    """A function that stays the test's own where experts are copied."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.function = function
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.function(rows)
+
+    def __deepcopy__(self, memo: object) -> Uncopied:
+        return self

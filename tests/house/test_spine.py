@@ -50,7 +50,7 @@ HELPERS = (  # what the ten call, and what returns to them
     "router/fanout/work.py", "router/gates/*.py", "router/mixture/combine.py", "router/mixture/dispatch.py",
     "router/mixture/layer.py", "router/mixture/missing.py", "router/mixture/ordered_sum.py",
     "router/request/admission.py", "router/request/batch_timing.py", "router/request/options.py",
-    "experts/construct/factory.py", "experts/protocol.py", "experts/spec.py", "experts/sums/bag_sum.py",
+    "experts/construct/factory.py", "experts/construct/returned.py", "experts/protocol.py", "experts/spec.py", "experts/sums/bag_sum.py",
     "experts/sums/device_rows.py", "experts/sums/partial_sum.py", "experts/tensors.py", "experts/wire.py",
 )  # fmt: skip
 
