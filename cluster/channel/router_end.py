@@ -19,7 +19,7 @@ from ...experts.errors import ExpertMeshError, InvalidRequest, Unauthenticated, 
 from ...experts.protocol import ExpertCall
 from ...experts.wire import Buffer, Frame, decode
 from ...router.fanout.replica_view import Replica
-from ...router.fanout.transport import Cancel, Done, Lost
+from ...router.fanout.transport import Cancel, Died, Done, Lost
 from ..machine.ports import family_of
 from .framed_socket import MAX_MESSAGE_BYTES, FramedSocket, tuned
 from .messages import (
@@ -114,7 +114,7 @@ class Channel:
             self.close(Unavailable(f"the replica cannot be reached ({type(error).__name__}); retry"))
 
     def send(self, call: ExpertCall, done: Done) -> Cancel:
-        """Send a call as soon as the connection is open; `done` gets the reply or the error of a closed connection."""
+        """Send a call as soon as the connection is open; `done` gets the reply, or how the connection was closed."""
         parts = encode_call(call)
         self._pending[call.attempt] = done
         if self._open:
@@ -143,7 +143,7 @@ class Channel:
             self._framed.close()
         pending, self._pending = self._pending, {}
         for done in pending.values():
-            self._loop.call_soon(done, Unavailable(why.message))
+            self._loop.call_soon(done, Died() if self._open else Unavailable(why.message))
         if not self._opened.done():
             self._opened.set_result(None)
 

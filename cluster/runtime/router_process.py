@@ -223,6 +223,7 @@ class RouterService:
                 "requests": sum(telemetry.requests.values()),
                 "failed_requests": sum(n for (_, code), n in telemetry.requests.items() if code != "OK"),
                 "retries": telemetry.retries,
+                "hedges": telemetry.hedges,
                 "messages": dict(telemetry.messages),
                 "batches": dict(telemetry.batches),
                 "rows_carried": dict(self.router.transport.carried),

@@ -1,151 +1,43 @@
-"""Fan-out: sends the work of a batch to replicas that can do it, in few messages, and retries if a replica is lost.
+"""Fan-out: sends the work of a batch to replicas in few messages, and again if a replica is lost or late.
 
 Every replica has a lane with at most `WINDOW` messages in flight. Work that arrives meanwhile waits and goes together
 in the next message. So a slow expert delays only the requests that need it, and waiting work can still be dropped.
+
+If a replica is late, its work is sent to another one as well, and the first answer counts. If it dies, its work is sent
+again, but not a third time where two replicas died while they computed it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from torch import Tensor
 
-from ...experts.errors import BY_NAME, DataLoss, ExpertMeshError, Unavailable, VersionGone
+from ...experts.errors import BY_NAME, DataLoss, ExpertFailed, ExpertMeshError, Unavailable, VersionGone
 from ...experts.protocol import ExpertReply, PartFailure
 from ..epochs.epochs import Epoch
 from ..gates import Routing
 from ..mixture.dispatch import Dispatch
 from ..mixture.layer import Layer
-from .answers import Answered, Answers, Result
-from .fair_queue import FairQueue
-from .message import Place, build_call, same_kind
-from .replica_view import Replica, View
+from .answers import Answered, Result
+from .batch import Batch
+from .lane import Job, Lane, Message
+from .lateness import HedgeBudget, Pace
+from .message import Place, build_call
+from .replica_view import View
 from .telemetry import Telemetry
-from .transport import Transport, sending_error
-from .work import Assignment, Work, assign
+from .transport import Died, Transport, sending_error
+from .work import Work, assign
 
 WINDOW = 2
-MAX_ROWS_PER_MESSAGE = 16_384
-MAX_PARTS_PER_MESSAGE = 256
 MAX_ATTEMPTS = 3
-
-
-@dataclass(eq=False)
-class Batch:
-    """Rows `x` [T, ...] of one layer on one epoch, in flight to experts and back.
-
-    Each request that waits for the batch holds it; when the last one releases it, `cancel` drops the unfinished work.
-    """
-
-    epoch: Epoch
-    layer: Layer
-    x: Tensor
-    routing: Routing
-    handle: Dispatch
-    assignment: Assignment
-    cancel: Callable[[], None] = lambda: None
-    answers: Answers = field(init=False)
-    _waiters: list[tuple[set[int], asyncio.Future[None]]] = field(default_factory=list)
-    _callbacks: list[Callable[[], None]] = field(default_factory=list)
-    _holders: int = 1
-
-    def __post_init__(self) -> None:
-        self.answers = Answers(self.layer, self.assignment)
-
-    def hold(self) -> None:
-        """Add a holder."""
-        self._holders += 1
-
-    def release(self) -> None:
-        """Remove a holder; the last one cancels the unfinished work."""
-        self._holders -= 1
-        if self._holders == 0 and not self.answers.complete:
-            self.cancel()
-            self._call_back()
-
-    def when_complete(self, callback: Callable[[], None]) -> None:
-        """Call back once all work is answered or cancelled; at once if it is answered already."""
-        if self.answers.complete:
-            callback()
-        else:
-            self._callbacks.append(callback)
-
-    def answer(self, key: int, result: Result) -> None:
-        """Store the result of one piece of work, by its key in the assignment."""
-        self.answers.put(key, result)
-        for pending, future in self._waiters:
-            pending.discard(key)
-            if not pending and not future.done():
-                future.set_result(None)
-        if self.answers.complete:
-            self._call_back()
-
-    async def wait(self, experts: Sequence[int]) -> dict[int, ExpertMeshError]:
-        """Wait until these experts have answered or failed; returns the errors of those that failed."""
-        if pending := self.answers.pending(experts):
-            future = asyncio.get_running_loop().create_future()
-            self._waiters.append((pending, future))
-            await future
-        return self.answers.errors(experts)
-
-    def _call_back(self) -> None:
-        callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            callback()
-
-
-@dataclass(eq=False)
-class Job:
-    """One piece of work; `done` gets its answer or error, once."""
-
-    work: Work
-    done: Callable[[Result], None]
-    finished: bool = False
-    attempts: int = 0
-    tried: set[str] = field(default_factory=set)
-    replica_id: str | None = None
-    message: _Message | None = None
-
-
-@dataclass(eq=False)
-class _Message:
-    """Jobs in flight together."""
-
-    replica: Replica
-    jobs: list[Job]
-    places: list[Place] = field(default_factory=list)
-    started: float = 0.0
-    cancel: Callable[[], object] = lambda: None
-
-
-@dataclass(eq=False)
-class _Lane:
-    """The jobs that wait for a replica, and the messages in flight to it."""
-
-    replica: Replica
-    waiting: FairQueue[Job] = field(default_factory=FairQueue)
-    in_flight: set[_Message] = field(default_factory=set)
-
-    def take(self) -> list[Job]:
-        """Take the jobs of the next message: clients in turns, up to the row and part limits, no cancelled jobs."""
-        taken: list[Job] = []
-        rows = parts = 0
-        while (job := self.waiting.peek()) is not None:
-            rows, parts = rows + job.work.size, parts + len(job.work.experts)
-            if job.finished:
-                rows, parts = rows - job.work.size, parts - len(job.work.experts)
-            elif taken and not (
-                rows <= MAX_ROWS_PER_MESSAGE and parts <= MAX_PARTS_PER_MESSAGE and same_kind(job.work, taken[0].work)
-            ):
-                break
-            else:
-                taken.append(job)
-            self.waiting.pop()
-        return taken
+MAX_DEATHS = 2
+CHECK_SECONDS = 0.025
+"""How often messages in flight are compared with the pace of their replicas."""
 
 
 class Fanout:
@@ -155,9 +47,12 @@ class Fanout:
         self._transport = transport
         self._view = view
         self._telemetry = telemetry
-        self._lanes: dict[str, _Lane] = {}
-        self._to_flush: dict[str, _Lane] = {}
+        self._lanes: dict[str, Lane] = {}
+        self._to_flush: dict[str, Lane] = {}
         self._attempts = itertools.count(1)
+        self._paces: defaultdict[tuple[str, ...], Pace] = defaultdict(Pace)
+        self._budget = HedgeBudget()
+        self._check: asyncio.TimerHandle | None = None
 
     def start(
         self, epoch: Epoch, layer: Layer, x: Tensor, routing: Routing, handle: Dispatch, *, deadline: float, client: str
@@ -190,9 +85,7 @@ class Fanout:
             return
         job.finished = True
         self._uncount(job)
-        if job.message is not None and all(other.finished for other in job.message.jobs):
-            job.message.cancel()
-            self._close(job.message)
+        self._drop_messages(job)
 
     def _cancel_all(self, jobs: Iterable[Job]) -> None:
         for job in jobs:
@@ -217,11 +110,7 @@ class Fanout:
         }
         for name, lane in list(self._lanes.items()):
             if incarnations.get(name) != lane.replica.incarnation:
-                del self._lanes[name]
-                for message in lane.in_flight:
-                    message.cancel()
-                in_flight = [job for message in lane.in_flight for job in message.jobs]
-                self._resend(name, [*in_flight, *lane.waiting.drain()])
+                self._give_up(lane, replaced=True)
 
     def waiting(self) -> dict[str, int]:
         """The rows that wait in each lane, by replica."""
@@ -235,12 +124,11 @@ class Fanout:
             self._finish(job, error)
             return
         name = replica.id
-        job.tried.add(name)
-        job.attempts += 1
         lane = self._lanes.get(name)
         if lane is None:
-            lane = self._lanes[name] = _Lane(replica)
+            lane = self._lanes[name] = Lane(replica)
         lane.waiting.put(job.work.client, job)
+        job.tried.add(name)
         job.replica_id = name
         self._view.sent(name, job.work.size)
         if len(lane.in_flight) < WINDOW:
@@ -254,34 +142,44 @@ class Fanout:
         for name, lane in lanes.items():
             self._fill(name, lane)
 
-    def _fill(self, name: str, lane: _Lane) -> None:
+    def _fill(self, name: str, lane: Lane) -> None:
         while len(lane.in_flight) < WINDOW and self._lanes.get(name) is lane:
             jobs = lane.take()
             if not jobs:
                 return
             self._send(lane, jobs)
 
-    def _send(self, lane: _Lane, jobs: list[Job]) -> None:
-        message = _Message(lane.replica, jobs, started=asyncio.get_running_loop().time())
-        for job in jobs:
-            job.message = message
+    def _send(self, lane: Lane, jobs: list[Job]) -> None:
+        loop = asyncio.get_running_loop()
+        ahead = sum(job.work.size for message in lane.in_flight for job in message.jobs)
+        message = Message(lane.replica, jobs, ahead + sum(job.work.size for job in jobs), loop.time())
         works = [job.work for job in jobs]
-        lane.in_flight.add(message)
+        lane.in_flight.append(message)
+        for job in jobs:
+            job.attempts += 1
+            job.messages.append(message)
         try:
             call, message.places = build_call(next(self._attempts), works, now=message.started)
             message.cancel = self._transport.send(lane.replica, call, partial(self._returned, lane, message))
         except Exception as error:  # noqa: BLE001 (the message cannot be encoded, or memory runs out)
-            lane.in_flight.discard(message)
+            self._remove(lane, message)
             failure = sending_error(error)
             for job in jobs:
                 self._finish(job, failure)
             return
+        self._budget.sent()
+        if self._check is None:
+            self._check = loop.call_later(CHECK_SECONDS, self._check_lanes)
         self._telemetry.messages[lane.replica.id] += 1
         self._telemetry.copied += 0 if call.rows is works[0].x else call.rows.nbytes
 
-    def _returned(self, lane: _Lane, message: _Message, reply: ExpertReply | ExpertMeshError) -> None:
+    def _returned(self, lane: Lane, message: Message, reply: ExpertReply | ExpertMeshError | Died) -> None:
         if message not in lane.in_flight or self._lanes.get(lane.replica.id) is not lane:
             return  # it was cancelled, or its lane was dropped
+        if isinstance(reply, Died):
+            self._view.failed(lane.replica.id)
+            self._give_up(lane, replaced=False)
+            return
         self._close(message)
         if isinstance(reply, Unavailable):
             self._view.failed(lane.replica.id)
@@ -292,19 +190,90 @@ class Fanout:
                 self._finish(job, reply)
         else:
             seconds = asyncio.get_running_loop().time() - message.started
+            self._paces[lane.replica.experts].took(seconds, message.rows)
             self._telemetry.add_message_seconds(lane.replica.id, reply.queued, reply.computed)
             for job, place in zip(message.jobs, message.places, strict=True):
                 self._deliver(job, _answer(reply, place), seconds)
 
-    def _close(self, message: _Message) -> None:
+    def _close(self, message: Message) -> None:
         """Remove a finished message from its lane, which has room for another."""
         name = message.replica.id
         lane = self._lanes.get(name)
         if lane is not None and message in lane.in_flight:
-            lane.in_flight.discard(message)
+            self._remove(lane, message)
             self._fill(name, lane)
 
+    def _remove(self, lane: Lane, message: Message) -> None:
+        lane.in_flight.remove(message)
+        for job in message.jobs:
+            job.messages.remove(message)
+        if message.late and not any(other.late for other in lane.in_flight):
+            self._view.answered(lane.replica.id)
+
+    def _drop_messages(self, job: Job) -> None:
+        """Cancel the messages of a finished job that nobody waits for any more.
+
+        A late one stays in flight: its answer says that the replica is back.
+        """
+        for message in list(job.messages):
+            if not message.late and all(other.finished for other in message.jobs):
+                message.cancel()
+                self._close(message)
+
+    def _give_up(self, lane: Lane, *, replaced: bool) -> None:
+        """Send the work of a replica that has died again; if it is replaced, its successor may take it.
+
+        The replica was computing the oldest message, whose jobs may have killed it.
+        """
+        name = lane.replica.id
+        del self._lanes[name]
+        jobs = {id(job): job for message in lane.in_flight for job in message.jobs}
+        for job in lane.in_flight[0].jobs if lane.in_flight else ():
+            job.deaths += 1
+        for message in list(lane.in_flight):
+            message.cancel()
+            self._remove(lane, message)
+        for job in [*jobs.values(), *lane.waiting.drain()]:
+            if replaced:
+                job.tried.discard(name)
+            self._retry(job, Unavailable("the replica was replaced" if replaced else "its replica died; retry"))
+
+    def _check_lanes(self) -> None:
+        """Look for messages that are late, for as long as any is in flight."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for lane in list(self._lanes.values()):
+            message = next((message for message in lane.in_flight if not message.late), None)
+            if message is not None and self._paces[lane.replica.experts].is_late(
+                now - message.started, message.rows, min(job.work.deadline for job in message.jobs) - message.started
+            ):
+                self._hedge(lane)
+        busy = any(lane.in_flight for lane in self._lanes.values())
+        self._check = loop.call_later(CHECK_SECONDS, self._check_lanes) if busy else None
+
+    def _hedge(self, lane: Lane) -> None:
+        """Send the work of a late replica to other ones as well, where any are, and choose it less from now on."""
+        name = lane.replica.id
+        jobs = {id(job): job for message in lane.in_flight for job in message.jobs if not job.finished}
+        elsewhere = [job for job in jobs.values() if self._view.has_other(job.work.versions, {name, *job.tried})]
+        if not elsewhere or not self._budget.take():
+            return
+        self._view.late(name)
+        for message in lane.in_flight:
+            message.late = True
+        for job in [*elsewhere, *lane.waiting.drain()]:
+            if job.finished:
+                continue
+            self._uncount(job)
+            if job.messages:
+                self._telemetry.hedges += 1
+            else:
+                job.tried.discard(name)  # it was never sent, and may have to wait here again
+            self._enqueue(job)
+
     def _deliver(self, job: Job, answer: Result, seconds: float) -> None:
+        if job.finished:
+            return
         if isinstance(answer, VersionGone):
             self._retry(job, answer)
         elif isinstance(answer, ExpertMeshError):
@@ -322,13 +291,8 @@ class Fanout:
         if not job.finished:
             job.finished = True
             self._uncount(job)
+            self._drop_messages(job)
             job.done(result)
-
-    def _resend(self, name: str, jobs: Iterable[Job]) -> None:
-        """Send the jobs of a replaced incarnation again; its successor may take them."""
-        for job in jobs:
-            job.tried.discard(name)
-            self._retry(job, Unavailable("the replica was replaced"))
 
     def _retry(self, job: Job, error: ExpertMeshError) -> None:
         """Send a job whose answer was lost to another replica; inference is idempotent."""
@@ -336,16 +300,29 @@ class Fanout:
             return
         self._telemetry.errors[job.work.experts[0][0]] += 1
         self._uncount(job)
-        if job.attempts >= MAX_ATTEMPTS:
+        if job.messages:
+            return  # another replica computes it already
+        if job.deaths >= MAX_DEATHS:
+            self._finish(job, _deadly(job.work))
+        elif job.attempts >= MAX_ATTEMPTS:
             self._finish(job, Unavailable(f"{job.work.experts[0][0]} did not answer: {error.message}"))
-            return
-        self._telemetry.retries += 1
-        self._enqueue(job)
+        else:
+            self._telemetry.retries += 1
+            self._enqueue(job)
 
     def _uncount(self, job: Job) -> None:
         if job.replica_id is not None:
             self._view.sent(job.replica_id, -job.work.size)
             job.replica_id = None
+
+
+def _deadly(work: Work) -> ExpertFailed:
+    names = ", ".join(expert for expert, _, _ in work.experts)
+    whose = names if len(work.experts) == 1 else f"one of the experts {names}"
+    return ExpertFailed(
+        f"{whose} ended its process: {MAX_DEATHS} replicas died while they computed these rows, which are not sent to "
+        "another; see the log, and fix the expert"
+    )
 
 
 def _answer(reply: ExpertReply, place: Place) -> Answered | ExpertMeshError:

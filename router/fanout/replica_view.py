@@ -38,6 +38,7 @@ class Replica:
 class _Entry:
     replica: Replica
     suspect: int = 0
+    late: bool = False
 
 
 class View:
@@ -54,10 +55,11 @@ class View:
         entries: dict[str, _Entry] = {}
         for replica in replicas:
             entry = self._entries.get(replica.id)
-            suspect = 0
+            suspect, late = 0, False
             if entry is not None and entry.replica.incarnation == replica.incarnation:
                 suspect = max(0, entry.suspect - 1) if replica.state == READY else entry.suspect
-            entries[replica.id] = _Entry(replica, suspect)
+                late = entry.late
+            entries[replica.id] = _Entry(replica, suspect, late)
         self._entries = entries
         self._index()
 
@@ -67,21 +69,34 @@ class View:
         if entry is not None:
             entry.suspect = SUSPECT_REPORTS
 
+    def late(self, replica_id: str) -> None:
+        """Mark a replica as late: while others can be chosen it is not, until it has answered."""
+        if replica_id in self._entries:
+            self._entries[replica_id].late = True
+
+    def answered(self, replica_id: str) -> None:
+        """A late replica has caught up, or is gone."""
+        if replica_id in self._entries:
+            self._entries[replica_id].late = False
+
+    def has_other(self, pairs: Sequence[tuple[str, str]], exclude: Collection[str]) -> bool:
+        """Whether a replica that is not late holds all these (expert, version) pairs, apart from `exclude`."""
+        return any(not self._entries[name].late for name in self._usable(pairs, exclude))
+
     def choose(self, pairs: Sequence[tuple[str, str]], *, exclude: Collection[str] = ()) -> Replica:
         """Choose a replica that holds all these (expert, version) pairs: the less busy of two drawn at random.
+
+        One that is late is chosen only where there is no other.
 
         Raises Unavailable if all holders are suspect or excluded, or no replica of an expert is ready, and VersionGone
         if the ready replicas of an expert hold other versions only.
         """
-        holders = self._by_version.get(pairs[0], ())
-        for pair in pairs[1:]:
-            others = self._by_version.get(pair, ())
-            holders = tuple(name for name in holders if name in others) if others is not holders else holders
-        for expert, version in pairs:
-            if (expert, version) not in self._by_version:
-                raise self._no_holder(expert, version)
-        usable = [name for name in holders if self._entries[name].suspect == 0 and name not in exclude]
+        usable = self._usable(pairs, exclude)
+        usable = [name for name in usable if not self._entries[name].late] or usable
         if not usable:
+            for expert, version in pairs:
+                if (expert, version) not in self._by_version:
+                    raise self._no_holder(expert, version)
             raise Unavailable(f"every replica of {pairs[0][0]} is down or restarting; retry in a moment")
         if len(usable) == 1:
             return self._entries[usable[0]].replica
@@ -108,6 +123,13 @@ class View:
     def rows_in_flight(self) -> dict[str, int]:
         """Rows in flight to each replica."""
         return {name: self._rows.get(name, 0) for name in self._entries}
+
+    def _usable(self, pairs: Sequence[tuple[str, str]], exclude: Collection[str]) -> list[str]:
+        holders = self._by_version.get(pairs[0], ())
+        for pair in pairs[1:]:
+            others = self._by_version.get(pair, ())
+            holders = tuple(name for name in holders if name in others) if others is not holders else holders
+        return [name for name in holders if self._entries[name].suspect == 0 and name not in exclude]
 
     def _no_holder(self, expert: str, version: str) -> Unavailable | VersionGone:
         if any(other == expert for other, _ in self._by_version):

@@ -30,7 +30,8 @@ class Telemetry:
 
     By expert id: `rows`, `errors`, `gate_mass` and `expert_latency` (from sending to the answer). By replica id:
     `messages`, and the seconds that they were `queued` and `computing` there. By (layer, code): `requests`. By layer:
-    `request_latency`, and `batches` that went through the gate. `retries`: pieces of work that were sent again.
+    `request_latency`, and `batches` that went through the gate. `retries`: pieces of work that were sent again,
+    `hedges`: that were sent to a second replica because the first was late.
     `copied`: bytes of rows that were copied on their way, apart from copies by the kernel.
     """
 
@@ -41,6 +42,7 @@ class Telemetry:
     queued: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     computing: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     retries: int = 0
+    hedges: int = 0
     copied: int = 0
     requests: Counter[tuple[str, str]] = field(default_factory=Counter)
     batches: Counter[str] = field(default_factory=Counter)

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...experts.errors import ExpertMeshError, Unavailable
@@ -19,7 +20,13 @@ log = logging.getLogger(__name__)
 HUNG_SECONDS = 5.0
 """How long an expert may compute beyond the deadline of its call before its replica is not chosen any more."""
 
-Done = Callable[[ExpertReply | ExpertMeshError], None]
+
+@dataclass(frozen=True)
+class Died:
+    """In place of a reply: the replica was lost after the call had been sent to it, perhaps because of the call."""
+
+
+Done = Callable[[ExpertReply | ExpertMeshError | Died], None]
 Cancel = Callable[[], object]
 Lost = Callable[[Replica], None]
 
@@ -35,8 +42,8 @@ class Transport(Protocol):
     def send(self, replica: Replica, call: ExpertCall, done: Done) -> Cancel:
         """Send a call; `done` gets its reply once, later, on the event loop.
 
-        It gets Unavailable if this incarnation cannot be reached or dies before it answers. After a cancellation there
-        is no reply, and the replica may skip what it has not computed yet.
+        It gets Unavailable if this incarnation cannot be reached, and Died if it is lost with the call. After a
+        cancellation there is no reply, and the replica may skip what it has not computed yet.
         """
 
     def refresh(self, replicas: Iterable[Replica], lost: Lost) -> None:

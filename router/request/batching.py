@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ...experts.errors import ExpertFailed, ExpertMeshError
 from ..epochs.epochs import Epoch
+from ..fanout.batch import Batch
 from ..fanout.fair_queue import FairQueue
-from ..fanout.fanout import Batch, Fanout
+from ..fanout.fanout import Fanout
 from ..gates import Gate, Routing
 from ..gates.routing import join
 from ..mixture.capacity import Capacity

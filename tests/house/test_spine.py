@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.router_in_process import RouterInProcess
+from helpers.waiting import eventually
 
 from expertmesh.cluster.channel.core_slots import CoreSlots
 from expertmesh.cluster.channel.replica_end import ChannelServer, socket_path
@@ -45,12 +46,14 @@ HELPERS = (  # what the ten call, and what returns to them
     "cluster/rpc/status.py", "cluster/rpc/swaps.py", "cluster/gateway/authorise.py", "cluster/gateway/frames.py",
     "cluster/machine/tokens.py",
     "cluster/channel/core_slots.py", "cluster/channel/framed_socket.py", "cluster/channel/messages.py",
-    "router/epochs/epochs.py", "router/epochs/pinning.py", "router/fanout/answers.py", "router/fanout/fair_queue.py",
-    "router/fanout/message.py", "router/fanout/replica_view.py", "router/fanout/telemetry.py",
+    "router/epochs/epochs.py", "router/epochs/pinning.py", "router/fanout/answers.py", "router/fanout/batch.py",
+    "router/fanout/fair_queue.py", "router/fanout/lane.py", "router/fanout/lateness.py", "router/fanout/message.py",
+    "router/fanout/replica_view.py", "router/fanout/telemetry.py",
     "router/fanout/work.py", "router/gates/*.py", "router/mixture/combine.py", "router/mixture/dispatch.py",
     "router/mixture/layer.py", "router/mixture/missing.py", "router/mixture/ordered_sum.py",
     "router/request/admission.py", "router/request/batch_timing.py", "router/request/options.py",
-    "experts/construct/factory.py", "experts/construct/returned.py", "experts/protocol.py", "experts/spec.py", "experts/sums/bag_sum.py",
+    "experts/construct/factory.py", "experts/construct/returned.py", "experts/protocol.py", "experts/spec.py",
+    "experts/sums/bag_sum.py",
     "experts/sums/device_rows.py", "experts/sums/partial_sum.py", "experts/tensors.py", "experts/wire.py",
 )  # fmt: skip
 
@@ -143,6 +146,7 @@ def test_a_request_enters_the_ten_files_of_the_list_and_their_helpers(tmp_path: 
             with Client(f"127.0.0.1:{cluster.server.port}", token=cluster.token) as client:
                 x = np.ones((5, 3), np.float32)
                 client.call("l", x)  # connects
+                eventually(lambda: cluster.mesh.router.fanout._check is None, 20, "nothing is in flight any more")
                 recorder.on = True
                 reply = client.call("l", x)
                 recorder.on = False

@@ -50,7 +50,8 @@ NO_TORCH = (  # what a process with the base install alone imports
 )  # fmt: skip
 DECISIONS = (  # rules that are told everything, the time too, and do nothing themselves
     "cluster/control/*.py", "cluster/placement/*.py", "router/epochs/epochs.py", "router/epochs/leases.py",
-    "router/fanout/fair_queue.py", "router/fanout/replica_view.py", "router/request/admission.py",
+    "router/fanout/fair_queue.py", "router/fanout/lateness.py", "router/fanout/replica_view.py",
+    "router/request/admission.py",
 )  # fmt: skip
 SHELLS = tuple(  # and what stands beside them: it waits, reads, writes and tells
     f"cluster/control/{name}.py"

@@ -16,7 +16,7 @@ from expertmesh.experts.spec import Expert
 from expertmesh.router import gates
 from expertmesh.router.epochs.epochs import Epoch
 from expertmesh.router.fanout.answers import Answered
-from expertmesh.router.fanout.fanout import Batch
+from expertmesh.router.fanout.batch import Batch
 from expertmesh.router.fanout.work import assign
 from expertmesh.router.gates import Routing
 from expertmesh.router.mixture.dispatch import dispatch

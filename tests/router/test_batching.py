@@ -20,7 +20,8 @@ from expertmesh.experts.spec import Expert
 from expertmesh.router import gates
 from expertmesh.router.epochs.epochs import Epoch
 from expertmesh.router.fanout.answers import Answered
-from expertmesh.router.fanout.fanout import Batch, Fanout
+from expertmesh.router.fanout.batch import Batch
+from expertmesh.router.fanout.fanout import Fanout
 from expertmesh.router.fanout.work import assign
 from expertmesh.router.gates import Gate, Routing
 from expertmesh.router.mixture.capacity import Capacity

@@ -7,12 +7,12 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
-from helpers.waiting import run_async, settle
+from helpers.waiting import run_async, settle, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -28,11 +28,14 @@ from expertmesh.experts.errors import (
 )
 from expertmesh.experts.protocol import ExpertCall, ExpertReply, PartFailure
 from expertmesh.router.fanout import fanout as module
+from expertmesh.router.fanout import lane as lane_module
+from expertmesh.router.fanout import lateness
 from expertmesh.router.fanout.answers import Answered
-from expertmesh.router.fanout.fanout import MAX_ATTEMPTS, WINDOW, Fanout, Result
+from expertmesh.router.fanout.fanout import MAX_ATTEMPTS, MAX_DEATHS, WINDOW, Fanout, Result
+from expertmesh.router.fanout.lane import Job, Lane
 from expertmesh.router.fanout.replica_view import READY, Replica, View
 from expertmesh.router.fanout.telemetry import Telemetry
-from expertmesh.router.fanout.transport import Cancel, Done, Lost
+from expertmesh.router.fanout.transport import Cancel, Died, Done, Lost
 from expertmesh.router.fanout.work import Work
 
 V = "v1-a"
@@ -62,7 +65,7 @@ class Sent:
     def fail(self, error: ExpertMeshError) -> None:
         self.tell(error)
 
-    def tell(self, reply: ExpertReply | ExpertMeshError) -> None:
+    def tell(self, reply: ExpertReply | ExpertMeshError | Died) -> None:
         """Answer once; what was given up may still be answered, late."""
         if not self.over:
             self.over = True
@@ -103,7 +106,7 @@ class FanoutOverWire:
     telemetry: Telemetry
     fanout: Fanout
     replicas: dict[str, Replica]
-    jobs: dict[asyncio.Future[Any], module.Job] = field(default_factory=dict)
+    jobs: dict[asyncio.Future[Any], Job] = field(default_factory=dict)
 
     def report(self) -> None:
         self.view.update(self.replicas.values())
@@ -201,7 +204,7 @@ def test_experts_of_a_pack_get_each_row_once() -> None:
 
 
 def test_unlike_rows_and_too_many_rows_do_not_share_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_ROWS_PER_MESSAGE", 4)
+    monkeypatch.setattr(lane_module, "MAX_ROWS_PER_MESSAGE", 4)
 
     async def main() -> None:
         mesh = fanout_of("r")
@@ -455,9 +458,160 @@ def test_a_replica_that_restarts_for_ever_does_not_hold_a_job_for_ever() -> None
             mesh.replicas["r"] = Replica("r", ("l/a",), str(number), frozenset({("l/a", V)}), READY)
             mesh.report()
         await settle()
-        with pytest.raises(Unavailable, match="l/a did not answer: the replica was replaced"):
+        with pytest.raises(ExpertFailed, match="l/a ended its process: 2 replicas died while they computed these rows"):
             await job
-        assert len(mesh.wire.sent) == MAX_ATTEMPTS
+        assert len(mesh.wire.sent) == MAX_DEATHS
+
+    run_async(main())
+
+
+def test_what_two_replicas_died_of_is_not_sent_to_a_third() -> None:
+    async def main() -> None:
+        mesh = fanout_of("r", "s", "t", experts=("l/a", "l/b"))
+        works = {
+            "l/a": Work((("l/a", V, 1),), X, torch.tensor([0])),
+            "one of the experts l/a, l/b": Work(
+                (("l/a", V, 1), ("l/b", V, 1)), X, torch.tensor([0]), torch.tensor([0, 0])
+            ),
+        }
+        for names, work in works.items():
+            job = mesh.submit_work(work)
+            for _ in range(MAX_DEATHS):
+                await settle()
+                (sent,) = mesh.wire.open()
+                sent.tell(Died())
+            with pytest.raises(ExpertFailed, match=f"^{names} ended its process: 2 replicas died while"):
+                await job
+            for name in "rst":
+                mesh.replicas[name] = replace(mesh.replicas[name], incarnation=f"{names} {name}")
+            mesh.report()
+        await settle()
+        assert not mesh.wire.open()
+        assert mesh.view.rows_in_flight() == {"r": 0, "s": 0, "t": 0}
+
+    run_async(main())
+
+
+def test_only_the_rows_that_kill_fail_and_not_those_that_were_sent_with_them_or_waited_behind_them() -> None:
+    async def main() -> None:
+        mesh = fanout_of("r", "s", "t", "u")
+        jobs = [mesh.submit("l/a", row) for row in range(6)]
+        deadly, deaths = X[1], 0
+        while not all(job.done() for job in jobs):
+            await settle()
+            for sent in mesh.wire.open():
+                if not any(torch.equal(row, deadly) for row in sent.call.rows):
+                    sent.answer()
+                    continue
+                deaths += 1
+                del mesh.replicas[sent.replica]
+                for other in [sent, *(o for o in mesh.wire.open() if o.replica == sent.replica)]:
+                    other.tell(Died())  # at once, with everything that is in flight to it
+                mesh.report()
+                break
+        with pytest.raises(ExpertFailed):
+            jobs.pop(1).result()
+        for row, job in zip((0, 2, 3, 4, 5), jobs, strict=True):
+            assert torch.equal(job.result(), X[[row]] * 2)
+        assert deaths == MAX_DEATHS
+
+    run_async(main())
+
+
+def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is in flight is late at the next turn of the loop."""
+    for name in ("FLOOR_SECONDS", "COLD_SECONDS", "FACTOR"):
+        monkeypatch.setattr(lateness, name, 0.0)
+    monkeypatch.setattr(module, "CHECK_SECONDS", 0.0)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    impatience(monkeypatch)
+
+
+def test_a_late_message_is_sent_to_another_replica_and_the_first_answer_counts(impatient: None) -> None:
+    async def main() -> None:
+        for first in (0, 1):
+            mesh = fanout_of("r", "s")
+            job = mesh.submit("l/a", 2)
+            await until(lambda mesh=mesh: len(mesh.wire.open()) == 2)  # type: ignore[misc]
+            late, hedge = mesh.wire.open()
+            assert {late.replica, hedge.replica} == {"r", "s"}
+            (late, hedge)[first].answer(torch.full((1, 2), float(first)))
+            assert torch.equal(await job, torch.full((1, 2), float(first)))
+            assert hedge.cancelled == (first == 0)
+            assert not late.cancelled  # its answer says that the replica is back
+            late.answer(torch.full((1, 2), -1.0))
+            await settle()
+            assert (mesh.telemetry.hedges, mesh.telemetry.retries, mesh.telemetry.errors) == (1, 0, {})
+            assert mesh.telemetry.rows["l/a"] == 1
+            assert mesh.view.rows_in_flight() == {"r": 0, "s": 0}
+
+    run_async(main())
+
+
+def test_a_late_replica_gets_no_work_until_it_answers_and_what_waits_for_it_goes_elsewhere(
+    impatient: None,
+) -> None:
+    async def main() -> None:
+        mesh = fanout_of("r", "s")
+        mesh.replicas["s"] = replace(mesh.replicas["s"], state="starting")
+        mesh.report()
+        jobs = []
+        for row in range(WINDOW + 1):  # the last one waits: the window is full
+            jobs.append(mesh.submit("l/a", row))
+            await settle()
+        await asyncio.sleep(0.005)
+        frozen = mesh.wire.open()
+        assert [sent.replica for sent in frozen] == ["r"] * WINDOW  # there is no other
+        assert mesh.telemetry.hedges == 0
+        mesh.replicas["s"] = replace(mesh.replicas["s"], state=READY)
+        mesh.report()
+        while not all(job.done() for job in jobs):
+            await asyncio.sleep(0)
+            for sent in mesh.wire.open():
+                if sent.replica == "s":
+                    sent.answer()
+        for row, job in enumerate(jobs):
+            assert torch.equal(job.result(), X[[row]] * 2)
+        assert {mesh.view.choose([("l/a", V)]).id for _ in range(20)} == {"s"}
+        for sent in frozen:
+            sent.answer()
+        await settle()
+        assert {mesh.view.choose([("l/a", V)]).id for _ in range(20)} == {"r", "s"}
+        assert mesh.view.rows_in_flight() == {"r": 0, "s": 0}
+
+    run_async(main())
+
+
+def test_no_more_than_a_share_of_all_messages_is_sent_twice(impatient: None) -> None:
+    async def main() -> None:
+        mesh = fanout_of("r", "s")
+        for _ in range(100):
+            job = mesh.submit()
+            await until(mesh.wire.open)
+            await asyncio.sleep(0.001)
+            for sent in mesh.wire.open():
+                sent.answer()
+            await job
+            await settle()
+        assert 0 < mesh.telemetry.hedges <= lateness.BURST + 200 * lateness.SHARE
+
+    run_async(main())
+
+
+def test_where_the_second_replica_dies_the_answer_of_the_late_one_is_awaited(impatient: None) -> None:
+    async def main() -> None:
+        mesh = fanout_of("r", "s")
+        job = mesh.submit()
+        await until(lambda: len(mesh.wire.open()) == 2)
+        late, hedge = mesh.wire.open()
+        hedge.tell(Died())
+        await settle()
+        assert not job.done()
+        late.answer()
+        assert torch.equal(await job, X[[0]] * 2)
 
     run_async(main())
 
@@ -492,7 +646,7 @@ def test_figures_are_read_while_they_change(monkeypatch: pytest.MonkeyPatch) -> 
             with monkeypatch.context() as patch:
                 patch.setattr(Work, "size", property(size))
                 jobs.append(mesh.submit("l/a", 0))
-                mesh.fanout._lanes[f"lane {len(jobs)}"] = module._Lane(mesh.replicas["r"])
+                mesh.fanout._lanes[f"lane {len(jobs)}"] = Lane(mesh.replicas["r"])
             return int(size(work))
 
         with monkeypatch.context() as patch:
@@ -518,6 +672,7 @@ actions = st.lists(
                 "answer",
                 "answer",
                 "lose",
+                "die",
                 "refuse",
                 "cancel",
                 "restart",
@@ -531,10 +686,12 @@ actions = st.lists(
 )
 
 
-@given(actions)
+@given(actions, st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_whatever_happens_each_job_ends_once_with_its_own_rows(happens: list[tuple[str, int]]) -> None:
+def test_whatever_happens_each_job_ends_once_with_its_own_rows(happens: list[tuple[str, int]], hedged: bool) -> None:
     async def main() -> None:
+        if hedged:
+            impatience(patch)
         experts = ("l/a", "l/b")
         mesh = fanout_of("r", "s", experts=experts)
         incarnations = 1
@@ -559,6 +716,8 @@ def test_whatever_happens_each_job_ends_once_with_its_own_rows(happens: list[tup
                 sent = waiting[number % len(waiting)]
                 if action == "answer":
                     sent.answer()
+                elif action == "die":
+                    sent.tell(Died())
                 elif action == "lose":
                     sent.fail(Unavailable("lost"))
                 elif action == "refuse":
@@ -578,11 +737,12 @@ def test_whatever_happens_each_job_ends_once_with_its_own_rows(happens: list[tup
             if error is None:
                 assert torch.equal(job.result(), X[list(rows)] * FACTORS[expert])
             else:
-                assert isinstance(error, Unavailable)
+                assert isinstance(error, (Unavailable, ExpertFailed))
         mesh.replicas.update({name: Replica(name, experts, "last", frozenset(), READY) for name in "rs"})
         mesh.report()
         await settle()
         assert mesh.view.rows_in_flight() == {"r": 0, "s": 0}
         assert set(mesh.fanout.waiting().values()) <= {0}
 
-    run_async(main())
+    with pytest.MonkeyPatch.context() as patch:
+        run_async(main())
