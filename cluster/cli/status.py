@@ -58,6 +58,8 @@ def _print_tables(document: Mapping[str, Any]) -> None:
         click.echo(f"draining: {id}, requests in flight still use {', '.join(versions)}")
     for id, why in (document.get("broken") or {}).items():
         click.echo(f"broken: {id} cannot be loaded: {why}")
+    for id, version in (document.get("not_declared") or {}).items():
+        click.echo(f"not declared: {id}; its version {version} is kept, and serves where {id} is declared again")
     for name, layer in (document.get("layers") or {}).items():
         gate = layer.get("gate") or {}
         click.echo(f"\nlayer {name}: gate {gate.get('id')} ({gate.get('kind')}), version {gate.get('version')}")

@@ -78,5 +78,5 @@ def around(id: str, history: list[dict[str, Any]]) -> tuple[str, str | None]:
     versions = [str(item.get("version")) for item in history]
     positions = [position for position, item in enumerate(history) if item.get("current")]
     if not positions:
-        raise FailedPrecondition(f"{id} has no current version: is the cluster still starting?")
+        raise FailedPrecondition(f"{id} has no current version: it is not declared, or still starting")
     return versions[positions[0]], versions[positions[0] - 1] if positions[0] else None

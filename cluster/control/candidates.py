@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...experts.construct.factory import build
-from ...experts.errors import DataLoss, FailedPrecondition, InvalidRequest, NotFound
+from ...experts.errors import ConfigError, DataLoss, FailedPrecondition, InvalidRequest, NotFound
 from ...experts.spec import Expert
 from ...experts.weights.files import described, load_into, load_tensors
 from ...experts.weights.inspect import inspect_artefact
@@ -35,14 +35,26 @@ class CandidateBuilder:
         self.declared: dict[str, Candidate] = {}
         self.digests: dict[str, str] = {}
         self.built: dict[tuple[str, str], Candidate] = {}
+        self._layers: Mapping[str, Layer] = {}
 
     def declare(self, layers: Mapping[str, Layer]) -> None:
         """Take the declared layers."""
-        self.declared, self.digests = {}, {}
+        self.declared, self.digests, self._layers = {}, {}, layers
         for layer in layers.values():
             self.declared |= declared_candidates(layer)
             self.digests |= {id: declared_digest(expert) for id, expert in layer.everyone_by_id.items()}
             self.digests[layer.gate_id] = declared_gate_digest(layer.gate)
+
+    def check_fits(self, id: str, version: str) -> None:
+        """Hold a gate that serves on against its layer, which was edited. Raises FailedPrecondition."""
+        gate, layer = self.recorded(id, version).gate, self._layers[id.partition("/")[0]]
+        try:
+            replace(layer, gate=gate or layer.gate)
+        except ConfigError as error:
+            raise FailedPrecondition(
+                f"{id}: {version} was swapped in and does not fit the edited declaration: {error.message}. Name it in "
+                f"`redeclare` (expertmesh serve --redeclare {id}) to replace it by the declared one"
+            ) from None
 
     def unknown(self, id: str) -> NotFound:
         """The error for an id that is not declared."""

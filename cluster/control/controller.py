@@ -78,6 +78,7 @@ class Controller:
                 self.executor.handles = desired.handles
                 self._health.expect(dict(desired.replicas))
                 self.transactions.declare(desired.layers)
+                self.reconciler.declared = frozenset(self.transactions.builder.declared)
                 routers = [] if self.reconciler.epochs else [ROUTER]  # what it pins is not known yet
                 await self.executor.perform(self.reconciler.restore(self.transactions.epochs(), routers))
             self._next_probe = 0.0
@@ -91,7 +92,7 @@ class Controller:
                 self._declared = self.desired.revision
             await self._until(self._at_rest, deadline)
             self._check_something_serves()
-        return dict(self.reconciler.epochs[self.reconciler.current])
+        return self.reconciler.serving()
 
     async def swap(self, request: SwapRequest) -> SwapResult:
         """Carry out a swap; returns when it is durable and all routers have adopted it.
@@ -205,7 +206,7 @@ class Controller:
         return ControllerState(
             revision=self._declared,
             epoch=self.reconciler.current,
-            versions=dict(self.reconciler.epochs.get(self.reconciler.current, {})),
+            versions=self.reconciler.serving(),
             replicas=self._health.replicas(),
             kept=dict(self.transactions.kept),
             broken=self._broken(),
@@ -213,7 +214,7 @@ class Controller:
 
     def _broken(self) -> dict[str, str]:
         """The ids whose current version cannot be loaded, and why."""
-        return self.executor.broken(self.reconciler.epochs.get(self.reconciler.current, {}))
+        return self.executor.broken(self.reconciler.serving())
 
     def history(self, id: str) -> list[dict[str, Any]]:
         """The versions of an id that are kept, oldest first, and which epochs name them. Raises NotFound."""
@@ -259,7 +260,7 @@ class Controller:
 
     def _check_something_serves(self) -> None:
         """Raise what is wrong with the first expert, where no expert can be loaded."""
-        broken, versions = self._broken(), self.reconciler.epochs[self.reconciler.current]
+        broken, versions = self._broken(), self.reconciler.serving()
         experts = sorted(id for layer in self.desired.layers.values() for id in layer.everyone_by_id)
         if broken.keys() >= set(experts):
             raise self.executor.problems[experts[0], versions[experts[0]]]

@@ -50,12 +50,14 @@ class _Router:
 class Reconciler:
     """What is known of members, routers, epochs and swaps, and what follows from it.
 
-    Members are replicas, and routers as holders of gates. `epochs` are those that the registry keeps.
+    Members are replicas, and routers as holders of gates. `epochs` are those that the registry keeps; ids of them that
+    are not `declared` any more are nobody's to hold.
     """
 
     def __init__(self) -> None:
         self.epochs: dict[int, Versions] = {}
         self.current = 0
+        self.declared: frozenset[str] = frozenset()
         self.recalled: set[int] = set()
         self.swaps = Swaps()
         self._members: dict[str, _Member] = {}
@@ -191,9 +193,13 @@ class Reconciler:
         return {n: v for n, v in self.epochs.items() if n == self.current or n in self.recalled}
 
     def lacking(self, epoch: int) -> list[tuple[str, str]]:
-        """The (id, version) of an epoch that no live member holds."""
+        """The declared (id, version) of an epoch that no live member holds."""
         held = {pair for member in self._members.values() for pair in member.holds}
-        return [pair for pair in self.epochs.get(epoch, {}).items() if pair not in held]
+        return [pair for pair in self.epochs.get(epoch, {}).items() if pair[0] in self.declared and pair not in held]
+
+    def serving(self) -> dict[str, str]:
+        """The versions of the current epoch that are declared."""
+        return {id: version for id, version in self.epochs.get(self.current, {}).items() if id in self.declared}
 
     def incomplete(self) -> list[tuple[str, str, str]]:
         """The (member, id, version) of the current epoch that a live member does not hold."""

@@ -103,19 +103,23 @@ class SwapTransactions:
     def declared_swap(self, timeout: float, redeclare: Collection[str] = ()) -> SwapRequest | None:
         """The swap that brings the cluster to what is declared, or None where nothing is new or edited.
 
+        What is not declared any more stays in the epochs with its version, and serves again where it is declared again.
         A version that was swapped in outlives an edited declaration, unless `redeclare` has its id; `kept` names it.
+        Raises FailedPrecondition for a gate that was swapped in and does not fit its edited layer.
         """
         current = self.current()
         differs = [id for id, digest in self.builder.digests.items() if self.registry.declared(id) != digest]
         self.kept = {id: current[id] for id in differs if id not in redeclare and self._outlives(id, current)}
         for id, version in self.kept.items():
+            if self.builder.declared[id].gate is not None:
+                self.builder.check_fits(id, version)
             log.warning("%s: %s was swapped in and serves on, though the declaration was edited", id, version)
         changes = {
             id: Change(declared=True)
             for id in self.builder.digests
             if id not in current or (id in differs and id not in self.kept)
         }
-        if not changes and current.keys() <= self.builder.declared.keys():
+        if not changes:
             return None
         swap_id = f"declare-{uuid.uuid4().hex[:12]}"
         return SwapRequest(
@@ -187,7 +191,6 @@ class SwapTransactions:
         declared: dict[str, str] = {}
         if request.declares:
             digests = self._declarations[swap_id]  # as prepared: the owner may have declared something else since
-            changes |= {id: None for id in self.current() if id not in digests}
             declared = {id: digests[id] for id in request.changes}
         epoch = self.registry.commit(swap_id, changes, expect=request.expect, declared=declared)
         return epoch.number, epoch.versions
@@ -267,7 +270,9 @@ class SwapTransactions:
 
     def history(self, id: str) -> list[dict[str, Any]]:
         """The versions of an id that are kept, oldest first, and which epochs name them. Raises NotFound."""
-        if id not in self.builder.declared:
+        records = self.registry.history(id)
+        declared = id in self.builder.declared
+        if not declared and not records:
             raise self.builder.unknown(id)
         epochs, current = self.registry.epochs(), self.current().get(id)
         return [
@@ -278,10 +283,11 @@ class SwapTransactions:
                 "nbytes": record.nbytes,
                 "note": record.note,
                 "ephemeral": record.ephemeral,
-                "current": record.version == current,
+                "current": record.version == current and declared,
+                "declared": declared,
                 "epochs": [epoch.number for epoch in epochs if epoch.versions.get(id) == record.version],
             }
-            for record in self.registry.history(id)
+            for record in records
         ]
 
     def ended(self, swap_id: str) -> dict[str, Any]:

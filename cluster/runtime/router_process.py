@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ...experts.errors import ExpertMeshError, FailedPrecondition, Unavailable
+from ...experts.errors import ConfigError, ExpertMeshError, FailedPrecondition, Unavailable
 from ...experts.identity.version_name import gate_digest, version_name
 from ...experts.spec import ANY
 from ...experts.staging.stage import Receipt
@@ -179,7 +179,10 @@ class RouterService:
         )
 
     def _epoch(self, number: int, versions: Mapping[str, str], update: RouterUpdate) -> Epoch | None:
-        """An epoch with its gates, or None while one of them is not loaded. A layer whose gate is broken stays out."""
+        """An epoch with its gates, or None where one of them is not loaded yet, or does not fit its edited layer.
+
+        A layer whose gate is broken stays out.
+        """
         layers = {}
         for name, layer in self._layers.items():
             if layer.gate_id in update.broken and number == update.current:
@@ -187,7 +190,10 @@ class RouterService:
             gate = self._gates.get((layer.gate_id, versions.get(layer.gate_id, "")))
             if gate is None or not layer.everyone_by_id.keys() <= versions.keys():
                 return None
-            layers[name] = replace(layer, gate=gate)
+            try:
+                layers[name] = replace(layer, gate=gate)
+            except ConfigError:
+                return None
         return Epoch(number, versions, layers, update.cluster_id) if layers else None
 
     async def status(self) -> dict[str, Any]:
@@ -215,6 +221,7 @@ class RouterService:
             "epoch": epochs.number,
             "draining": epochs.draining(),
             "broken": dict(self._broken),
+            "not_declared": _not_declared(self._layers, epochs.current.versions if epochs.number else {}),
             "layers": {name: self._layer(layer) for name, layer in layers.items()},
             "router": {
                 "pid": os.getpid(),
@@ -263,6 +270,12 @@ def staged_gate(candidate: Candidate, old: Gate | None) -> tuple[Gate, float | N
     if old is not None and tensors and repr(old) == repr(candidate.gate):
         return stage_gate(old, tensors, candidate.policy, name=candidate.id)
     return copy.deepcopy(candidate.gate).eval(), None
+
+
+def _not_declared(layers: Mapping[str, Layer], versions: Mapping[str, str]) -> dict[str, str]:
+    """The versions of ids that are not declared any more: kept, and served by nobody."""
+    declared = {id for layer in layers.values() for id in (layer.gate_id, *layer.everyone_by_id)}
+    return {id: version for id, version in sorted(versions.items()) if id not in declared}
 
 
 def _plain(replica: Replica) -> dict[str, Any]:

@@ -158,6 +158,7 @@ def test_while_an_epoch_is_pinned_that_is_not_known_nothing_is_unloaded() -> Non
 
 def test_a_recalled_epoch_is_loaded_beside_the_current_one_until_it_is_released() -> None:
     control = Reconciler()
+    control.declared = A
     control.restore({1: ONE, 2: TWO})
     control.router_reported("r", 2, 2)
     assert control.member_reported("m", "m.1", A, held("v2")) == []
