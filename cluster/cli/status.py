@@ -64,6 +64,8 @@ def _print_tables(document: Mapping[str, Any]) -> None:
         gate = layer.get("gate") or {}
         click.echo(f"\nlayer {name}: gate {gate.get('id')} ({gate.get('kind')}), version {gate.get('version')}")
         console.print(new_table(None, _COLUMNS, _expert_rows(layer)))
+        for id, problem in _problems(layer).items():
+            click.echo(f"{id}: {problem}")
     click.echo()
     for line in (*_router_lines(document.get("router") or {}), *_controller_lines(document.get("controller") or {})):
         click.echo(line)
@@ -80,6 +82,12 @@ def _expert_rows(layer: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
             pid = replica.get("pid")
             place = (replica.get("id"), replica.get("node"), None if pid is None else str(pid), replica.get("device"))
             yield (*lead, *place, replica.get("state"))
+
+
+def _problems(layer: Mapping[str, Any]) -> dict[str, str]:
+    """Why replicas of a layer are not ready, by replica, where that is known."""
+    replicas = [replica for expert in layer.get("experts", {}).values() for replica in expert.get("replicas") or []]
+    return {str(replica.get("id")): str(replica["problem"]) for replica in replicas if replica.get("problem")}
 
 
 def _router_lines(router: Mapping[str, Any]) -> Iterator[str]:

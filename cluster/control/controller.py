@@ -270,7 +270,8 @@ class Controller:
         try:
             report = await asyncio.wait_for(self._replicas.probe(name, handle), PROBE_TIMEOUT)
         except ExpertMeshError:
-            self._health.probed(name, Probe(failure="down"))
+            problem = await self._replicas.waits_for(self.desired.needs.get(name, {}))
+            self._health.probed(name, Probe(failure="down", problem=problem))
             await self.executor.perform(self.reconciler.member_lost(name))
         except (asyncio.TimeoutError, TimeoutError):
             self._health.probed(name, Probe(failure="timeout"))

@@ -21,7 +21,7 @@ class Desired:
     """What the owner declares: layers, and the replicas with the experts each is for; a higher revision is newer.
 
     `handles` is how the transport reaches each replica; the controller only passes it on. `redeclare` are the ids whose
-    declaration replaces even a version that was swapped in.
+    declaration replaces even a version that was swapped in. `needs` is what each replica reserves, by Ray's names.
     """
 
     revision: int = 0
@@ -29,6 +29,7 @@ class Desired:
     redeclare: frozenset[str] = frozenset()
     replicas: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     handles: Mapping[str, Any] = field(default_factory=dict)
+    needs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

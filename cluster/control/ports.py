@@ -57,6 +57,9 @@ class ReplicaPort(Protocol):
     async def probe(self, replica_id: str, handle: Any) -> Replica:
         """Ask a replica for a report. Raises Unavailable when it is not there."""
 
+    async def waits_for(self, needs: Mapping[str, float]) -> str:
+        """What a replica that is down waits for, if no node has what it reserves; else empty."""
+
     async def stage(self, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:
         """Have an expert staged and verified beside what the replica serves."""
 

@@ -11,10 +11,14 @@ TIMEOUTS_UNTIL_UNRESPONSIVE = 3
 
 @dataclass(frozen=True)
 class Probe:
-    """The outcome of one probe: the replica's own report, or why there is none ("down" or "timeout")."""
+    """The outcome of one probe: the replica's own report, or why there is none ("down" or "timeout").
+
+    `problem` says why a replica that is down does not come back yet, where that is known.
+    """
 
     report: Replica | None = None
     failure: str = ""
+    problem: str = ""
 
 
 class Health:
@@ -49,7 +53,8 @@ class Health:
             if self._timeouts[name] >= TIMEOUTS_UNTIL_UNRESPONSIVE and known.state == READY:
                 self._replicas[name] = replace(known, state="unresponsive")
         elif known.state != "starting":
-            self._replicas[name] = replace(known, state="restarting", holds=frozenset())
+            state = "waiting" if probe.problem else "restarting"
+            self._replicas[name] = replace(known, state=state, holds=frozenset(), problem=probe.problem)
 
     def holds(self, name: str, incarnation: str, id: str, version: str) -> None:
         """A replica has just said that it holds a version."""

@@ -29,7 +29,7 @@ from ..machine.name_lock import lock_name
 from ..machine.ports import check_port, free_port, hold_port, is_loopback, with_port
 from ..machine.run_files import RunFile, socket_path, state_path, token_path
 from ..machine.tokens import create_token_file, token_digest
-from ..placement.capacity import unplaceable
+from ..placement.capacity import Resources, needs, unplaceable
 from ..placement.plan import PlannedReplica, plan_layer
 from ..rpc.methods import Role
 from ..runtime.backend import Backend, open_backend
@@ -74,6 +74,7 @@ class Cluster:
         self._desired = Desired()
         self._layers: dict[str, Layer] = {}
         self._replicas: dict[str, tuple[str, ...]] = {}
+        self._needs: dict[str, Resources] = {}
         self._change = threading.RLock()
         self._stopping = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="expertmesh-supervisor", daemon=True)
@@ -138,7 +139,13 @@ class Cluster:
             "epoch": state.epoch,
             "versions": dict(state.versions),
             "replicas": {
-                replica.id: {"state": replica.state, "pid": replica.pid, "node": replica.node, "device": replica.device}
+                replica.id: {
+                    "state": replica.state,
+                    "pid": replica.pid,
+                    "node": replica.node,
+                    "device": replica.device,
+                    "problem": replica.problem,
+                }
                 for replica in state.replicas
             },
         }
@@ -224,7 +231,8 @@ class Cluster:
         self._backend = backend = open_backend(config)
         self._say("starting in this process" if config.transport == "local" else "starting Ray")
         backend.start(config.address)
-        self._check_capacity(planned)
+        if problem := unplaceable(planned, backend.nodes()):
+            raise ConfigError(problem)
         settings = self._service_settings(port, metrics_port)
         deadline = time.monotonic() + config.start_timeout
         for replica in planned:
@@ -235,6 +243,7 @@ class Cluster:
         self._wait_for(planned, deadline)
         self._say("loading and verifying experts")
         self._replicas = {replica.id: replica.expert_ids for replica in planned}
+        self._needs = {replica.id: needs(replica) for replica in planned}
         self._declare(max(1.0, deadline - time.monotonic()), redeclare)
         known = backend.state()
         for id, why in sorted(known.broken.items()):
@@ -311,14 +320,6 @@ class Cluster:
         )
         self._run_file.write()
 
-    def _check_capacity(self, planned: list[PlannedReplica]) -> None:
-        """Raises ConfigError for replicas that no node can hold; a Ray that was joined may still get the node."""
-        problem = unplaceable(planned, self._running().nodes())
-        if problem and self.config.address is None:
-            raise ConfigError(problem)
-        if problem:
-            self._say(f"waiting for a node: {problem}")
-
     def _wait_for(self, planned: list[PlannedReplica], deadline: float) -> None:
         for number, replica in enumerate(planned, start=1):
             try:
@@ -337,6 +338,7 @@ class Cluster:
             redeclare=redeclare,
             replicas=self._replicas,
             handles=backend.handles(),
+            needs=self._needs,
         )
         return backend.declare(self._desired, timeout)
 

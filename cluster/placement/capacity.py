@@ -26,6 +26,11 @@ def needs(planned: PlannedReplica) -> Resources:
     return {name: amount for name, amount in asked.items() if amount}
 
 
+def lacking(needed: Resources, nodes: Sequence[Resources]) -> str:
+    """What an actor reserves, if no node has it all; else empty."""
+    return "" if any(_fits(needed, node) for node in nodes) else _shown(needed)
+
+
 def unplaceable(planned: Sequence[PlannedReplica], nodes: Sequence[Resources] | None) -> str:
     """Why these replicas cannot all run on nodes of these sizes; empty if nothing speaks against it.
 
@@ -42,8 +47,8 @@ def unplaceable(planned: Sequence[PlannedReplica], nodes: Sequence[Resources] | 
         there.update(node)
     for replica in planned:
         needed = needs(replica)
-        if not any(_fits(needed, node) for node in nodes):
-            return f"{replica.id} asks for {_shown(needed)}, and no node has that: {_lacking(needed, nodes)}"
+        if asked := lacking(needed, nodes):
+            return f"{replica.id} asks for {asked}, and no node has that: {_most(needed, nodes)}"
         total.update(needed)
     for name, amount in total.items():
         if amount > there[name] + _TINY:
@@ -56,7 +61,7 @@ def _fits(needed: Resources, node: Resources) -> bool:
     return all(node.get(name, 0.0) + _TINY >= amount for name, amount in needed.items())
 
 
-def _lacking(needed: Resources, nodes: Sequence[Resources]) -> str:
+def _most(needed: Resources, nodes: Sequence[Resources]) -> str:
     """The most that a node has of the first thing that none has enough of, and what to do about it."""
     for name, amount in needed.items():
         most = max((node.get(name, 0.0) for node in nodes), default=0.0)

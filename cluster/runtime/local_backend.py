@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -133,6 +133,9 @@ class _ReplicaPort:
 
     async def probe(self, replica_id: str, handle: Any) -> Replica:
         return report_of(replica_id, self._host(replica_id), CURE, node="local")
+
+    async def waits_for(self, needs: Mapping[str, float]) -> str:
+        return ""
 
     async def stage(self, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:
         proposal = replace(proposal_of(candidate), weights=candidate.weights)

@@ -26,7 +26,7 @@ from ..control.ports import ControllerState, StateSettings
 from ..placement.capacity import Resources
 from ..placement.plan import PlannedReplica
 from .ray_actors import ControllerActor, ExpertActor, LogSettings, RouterActor
-from .ray_ports import fetched, last_lines
+from .ray_ports import fetched, last_lines, nodes
 from .ray_reaper import MARKER, end_marked_processes, start_reaper
 from .router_process import ServiceSettings
 
@@ -96,7 +96,7 @@ class RayBackend:
 
     def nodes(self) -> list[Resources]:
         """What each node of the Ray cluster has to reserve."""
-        return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        return nodes()
 
     def start_front(self, settings: ServiceSettings, state: StateSettings, timeout: float) -> tuple[int, int | None]:
         """Start router and controller on this node; returns the ports of gateway and metrics page."""

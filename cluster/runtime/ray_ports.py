@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from ...experts.weights.files import load_tensors
 from ...router.fanout.replica_view import Replica
 from ..control.messages import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult, proposal_of
 from ..machine.process_tuning import background
+from ..placement.capacity import Resources, lacking
 
 FILES_KEPT = 4
 T = TypeVar("T")
@@ -63,6 +64,11 @@ class RayReplicaPort:
     async def probe(self, replica_id: str, handle: Any) -> Replica:
         """Request a report."""
         return await awaited(_actor(replica_id, handle).report.remote())
+
+    async def waits_for(self, needs: Mapping[str, float]) -> str:
+        """What a replica that is down waits for, if no node has what it reserves; else empty."""
+        missing = await asyncio.to_thread(lambda: lacking(needs, nodes()))
+        return f"it waits for a node with {missing}" if missing else ""
 
     async def stage(self, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:
         """Stage an expert."""
@@ -156,6 +162,11 @@ def translated(error: RayError) -> ExpertMeshError:
     if isinstance(error, RayActorError):
         return Unavailable("the actor died or is restarting; retry")
     return Unavailable(f"Ray could not carry the call ({type(error).__name__}); retry")
+
+
+def nodes() -> list[Resources]:
+    """What each node of the Ray cluster has to reserve."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
 def pack(tensor: Tensor) -> Packed:

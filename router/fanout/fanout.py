@@ -28,7 +28,7 @@ from .batch import Batch
 from .lane import Job, Lane, Message
 from .lateness import HedgeBudget, Pace
 from .message import Place, build_call
-from .replica_view import View
+from .replica_view import GONE, View
 from .telemetry import Telemetry
 from .transport import Died, Transport, sending_error
 from .work import Work, assign
@@ -106,7 +106,7 @@ class Fanout:
     def refresh(self) -> None:
         """Compare the lanes with the view: work for an incarnation that is gone or restarting is sent again."""
         incarnations = {
-            replica.id: replica.incarnation for replica in self._view.replicas() if replica.state != "restarting"
+            replica.id: replica.incarnation for replica in self._view.replicas() if replica.state not in GONE
         }
         for name, lane in list(self._lanes.items()):
             if incarnations.get(name) != lane.replica.incarnation:

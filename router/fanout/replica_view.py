@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 from ...experts.errors import Unavailable, VersionGone
 
 READY = "ready"
+GONE = ("restarting", "waiting")
+"""The states of a replica whose process has ended."""
+
 SUSPECT_REPORTS = 2
 """The ready reports that a failed replica needs to be chosen again; the first may have been sent before it failed."""
 
@@ -17,9 +20,9 @@ SUSPECT_REPORTS = 2
 class Replica:
     """The state of one replica: its experts, the (expert, version) pairs that it holds, where it runs.
 
-    `state` is "ready", or why it is not chosen: "starting", "restarting", "unresponsive", "hung" (an expert does not
-    return; `problem` names it) or, after a failure, "suspect". `address` is where its channel listens, empty if it has
-    none.
+    `state` is "ready", or why it is not chosen: "starting", "restarting", "waiting" (no node has what it reserves),
+    "unresponsive", "hung" (an expert does not return) or, after a failure, "suspect"; `problem` says more. `address` is
+    where its channel listens, empty if it has none.
     """
 
     id: str

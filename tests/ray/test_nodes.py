@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.waiting import eventually
 
-from expertmesh import Client, Cluster, ConfigError, Expert, Layer, gates
+from expertmesh import Client, Cluster, ConfigError, Expert, ExpertMeshError, Layer, gates
 from expertmesh.cluster.runtime.ray_environment import load_backend
 
 pytestmark = pytest.mark.ray
@@ -27,6 +28,11 @@ def two_nodes(nothing_left: None) -> Iterator[Any]:
     yield nodes
     ray.shutdown()
     nodes.shutdown()
+
+
+def _state(status: dict[str, Any]) -> tuple[str, str]:
+    (there,) = status["layers"]["far"]["experts"]["far/there"]["replicas"]
+    return there["state"], there["problem"]
 
 
 def test_code_from_a_folder_runs_on_the_second_node(two_nodes: Any, tmp_path: Path, transport: str) -> None:
@@ -62,6 +68,13 @@ def test_code_from_a_folder_runs_on_the_second_node(two_nodes: Any, tmp_path: Pa
             assert carried == {"ray": 4}
         (there,) = experts["far/there"]["replicas"]
         assert there["node"].endswith(two_nodes.second.node_id[:8])
+        two_nodes.remove_node(two_nodes.second)
+        with Client(cluster.endpoint) as client:
+            eventually(lambda: _state(client.status())[0] == "waiting", 90, "the replica waits for its node")
+            assert _state(client.status()) == ("waiting", "it waits for a node with second=1")
+            with pytest.raises(ExpertMeshError, match="waits for a node with second=1"):
+                client.forward("far", x, allow=["there"], timeout=5.0)
+        two_nodes.second = two_nodes.add_node(num_cpus=1, resources={"second": 1})
     gpu = Layer("gpu", gates.Fixed([1.0]), {"e": Expert("numpy:negative", num_gpus=1)})
     with pytest.raises(ConfigError, match="num_gpus"):
         Cluster.start([gpu], name="no-gpu", **options)

@@ -7,6 +7,7 @@ calls of one actor to another in order.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +107,9 @@ class ReplicaPort:
     async def stage(self, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:
         """Have an expert staged."""
         return await self._line.stage(replica_id, candidate)
+
+    async def waits_for(self, needs: Mapping[str, float]) -> str:
+        return ""
 
     async def unload(self, replica_id: str, handle: Any, id: str, version: str) -> None:
         """Have a version forgotten."""

@@ -39,7 +39,14 @@ STATUS: dict[str, Any] = {
                     "version": "v1-3fa1c2d40b9e",
                     "replicas": [
                         {"id": "r0", "node": "n[1]", "pid": 12345, "device": "cpu", "state": "ready"},
-                        {"id": "r1", "node": "n[1]", "pid": 12346, "device": "cpu", "state": "down"},
+                        {
+                            "id": "r1",
+                            "node": "n[1]",
+                            "pid": 12346,
+                            "device": "cpu",
+                            "state": "down",
+                            "problem": "it waits",
+                        },
                     ],
                     "rows": 1234567,
                     "errors": 0,
@@ -223,6 +230,7 @@ def test_status_is_a_table_for_people_and_json_for_machines(monkeypatch: pytest.
     assert first[:4] == ["news/e0", "v1-3fa1c2d40b9e", "(ephemeral)", "1,234,567"]
     assert any("12346" in line and "n[1]" in line and line.rstrip().endswith("down") for line in lines)
     assert "layer news: gate news/gate (top_k), version v1-0123456789ab" in lines
+    assert "r1: it waits" in lines
     footer = lines[lines.index("router: pid 7, 1,234 requests, 1 failed, 2 retries, 8 rows in flight, 0 leases") + 1 :]
     assert footer == [
         "  batches by layer: news (37)",

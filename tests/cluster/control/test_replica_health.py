@@ -112,3 +112,12 @@ def test_the_state_follows_from_the_last_probes(probes: list[Probe]) -> None:
         late = len(probes) - 1 - max(n for n, probe in enumerate(probes) if probe is UP)
         assert replica.state == ("unresponsive" if late >= TIMEOUTS_UNTIL_UNRESPONSIVE else READY)
         assert replica.holds == HELD
+
+
+def test_a_replica_that_is_down_waits_where_no_node_has_what_it_reserves() -> None:
+    health = health_of(Probe(REPORT), Probe(failure="down", problem="it waits for a node with zone_b=1"))
+    (replica,) = health.replicas()
+    assert (replica.state, replica.problem) == ("waiting", "it waits for a node with zone_b=1")
+    health.probed("r", Probe(failure="down"))
+    (replica,) = health.replicas()
+    assert (replica.state, replica.problem) == ("restarting", "")
