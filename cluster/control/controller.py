@@ -22,7 +22,7 @@ from ..state.registry import Registry
 from ..state.version_folders import VersionStore
 from .candidates import CandidateBuilder
 from .events import Action
-from .executor import ROUTER, Executor
+from .executor import PROBE_TIMEOUT, ROUTER, Executor
 from .messages import Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
 from .ports import ControllerState, ReplicaPort, RouterPort, StateSettings
 from .reconciler import Reconciler
@@ -32,7 +32,6 @@ from .swap_transactions import SwapTransactions
 log = logging.getLogger(__name__)
 TURN_SECONDS = 0.5
 DRAIN_SECONDS = 0.02
-PROBE_TIMEOUT = 2.0
 ROUTER_TIMEOUT = 5.0
 WRITER_SECONDS = 1.0
 LEASE_SECONDS = 30.0

@@ -45,6 +45,14 @@ class StageRefused:
 
 
 @dataclass(frozen=True)
+class DiedStaging:
+    """A member's process ended while it built and verified its candidate of `id`, which may be the reason."""
+
+    member: str
+    id: str
+
+
+@dataclass(frozen=True)
 class Committed:
     """The registry's transaction is durable: these versions are the epoch of this number."""
 
@@ -84,6 +92,7 @@ Event = (
     | MemberGone
     | Staged
     | StageRefused
+    | DiedStaging
     | Committed
     | CommitRefused
     | RouterReported

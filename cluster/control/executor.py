@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 ROUTER = "router"
 """The router as a member: it holds gates."""
 COMMIT_SECONDS = 0.2
+PROBE_TIMEOUT = 2.0
 LASTING = (DataLoss, FailedPrecondition, NotFound)
 """What is wrong with a stored version when another try will hardly help."""
 LASTING_SECONDS = 5.0
@@ -93,12 +94,16 @@ class Executor:
         candidate = self.transactions.candidate(swap_id, id)
         if candidate is None:
             return  # the swap has ended while this waited for its turn
+        reached = await self._lives(member, incarnation)
         try:
             receipt = await self._staged_at(member, candidate)
             _check_tensors(member, candidate, receipt)
             self.transactions.keep_receipt(swap_id, receipt)
-        except Unavailable:  # it is restarting: its next incarnation is asked anew
-            await self.perform(self.reconciler.member_lost(member))
+        except Unavailable:
+            if reached and not await self._lives(member, incarnation):
+                await self.perform(self.reconciler.died_staging(swap_id, member, id))
+            else:  # it was restarting already: its next incarnation is asked anew
+                await self.perform(self.reconciler.member_lost(member))
         except ExpertMeshError as error:
             await self.perform(self.reconciler.stage_refused(swap_id, member, incarnation, id, error))
         except Exception as error:
@@ -108,6 +113,16 @@ class Executor:
         else:
             self._holds(member, incarnation, id, receipt.version)
             await self.perform(self.reconciler.staged(swap_id, member, incarnation, id, receipt.version))
+
+    async def _lives(self, member: str, incarnation: str) -> bool:
+        """Whether a replica is reached right now, in this incarnation."""
+        if member == ROUTER:
+            return False
+        try:
+            probe = self._replicas.probe(member, self.handles.get(member))
+            return (await asyncio.wait_for(probe, PROBE_TIMEOUT)).incarnation == incarnation
+        except (ExpertMeshError, asyncio.TimeoutError, TimeoutError):
+            return False
 
     async def _load(self, action: LoadVersion) -> None:
         try:

@@ -14,6 +14,7 @@ from .events import (
     Action,
     CommitRefused,
     Committed,
+    DiedStaging,
     Event,
     LoadVersion,
     MemberGone,
@@ -143,6 +144,10 @@ class Reconciler:
     ) -> list[Action]:
         """A member could not stage or verify a candidate."""
         return [*self._tell(StageRefused(member, incarnation, id, error), swap_id), *self._reconcile()]
+
+    def died_staging(self, swap_id: str, member: str, id: str) -> list[Action]:
+        """A member's process ended while it staged a candidate: another try would end the next one, too."""
+        return [*self._tell(DiedStaging(member, id), swap_id), *self.member_lost(member), *self._reconcile()]
 
     def loaded(self, member: str, incarnation: str, id: str, version: str) -> list[Action]:
         """A member holds a committed version that it was asked to load."""

@@ -23,6 +23,7 @@ from .events import (
     CommitRefused,
     CommitSwap,
     Committed,
+    DiedStaging,
     Event,
     FinishSwap,
     MemberGone,
@@ -89,6 +90,8 @@ class Swap:
         if isinstance(event, StageRefused):
             current = self._members.get(event.member, ("", frozenset()))[0]
             return self._abort(event.error) if event.incarnation == current else []
+        if isinstance(event, DiedStaging):
+            return self._abort(_deadly(event))
         if isinstance(event, Committed):
             return self._committed(event.epoch)
         if isinstance(event, CommitRefused):
@@ -171,6 +174,13 @@ class Swap:
         missing = [f"{member} for {id}" for member, id in needed if (member, id) not in self._receipts]
         lonely = [f"any replica of {id}" for id in sorted(self.ids - {id for _, id in needed})]
         return ", ".join((missing + lonely)[:3]) or "the registry"
+
+
+def _deadly(event: DiedStaging) -> FailedPrecondition:
+    return FailedPrecondition(
+        f"{event.id}: the process of {event.member} ended while it built the new version: its constructor or its code "
+        "ended it, or it ran out of memory; see the log, and swap it again only if the process was killed from outside"
+    )
 
 
 class Swaps:

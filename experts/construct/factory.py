@@ -72,8 +72,8 @@ def locate(factory: str) -> Any:
     module_name, _, attributes = factory.partition(":")
     try:
         target: Any = importlib.import_module(module_name)
-    except Exception as error:
-        raise ConfigError(f"factory {factory!r}: importing {module_name!r} failed: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"factory {factory!r}: importing {module_name!r} failed: {_told(error)}") from error
     for name in attributes.split("."):
         if not hasattr(target, name):
             raise ConfigError(f"factory {factory!r}: {module_name!r} has no attribute {attributes!r}")
@@ -115,7 +115,7 @@ def with_own_copy(expert: Expert, owner: str) -> Expert:
         return replace(expert, live=copy.deepcopy(expert.live))
     except MemoryError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         kind = type(expert.live).__name__
         raise ConfigError(f"the live {kind} cannot be copied, and {owner} needs its own: {error}") from error
 
@@ -135,11 +135,15 @@ def _construct(expert: Expert) -> Callable[[Any], Any]:
         return target  # type: ignore[no-any-return]
     try:
         built = target(*expert.args, **expert.kwargs)
-    except Exception as error:
-        raise ConfigError(f"factory {factory!r} failed when called with its args: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"factory {factory!r} failed when called with its args: {_told(error)}") from error
     if not callable(built):
         raise ConfigError(f"factory {factory!r} returned a {type(built).__name__}, not a module or function")
     return built  # type: ignore[no-any-return]
+
+
+def _told(error: BaseException) -> str:
+    return f"it called sys.exit({error})" if isinstance(error, SystemExit) else str(error)
 
 
 def _takes_no_arguments(target: Any) -> bool:

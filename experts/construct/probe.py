@@ -29,7 +29,7 @@ def complete(function: RowFunction, name: str) -> tuple[TensorSpec, TensorSpec]:
     try:
         with torch.inference_mode():
             answer = function(rows)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = error.message if isinstance(error, ExpertMeshError) else f"{type(error).__name__}: {error}"
         raise SpecMismatch(f"{name} does not take rows of {input_spec}: {reason}") from error
     return input_spec, _output_spec(expert, answer, name)

@@ -18,6 +18,6 @@ def refusals(name: str, kind: str, see: str) -> Iterator[None]:
         yield
     except ExpertMeshError as error:
         raise type(error)(f"{name}: {error.message}") from None
-    except Exception as error:  # constructors, hooks and scorers are user code and may raise anything
+    except BaseException as error:  # constructors, hooks and scorers are foreign code and may raise anything
         log.exception("staging failed", extra={kind: name})
         raise FailedPrecondition(f"{name}: staging raised {type(error).__name__}; see {see}") from None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,23 @@ def test_a_factory_without_arguments_is_called() -> None:
 )
 def test_any_other_function_is_the_expert_itself(factory: str, wanted: torch.Tensor) -> None:
     assert torch.equal(build(Expert(factory))(ROWS), wanted)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("raise SystemExit(2)", r"importing 'quits' failed: it called sys.exit\(2\)"),
+        ("def make():\n    raise SystemExit('no licence')", r"called with its args: it called sys.exit\(no licence\)"),
+    ],
+)
+def test_code_that_exits_is_told_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, message: str
+) -> None:
+    (tmp_path / "quits.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "quits", raising=False)
+    with pytest.raises(ConfigError, match=message):
+        build(Expert("quits:make"))
 
 
 @pytest.mark.parametrize("name", ["sin", "torch.nn.functional.relu", "numpy.tanh", "numpy.flip", "scipy.special.expit"])

@@ -162,6 +162,12 @@ def test_tensors_that_were_not_applied(factory: str, kind: type[ExpertMeshError]
     assert "secret" not in caught.value.message
 
 
+def test_a_constructor_that_raises_what_is_no_exception_is_a_refusal() -> None:
+    expert = Expert("helpers.samples:make_panic")
+    with pytest.raises(FailedPrecondition, match=r"^news/e3: staging raised Panic; see the log of its replica"):
+        staged(Proposal(id="news/e3", counter=1, expert=expert), None)
+
+
 @pytest.mark.parametrize(
     ("bias", "kind", "words"),
     [

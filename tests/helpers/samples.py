@@ -96,6 +96,10 @@ def make_trouble() -> NoReturn:
     raise OSError("no such device")
 
 
+def make_panic() -> NoReturn:
+    raise Panic("a library of Rust panicked")
+
+
 def raises(rows: Tensor) -> NoReturn:
     raise ZeroDivisionError("a secret of the expert")
 

@@ -90,13 +90,18 @@ class FakeRouter:
 
 
 class FakeReplicas:
-    """Real hosts that can be killed; `late` ones never answer a probe, `down` ones are not there."""
+    """Real hosts that can be killed; `late` ones never answer a probe, `down` ones are not there.
+
+    A `deadly` factory ends the process of its replica.
+    """
 
     def __init__(self, names: list[str]) -> None:
         self.hosts = {name: ExpertHost() for name in names}
         self.down: set[str] = set()
         self.late: set[str] = set()
         self.hold_back: asyncio.Event | None = None
+        self.deadly: set[str | None] = set()
+        self.deaths = 0
 
     def _host(self, name: str) -> ExpertHost:
         if name in self.down:
@@ -113,6 +118,9 @@ class FakeReplicas:
     async def stage(self, name: str, handle: Any, candidate: Candidate) -> Receipt:
         if self.hold_back is not None:
             await self.hold_back.wait()
+        if candidate.expert is not None and candidate.expert.factory in self.deadly:
+            self.deaths += 1
+            self.down.add(name)
         return self._host(name).stage(proposal_of(candidate), candidate.replaces)
 
     async def unload(self, name: str, handle: Any, id: str, version: str) -> None:
@@ -243,6 +251,38 @@ def test_a_refused_replacement_leaves_everything_as_it_was(tmp_path: Path, monke
             await world.declare(layer("torch:logical_not"))  # answers with booleans where rows were float
         assert world.controller.reconciler.current == 1
         await world.until(lambda: world.replicas.holds("l/e0#0") == {(E0, before[E0])})
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_a_candidate_that_ends_its_replicas_is_given_up_after_the_first_death(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(world: World) -> None:
+        before = await world.declare(layer())
+        world.replicas.deadly = {"torch:tanh"}
+        with pytest.raises(FailedPrecondition, match=r"^l/e0: the process of l/e0#\d ended while it built the new"):
+            await world.declare(layer("torch:tanh"))
+        assert world.replicas.deaths <= 2  # each was asked once, at the same time
+        assert world.controller.reconciler.current == 1
+        for name in list(world.replicas.down):
+            world.replicas.hosts[name] = ExpertHost()
+        world.replicas.down.clear()
+        for name in ("l/e0#0", "l/e0#1"):
+            await world.until(lambda name=name: world.replicas.holds(name) == {(E0, before[E0])})  # type: ignore[misc]
+        assert world.replicas.deaths <= 2
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_a_replica_that_was_dead_already_is_not_held_against_a_candidate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(world: World) -> None:
+        before = await world.declare(layer())
+        world.replicas.down.add("l/e0#0")  # nobody has noticed
+        after = await world.declare(layer("torch:tanh"))
+        assert after[E0] != before[E0]
 
     run(tmp_path, monkeypatch, story)
 

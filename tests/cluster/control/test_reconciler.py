@@ -82,6 +82,17 @@ def test_after_an_abort_the_candidates_go_and_the_old_version_stays() -> None:
     assert control.member_reported("n", "n.1", A, held("v1", "v2")) == [UnloadVersion("n", "n.1", "l/a", "v2")]
 
 
+def test_a_member_that_died_of_a_candidate_comes_back_with_what_serves() -> None:
+    control = started("m", "n")
+    control.swap_asked("s", A)
+    control.staged("s", "n", "n.1", "l/a", "v2")
+    actions = control.died_staging("s", "m", "l/a")
+    assert UnloadVersion("n", "n.1", "l/a", "v2") in actions
+    assert any(isinstance(action, FinishSwap) and action.epoch is None for action in actions)
+    assert control.members() == {"n": "n.1"}
+    assert control.member_reported("m", "m.2", A, held()) == [LoadVersion("m", "m.2", "l/a", "v1")]
+
+
 def test_a_restarted_member_loads_every_version_in_use() -> None:
     control = started("m")
     committed(control)

@@ -11,6 +11,7 @@ from expertmesh.cluster.control.events import (
     CommitRefused,
     CommitSwap,
     Committed,
+    DiedStaging,
     Event,
     FinishSwap,
     MemberGone,
@@ -101,6 +102,7 @@ def test_the_others_go_on_without_a_member_that_is_gone_but_never_without_all() 
     ("event", "kind"),
     [
         (StageRefused("m", "m.1", "l/a", ERROR), FailedPrecondition),
+        (DiedStaging("n", "l/a"), FailedPrecondition),
         (staged("n", "n.1", version="v3"), FailedPrecondition),
         (TimeUp(), DeadlineExceeded),
     ],
@@ -114,6 +116,15 @@ def test_what_aborts_a_swap_aborts_all_of_it_with_a_reason(event: Event, kind: t
     assert isinstance(finish.error, kind)
     assert swap.phase is Phase.ABORTED
     assert told(swap, staged("n", "n.1"), Committed(2), RouterReported("r", 2, 2), TimeUp()) == []
+
+
+def test_one_member_that_died_of_a_candidate_is_enough_and_the_expert_is_named() -> None:
+    swap = Swap("s", A)
+    told(swap, MemberReported("m", "m.1", A), MemberReported("n", "n.1", A), MemberGone("m"))
+    (finish,) = told(swap, DiedStaging("m", "l/a"))
+    assert isinstance(finish, FinishSwap)
+    assert "l/a: the process of m ended while it built the new version" in str(finish.error)
+    assert told(swap, MemberReported("m", "m.2", A)) == []  # it is not asked again
 
 
 def test_time_that_is_up_names_who_is_waited_for() -> None:
@@ -133,7 +144,8 @@ def test_the_refusal_of_an_incarnation_that_is_gone_aborts_nothing() -> None:
 
 def test_from_the_commit_on_only_the_registry_can_refuse() -> None:
     swap = committing()
-    assert told(swap, TimeUp(), StageRefused("m", "m.1", "l/a", ERROR), MemberGone("m")) == []
+    refused, died = StageRefused("m", "m.1", "l/a", ERROR), DiedStaging("m", "l/a")
+    assert told(swap, TimeUp(), refused, died, MemberGone("m")) == []
     assert swap.phase is Phase.COMMITTING
     assert told(swap, CommitRefused(ERROR)) == [FinishSwap("s", None, ERROR)]
     swap = committing()
@@ -179,6 +191,7 @@ EVENTS = st.one_of(
     st.builds(MemberGone, MEMBERS),
     st.builds(Staged, MEMBERS, LIVES, st.sampled_from(("l/a", "l/b", "l/other")), st.sampled_from(("v2", "v2", "v3"))),
     st.builds(StageRefused, st.just("n"), st.just("2"), st.just("l/a"), st.just(ERROR)),
+    st.builds(DiedStaging, MEMBERS, st.just("l/a")),
     st.builds(Committed, st.integers(2, 3)),
     st.builds(CommitRefused, st.just(ERROR)),
     st.builds(RouterReported, st.sampled_from(("r", "s")), NUMBERS, NUMBERS),
