@@ -7,6 +7,7 @@ are copied out of the reply once, so they are writable and own their memory.
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -72,6 +73,8 @@ def to_wire(value: Any, *, name: str, raw: bool = False, half: str | None = None
         array = np.asarray(value)
     except (ValueError, TypeError) as error:
         raise InvalidRequest(f"{name} must be an array of numbers: {error}") from None
+    if not array.dtype.isnative:  # big-endian, as FITS, HDF5 and IDX have it
+        array = array.astype(array.dtype.newbyteorder("="))
     bits = raw and array.dtype == np.uint16
     if not bits and array.dtype.name not in ITEM_SIZES:
         raise InvalidRequest(_refusal(name, array.dtype.name))
@@ -87,6 +90,12 @@ def _from_torch(torch: ModuleType, tensor: Any, name: str, half: str | None) -> 
         raise InvalidRequest(_refusal(name, dtype))
     if tensor.layout != torch.strided or tensor.is_meta:
         raise InvalidRequest(f"{name} must be a dense tensor with data, not {tensor.layout} on {tensor.device}")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        warnings.warn(
+            f"{name} requires gradients, but none flow back through a cluster: pass {name}.detach(), or call under "
+            "torch.no_grad()",
+            stacklevel=2,
+        )
     if half and check_rows(name, dtype, half):
         wide, dtype = tensor.detach(), half
         tensor = wide.to(getattr(torch, half))

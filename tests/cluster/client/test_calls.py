@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -288,6 +289,7 @@ def test_torch_in_torch_out(name: str, shape: tuple[int, ...]) -> None:
     assert wire.decode(world.attempts[0].payload).tensors["x"].dtype == name
 
 
+@pytest.mark.filterwarnings("ignore:x requires gradients")
 def test_torch_tensors_of_any_layout_and_with_gradients() -> None:
     torch = pytest.importorskip("torch")
     world = World()
@@ -300,6 +302,16 @@ def test_torch_tensors_of_any_layout_and_with_gradients() -> None:
         y = world.run(world.calls.forward("news", x), echo)
         assert torch.equal(x, y)
         assert not y.requires_grad
+
+
+def test_rows_that_require_gradients_are_warned_about_while_gradients_are_recorded() -> None:
+    torch = pytest.importorskip("torch")
+    world, x = World(), torch.randn(3, 2, requires_grad=True)
+    with pytest.warns(UserWarning, match=r"x requires gradients, but none flow back .*x\.detach\(\)"):
+        world.run(world.calls.forward("news", x), echo)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        world.run(world.calls.forward("news", x), echo)
 
 
 def test_torch_replies_are_torch_throughout() -> None:

@@ -53,6 +53,22 @@ def test_float16_is_what_torch_makes() -> None:
     same(to_float16(values).view(np.uint16), torch.from_numpy(values).half())
 
 
+@pytest.mark.parametrize("half", [None, "float16", "bfloat16"])
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.float16, np.int32, np.uint8, bool])
+def test_the_byte_order_of_rows_does_not_matter(kind: type, half: str | None) -> None:
+    rows = np.array([[1, 2, 300], [0, 1, 7]]).astype(kind)
+    if half is not None and rows.dtype not in (np.float32, np.float16):
+        half = None
+    swapped = rows.astype(rows.dtype.newbyteorder(">"))
+    assert bytes(to_wire(swapped, name="x", half=half)[0].data) == bytes(to_wire(rows, name="x", half=half)[0].data)
+
+
+def test_bits_of_bfloat16_may_come_in_either_byte_order() -> None:
+    bits = to_bfloat16(np.float32([[1.0, -2.5, 300.0]]))
+    for given in (bits, bits.astype(">u2")):
+        assert bytes(to_wire(given, name="x", raw=True)[0].data) == bits.tobytes()
+
+
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (5, 7), (BLOCK,), (2, BLOCK - 1), (3, 2, 4)])
 def test_shapes_and_strides_are_kept(shape: tuple[int, ...]) -> None:
     values = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
