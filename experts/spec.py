@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -106,7 +106,19 @@ class Expert:
         if (self.factory is None) == (self.live is None):
             raise ConfigError('an expert needs a factory, as in Expert("torch.nn:Linear"), or a live object')
         if self.factory is not None and not is_import_string(self.factory):
-            raise ConfigError(f'factory must be "module:attribute", as in "torch.nn:Linear", not {self.factory!r}')
+            raise ConfigError(
+                f'factory must be "module:attribute", as in "torch.nn:Linear"; {_instead_of(self.factory)}'
+            )
+        if isinstance(self.live, type):
+            raise ConfigError(f"a live expert is an object, not a class; {_instead_of(self.live)}")
+        if isinstance(self.args, (str, bytes)) or not isinstance(self.args, Iterable):
+            raise ConfigError(f"args must be a list of arguments, as in args=(16, 4), not {self.args!r}")
+        if not isinstance(self.kwargs, Mapping):
+            raise ConfigError(f"kwargs must be a map of names to arguments, not {self.kwargs!r}")
+        object.__setattr__(self, "args", tuple(_plain(item) for item in self.args))
+        object.__setattr__(self, "kwargs", _plain(dict(self.kwargs)))
+        for name in ("replicas", "num_gpus", "num_cpus"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
         if type(self.replicas) is not int or self.replicas < 1:
             raise ConfigError(f"replicas must be a whole number of at least 1, not {self.replicas!r}")
         for name in ("num_gpus", "num_cpus"):
@@ -117,11 +129,12 @@ class Expert:
             raise ConfigError(f"num_gpus above 1 must be whole, not {self.num_gpus}")
         if self.framework not in (None, "torch", "numpy"):
             raise ConfigError(f'framework must be "torch" or "numpy", not {self.framework!r}')
-        object.__setattr__(self, "args", tuple(self.args))
 
     @classmethod
     def from_module(cls, module: Any, **options: Any) -> Expert:
         """An expert from a live torch module of trusted code. It is ephemeral: a cold restart cannot restore it."""
+        if not callable(module):
+            raise ConfigError(f"from_module needs a module, not {type(module).__name__}")
         return cls(live=module, **options)
 
     @classmethod
@@ -145,6 +158,37 @@ class Expert:
     def with_specs(self, input: TensorSpec, output: TensorSpec) -> Expert:
         """A copy with these specs."""
         return replace(self, input=input, output=output)
+
+
+def check_expert(value: object, what: str) -> None:
+    """Check that a value is an Expert. Raises ConfigError that says how to declare one of it."""
+    if not isinstance(value, Expert):
+        raise ConfigError(f"{what} must be an Expert, not {type(value).__name__}; {_instead_of(value)}")
+
+
+def _instead_of(value: object) -> str:
+    """How to declare an expert from what was given in its place."""
+    if isinstance(value, str) and is_import_string(value):
+        return f'write Expert("{value}")'
+    if isinstance(value, type):
+        name = f"{value.__module__}:{value.__qualname__}"
+        made = f"Expert.from_module({value.__name__}(...))"
+        return f'pass an object of it, as in {made}, or write Expert("{name}", args=...)'
+    if callable(value):
+        kind = "module" if hasattr(value, "state_dict") else "function"
+        return f"make an expert of this {kind} with Expert.from_{kind}"
+    return f"this is {value!r}"
+
+
+def _plain(value: Any) -> Any:
+    """A value with the numbers of numpy in it as Python's own, so that a record can keep them."""
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_plain(item) for item in value)
+    if type(value) is dict:
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    is_scalar = type(value).__module__ == "numpy" and getattr(value, "shape", None) == () and hasattr(value, "item")
+    plain = value.item() if is_scalar else value
+    return plain if isinstance(plain, (bool, int, float, str)) else value
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -46,7 +46,7 @@ def find_version(db: Database, id: str, version: str) -> VersionRecord:
     """The record of a version. Raises NotFound."""
     row = _one(db, "SELECT record FROM versions WHERE id = ? AND version = ?", id, version)
     if row is None:
-        raise NotFound(f"{version} of {id} is not registered: `expertmesh history {id}` lists what is")
+        raise NotFound(f"{version} of {id} is not registered: the history of {id} lists what is")
     return VersionRecord.from_json(row[0])
 
 

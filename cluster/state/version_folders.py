@@ -118,7 +118,7 @@ class VersionStore:
         """The folder of a version. Raises NotFound if it is not stored, InvalidRequest for a bad name."""
         folder = self._folder(id, version)
         if not folder.is_dir():
-            raise NotFound(f"{version} of {id} is not stored here: `expertmesh history {id}` lists what is")
+            raise NotFound(f"{version} of {id} is not stored here: the history of {id} lists what is")
         return folder
 
     def weights(self, id: str, version: str) -> Path | None:

@@ -9,6 +9,7 @@ Shapes: T rows, K choices per row, N pairs of a row and an expert; rows may have
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,8 @@ def combine(
     answered_N: Tensor | None = None,
     method: str = "weighted_sum",
     on_missing: str | OnMissing = "error",
-    max_lost_mass: float = 0.5,
+    max_lost_mass: float | None = None,
+    names: Sequence[str] | None = None,
     on_dropped: str = "zero",
     x_T: Tensor | None = None,
     fallback_T: Tensor | None = None,
@@ -77,6 +79,8 @@ def combine(
     * `residual` replaces w·f by w·x, `fallback:<expert>` by w·`fallback_T`. (In `mean`, x or the fallback row counts
       as an answer; in `vote`, the fallback row votes, and `residual` is rejected.)
 
+    `names` are those of the experts, for messages.
+
     Raises Unavailable for lost pairs under `error`, for lost mass above `max_lost_mass`, for a row that lost all its
     pairs (under `residual` and `fallback` only the limit applies, since terms remain), for a policy whose rows are not
     available, and for a result that is not finite; InvalidRequest for an unknown method or policy and for a missing
@@ -100,7 +104,7 @@ def combine(
     nothing_lost_TK = torch.zeros_like(handle.slots_TK, dtype=torch.bool)
     mass_T = lost_mass(handle, weights_TK, nothing_lost_TK if lost_TK is None else lost_TK)
     if lost_TK is not None:
-        check_covered(handle, lost_TK, mass_T, policy, max_lost_mass)
+        check_covered(handle, lost_TK, mass_T, policy, max_lost_mass, names)
     substitute_T = _substitute(policy, x_T, fallback_T, needed=lost_TK is not None)
     if method == "vote":
         output = _vote(handle, outputs, nothing_lost_TK if lost_TK is None else lost_TK, policy, substitute_T)

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from ...experts.errors import ConfigError, InvalidRequest
 from ...experts.names import is_name
-from ...experts.spec import ANY, Expert, TensorSpec
+from ...experts.spec import ANY, Expert, TensorSpec, check_expert
 from ..gates import Gate
 from .capacity import Capacity
 from .combine import METHODS, ON_DROPPED
@@ -24,8 +24,9 @@ class Layer:
 
     Expert i of the gate is the i-th entry of `experts`. `combine` is "weighted_sum", "mean", "vote" or "residual".
     `on_missing` says what happens to a row whose expert does not answer: "error", "renormalize", "residual" or
-    "fallback:<expert>"; a request fails if a row loses more than `max_lost_mass` of its gate weight. `input` declares
-    the rows of a request; the default is the input of the experts.
+    "fallback:<expert>"; a request fails if a row loses more than `max_lost_mass` of its gate weight, by default 0.5,
+    and 1 (no limit) with a fallback, which stands in for all that is lost. `input` declares the rows of a request; the
+    default is the input of the experts.
 
     `shared` experts are always on and added outside the gate; if one fails, so does the request. `capacity` limits
     the rows that an expert takes from one request; a row that loses all its experts to it is zero, or the row itself
@@ -43,7 +44,7 @@ class Layer:
     experts: Mapping[str, Expert] = field(default_factory=dict)
     combine: str = "weighted_sum"
     on_missing: str = "error"
-    max_lost_mass: float = 0.5
+    max_lost_mass: float | None = None
     input: TensorSpec = ANY
     shared: Mapping[str, Expert] = field(default_factory=dict)
     capacity: Capacity | None = None
@@ -54,6 +55,12 @@ class Layer:
         where = f"layer {self.name}"
         if not isinstance(self.gate, Gate):
             raise ConfigError(f"{where}: gate must be one of expertmesh.gates, not {type(self.gate).__name__}")
+        for what, experts in (("experts", self.experts), ("shared", self.shared)):
+            if not isinstance(experts, Mapping):
+                raise ConfigError(
+                    f'{where}: {what} must be a map of names to experts, as in {{"e0": Expert("torch:sin")}}, '
+                    f"not {type(experts).__name__}"
+                )
         if not self.experts:
             raise ConfigError(f"{where}: it has no experts: declare at least one")
         for name in self.experts.keys() & self.shared.keys():
@@ -62,8 +69,7 @@ class Layer:
             check_name(name, f"{where}: expert")
             if name == GATE:
                 raise ConfigError(f'{where}: no expert may be called "{GATE}"')
-            if not isinstance(expert, Expert):
-                raise ConfigError(f"{where}: expert {name} must be an Expert, not {type(expert).__name__}")
+            check_expert(expert, f"{where}: expert {name}")
         if self.gate.num_experts != len(self.experts):
             raise ConfigError(
                 f"{where}: the gate picks among {self.gate.num_experts} experts, but the layer has {len(self.experts)}"
@@ -74,7 +80,7 @@ class Layer:
             raise ConfigError(f"{where}: combine 'vote' takes no shared experts: there is no sum to add them to")
         if self.on_dropped not in ON_DROPPED:
             raise ConfigError(f"{where}: on_dropped must be one of {', '.join(ON_DROPPED)}, not {self.on_dropped!r}")
-        if not 0.0 <= self.max_lost_mass <= 1.0:
+        if self.max_lost_mass is not None and not 0.0 <= self.max_lost_mass <= 1.0:
             raise ConfigError(f"{where}: max_lost_mass must lie between 0 and 1, not {self.max_lost_mass}")
         try:
             policy = self.policy(self.on_missing)
@@ -90,7 +96,7 @@ class Layer:
         """Parse a missing-expert policy for this layer. Raises InvalidRequest, also for an unknown fallback expert."""
         policy = OnMissing.parse(on_missing)
         if policy.expert is not None and policy.expert not in self.experts:
-            raise InvalidRequest(f"layer {self.name}: the fallback {policy.expert!r} is not one of its experts")
+            raise InvalidRequest(f"the fallback {policy.expert!r} is not one of the experts of layer {self.name}")
         return policy
 
     def without_live_objects(self) -> Layer:

@@ -38,7 +38,7 @@ class LocalLayer(nn.Module):
         capacity: Capacity | None = None,
         method: str = "weighted_sum",
         on_missing: str = "error",
-        max_lost_mass: float = 0.5,
+        max_lost_mass: float | None = None,
         on_dropped: str = "zero",
     ) -> None:
         super().__init__()
@@ -93,6 +93,7 @@ class LocalLayer(nn.Module):
             method=self.method,
             on_missing=policy,
             max_lost_mass=self.max_lost_mass,
+            names=self.names,
             on_dropped=self.on_dropped,
             x_T=x,
             fallback_T=self._fallback(x, handle, outputs_N, policy),

@@ -5,6 +5,7 @@ Shapes: T rows, K choices per row, N pairs of a row and an expert.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,12 @@ class OnMissing:
                 f"on_missing is {text!r}, but must be 'error', 'renormalize', 'residual' or 'fallback:<expert>'"
             )
         return cls(kind, expert or None)
+
+    def limit(self, max_lost_mass: float | None) -> float:
+        """The largest lost mass of a row: as given, else 1 where an expert stands in for what is lost, and 0.5."""
+        if max_lost_mass is not None:
+            return max_lost_mass
+        return 1.0 if self.kind == "fallback" else 0.5
 
     def __str__(self) -> str:
         return self.kind if self.expert is None else f"{self.kind}:{self.expert}"
@@ -66,19 +73,28 @@ def lost_mass(handle: Dispatch, weights_TK: Tensor, lost_TK: Tensor) -> Tensor:
 
 
 def check_covered(
-    handle: Dispatch, lost_TK: Tensor, lost_mass_T: Tensor, policy: OnMissing, max_lost_mass: float
+    handle: Dispatch,
+    lost_TK: Tensor,
+    lost_mass_T: Tensor,
+    policy: OnMissing,
+    max_lost_mass: float | None,
+    names: Sequence[str] | None = None,
 ) -> None:
-    """Raise Unavailable if the policy does not cover the loss; the message names pairs, experts and lost mass."""
-    worst = float(lost_mass_T.max())
+    """Raise Unavailable if the policy does not cover the loss; the message names pairs, experts and lost mass.
+
+    `names` are those of the experts, in the order of the gate.
+    """
+    worst, limit = float(lost_mass_T.max()), policy.limit(max_lost_mass)
     experts = sorted({handle.expert_of(slot) for slot in handle.slots_TK[lost_TK].tolist()})
+    shown = ", ".join(str(expert) if names is None else names[expert] for expert in experts)
     loss = (
-        f"{int(lost_TK.sum())} (row, expert) pairs of experts {experts} were lost (no answer, NaN or infinity): "
+        f"{int(lost_TK.sum())} (row, expert) pairs of {shown} were lost (no answer, NaN or infinity): "
         f"lost mass of the worst row {worst:.3g}"
     )
     if policy.kind == "error":
         raise Unavailable(f"{loss}; on_missing is 'error': retry, or declare another policy")
-    if worst > max_lost_mass:
-        raise Unavailable(f"{loss}, above max_lost_mass {max_lost_mass:.3g}: retry, or raise the limit")
+    if worst > limit:
+        raise Unavailable(f"{loss}, above max_lost_mass {limit:.3g}: retry, or raise the limit")
     if policy.kind == "renormalize" and bool(
         (lost_TK == (handle.slots_TK >= 0)).all(dim=1).logical_and(lost_TK.any(dim=1)).any()
     ):

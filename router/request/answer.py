@@ -154,6 +154,7 @@ class Answer:
                 method=self.layer.combine,
                 on_missing=self.policy,
                 max_lost_mass=self.max_lost_mass,
+                names=self.layer.expert_ids,
                 on_dropped=self.layer.on_dropped,
                 x_T=x,
                 fallback_T=fallback_T,

@@ -93,6 +93,11 @@ def _positions(layer: Layer, names: list[str], option: str) -> list[int]:
     order = {name: position for position, name in enumerate(layer.experts)}
     order |= {name: position for position, name in enumerate(layer.expert_ids)}
     unknown = [name for name in names if name not in order]
+    if unknown and unknown[0].removeprefix(f"{layer.name}/") in layer.shared:
+        raise InvalidRequest(
+            f"{option} names {unknown[0][:64]!r}, a shared expert of layer {layer.name}: shared experts answer every "
+            "row, and no request chooses among them; leave it out"
+        )
     if unknown:
         raise InvalidRequest(f"{option} names {unknown[0][:64]!r}, which is not an expert of layer {layer.name}")
     return [order[name] for name in names]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,6 +54,10 @@ def test_floating_dtypes_stand_for_each_other_and_integers_for_none(mine: str, t
         TensorSpec((3,), mine).check((2,), theirs, "x")
 
 
+class Text:
+    """What stands for any class."""
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "neither factory nor object": ({}, "needs a factory"),
     "both": ({"factory": "torch:sin", "live": abs}, "needs a factory"),
@@ -69,6 +75,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "one and a half GPUs": ({"factory": "a:b", "num_gpus": 1.5}, "above 1 must be whole"),
     "CPUs as text": ({"factory": "a:b", "num_cpus": "2"}, "num_cpus must be a number"),
     "a true CPU": ({"factory": "a:b", "num_cpus": True}, "num_cpus must be a number"),
+    "a function": ({"factory": lambda rows: rows}, "make an expert of this function with Expert.from_function"),
+    "a module": ({"factory": torch.nn.Tanh()}, "make an expert of this module with Expert.from_module"),
+    "a class": ({"factory": Text}, r'Expert.from_module\(Text\(...\)\), or write Expert\(".*test_spec:Text"'),
+    "a live class": ({"live": Text}, "a live expert is an object, not a class; pass an object of it"),
+    "args as text": ({"factory": "a:b", "args": "16"}, "args must be a list of arguments"),
+    "one arg": ({"factory": "a:b", "args": 16}, "args must be a list of arguments"),
+    "kwargs as a list": ({"factory": "a:b", "kwargs": [1]}, "kwargs must be a map of names to arguments"),
     "another framework": ({"factory": "a:b", "framework": "jax"}, 'framework must be "torch" or "numpy"'),
 }
 
@@ -87,6 +100,25 @@ def test_only_live_objects_are_ephemeral_and_they_stay_out_of_a_repr() -> None:
     assert "lambda" not in repr(live)
     with pytest.raises(ConfigError, match="needs a function, not int"):
         Expert.from_function(3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="needs a module, not int"):
+        Expert.from_module(3)
+    for made in (Expert.from_module, Expert.from_function):
+        with pytest.raises(ConfigError, match=r"not a class; .*Expert\.from_module\(Tanh\(\.\.\.\)\)"):
+            made(torch.nn.Tanh)
+
+
+def test_numbers_of_numpy_are_taken_as_those_of_python() -> None:
+    made = Expert(
+        "torch.nn:Linear",
+        args=(np.int64(4), [np.float32(0.5)]),
+        kwargs={"sizes": {"a": (np.int8(1), True)}, "text": np.str_("t"), "table": np.ones(2)},
+        replicas=np.int64(2),  # type: ignore[arg-type]
+        num_gpus=np.float64(0.5),
+    )
+    assert repr(made.args) == "(4, [0.5])"
+    assert repr({**made.kwargs, "table": 0}) == "{'sizes': {'a': (1, True)}, 'text': 't', 'table': 0}"
+    assert isinstance(made.kwargs["table"], np.ndarray)
+    assert (type(made.replicas), type(made.num_gpus)) == (int, float)
 
 
 @pytest.mark.parametrize(

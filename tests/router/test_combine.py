@@ -126,6 +126,12 @@ def test_a_row_without_answers_is_an_error_or_the_substitute() -> None:
         combine(handle, answers, on_missing="renormalize", max_lost_mass=1.0)
     with pytest.raises(Unavailable, match=r"above max_lost_mass 0\.5"):
         combine(handle, answers, on_missing="residual", x_T=x)
+    with pytest.raises(Unavailable, match=r"pairs of l/e\d, l/e\d were lost"):
+        combine(handle, answers, on_missing="residual", x_T=x, names=[f"l/e{number}" for number in range(9)])
+    filled = combine(handle, answers, on_missing="fallback:f", fallback_T=x)  # a fallback stands in for all of a row
+    assert torch.equal(filled.output, combine(handle, answers, on_missing="residual", x_T=x, max_lost_mass=1.0).output)
+    with pytest.raises(Unavailable, match=r"above max_lost_mass 0\.5"):
+        combine(handle, answers, on_missing="fallback:f", fallback_T=x, max_lost_mass=0.5)
     replaced = combine(handle, answers, on_missing="residual", x_T=x, max_lost_mass=1.0)
     torch.testing.assert_close(replaced.output[1], handle.weights_N[handle.slots_TK[1]].sum() * x[1])
     assert replaced.lost_mass_T.tolist() == [0.0, 1.0, 0.0]

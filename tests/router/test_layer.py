@@ -28,13 +28,29 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "too few experts": ({"experts": {"a": SIN}}, "the gate picks among 2 experts, but the layer has 1"),
     "a bad expert name": ({"experts": {"a": SIN, "b c": COS}}, "layer news: expert name 'b c'"),
     "an expert called gate": ({"experts": {"a": SIN, "gate": COS}}, 'no expert may be called "gate"'),
-    "no expert": ({"experts": {"a": SIN, "b": torch.cos}}, "expert b must be an Expert, not builtin"),
+    "no expert": (
+        {"experts": {"a": SIN, "b": torch.cos}},
+        "expert b must be an Expert, not builtin.*Expert.from_funct",
+    ),
+    "a module": ({"experts": {"a": SIN, "b": torch.nn.Tanh()}}, "expert b must be an Expert.*Expert.from_module"),
+    "a text": ({"experts": {"a": SIN, "b": "torch:cos"}}, r'must be an Expert, not str; write Expert\("torch:cos"\)'),
+    "a list of experts": (
+        {"experts": [SIN, COS]},
+        "layer news: experts must be a map of names to experts, .* not list",
+    ),
+    "a list of shared experts": (
+        {"shared": [SIN]},
+        "layer news: shared must be a map of names to experts, .* not list",
+    ),
     "an unknown combine": ({"combine": "median"}, "combine must be one of weighted_sum, .*, not 'median'"),
     "too much lost mass": ({"max_lost_mass": 1.5}, "must lie between 0 and 1, not 1.5"),
     "lost mass that is no number": ({"max_lost_mass": float("nan")}, "must lie between 0 and 1"),
     "an unknown policy": ({"on_missing": "ignore"}, "layer news: on_missing is 'ignore', but must be"),
     "a fallback without a name": ({"on_missing": "fallback:"}, "on_missing is 'fallback:', but must be"),
-    "a fallback to an unknown expert": ({"on_missing": "fallback:c"}, "the fallback 'c' is not one of its experts"),
+    "a fallback to an unknown expert": (
+        {"on_missing": "fallback:c"},
+        r"^layer news: the fallback 'c' is not one of the experts of layer news$",
+    ),
     "rows as votes": ({"combine": "vote", "on_missing": "residual"}, "no meaning for combine 'vote'"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -136,3 +137,10 @@ def test_a_routing_is_either_accepted_or_rejected(rows: int, choices: int, seed:
 def test_a_request_without_rows_is_valid() -> None:
     empty: Tensor = X[:0]
     assert gate_request(LAYER, empty, CallOptions(layer="l")).size == 0
+
+
+def test_a_shared_expert_cannot_be_denied_and_the_message_says_why() -> None:
+    layer = replace(LAYER, shared={"s": Expert("torch:sin")})
+    for name in ("s", "l/s"):
+        with pytest.raises(InvalidRequest, match=f"deny names '{name}', a shared expert of layer l: .* leave it out"):
+            gate_request(layer, X, CallOptions(layer="l", deny=[name]))
