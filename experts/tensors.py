@@ -43,11 +43,16 @@ def byte_view(tensor: Tensor) -> memoryview:
 
 
 def from_bytes(data: Any, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """View bytes as a tensor of `shape`, which must not be written to."""
-    count = math.prod(shape)
+    """View bytes as a tensor of `shape`, which must not be written to.
+
+    `dtype` is any dtype as torch names it: weights have more of them than rows. Raises InvalidRequest for another.
+    """
+    kind, count = getattr(torch, dtype, None), math.prod(shape)
+    if not isinstance(kind, torch.dtype):
+        kind = torch_dtype(dtype)
     if count == 0:
-        return torch.empty(shape, dtype=torch_dtype(dtype))
-    return torch.frombuffer(data, dtype=torch_dtype(dtype), count=count).view(shape)
+        return torch.empty(shape, dtype=kind)
+    return torch.frombuffer(data, dtype=kind, count=count).view(shape)
 
 
 def to_wire(tensor: Tensor) -> WireTensor:

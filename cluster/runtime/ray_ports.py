@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...experts.errors import ConfigError, ExpertMeshError, Unavailable
 from ...experts.staging.stage import Receipt
-from ...experts.tensors import byte_view, dtype_name
-from ...experts.weights.files import load_tensors
+from ...experts.tensors import byte_view
+from ...experts.weights.files import load_tensors, torch_name
 from ...router.fanout.replica_view import Replica
 from ..control.messages import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult, proposal_of
 from ..machine.process_tuning import background
@@ -171,7 +171,7 @@ def nodes() -> list[Resources]:
 
 def pack(tensor: Tensor) -> Packed:
     """Pack a tensor into a form that Ray sends without a copy."""
-    return np.frombuffer(byte_view(tensor), np.uint8), dtype_name(tensor.dtype), tuple(tensor.shape)
+    return np.frombuffer(byte_view(tensor), np.uint8), torch_name(tensor.dtype), tuple(tensor.shape)
 
 
 def _actor(replica_id: str, handle: Any) -> Any:

@@ -55,14 +55,21 @@ def describe_tensors(path: str | os.PathLike[str]) -> dict[str, tuple[tuple[int,
         return {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()}
 
 
-def _opened(path: str | os.PathLike[str]) -> safe_open:
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Check that weights are a file, so far as its path goes. Raises NotFound."""
     name = Path(path).name
+    if Path(path).is_dir():
+        raise NotFound(f"weights {name!r} is a folder: name the safetensors file in it")
     if not Path(path).is_file():
         raise NotFound(f"there is no weights file {name!r}")
+
+
+def _opened(path: str | os.PathLike[str]) -> safe_open:
+    check_file(path)
     try:
         return safe_open(str(path), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise DataLoss(f"{name!r} is not a complete safetensors file: {error}") from None
+        raise DataLoss(f"{Path(path).name!r} is not a complete safetensors file: {error}") from None
 
 
 def save_module(path: str | os.PathLike[str], module: nn.Module) -> None:

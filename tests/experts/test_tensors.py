@@ -19,6 +19,8 @@ from expertmesh.experts.tensors import (
     to_wire,
     torch_dtype,
 )
+from expertmesh.experts.weights.files import torch_name
+from expertmesh.experts.weights.header import DTYPES
 from expertmesh.experts.wire import decode, encode
 
 
@@ -70,3 +72,15 @@ def test_what_cannot_cross_is_said() -> None:
         dtype_name(torch.complex64)
     with pytest.raises(InvalidRequest, match="'complex64' is not known"):
         torch_dtype("complex64")
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.complex128])
+def test_weights_of_every_dtype_become_bytes_and_are_read_back(dtype: torch.dtype) -> None:
+    tensor = torch.arange(6).reshape(2, 3).to(dtype)
+    back = from_bytes(bytes(byte_view(tensor)), torch_name(dtype), (2, 3))
+    assert (back.dtype, back.shape) == (dtype, (2, 3))
+    assert bytes(byte_view(back)) == bytes(byte_view(tensor))
+    assert from_bytes(b"", torch_name(dtype), (0, 3)).dtype == dtype
+    for name in ("", "nn", "float8", "Tensor"):
+        with pytest.raises(InvalidRequest, match="is not known"):
+            from_bytes(b"", name, (0,))

@@ -87,6 +87,8 @@ def test_a_missing_file_is_named_without_its_folder(tmp_path: Path) -> None:
     with pytest.raises(NotFound) as caught:
         load_tensors(tmp_path / "no.safetensors")
     assert caught.value.message == "there is no weights file 'no.safetensors'"
+    with pytest.raises(NotFound, match=r"^weights '.*' is a folder: name the safetensors file in it"):
+        load_tensors(tmp_path)
 
 
 def test_a_module_takes_exactly_its_tensors(tmp_path: Path) -> None:

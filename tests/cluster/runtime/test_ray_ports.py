@@ -47,6 +47,8 @@ def test_candidates_that_are_staged_together_get_their_own_weights(
     with ThreadPoolExecutor(8) as threads:
         found = threads.map(lambda number: port._stored(paths[number]).value, wanted)
         assert list(found) == [float(number) for number in wanted]
+    packed = ray_ports.pack(torch.tensor([1.0, -2.0]).to(torch.float8_e4m3fn))  # a dtype that rows cannot have
+    assert from_bytes(*packed).float().tolist() == [1.0, -2.0]
     puts.clear()
     assert [port._stored(paths[0]).value for _ in range(3)] == [0.0] * 3
     assert len(puts) <= 1  # once for all replicas
