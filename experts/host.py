@@ -59,6 +59,10 @@ class ExpertHost:
         if proposal.version is not None and (proposal.id, proposal.version) in self._receipts:
             return self._receipts[proposal.id, proposal.version]
         old = self._slots.get((proposal.id, replaces)) if replaces is not None else None
+        if old is not None and old.served is None:  # the rows of a layer are the same for all its experts
+            layer = proposal.id.partition("/")[0]
+            siblings = (held for key, held in list(self._slots.items()) if key[0].partition("/")[0] == layer)
+            old.served = next((held.served for held in siblings if held.served is not None), None)
         place = "cpu" if mode == "staged_cpu" else self.device
         function, receipt = stage(proposal, old, incarnation=self.incarnation, device=place)
         key = (receipt.id, receipt.version)

@@ -84,4 +84,6 @@ def print_outcome(outcome: SwapOutcome, output: str, line: str) -> None:
         return
     rows = [(id, outcome.before.get(id), after, outcome.drift.get(id)) for id, after in sorted(outcome.after.items())]
     new_console().print(new_table(None, ("id", "before", "after", "drift"), rows))
+    for id, reason in sorted(outcome.unmeasured.items()):
+        click.echo(f"the drift of {id} was not measured: {reason}")
     click.echo(line)

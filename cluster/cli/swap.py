@@ -25,6 +25,9 @@ from .output import output_option
 )
 @click.option("--allow-norm", is_flag=True, help="Accept tensors whose L2 norm changes by more than a factor of 1000.")
 @click.option(
+    "--allow-unverified", is_flag=True, help="Accept what cannot be tried, because no rows were declared or served."
+)
+@click.option(
     "--mode",
     type=click.Choice(MODES),
     default="double",
@@ -40,6 +43,7 @@ def swap(
     expect: tuple[str, ...],
     max_drift: float | None,
     allow_norm: bool,
+    allow_unverified: bool,
     mode: str,
     timeout: float,
     dry_run: bool,
@@ -74,6 +78,7 @@ def swap(
             mode=mode,
             max_drift=max_drift,
             allow_norm=allow_norm,
+            allow_unverified=allow_unverified,
             timeout=timeout,
             dry_run=dry_run,
             swap_id=swap_id,

@@ -198,6 +198,7 @@ class Calls:
         mode: str = "double",
         max_drift: float | None = None,
         allow_norm: bool = False,
+        allow_unverified: bool = False,
         timeout: float = 60.0,
         dry_run: bool = False,
         swap_id: str | None = None,
@@ -215,9 +216,10 @@ class Calls:
 
         `expect` names the versions that must be current. `mode` "double" holds old and new on the device at once,
         "staged_cpu" keeps the new one in main memory until the commit. `max_drift` bounds the relative L2 distance
-        between old and new outputs on probe rows; `allow_norm` accepts weights of a very different magnitude. `timeout`
-        bounds the staging, in seconds. `dry_run` does everything but the commit. Repeating a `swap_id` returns the
-        outcome of the first swap. `progress(id, sent, total)` is called as uploads proceed.
+        between old and new outputs on probe rows; `allow_norm` accepts weights of a very different magnitude, and
+        `allow_unverified` other code that cannot be tried, because no rows were declared or served. `timeout` bounds
+        the staging, in seconds. `dry_run` does everything but the commit. Repeating a `swap_id` returns the outcome of
+        the first swap. `progress(id, sent, total)` is called as uploads proceed.
 
         Raises NotFound for an id or file, DataLoss, InvalidRequest or FailedPrecondition for a bad file, TooLarge,
         Aborted if a concurrent change came first, or DeadlineExceeded. The old versions then continue to serve, unless
@@ -232,7 +234,7 @@ class Calls:
             if "weights" in requested[id]:
                 uploads[id] = yield from prepare(id, requested[id].pop("weights"))
                 requested[id] |= {"upload": uploads[id].upload_id, "sha256": uploads[id].sha256}
-        policy: dict[str, Any] = {"allow_norm": allow_norm}
+        policy: dict[str, Any] = {"allow_norm": allow_norm} | ({"allow_unverified": True} if allow_unverified else {})
         if max_drift is not None:
             policy["max_drift"] = max_drift
         request = swap_request(requested, expect, policy, mode, timeout, dry_run, swap_id)

@@ -13,7 +13,7 @@ from torch import nn
 from ...experts.construct.factory import locate
 from ...experts.errors import ConfigError, FailedPrecondition
 from ...experts.identity.canonical import canonical, sha256
-from ...experts.identity.code_digest import code_digest
+from ...experts.identity.code_digest import RECIPE, code_digest, examined
 from ...experts.identity.version_name import gate_digest
 from ...experts.spec import Expert, TensorSpec
 from ...experts.weights.files import tensor_digest, tensors_of
@@ -24,12 +24,16 @@ from ..state.records import VersionRecord
 from ..state.version_folders import VersionStore
 from .messages import Candidate
 
-LIVE = {"live": True}
+LIVE = {"live": True, "recipe": RECIPE}
 
 
 def origin_of(expert: Expert) -> dict[str, Any]:
-    """The declaration of an expert as JSON; that of a live object only says that it is one."""
+    """The declaration of an expert as JSON; that of a live object only says that it is one.
+
+    `recipe` says how its versions are made; a record without it is from before there were several.
+    """
     plain = {
+        "recipe": RECIPE,
         "factory": expert.factory,
         "args": list(expert.args),
         "kwargs": dict(expert.kwargs),
@@ -44,12 +48,16 @@ def origin_of(expert: Expert) -> dict[str, Any]:
     return dict(LIVE) if expert.ephemeral or kept != plain else kept
 
 
-def declared_digest(expert: Expert) -> str:
-    """What tells an edited declaration from the one of the last start: everything but where the expert runs."""
+def declared_digest(expert: Expert, owner: str = "") -> str:
+    """What tells an edited declaration from the one of the last start: everything but where the expert runs.
+
+    A live object that hides state is another one in every process that declares it: `owner` is the id of that process.
+    """
     parts = [canonical(expert.args), canonical(dict(expert.kwargs)), f"{expert.input}|{expert.output}"]
     if expert.live is not None:
         tensors = tensors_of(expert.live) if isinstance(expert.live, nn.Module) else {}
-        return sha256("live", *parts, code_digest(expert.live), tensor_digest(tensors))
+        code = examined(expert.live, live=True)
+        return sha256("live", *parts, code.digest, tensor_digest(tensors), owner if code.opaque else "")
     weights = "" if expert.weights is None else hash_file(Path(expert.weights))[0]
     return sha256(str(expert.factory), _factory_code(expert), str(expert.framework), weights, *parts)
 
@@ -73,7 +81,7 @@ def from_record(record: VersionRecord, store: VersionStore, live: Mapping[tuple[
     """
     held = live.get((record.id, record.version))
     if held is not None:
-        return replace(held, version=record.version)
+        return replace(held, version=record.version, origin=record.origin)
     if record.origin.get("live"):
         raise FailedPrecondition(
             f"{record.id} {record.version} was a live object: register it again with the same code"

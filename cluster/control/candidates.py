@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ...experts.construct.factory import build
+from ...experts.construct.probe import without_weights
 from ...experts.errors import ConfigError, DataLoss, FailedPrecondition, InvalidRequest, NotFound
 from ...experts.spec import Expert
 from ...experts.weights.files import described, load_into, load_tensors
@@ -37,12 +37,12 @@ class CandidateBuilder:
         self.built: dict[tuple[str, str], Candidate] = {}
         self._layers: Mapping[str, Layer] = {}
 
-    def declare(self, layers: Mapping[str, Layer]) -> None:
-        """Take the declared layers."""
+    def declare(self, layers: Mapping[str, Layer], owner: str = "") -> None:
+        """Take the layers that an owner declares."""
         self.declared, self.digests, self._layers = {}, {}, layers
         for layer in layers.values():
             self.declared |= declared_candidates(layer)
-            self.digests |= {id: declared_digest(expert) for id, expert in layer.everyone_by_id.items()}
+            self.digests |= {id: declared_digest(expert, owner) for id, expert in layer.everyone_by_id.items()}
             self.digests[layer.gate_id] = declared_gate_digest(layer.gate)
 
     def check_fits(self, id: str, version: str) -> None:
@@ -79,7 +79,8 @@ class CandidateBuilder:
             base = self._base(id, replaces or "")
         if change.upload is not None:
             base = self._with_upload(id, base, change)
-        return replace(base, counter=self._registry.next_counter(id), **common)
+        names_code = change.declared or change.expert is not None
+        return replace(base, counter=self._registry.next_counter(id), names_code=names_code, **common)
 
     def _base(self, id: str, version: str) -> Candidate:
         """What a new version takes over from the current one, or from the declaration where that one is damaged."""
@@ -105,10 +106,11 @@ class CandidateBuilder:
         if base.gate is not None:
             wanted = described(base.gate.state_dict())
         elif base.expert is not None:
-            wanted = described(build(base.expert, "meta", load_weights=False).state())
+            wanted = described(without_weights(base.expert).state())
         if not wanted:
             raise FailedPrecondition(f"{id} has no tensors that weights could replace")
-        found = inspect_artefact(path, sha256=change.sha256, wanted=wanted, owner="gate" if base.gate else "expert")
+        owner = "gate" if base.gate else "expert"
+        found = inspect_artefact(path, sha256=change.sha256, wanted=wanted, owner=owner, infinities=base.gate is None)
         gate = None
         if base.gate is not None:
             gate = copy.deepcopy(base.gate)  # that of `base` may be needed again

@@ -76,7 +76,7 @@ class Controller:
                 self.desired = desired
                 self.executor.handles = desired.handles
                 self._health.expect(dict(desired.replicas))
-                self.transactions.declare(desired.layers)
+                self.transactions.declare(desired.layers, desired.owner)
                 self.reconciler.declared = frozenset(self.transactions.builder.declared)
                 routers = [] if self.reconciler.epochs else [ROUTER]  # what it pins is not known yet
                 await self.executor.perform(self.reconciler.restore(self.transactions.epochs(), routers))
@@ -85,7 +85,7 @@ class Controller:
             await self._until(self._all_there, deadline)
             await self.turn()
             if self._declared < self.desired.revision:
-                request = await asyncio.to_thread(self.transactions.declared_swap, timeout, self.desired.redeclare)
+                request = await asyncio.to_thread(self.transactions.declared_swap, timeout, self.desired)
                 if request is not None:
                     await self.swap(request)  # to its end: another declaration would bring the same once more
                 self._declared = self.desired.revision

@@ -21,12 +21,17 @@ class Desired:
     """What the owner declares: layers, and the replicas with the experts each is for; a higher revision is newer.
 
     `handles` is how the transport reaches each replica; the controller only passes it on. `redeclare` are the ids whose
-    declaration replaces even a version that was swapped in. `needs` is what each replica reserves, by Ray's names.
+    declaration replaces even a version that was swapped in. `renewed` are the ids that are built again although their
+    declaration is the same, and `unverified` lets them be what could not be run. `owner` is the id of the process that
+    declares. `needs` is what each replica reserves, by Ray's names.
     """
 
     revision: int = 0
+    owner: str = ""
     layers: Mapping[str, Layer] = field(default_factory=dict)
     redeclare: frozenset[str] = frozenset()
+    renewed: frozenset[str] = frozenset()
+    unverified: bool = True
     replicas: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     handles: Mapping[str, Any] = field(default_factory=dict)
     needs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -38,7 +43,8 @@ class Candidate:
 
     An expert has `expert`, whose weights are the file `weights`; a gate has `gate`. `input` and `output` are the rows
     of the layer. `replaces` is the version that it is compared with. `tensor_digest`, where it is known, is what a
-    receipt has to name. An `uploaded` file of weights is moved into the version's folder. `note` is for people.
+    receipt has to name. An `uploaded` file of weights is moved into the version's folder. `names_code`: it was asked
+    for by its code, and not by weights for what serves. `note` is for people.
     """
 
     id: str
@@ -55,6 +61,7 @@ class Candidate:
     origin: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     uploaded: bool = False
+    names_code: bool = False
     tensor_digest: str | None = None
 
 
@@ -70,6 +77,8 @@ def proposal_of(candidate: Candidate) -> Proposal:
         input=candidate.input,
         output=candidate.output,
         policy=candidate.policy,
+        recipe=candidate.origin.get("recipe", 1),
+        names_code=candidate.names_code,
     )
 
 
@@ -118,8 +127,8 @@ class SwapRequest:
     """A swap that is asked for: all changes at once, or none. `expect` is compared with the current versions.
 
     `timeout` bounds staging, in seconds. With `dry_run` everything up to the commit is done, and then undone. With
-    `declares` the ids that are not declared any more leave the epoch, and those `by_name` were asked for. `note` is
-    for people.
+    `declares` the ids that are not declared any more leave the epoch, and those `by_name` were asked for. Where all ids
+    are `renewed` and none is another than before, nothing is committed. `note` is for people.
     """
 
     swap_id: str
@@ -131,18 +140,23 @@ class SwapRequest:
     dry_run: bool = False
     declares: bool = False
     by_name: frozenset[str] = frozenset()
+    renewed: frozenset[str] = frozenset()
     note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwapResult:
-    """What became of a swap: the epoch, the versions before and after, and the drift of each on its probe rows."""
+    """What became of a swap: the epoch, the versions before and after, and the drift of each on its probe rows.
+
+    `unmeasured` says of each id without a drift why it was not measured.
+    """
 
     swap_id: str
     epoch: int
     before: Mapping[str, str]
     after: Mapping[str, str]
     drift: Mapping[str, float | None] = field(default_factory=dict)
+    unmeasured: Mapping[str, str] = field(default_factory=dict)
     committed: bool = True
     flipped: bool = True
     pending: tuple[str, ...] = ()

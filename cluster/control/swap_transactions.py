@@ -13,7 +13,9 @@ from typing import Any
 
 from ...experts.errors import (
     Aborted,
+    DataLoss,
     ExpertMeshError,
+    FailedPrecondition,
     InvalidRequest,
     NotFound,
     Unavailable,
@@ -25,10 +27,11 @@ from ..state.records import ABORTED, COMMITTED, OPEN, VersionRecord
 from ..state.registry import Registry
 from ..state.version_folders import VersionStore
 from .candidates import CandidateBuilder
-from .messages import Candidate, Change, SwapRequest, SwapResult
+from .messages import Candidate, Change, Desired, SwapRequest, SwapResult
 from .reconciler import refuse_unless_current
 
 log = logging.getLogger(__name__)
+NOTHING = Desired()
 
 
 class SwapTransactions:
@@ -52,7 +55,7 @@ class SwapTransactions:
         self._candidates: dict[str, dict[str, Candidate]] = {}
         self._receipts: dict[str, dict[str, Receipt]] = {}
         self._written: dict[str, list[VersionRecord]] = {}
-        self._rehearsed: set[str] = set()
+        self._uncommitted: dict[str, str] = {}
         self._declarations: dict[str, dict[str, str]] = {}
         self._answers: dict[str, asyncio.Future[SwapResult]] = {}
         self.kept: dict[str, str] = {}
@@ -75,9 +78,9 @@ class SwapTransactions:
         with suppress(Unavailable):
             self.registry.check_writer()
 
-    def declare(self, layers: Mapping[str, Layer]) -> None:
-        """Take the declared layers."""
-        self.builder.declare(layers)
+    def declare(self, layers: Mapping[str, Layer], owner: str = "") -> None:
+        """Take the layers that an owner declares."""
+        self.builder.declare(layers, owner)
 
     def recorded(self, id: str, version: str) -> Candidate:
         """The candidate that loads a version of the registry again. Raises NotFound, FailedPrecondition or DataLoss."""
@@ -100,13 +103,14 @@ class SwapTransactions:
         epoch = self.registry.current()
         return {} if epoch is None else epoch.versions
 
-    def declared_swap(self, timeout: float, redeclare: Collection[str] = ()) -> SwapRequest | None:
-        """The swap that brings the cluster to what is declared, or None where nothing is new or edited.
+    def declared_swap(self, timeout: float, desired: Desired = NOTHING) -> SwapRequest | None:
+        """The swap that brings the cluster to what is declared, or None where nothing is new, edited or renewed.
 
         What is not declared any more stays in the epochs with its version, and serves again where it is declared again.
         A version that was swapped in outlives an edited declaration, unless `redeclare` has its id; `kept` names it.
         Raises FailedPrecondition for a gate that was swapped in and does not fit its edited layer.
         """
+        redeclare = desired.redeclare
         current = self.current()
         differs = [id for id, digest in self.builder.digests.items() if self.registry.declared(id) != digest]
         self.kept = {id: current[id] for id in differs if id not in redeclare and self._outlives(id, current)}
@@ -117,7 +121,7 @@ class SwapTransactions:
         changes = {
             id: Change(declared=True)
             for id in self.builder.digests
-            if id not in current or (id in differs and id not in self.kept)
+            if id not in current or id in desired.renewed or (id in differs and id not in self.kept)
         }
         if not changes:
             return None
@@ -126,9 +130,10 @@ class SwapTransactions:
             swap_id=swap_id,
             changes=changes,
             timeout=timeout,
-            policy=Policy(allow_norm=True),
+            policy=Policy(allow_norm=True, allow_unverified=desired.unverified),
             declares=True,
-            by_name=frozenset(redeclare),
+            by_name=redeclare,
+            renewed=desired.renewed,
             note="declared",
         )
 
@@ -162,21 +167,50 @@ class SwapTransactions:
 
     def keep_receipt(self, swap_id: str, receipt: Receipt) -> None:
         """Keep what a member said of a candidate: the record is made from it."""
-        if swap_id in self._receipts:
-            self._receipts[swap_id][receipt.id] = receipt
+        receipts = self._receipts.get(swap_id)
+        if receipts is None:
+            return
+        kept = receipts.get(receipt.id)
+        if kept is None or kept.version != receipt.version or not kept.verified:
+            receipts[receipt.id] = receipt  # of several members, one that has verified it speaks for all
 
     def write(self, swap_id: str, versions: Mapping[str, str]) -> None:
         """Bring a swap's versions to the disk. Raises Aborted for a rehearsal, DataLoss, and what the disk raises."""
         request = self._requests[swap_id]
+        self._refuse_unverified(request, self._receipts[swap_id])
         if request.dry_run:
-            self._rehearsed.add(swap_id)
+            self._uncommitted[swap_id] = "rehearsal"
             raise Aborted("a rehearsal ends before the commit")
+        if self._changes_nothing(swap_id, request):
+            self._uncommitted[swap_id] = "nothing changed"
+            raise Aborted("what was built is what serves")
         known = self.registry.known()
         self._written[swap_id] = [
             self._write(request, self._candidates[swap_id][id], self._receipts[swap_id][id])
             for id, version in versions.items()
             if (id, version) not in known
         ]
+
+    def _refuse_unverified(self, request: SwapRequest, receipts: Mapping[str, Receipt]) -> None:
+        for id, receipt in receipts.items():
+            if not receipt.verified and not request.policy.allow_unverified:
+                raise FailedPrecondition(
+                    f"{id}: nobody knows whether the new version answers, {receipt.unmeasured}: declare the rows "
+                    "of its layer (input), or send the layer some rows before, or set allow_unverified"
+                )
+
+    def _changes_nothing(self, swap_id: str, request: SwapRequest) -> bool:
+        candidates, receipts = self._candidates[swap_id], self._receipts[swap_id]
+        if not candidates.keys() <= request.renewed:
+            return False
+        try:
+            for id, made in candidates.items():
+                self.store.verify(id, made.replaces or "")
+                if self.registry.version(id, made.replaces or "").digest != receipts[id].digest:
+                    return False
+        except (DataLoss, NotFound, InvalidRequest):  # there is none, or it is damaged: the new one takes its place
+            return False
+        return True
 
     def commit(self, swap_id: str, versions: Mapping[str, str]) -> tuple[int, Mapping[str, str]]:
         """Make what was written the next epoch, durably; returns it.
@@ -232,13 +266,12 @@ class SwapTransactions:
         self._written.pop(swap_id, None)
         self._declarations.pop(swap_id, None)
         result = self._result(swap_id, request, candidates, receipts, epoch)
-        rehearsed = swap_id in self._rehearsed
-        self._rehearsed.discard(swap_id)
+        uncommitted = self._uncommitted.pop(swap_id, None)  # on purpose
         if error is not None:
-            self._end(swap_id, "rehearsal" if rehearsed else error.message)
+            self._end(swap_id, uncommitted or error.message)
         if answer is None or answer.done():
             return
-        if error is None or rehearsed:
+        if error is None or uncommitted:
             answer.set_result(result)
         else:
             answer.set_exception(error)
@@ -311,6 +344,7 @@ class SwapTransactions:
             before={id: candidate.replaces or "" for id, candidate in candidates.items()},
             after={id: receipt.version for id, receipt in receipts.items()},
             drift={id: receipt.drift for id, receipt in receipts.items()},
+            unmeasured={id: receipt.unmeasured for id, receipt in receipts.items() if receipt.drift is None},
             committed=epoch is not None,
             flipped=epoch is not None,
         )

@@ -8,6 +8,8 @@ import signal
 import socket
 import threading
 import time
+import uuid
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import IO, Any
 
 from ...experts.errors import ConfigError, ExpertMeshError, NotFound, Unavailable
 from ...experts.package_version import version
-from ...experts.spec import Expert
+from ...experts.spec import Expert, check_expert
 from ...router.mixture.layer import Layer
 from ..config.cluster_config import ClusterConfig, allowed_factories
 from ..config.loader import load_config
@@ -55,7 +57,8 @@ class Cluster:
     Clients connect to `endpoint`; `metrics_endpoint` is the URL of the metrics page ("" when off).
 
     Example:
-        layer = Layer("waves", gates.Fixed([0.5, 0.5]), {"sin": Expert("numpy:sin"), "cos": Expert("numpy:cos")})
+        experts = {"sin": Expert("numpy:sin"), "cos": Expert("numpy:cos")}
+        layer = Layer("waves", gates.Fixed([0.5, 0.5]), experts, input=TensorSpec((3,)))
         with Cluster.start([layer], port=0) as cluster:
             print(cluster.endpoint)
             cluster.replace("waves/cos", Expert("numpy:tanh"))
@@ -71,6 +74,7 @@ class Cluster:
         self._held_ports: list[socket.socket] = []
         self._run_file: RunFile | None = None
         self._backend: Backend | None = None
+        self._owner = uuid.uuid4().hex
         self._desired = Desired()
         self._layers: dict[str, Layer] = {}
         self._replicas: dict[str, tuple[str, ...]] = {}
@@ -150,15 +154,21 @@ class Cluster:
             },
         }
 
-    def replace(self, expert_id: str, expert: Expert, *, timeout: float = 120.0) -> str:
+    def replace(self, expert_id: str, expert: Expert, *, timeout: float = 120.0, allow_unverified: bool = False) -> str:
         """Replace one expert by a new declaration, under traffic; returns its new version.
 
         The new version is staged and verified beside the old one in every replica, committed, and then made current;
         requests in flight finish on the old version. Placement and number of replicas stay unchanged. To replace
         weights only, use `Client.swap`.
 
-        Raises NotFound for an unknown expert, and any error of the new version; then the old one still serves.
+        An expert is built again also where its declaration is the same: a file that it reads may be another. If it then
+        is what serves, bit for bit, nothing changes: a warning says so, and the version that serves is returned.
+        `allow_unverified` accepts an expert that cannot be tried, because no rows were declared or served.
+
+        Raises NotFound for an unknown expert, FailedPrecondition for one that cannot be tried, and any error of the new
+        version; then the old one still serves.
         """
+        check_expert(expert, f"the replacement of {expert_id}")
         layer_name, _, name = expert_id.partition("/")
         with self._change:
             if layer_name not in self._layers or name not in self._layers[layer_name].everyone:
@@ -170,12 +180,17 @@ class Cluster:
             layer = old[layer_name].with_experts({**old[layer_name].everyone, name: placed})
             elsewhere = self.config.runtime_env is not None
             self._layers = {**old, layer_name: check_layer(layer, code_elsewhere=elsewhere)}
+            serves, named = self._running().state().versions.get(expert_id), frozenset({expert_id})
             try:
-                return self._declare(timeout, frozenset({expert_id}))[expert_id]
+                version = self._declare(timeout, named, renewed=named, unverified=allow_unverified)[expert_id]
             except BaseException:
                 self._layers = old
-                self._declare(timeout, frozenset({expert_id}))
+                self._declare(timeout, named)
                 raise
+        if version == serves:
+            message = f"{expert_id} was replaced by what it already is: {version} serves on, and nothing has changed"
+            warnings.warn(message, stacklevel=2)
+        return version
 
     def stop(self, grace: float = STOP_GRACE) -> None:
         """Refuse new requests, give those in flight `grace` seconds, and stop everything; idempotent."""
@@ -329,18 +344,31 @@ class Cluster:
                 raise type(error)(f"{replica.id} is not running: {reason}") from error
             self._say(f"replica {number}/{len(planned)} is running: {replica.id} on {report.node}, {report.device}")
 
-    def _declare(self, timeout: float, redeclare: frozenset[str] = frozenset()) -> dict[str, str]:
+    def _declare(
+        self,
+        timeout: float,
+        redeclare: frozenset[str] = frozenset(),
+        *,
+        renewed: frozenset[str] = frozenset(),
+        unverified: bool = True,
+    ) -> dict[str, str]:
         """Send the controller the current declaration; returns the versions that then serve."""
         backend = self._running()
         self._desired = Desired(
             revision=self._desired.revision + 1,
+            owner=self._owner,
             layers=self._layers,
             redeclare=redeclare,
+            renewed=renewed,
+            unverified=unverified,
             replicas=self._replicas,
             handles=backend.handles(),
             needs=self._needs,
         )
-        return backend.declare(self._desired, timeout)
+        try:
+            return backend.declare(self._desired, timeout)
+        finally:  # a controller that restarts later is told what is declared, not to build it once more
+            self._desired = replace(self._desired, renewed=frozenset(), unverified=True)
 
     def _supervise(self) -> None:
         """Send the declared layers again to a restarted controller, which passes them on to the router."""

@@ -169,9 +169,10 @@ class Lease:
 class SwapOutcome:
     """The outcome of a swap: its epoch, the versions before and after, and how far the outputs moved.
 
-    `drift` is the relative L2 distance between old and new outputs on the probe rows, None if not measured. A
-    `committed` swap is durable. `flipped` means that every router serves it; `pending` names the routers that do not
-    yet. A dry run is not committed and has epoch 0. The outcome of a repeated swap id has no `before`.
+    `drift` is the relative L2 distance between old and new outputs on the probe rows, None if not measured; then
+    `unmeasured` says why. A `committed` swap is durable. `flipped` means that every router serves it; `pending` names
+    the routers that do not yet. A dry run is not committed and has epoch 0. The outcome of a repeated swap id has no
+    `before`.
 
     Example:
         outcome = client.swap({"news/e3": "e3.safetensors"})
@@ -183,6 +184,7 @@ class SwapOutcome:
     before: dict[str, str]
     after: dict[str, str]
     drift: dict[str, float | None] = field(default_factory=dict)
+    unmeasured: dict[str, str] = field(default_factory=dict)
     committed: bool = True
     flipped: bool = True
     pending: list[str] = field(default_factory=list)

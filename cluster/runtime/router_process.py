@@ -36,6 +36,7 @@ from ..state.version_folders import VersionStore
 from .router_thread import RouterThread, elsewhere
 
 RECALL_SECONDS = 30.0
+UNMEASURED = "the gate is another one, takes rows of any width, or has no finite scores"
 """How long at least an epoch that a request named stays loaded."""
 PROBLEM_SECONDS = 1.0
 """How long the status waits for a controller that is not heard to say why."""
@@ -140,7 +141,9 @@ class RouterService:
         digest = gate_digest(gate.name, gate, tensors)
         version, size = version_name(candidate.counter, digest), sum(tensor.nbytes for tensor in tensors.values())
         identity = (candidate.id, version, self.incarnation, digest, tensor_digest(tensors))
-        receipt = Receipt(*identity, drift=drift, nbytes=size, seconds=0.0, input=ANY, output=ANY)
+        receipt = Receipt(
+            *identity, drift=drift, nbytes=size, seconds=0.0, input=ANY, output=ANY, unmeasured=UNMEASURED
+        )
         return receipt, gate
 
     async def unload(self, id: str, version: str) -> None:

@@ -6,20 +6,24 @@ import copy
 import hashlib
 import importlib
 import inspect
+import random
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, FailedPrecondition
 from ..identity.canonical import canonical
-from ..spec import Expert
-from ..tensors import torch_dtype
+from ..spec import Expert, TensorSpec
+from ..tensors import DTYPE_NAMES, torch_dtype
 from ..weights.files import load_into, load_tensors, tensors_of
 from .returned import own_rows
 
@@ -33,7 +37,8 @@ _NUMPY_PACKAGES = ("numpy", "scipy")
 class RowFunction:
     """An expert that is ready to run: rows [n, ...] in, rows [n, ...] out, on one device.
 
-    Floating-point rows are cast to the dtype that the expert declares, else to that of the module's parameters.
+    Floating-point rows are cast to the dtype that the expert declares, else to that of the module's first parameter
+    whose dtype rows can have: weights in 8 bits say nothing of rows. `served` are the rows that it answered last.
     """
 
     def __init__(self, function: Callable[[Any], Any], expert: Expert, device: torch.device) -> None:
@@ -41,16 +46,22 @@ class RowFunction:
         self.expert = expert
         self.device = device
         self.function = function
+        self.served: TensorSpec | None = None
+        self._served: tuple[torch.Size, torch.dtype] | None = None
         self._numpy = (expert.framework or _framework_of(function)) == "numpy"
         self._dtype = _floating_dtype(self.module, expert)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Compute rows [n, ...]. Raises ExpertFailed for a result that `own_rows` refuses."""
-        rows = rows.to(self.device)
+        given, rows = rows, rows.to(self.device)
         if self._dtype is not None and rows.is_floating_point():
             rows = rows.to(self._dtype)
         result = self._call_numpy(rows) if self._numpy else self.function(rows)
-        return own_rows(result, rows.shape[0], self.device)
+        answer = own_rows(result, rows.shape[0], self.device)
+        if (given.shape[1:], given.dtype) != self._served:
+            self._served = given.shape[1:], given.dtype
+            self.served = TensorSpec(tuple(given.shape[1:]), DTYPE_NAMES.get(given.dtype))
+        return answer
 
     def _call_numpy(self, rows: Tensor) -> Any:
         if rows.dtype == torch.bfloat16:  # numpy has no bfloat16
@@ -60,7 +71,9 @@ class RowFunction:
     def on(self, device: torch.device) -> RowFunction:
         """Move the expert to another device."""
         function = self.function.to(device) if isinstance(self.function, nn.Module) else self.function
-        return RowFunction(function, self.expert, device)
+        moved = RowFunction(function, self.expert, device)
+        moved.served = self.served
+        return moved
 
     def state(self) -> dict[str, Tensor]:
         """The expert's tensors by name; empty for a plain function."""
@@ -80,30 +93,74 @@ def locate(factory: str) -> Any:
         target = getattr(target, name)
     if not callable(target):
         raise ConfigError(f"factory {factory!r} is a {type(target).__name__}, not a class or function")
+    _source_digest_at_import(module_name, id(sys.modules[module_name].__spec__))
     return target
 
 
-def build(expert: Expert, device: str = "cpu", *, load_weights: bool = True) -> RowFunction:
+def check_unchanged(factory: str) -> None:
+    """Check that the code of a factory that this process has imported is still that of its file.
+
+    Only the factory's own module is looked at, not what that imports. Raises FailedPrecondition.
+    """
+    locate(factory)
+    name = factory.partition(":")[0]
+    imported = _source_digest_at_import(name, id(sys.modules[name].__spec__))
+    if imported != _source_digest(name):
+        raise FailedPrecondition(
+            f"the file of module {name!r} has changed since this process imported it, so that its old code would run: "
+            "give the new code a module of another name, pass it as a live object, or restart the cluster"
+        )
+
+
+@cache
+def _source_digest_at_import(name: str, spec: int) -> str:
+    """The digest of a module's file when it was first asked for; `spec` is the id of its import, new when reloaded."""
+    return _source_digest(name)
+
+
+def _source_digest(name: str) -> str:
+    """The sha256 of a module's source in hexadecimal; empty where it has none."""
+    path = getattr(sys.modules[name], "__file__", None) or ""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path.endswith(".py") else ""
+    except OSError:  # an archive, or a file that was removed
+        return ""
+
+
+def build(expert: Expert, device: str = "cpu", *, load_weights: bool = True, id: str = "") -> RowFunction:
     """Construct an expert on a device, with its weights.
 
-    Parameters without a weights file are drawn with a seed derived from the declaration, so that they are the same in
-    every replica and after every restart.
+    Parameters without a weights file are drawn with a seed derived from the declaration and the `id`, so that they are
+    the same in every replica and after every restart, and differ between experts of one declaration.
 
     Raises ConfigError, SpecMismatch, NotFound or DataLoss.
     """
     place = torch.device(device)
-    declared = f"{expert.factory}|{canonical(expert.args)}|{canonical(dict(expert.kwargs))}"
+    declared = f"{expert.factory}|{canonical(expert.args)}|{canonical(dict(expert.kwargs))}" + (f"|{id}" if id else "")
     with seeded(declared), torch.device("meta" if place.type == "meta" else "cpu"):
         function = expert.live if expert.live is not None else _construct(expert)
     if isinstance(function, nn.Module):
         if expert.weights is not None and load_weights:
             load_into(function, load_tensors(expert.weights)[0], f"weights {str(expert.weights)!r}")
-        function = function.to(place).eval().requires_grad_(False)
+        function = _placed(function, place).eval()
+        for parameter in function.parameters():
+            parameter.requires_grad_(False)
+        place = _place_of(function, place)
     elif expert.weights is not None:
         raise ConfigError.of(
             (("weights",), "a plain function has no parameters to load weights into: leave out weights")
         )
     return RowFunction(function, expert, place)
+
+
+def _placed(module: nn.Module, place: torch.device) -> nn.Module:
+    return module.to(place) if _place_of(module, place) == place else module
+
+
+def _place_of(module: nn.Module, place: torch.device) -> torch.device:
+    """Where a module can be put: TorchScript modules do not go to the device "meta"."""
+    is_script = isinstance(module, torch.jit.ScriptModule)
+    return torch.device("cpu") if is_script and place.type == "meta" else place
 
 
 def with_own_copy(expert: Expert, owner: str) -> Expert:
@@ -112,7 +169,8 @@ def with_own_copy(expert: Expert, owner: str) -> Expert:
     Raises ConfigError for an object that cannot be copied; `owner` names the owner of the copy in its message.
     """
     try:
-        return replace(expert, live=copy.deepcopy(expert.live))
+        with torch.no_grad():  # or parameters of TorchScript become results of a computation
+            return replace(expert, live=copy.deepcopy(expert.live))
     except MemoryError:
         raise
     except (Exception, SystemExit) as error:
@@ -122,10 +180,18 @@ def with_own_copy(expert: Expert, owner: str) -> Expert:
 
 @contextmanager
 def seeded(declared: str) -> Iterator[None]:
-    """Seed torch's CPU generator from a declaration; its previous state is restored afterwards."""
+    """Seed the generators of torch (on the CPU), numpy and Python from a declaration, and restore them afterwards."""
+    seed = int.from_bytes(hashlib.sha256(declared.encode()).digest()[:6], "big")
     with _DRAWING, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int.from_bytes(hashlib.sha256(declared.encode()).digest()[:6], "big"))
-        yield
+        before = random.getstate(), np.random.get_state()
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
 
 
 def _construct(expert: Expert) -> Callable[[Any], Any]:
@@ -167,4 +233,4 @@ def _floating_dtype(module: nn.Module | None, expert: Expert) -> torch.dtype | N
         declared = torch_dtype(expert.input.dtype)
         return declared if declared.is_floating_point else None
     parameters = module.parameters() if module is not None else ()
-    return next((p.dtype for p in parameters if p.is_floating_point()), None)
+    return next((p.dtype for p in parameters if p.is_floating_point() and p.dtype in DTYPE_NAMES), None)

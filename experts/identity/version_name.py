@@ -9,7 +9,7 @@ from torch import Tensor
 from ..spec import Expert
 from ..weights.files import tensor_digest
 from .canonical import canonical, sha256
-from .code_digest import code_digest
+from .code_digest import RECIPE, code_digest, examined
 
 DIGITS = 12
 
@@ -19,18 +19,22 @@ def version_name(counter: int, digest: str) -> str:
     return f"v{counter}-{digest[:DIGITS]}"
 
 
-def expert_digest(expert: Expert, behaviour: object, tensors: str) -> str:
+def expert_digest(expert: Expert, behaviour: object, tensors: str, *, counter: int = 0, recipe: int = RECIPE) -> str:
     """The sha256 of an expert: factory, canonical arguments, specs, code and tensor bytes, in hexadecimal.
 
     `behaviour` is the module or function that runs, `tensors` the `tensor_digest` of the tensors read back from it.
+    Where not all of the behaviour can be seen, the `counter` of the version is part of it: what cannot be told apart is
+    treated as different.
     """
+    code = examined(behaviour, recipe, live=expert.live is not None)
     return sha256(
         str(expert.factory),
         canonical(expert.args),
         canonical(dict(expert.kwargs)),
         f"{expert.input}|{expert.output}|{expert.framework}",
-        code_digest(behaviour),
+        code.digest,
         tensors,
+        *([f"counter {counter}"] if code.opaque else []),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -9,18 +10,33 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..construct.factory import RowFunction, build, with_own_copy
+from ..construct.factory import RowFunction, build, check_unchanged, with_own_copy
 from ..construct.probe import complete
-from ..errors import FailedPrecondition, SpecMismatch
+from ..errors import ExpertMeshError, FailedPrecondition, SpecMismatch
 from ..identity.canonical import canonical
-from ..identity.code_digest import code_digest
+from ..identity.code_digest import RECIPE, difference, examined
 from ..identity.version_name import expert_digest, version_name
 from ..spec import ANY, Expert, TensorSpec
-from ..weights.files import described, joined_digest, load_into, load_tensors, tensor_digest
+from ..weights.files import described, joined_digest, load_into, load_tensors, tensor_digest, tensor_digests
 from ..weights.inspect import LIMITS, ArtefactLimits, Contents, check_described, inspect_artefact, norms_of, survey
 from .memory import check_memory, within_memory
 from .refusals import refusals
-from .verify import Policy, check_applied, check_drift, check_norms, golden_rows, probe, probe_drift
+from .verify import (
+    Policy,
+    check_applied,
+    check_drift,
+    check_infinities,
+    check_norms,
+    finite_rows,
+    golden_rows,
+    probe,
+    probe_drift,
+)
+
+TRIED_BYTES = 64 * 2**20
+"""The size of the tensors up to which a constructor is tried twice."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +44,8 @@ class Proposal:
     """A proposed version: its declaration, and weights that replace the declared ones.
 
     `weights` is a safetensors file or tensors by name, `sha256` that of the file, `version` the expected name of the
-    version, if known. `input` and `output` are the specs of the layer's rows.
+    version, if known. `input` and `output` are the specs of the layer's rows. `recipe` says how it is made;
+    `names_code` that its code was asked for, which must then be that of its file.
     """
 
     id: str
@@ -40,6 +57,8 @@ class Proposal:
     input: TensorSpec = ANY
     output: TensorSpec = ANY
     policy: Policy = field(default_factory=Policy)
+    recipe: int = RECIPE
+    names_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +66,8 @@ class Receipt:
     """Proof that an incarnation holds a version and has verified it.
 
     `digest` is the sha256 that the version is named after, `tensor_digest` that of its tensors as read back, `nbytes`
-    their size in bytes, `drift` the relative L2 distance on golden rows, None if it was not measured.
+    their size in bytes, `drift` the relative L2 distance on golden rows, None if it was not measured; `unmeasured` says
+    why. A version is `verified` if it answered rows, or if it differs from one that serves only in its tensors.
     """
 
     id: str
@@ -60,6 +80,17 @@ class Receipt:
     seconds: float
     input: TensorSpec
     output: TensorSpec
+    unmeasured: str = ""
+    verified: bool = True
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """How a new version answers beside the old one, as a receipt has it."""
+
+    drift: float | None = None
+    unmeasured: str = ""
+    verified: bool = True
 
 
 def stage(
@@ -83,11 +114,12 @@ def stage(
     def work() -> tuple[RowFunction, Receipt]:
         contents, tensors = _contents(proposal, old, limits)
         if contents is not None and old is not None and _same_code(proposal.expert, old.expert):
-            check_norms(contents.norms, norms_of(old.state()), proposal.policy)
+            finite = {name: norm for name, norm in contents.norms.items() if name not in contents.infinite}
+            check_norms(finite, norms_of(old.state()), proposal.policy)
         needed = _size(contents, old)
         for place in {"cpu", device}:
             check_memory(needed, place, free=free)
-        function = _built(proposal, contents, tensors, device)
+        function = _built(proposal, contents, tensors, old, device)
         receipt = _receipt(proposal, function, contents, old, incarnation)
         return function, replace(receipt, seconds=clock() - started)
 
@@ -104,25 +136,65 @@ def _contents(
     if weights is None:
         return None, None
     if not isinstance(weights, Mapping):
-        return inspect_artefact(weights, sha256=proposal.sha256, limits=limits, wanted=wanted), Path(weights)
+        contents = inspect_artefact(weights, sha256=proposal.sha256, limits=limits, wanted=wanted, infinities=True)
+        return contents, Path(weights)
     if wanted is not None:
         check_described(described(weights), wanted)
-    return survey(weights), weights
+    return survey(weights, infinities=True), weights
 
 
 def _built(
-    proposal: Proposal, contents: Contents | None, weights: Mapping[str, Tensor] | Path | None, device: str
+    proposal: Proposal,
+    contents: Contents | None,
+    weights: Mapping[str, Tensor] | Path | None,
+    old: RowFunction | None,
+    device: str,
 ) -> RowFunction:
-    function = build(with_own_copy(replace(proposal.expert, weights=None), "a new version"), device)
+    function = _constructed(proposal, device)
+    if proposal.version is None and not (old is not None and _same_code(proposal.expert, old.expert)):
+        _check_repeatable(proposal, function)
     if contents is None or weights is None:
         return function
     if function.module is None:
         raise SpecMismatch("a plain function has no parameters to load weights into: leave out weights")
     tensors = load_tensors(weights)[0] if isinstance(weights, Path) else weights
     check_described(described(tensors), described(function.state()))
+    check_infinities(contents.infinite, tensors, function.module, old.module if old is not None else None)
     load_into(function.module, tensors, "it")
     check_applied(function.state(), contents.digests)
     return function
+
+
+def _constructed(proposal: Proposal, device: str) -> RowFunction:
+    """The proposed expert before its weights are loaded."""
+    if proposal.names_code and proposal.version is None and proposal.expert.factory is not None:
+        check_unchanged(proposal.expert.factory)
+    expert = with_own_copy(replace(proposal.expert, weights=None), "a new version")
+    return build(expert, device, id=proposal.id if proposal.recipe > 1 else "")
+
+
+def _check_repeatable(proposal: Proposal, function: RowFunction) -> None:
+    """Check that a constructor builds the same once more: a replica that restarts has to. Small experts are tried.
+
+    Raises FailedPrecondition that names what differs.
+    """
+    state = function.state()
+    if proposal.expert.factory is None or sum(tensor.nbytes for tensor in state.values()) > TRIED_BYTES:
+        return
+    try:
+        again = _constructed(proposal, "cpu")
+    except ExpertMeshError:
+        log.info("%s cannot be constructed twice in one process", proposal.id)
+        return
+    tensors, others = tensor_digests(state), tensor_digests(again.state())
+    differs = next((name for name in tensors if proposal.weights is None and tensors[name] != others.get(name)), None)
+    differs = differs or difference(function.function, again.function, proposal.recipe)
+    if differs is not None:
+        raise FailedPrecondition(
+            f"its constructor does not build the same twice: {differs} differs, so that no replica could restore it "
+            "after a restart. Fill it with what does not depend on time, process or chance (random numbers of torch, "
+            "numpy and random are seeded), give its tensors by weights, or pass a live object"
+        )
 
 
 def _receipt(
@@ -131,7 +203,9 @@ def _receipt(
     state = function.state()
     # The bytes read back were already compared with the contents.
     tensors = tensor_digest(state) if contents is None else joined_digest(described(state), contents.digests)
-    digest = expert_digest(proposal.expert, function.function, tensors)  # before the probes run its code
+    digest = expert_digest(  # before the probes run its code
+        proposal.expert, function.function, tensors, counter=proposal.counter, recipe=proposal.recipe
+    )
     version = version_name(proposal.counter, digest)
     if proposal.version is not None and version != proposal.version:
         raise FailedPrecondition(
@@ -140,8 +214,11 @@ def _receipt(
         )
     nbytes = sum(tensor.nbytes for tensor in state.values())
     input_spec, output_spec = _specs(proposal, function)
-    drift = _drift(proposal, function, old, input_spec)
-    return Receipt(proposal.id, version, incarnation, digest, tensors, drift, nbytes, 0.0, input_spec, output_spec)
+    same_code = old is not None and _same_code(proposal.expert, old.expert)
+    known = same_code or proposal.version is not None  # what the registry names has served
+    found = _compared(proposal, function, old, input_spec, known)
+    identity = (proposal.id, version, incarnation, digest, tensors, found.drift, nbytes, 0.0)
+    return Receipt(*identity, input_spec, output_spec, found.unmeasured, found.verified)
 
 
 def _specs(proposal: Proposal, function: RowFunction) -> tuple[TensorSpec, TensorSpec]:
@@ -154,16 +231,48 @@ def _specs(proposal: Proposal, function: RowFunction) -> tuple[TensorSpec, Tenso
     return specs
 
 
-def _drift(proposal: Proposal, function: RowFunction, old: RowFunction | None, rows: TensorSpec) -> float | None:
-    golden = golden_rows(rows.filled(proposal.input), proposal.policy.probe_rows)
-    if golden is None or old is None:
-        if golden is not None:
-            probe(function, golden, proposal.output)
-        drift = None
+def _compared(
+    proposal: Proposal, function: RowFunction, old: RowFunction | None, rows: TensorSpec, known: bool
+) -> _Comparison:
+    """Compare the answers to golden rows: of the declared shape, else like the rows that the old version served last.
+
+    Raises FailedPrecondition for answers that do not fit, or a drift above its bound.
+    """
+    rows, served = rows.filled(proposal.input), old.served if old is not None else None
+    declared = rows.shape is not None
+    if not declared and served is not None:
+        rows = served
+        function.served = served
+    golden = golden_rows(rows, proposal.policy.probe_rows)
+    if golden is None:
+        found = _Comparison(None, "not run, because no rows were declared or served", verified=known)
+    elif old is None:
+        probe(function, golden, proposal.output)
+        found = _Comparison(None, "no version serves that it could be compared with")
+    elif declared or proposal.policy.max_drift is not None:
+        found = _Comparison(probe_drift(function, old, golden, proposal.output))
     else:
-        drift = probe_drift(function, old, golden, proposal.output)
-    check_drift(drift, proposal.policy)
-    return drift
+        found = _compared_as_served(proposal, function, old, golden, known)
+    check_drift(found.drift, proposal.policy)
+    return found
+
+
+def _compared_as_served(
+    proposal: Proposal, function: RowFunction, old: RowFunction, golden: Tensor, known: bool
+) -> _Comparison:
+    """The same where golden rows are only like those that were served: the old version may refuse them too."""
+    try:
+        comparable = bool(finite_rows(probe(old, golden)).any())
+    except FailedPrecondition:
+        comparable = False
+    if comparable:
+        return _Comparison(probe_drift(function, old, golden, proposal.output))
+    why = "the serving version does not answer probe rows like those that it was last sent"
+    try:
+        probe(function, golden, proposal.output)
+    except FailedPrecondition:
+        return _Comparison(None, f"{why}, and neither does the new one", known)
+    return _Comparison(None, why)
 
 
 def _same_code(one: Expert, other: Expert) -> bool:
@@ -171,7 +280,7 @@ def _same_code(one: Expert, other: Expert) -> bool:
     if one.factory != other.factory:
         return False
     if one.live is not None:
-        return one.live is other.live or code_digest(one.live) == code_digest(other.live)
+        return one.live is other.live or examined(one.live, live=True) == examined(other.live, live=True)
     return canonical([one.args, dict(one.kwargs)]) == canonical([other.args, dict(other.kwargs)])
 
 

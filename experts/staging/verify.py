@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..construct.factory import RowFunction
 from ..errors import ConfigError, DataLoss, ExpertMeshError, FailedPrecondition
@@ -16,6 +16,7 @@ from ..spec import ANY, FLOATING, TensorSpec, is_number
 from ..tensors import dtype_name, torch_dtype
 from ..weights.files import tensor_digests
 from ..weights.header import short
+from ..weights.inspect import not_finite, same_infinities
 
 log = logging.getLogger(__name__)
 
@@ -28,19 +29,22 @@ class Policy:
 
     `max_norm_ratio` bounds the ratio of each tensor's L2 norm to the old one, both ways; `allow_norm` disables that.
     `max_drift` bounds the relative L2 distance of the answers to `probe_rows` golden rows; without it the drift is
-    only reported. Raises ConfigError for invalid bounds.
+    only reported. `allow_unverified` accepts an expert that could not be run, because no rows are known that it takes.
+    Raises ConfigError for invalid bounds.
     """
 
     max_norm_ratio: float = 1000.0
     allow_norm: bool = False
     max_drift: float | None = None
     probe_rows: int = 8
+    allow_unverified: bool = False
 
     def __post_init__(self) -> None:
         if not is_number(self.max_norm_ratio) or not self.max_norm_ratio >= 1:
             raise ConfigError(f"max_norm_ratio must be a number of at least 1, not {self.max_norm_ratio!r}")
-        if type(self.allow_norm) is not bool:
-            raise ConfigError(f"allow_norm must be true or false, not {self.allow_norm!r}")
+        for name in ("allow_norm", "allow_unverified"):
+            if type(getattr(self, name)) is not bool:
+                raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if self.max_drift is not None and (not is_number(self.max_drift) or not self.max_drift >= 0):
             raise ConfigError(f"max_drift must be a number of at least 0, or left out, not {self.max_drift!r}")
         if type(self.probe_rows) is not int or not 1 <= self.probe_rows <= 4096:
@@ -79,6 +83,20 @@ def check_applied(staged: Mapping[str, Tensor], digests: Mapping[str, str]) -> N
         )
 
 
+def check_infinities(
+    names: Collection[str], tensors: Mapping[str, Tensor], module: nn.Module, old: nn.Module | None
+) -> None:
+    """Check the tensors with infinities against `module`, as constructed, and the one that it replaces.
+
+    Buffers may have them, as masks do, in the places where one of both has the same; parameters never.
+    Raises FailedPrecondition.
+    """
+    buffers = [dict(known.named_buffers()) for known in (module, old) if known is not None]
+    for name in sorted(names):
+        if not any(name in known and same_infinities(tensors[name], known[name]) for known in buffers):
+            raise not_finite(name)
+
+
 def golden_rows(spec: TensorSpec, n: int, seed: int = GOLDEN_SEED) -> Tensor | None:
     """Rows [n, ...] to probe an expert with, the same in every process; None if the spec has no shape.
 
@@ -106,13 +124,13 @@ def probe_drift(new: RowFunction, old: RowFunction, rows: Tensor, output: Tensor
     except ExpertMeshError as error:
         raise FailedPrecondition(f"the serving version cannot be compared: {error.message}") from error
     _check_rows(answer, TensorSpec(tuple(before.shape[1:]), dtype_name(before.dtype)), "the version it replaces")
-    comparable = _finite(before)
+    comparable = finite_rows(before)
     if not comparable.any():
         raise FailedPrecondition(
             "the serving version answers none of the probe rows with finite numbers, so drift cannot be measured: "
             "declare input specs that fit, or swap without max_drift"
         )
-    broken = int((comparable & ~_finite(answer)).sum())
+    broken = int((comparable & ~finite_rows(answer)).sum())
     if broken:
         raise FailedPrecondition(
             f"the new version answers {broken} of {len(rows)} probe rows with NaN or infinity, where the old one does "
@@ -177,7 +195,8 @@ def _check_rows(answer: Tensor, wanted: TensorSpec, whose: str) -> None:
         )
 
 
-def _finite(answer: Tensor) -> Tensor:
+def finite_rows(answer: Tensor) -> Tensor:
+    """Bool [n]: which rows [n, ...] hold no NaN and no infinity."""
     return answer.reshape(len(answer), -1).isfinite().all(dim=1)
 
 

@@ -13,9 +13,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ..errors import DataLoss, FailedPrecondition, NotFound, SpecMismatch, TooLarge
+from ..errors import DataLoss, FailedPrecondition, SpecMismatch, TooLarge
 from ..tensors import byte_view
-from .files import Description, check_fit, described, joined_digest, torch_name
+from .files import Description, check_file, check_fit, described, joined_digest, torch_name
 from .header import Entry, read_header, short
 
 CHUNK = 2**20
@@ -42,11 +42,13 @@ class Contents:
     """The result of an inspection of tensors.
 
     `norms` is the L2 norm of each floating tensor, computed in float64; `digests` the sha256 of each tensor's bytes.
+    `infinite` names the tensors with infinities, where those are left to whoever knows the module.
     """
 
     tensors: Mapping[str, Description]
     norms: Mapping[str, float]
     digests: Mapping[str, str]
+    infinite: frozenset[str] = frozenset()
 
     @property
     def tensor_bytes(self) -> int:
@@ -75,18 +77,19 @@ def inspect_artefact(
     limits: ArtefactLimits = LIMITS,
     wanted: Mapping[str, Description] | None = None,
     owner: str = "expert",
+    infinities: bool = False,
 ) -> Artefact:
     """Inspect a safetensors file in one pass, in bounded memory.
 
-    `sha256` is the sender's; `wanted` describes the tensors that its `owner` requires.
+    `sha256` is the sender's; `wanted` describes the tensors that its `owner` requires. With `infinities`, tensors that
+    have some are named in `Contents.infinite` and not refused, because the module may need them, as masks do.
 
     Raises NotFound; TooLarge for a size above a limit; DataLoss for a file that is truncated, malformed or differs from
     the one sent; SpecMismatch naming the first three tensors that do not fit; FailedPrecondition for NaN, infinity or
     all zeros.
     """
     name = Path(path).name
-    if not Path(path).is_file():
-        raise NotFound(f"there is no weights file {name!r}")
+    check_file(path)
     try:
         with Path(path).open("rb") as file:
             nbytes = os.fstat(file.fileno()).st_size
@@ -100,28 +103,27 @@ def inspect_artefact(
                 check_described(tensors, wanted, owner)
             header = file.tell()
             file.seek(0)
-            whole, inspections = _pass(file, entries, header)
+            whole, inspections = _pass(file, entries, header, infinities)
         if sha256 is not None and whole != sha256.lower():
             raise DataLoss(f"its sha256 is {whole[:12]}..., but the sender's is {short(sha256[:12])}...: send it again")
-        norms, digests = _judged(inspections)
+        found = _judged(inspections, tensors)
     except OSError as error:
         raise DataLoss(f"the weights file {name!r} cannot be read: {error.strerror or type(error).__name__}") from None
     except (DataLoss, SpecMismatch, TooLarge, FailedPrecondition) as error:
         raise type(error)(f"weights file {name!r}: {error.message}") from None
-    return Artefact(path=Path(path), sha256=whole, nbytes=nbytes, tensors=tensors, norms=norms, digests=digests)
+    return Artefact(path=Path(path), sha256=whole, nbytes=nbytes, **vars(found))
 
 
-def survey(tensors: Mapping[str, Tensor]) -> Contents:
+def survey(tensors: Mapping[str, Tensor], *, infinities: bool = False) -> Contents:
     """Inspect tensors in memory, as `inspect_artefact` does in a file.
 
     Raises FailedPrecondition for NaN, infinity or all zeros.
     """
-    inspections = {name: _Inspection(name, tensor.dtype) for name, tensor in tensors.items()}
+    inspections = {name: _Inspection(name, tensor.dtype, infinities) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         for part in _parts(tensor):
             inspections[name].take(part)
-    norms, digests = _judged(inspections.values())
-    return Contents(tensors=described(tensors), norms=norms, digests=digests)
+    return _judged(inspections.values(), described(tensors))
 
 
 def norms_of(tensors: Mapping[str, Tensor]) -> dict[str, float]:
@@ -138,14 +140,14 @@ def check_described(given: Mapping[str, Description], wanted: Mapping[str, Descr
         raise SpecMismatch(f"{error.message}; write exactly the tensors of the {owner} it replaces") from None
 
 
-def _pass(file: BinaryIO, entries: Iterable[Entry], header: int) -> tuple[str, list[_Inspection]]:
+def _pass(file: BinaryIO, entries: Iterable[Entry], header: int, infinities: bool) -> tuple[str, list[_Inspection]]:
     """Read the file once; returns its sha256, and an inspection of each tensor."""
     whole, inspections = hashlib.sha256(), []
     buffer = bytearray(CHUNK)
     for part in _chunks(file, header, buffer):
         whole.update(part)
     for entry in entries:
-        inspection = _Inspection(entry.name, entry.dtype)
+        inspection = _Inspection(entry.name, entry.dtype, infinities)
         for part in _chunks(file, entry.stop - entry.start, buffer):
             whole.update(part)
             inspection.take(torch.frombuffer(part, dtype=entry.dtype))
@@ -168,8 +170,10 @@ def _chunks(file: BinaryIO, nbytes: int, buffer: bytearray) -> Iterator[memoryvi
 class _Inspection:
     """The running inspection of one tensor."""
 
-    def __init__(self, name: str, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, dtype: torch.dtype, infinities: bool) -> None:
         self.name = name
+        self.infinities = infinities
+        self.infinite = False
         self.floating = _is_floating(dtype)
         self.norm = 0.0
         self.seen = self.nonzero = False
@@ -186,23 +190,41 @@ class _Inspection:
             return
         norm = _norm(part)
         if not math.isfinite(norm) and not _wide(part).isfinite().all():
-            raise FailedPrecondition(
-                f"{short(self.name)} has NaN or infinite values: the training run diverged; use an earlier checkpoint"
-            )
+            if not self.infinities or bool(_wide(part).isnan().any()):
+                raise not_finite(self.name)
+            self.infinite = True
         self.norm = math.hypot(self.norm, norm)
         self.nonzero = self.nonzero or norm > 0 or bool(_wide(part).any())
 
 
-def _judged(inspections: Iterable[_Inspection]) -> tuple[dict[str, float], dict[str, str]]:
-    """Norms and digests of tensors. Raises FailedPrecondition if there are floating numbers, and all are zero."""
+def not_finite(name: str) -> FailedPrecondition:
+    """The error for a tensor that holds NaN or infinity where it must not."""
+    return FailedPrecondition(
+        f"{short(name)} has NaN or infinite values: the training run diverged; use an earlier checkpoint"
+    )
+
+
+def same_infinities(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape have the same infinities in the same places."""
+    one, other = _wide(one.detach().cpu()), _wide(other.detach().cpu())
+    places = one.isinf()
+    return torch.equal(places, other.isinf()) and torch.equal(one[places], other[places])
+
+
+def _judged(inspections: Iterable[_Inspection], tensors: Mapping[str, Description]) -> Contents:
+    """What was found in tensors. Raises FailedPrecondition if there are floating numbers, and all are zero."""
     inspections = list(inspections)
     floating = [inspection for inspection in inspections if inspection.floating]
     if any(inspection.seen for inspection in floating) and not any(inspection.nonzero for inspection in floating):
         raise FailedPrecondition(
             "all its floating-point values are zero: the weights were never filled in; export the trained weights"
         )
-    norms = {inspection.name: inspection.norm for inspection in floating}
-    return norms, {inspection.name: inspection.sha256.hexdigest() for inspection in inspections}
+    return Contents(
+        tensors=tensors,
+        norms={inspection.name: inspection.norm for inspection in floating},
+        digests={inspection.name: inspection.sha256.hexdigest() for inspection in inspections},
+        infinite=frozenset(inspection.name for inspection in floating if inspection.infinite),
+    )
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import subprocess
 import sys
 import textwrap
 import threading
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
+import scipy.interpolate
 import torch
 from torch import Tensor, nn
 
-from expertmesh.experts.identity.code_digest import code_digest
+from expertmesh.experts.construct.factory import build
+from expertmesh.experts.identity.code_digest import code_digest, examined
+from expertmesh.experts.identity.version_name import expert_digest
+from expertmesh.experts.spec import Expert
 
 Function = Callable[..., Any]
 
@@ -171,6 +178,110 @@ SAME: dict[str, tuple[Any, Any]] = {
 def test_what_is_made_alike_has_one_digest(case: str) -> None:
     one, other = SAME[case]
     assert code_digest(one) == code_digest(other)
+
+
+class Named(dict):  # type: ignore[type-arg]
+    """A map with an attribute."""
+
+
+def named_map(by: float) -> Named:
+    made = Named(a=1)
+    made.by = by  # type: ignore[attr-defined]
+    return made
+
+
+def hooked(by: float) -> nn.Module:
+    module = linear(1.0)
+    module.register_forward_hook(lambda _, __, rows: rows * by)
+    return module
+
+
+def quantised(value: float) -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(nn.Sequential(linear(value)).eval(), {nn.Linear})  # type: ignore
+
+
+def in_a_script(by: float) -> Function:
+    scope = {"__name__": "__main__", "BY": by}
+    exec(compile("def f(rows): return rows * BY", "<script>", "exec"), scope)  # noqa: S102 (the text stands here)
+    return scope["f"]  # type: ignore[return-value]
+
+
+def array_of(*items: object) -> np.ndarray[Any, Any]:
+    made = np.empty(len(items), dtype=object)
+    made[:] = items
+    return made
+
+
+HELD: dict[str, Callable[[float], Any]] = {
+    "a namespace": lambda by: Scale(types.SimpleNamespace(by=by)),  # type: ignore[arg-type]
+    "a namespace in a list": lambda by: Scale([1, types.SimpleNamespace(by=by)]),  # type: ignore[arg-type]
+    "a spline": lambda by: affine(scipy.interpolate.CubicSpline([0.0, 1.0, 2.0], [0.0, by, 2 * by])),  # type: ignore
+    "a polynomial": lambda by: np.poly1d([by, 0.0]),
+    "a masked array": lambda by: affine(np.ma.masked_array([1.0, 2.0], [by > 2, False])),  # type: ignore[arg-type]
+    "an array of objects": lambda by: affine(array_of(types.SimpleNamespace(by=by))),  # type: ignore[arg-type]
+    "a queue": lambda by: affine(collections.deque([by])),  # type: ignore[arg-type]
+    "a ufunc of one's own": lambda by: np.vectorize(affine(by)),
+    "a map with attributes": lambda by: affine(named_map(by)),  # type: ignore[arg-type]
+    "a quantised module": quantised,
+    "a module behind a closure that is quantised": lambda by: affine(1, module=quantised(by)),
+    "a hook of a module": hooked,
+    "a global of a script": in_a_script,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", HELD)
+def test_what_a_live_object_holds_is_seen(kind: str) -> None:
+    two, three, again = (examined(HELD[kind](by), live=True) for by in (2.0, 3.0, 2.0))
+    assert two.digest != three.digest
+    assert two == again
+    assert not two.opaque
+
+
+HIDDEN: dict[str, Callable[[], Any]] = {
+    "a generator": lambda: affine(n for n in (1, 2)),  # type: ignore[arg-type]
+    "an object of compiled code": lambda: Scale(msgpack.Packer()),  # type: ignore[arg-type]
+    "random numbers": lambda: Scale(np.random.default_rng(1)),  # type: ignore[arg-type]
+    "a ufunc of a function": lambda: np.frompyfunc(affine(2.0), 1, 1),
+    "TorchScript": lambda: torch.jit.trace(linear(1.0), torch.zeros(1, 2)),  # type: ignore[no-untyped-call]
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_what_cannot_be_seen_is_another_version_each_time(kind: str) -> None:
+    live = HIDDEN[kind]()
+    assert examined(live, live=True).opaque
+    digests = [expert_digest(Expert(live=live), live, "", counter=counter) for counter in (1, 2, 2)]
+    assert digests[0] != digests[1] == digests[2]
+
+
+def test_of_what_a_constructor_makes_only_its_own_attributes_are_compared() -> None:
+    seen = [examined(Scale(types.SimpleNamespace(by=by))) for by in (2.0, 3.0)]  # type: ignore[arg-type]
+    assert seen[0] == seen[1]
+    assert seen[0].opaque
+    assert not examined(Scale(2.0)).opaque
+
+
+def test_functions_and_classes_of_the_same_module_are_seen_behind_their_names() -> None:
+    source = "def g(rows): return rows * {}\nclass H:\n by = {}\ndef f(rows): return g(rows) * H.by"
+    digests = {examined(compiled(source.format(*by))).digest for by in ((1, 1), (1, 2), (2, 1))}
+    assert len(digests) == 3
+    assert len({code_digest(compiled(source.format(*by))) for by in ((1, 1), (1, 2), (2, 1))}) == 1  # as before
+
+
+PLAIN = (
+    Expert("numpy:sort"), Expert("numpy:sin"), Expert("torch:sin"), Expert("torch.nn.functional:relu"),
+    Expert("torch.nn:Linear", args=(4, 4)), Expert("torch.nn:LSTM", args=(4, 4)), Expert("torch.nn:LayerNorm", (4,)),
+    Expert("torch.nn:MultiheadAttention", args=(4, 2)), Expert("torch.nn:TransformerEncoderLayer", args=(4, 2)),
+    Expert("scipy.special:expit"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("expert", PLAIN, ids=lambda expert: expert.factory)
+def test_the_digits_of_experts_that_hold_nothing_are_those_of_the_first_recipe(expert: Expert) -> None:
+    function = build(expert).function
+    assert expert_digest(expert, function, "", counter=7) == expert_digest(expert, function, "", counter=8, recipe=1)
 
 
 def test_a_function_may_call_itself_and_a_closure_may_be_empty() -> None:

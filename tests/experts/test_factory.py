@@ -22,6 +22,17 @@ from expertmesh.experts.weights.files import save_tensors
 ROWS = torch.tensor([[1.0, -2.0, 3.0, 0.5], [0.0, 4.0, -1.0, 2.0]])
 
 
+class With(nn.Module):
+    """A module that gives its rows back."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows
+
+
 def test_a_class_is_constructed() -> None:
     function = build(Expert("helpers.samples:Affine", kwargs={"width": 4, "scale": 2.0}))
     assert torch.equal(function(ROWS), ROWS * 2)
@@ -139,6 +150,14 @@ def test_a_module_gets_rows_of_its_parameters_dtype(given_dtype: torch.dtype) ->
     assert build(Expert("helpers.samples:relu"))(ROWS.to(given_dtype)).dtype == given_dtype
 
 
+def test_weights_in_eight_bits_do_not_say_what_rows_are() -> None:
+    scaled = nn.Module()
+    scaled.weight = nn.Parameter(torch.eye(4).to(torch.float8_e4m3fn), requires_grad=False)
+    assert build(Expert.from_module(With(scaled)))(ROWS.double()).dtype == torch.float64
+    scaled.scale = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    assert build(Expert.from_module(With(scaled)))(ROWS.double()).dtype == torch.bfloat16
+
+
 def test_integer_rows_stay_integers() -> None:
     embedding = Expert("torch.nn:Embedding", args=(8, 3), input=TensorSpec((2,), "int64"))
     assert build(embedding)(torch.tensor([[1, 2]])).shape == (1, 2, 3)
@@ -154,6 +173,10 @@ def test_random_initial_weights_are_equal_on_every_build_and_disturb_nobody() ->
     again = build(declared)
     other = build(Expert("torch.nn:Linear", args=(4, 4), kwargs={"bias": True}))
     assert torch.equal(first.state()["weight"], again.state()["weight"])
+    named = [build(declared, id=id).state()["weight"] for id in ("l/a", "l/b", "l/a")]
+    assert torch.equal(named[0], named[2])
+    assert not torch.equal(named[0], named[1])
+    assert not torch.equal(named[0], first.state()["weight"])
     assert not torch.equal(first.state()["weight"], other.state()["weight"])
 
 

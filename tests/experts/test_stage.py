@@ -201,6 +201,34 @@ def test_a_drift_above_its_bound_and_one_that_cannot_be_measured(old: RowFunctio
     assert staged(sin, build(Expert("torch:sin")))[1].drift == 0
 
 
+def test_how_a_version_was_made_stays_with_it(old: RowFunction) -> None:
+    made = [stage_of(id, recipe=recipe) for recipe in (1, 2) for id in ("l/a", "l/b")]
+    assert made[0].digest == made[1].digest  # as before: the seed did not depend on the id
+    assert len({receipt.digest for receipt in made}) == 3
+
+
+def stage_of(id: str, **options: Any) -> Receipt:
+    return staged(Proposal(id=id, counter=1, expert=LINEAR, **options), None)[1]
+
+
+def test_what_was_not_run_says_so(old: RowFunction) -> None:
+    unknown = Expert("helpers.samples:Affine")
+    serving = build(unknown)
+    first = staged(offered(None, unknown), None)[1]
+    assert (first.verified, first.unmeasured) == (False, "not run, because no rows were declared or served")
+    assert staged(offered(None, unknown), serving)[1].verified  # the same code
+    assert not staged(offered(None, Expert("torch:sin")), serving)[1].verified
+    assert staged(offered(None, Expert("torch:sin"), input=TensorSpec((4,))), None)[1].verified
+    serving(torch.ones(2, 4, dtype=torch.float64))
+    assert serving.served == TensorSpec((4,), "float64")
+    function, receipt = staged(offered(None, Expert("torch:sin")), serving)
+    assert (receipt.verified, receipt.unmeasured, function.served) == (True, "", serving.served)
+    assert receipt.drift is not None
+    assert serving.on(torch.device("cpu")).served == serving.served
+    with pytest.raises(FailedPrecondition, match="raised ZeroDivisionError on probe rows"):
+        staged(offered(None, Expert("helpers.samples:raises")), serving)
+
+
 def test_a_norm_that_is_off_is_allowed_by_hand(old: RowFunction) -> None:
     large = {name: value * 5000 for name, value in old.state().items()}
     with pytest.raises(FailedPrecondition, match="a factor of 5000"):
@@ -209,7 +237,7 @@ def test_a_norm_that_is_off_is_allowed_by_hand(old: RowFunction) -> None:
 
 
 def test_another_factory_of_the_same_rows_may_take_the_place(old: RowFunction) -> None:
-    function, receipt = staged(offered(None, Expert("torch:sin")), old)
+    function, receipt = staged(offered(None, Expert("torch:sin")), build(LINEAR))
     assert torch.equal(answers(function), ROWS.sin())
     assert receipt.drift is None
     wide = Expert("torch.nn:Linear", args=(4, 5))

@@ -146,8 +146,8 @@ class Watched(Executor):
 class Builder(CandidateBuilder):
     """The real one, without files: uploads are not looked into, and gates are neither written nor read."""
 
-    def declare(self, layers: Mapping[str, Layer]) -> None:
-        super().declare(layers)
+    def declare(self, layers: Mapping[str, Layer], owner: str = "") -> None:
+        super().declare(layers, owner)
         gates = {layer.gate_id for layer in layers.values()}
         self.declared |= {id: replace(self.declared[id], gate=NoFile()) for id in gates}  # type: ignore[arg-type]
 
