@@ -259,7 +259,7 @@ class Cluster:
         self._say("loading and verifying experts")
         self._replicas = {replica.id: replica.expert_ids for replica in planned}
         self._needs = {replica.id: needs(replica) for replica in planned}
-        self._declare(max(1.0, deadline - time.monotonic()), redeclare)
+        self._declare(max(1.0, deadline - time.monotonic()), redeclare, renewed=redeclare)
         known = backend.state()
         for id, why in sorted(known.broken.items()):
             self._say(f"{id} is broken and does not serve: {why}")

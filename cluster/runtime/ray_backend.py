@@ -151,9 +151,13 @@ class RayBackend:
     def declare(self, desired: Desired, timeout: float) -> dict[str, str]:
         """Have the controller load the declared layers; returns the versions that then serve.
 
-        Raises the controller's errors, and Unavailable if it does not answer in time.
+        Raises the controller's errors, ConfigError for a live object that cannot be sent, and Unavailable if the
+        controller does not answer in time.
         """
-        call = self._controller.declare.remote(self._controller, self._router, desired, timeout)
+        try:
+            call = self._controller.declare.remote(self._controller, self._router, desired, timeout)
+        except Exception as error:  # noqa: BLE001 (Ray pickles live objects here, whose code may raise anything)
+            raise _unsendable(desired) or error from None
         versions: dict[str, str] = fetched(call, timeout + CALL_TIMEOUT)
         return versions
 
@@ -211,3 +215,18 @@ def _quietly(action: Callable[[], Any]) -> None:
         log.debug("while stopping: %s", error)
     except Exception:
         log.exception("while stopping")
+
+
+def _unsendable(desired: Desired) -> ConfigError | None:
+    """The error for a live object that Ray cannot send to its replica, if there is one."""
+    for layer in desired.layers.values():
+        for id, expert in layer.everyone_by_id.items():
+            try:
+                ray.cloudpickle.dumps(expert.live)  # type: ignore[no-untyped-call]
+            except Exception as error:  # noqa: BLE001 (as above)
+                kind = type(expert.live).__name__
+                return ConfigError(
+                    f"{id}: the live {kind} cannot be sent to its replica: {error}. Declare it by "
+                    'a factory, as in Expert("mine:make"); TorchScript by Expert("torch.jit:load", args=(path,))'
+                )
+    return None

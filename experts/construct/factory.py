@@ -93,7 +93,7 @@ def locate(factory: str) -> Any:
         target = getattr(target, name)
     if not callable(target):
         raise ConfigError(f"factory {factory!r} is a {type(target).__name__}, not a class or function")
-    _source_digest_at_import(module_name, id(sys.modules[module_name].__spec__))
+    _source_at_import(module_name)
     return target
 
 
@@ -104,23 +104,26 @@ def check_unchanged(factory: str) -> None:
     """
     locate(factory)
     name = factory.partition(":")[0]
-    imported = _source_digest_at_import(name, id(sys.modules[name].__spec__))
-    if imported != _source_digest(name):
+    if _source_at_import(name) != _source_digest(name):
         raise FailedPrecondition(
             f"the file of module {name!r} has changed since this process imported it, so that its old code would run: "
             "give the new code a module of another name, pass it as a live object, or restart the cluster"
         )
 
 
+def _source_at_import(name: str) -> str:
+    """The digest of a module's file when it was first asked for, after its import or a reload."""
+    return _remembered(name, id(getattr(sys.modules.get(name), "__spec__", None)))
+
+
 @cache
-def _source_digest_at_import(name: str, spec: int) -> str:
-    """The digest of a module's file when it was first asked for; `spec` is the id of its import, new when reloaded."""
+def _remembered(name: str, spec: int) -> str:
     return _source_digest(name)
 
 
 def _source_digest(name: str) -> str:
     """The sha256 of a module's source in hexadecimal; empty where it has none."""
-    path = getattr(sys.modules[name], "__file__", None) or ""
+    path = getattr(sys.modules.get(name), "__file__", None) or ""
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path.endswith(".py") else ""
     except OSError:  # an archive, or a file that was removed

@@ -209,8 +209,9 @@ def _receipt(
     version = version_name(proposal.counter, digest)
     if proposal.version is not None and version != proposal.version:
         raise FailedPrecondition(
-            f"it was built as {version}, but {proposal.version} was expected: code, arguments or weights differ "
-            "between nodes; give all nodes the same ones, code by runtime_env"
+            f"it was built as {version}, but {proposal.version} was expected: code, arguments, weights or a file that "
+            "its factory reads differ between nodes, or have changed since. Give all nodes the same ones, code by "
+            "runtime_env, or name it in `redeclare` at the next start"
         )
     nbytes = sum(tensor.nbytes for tensor in state.values())
     input_spec, output_spec = _specs(proposal, function)

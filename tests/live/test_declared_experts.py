@@ -209,6 +209,21 @@ def test_a_file_that_a_factory_reads_is_read_again(module: Callable[[str], str],
         assert client.forward("l", X)[0, 0] == 3
     with serving(lone(expert), state_dir=state) as (cluster, client):
         assert (cluster.status()["versions"]["l/e"], client.forward("l", X)[0, 0]) == (version, 3)
+    np.save(path, np.float32([4]))  # while nobody looks: the recorded version cannot be made again
+    with serving(lone(expert), state_dir=state, redeclare=["l/e"]) as (_, client):
+        assert client.forward("l", X)[0, 0] == 4
+
+
+def test_redeclaring_goes_back_to_the_declared_weights(tmp_path: Path) -> None:
+    layer = lone(Expert("helpers.samples:Affine", kwargs={"width": 3}), input=TensorSpec((3,)))
+    save_tensors(tmp_path / "w", {"bias": torch.ones(3)})
+    options: dict[str, Any] = {"state_dir": tmp_path / "state"}
+    with serving(layer, **options) as (_, client):
+        client.swap({"l/e": tmp_path / "w"})
+    for redeclare, bias in (([], 1), (["l/e"], 0), (["l/e"], 0)):
+        with serving(layer, redeclare=redeclare, **options) as (cluster, client):
+            assert np.array_equal(client.forward("l", X), X + bias)
+            assert cluster.status()["epoch"] == 3 - bias
 
 
 def test_code_whose_file_was_edited_is_refused_and_not_reported_as_new(module: Callable[[str], str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,9 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from expertmesh.cluster.control.messages import Desired
 from expertmesh.cluster.runtime.ray_environment import load_backend
+from expertmesh.experts.spec import Expert
 from expertmesh.experts.tensors import from_bytes
 from expertmesh.experts.weights.files import save_tensors
+from expertmesh.router import gates
+from expertmesh.router.mixture.layer import Layer
 
 pytestmark = pytest.mark.ray
 
@@ -52,3 +57,19 @@ def test_candidates_that_are_staged_together_get_their_own_weights(
     puts.clear()
     assert [port._stored(paths[0]).value for _ in range(3)] == [0.0] * 3
     assert len(puts) <= 1  # once for all replicas
+
+
+def test_a_live_object_that_cannot_be_sent_is_named_and_how_to_declare_it() -> None:
+    load_backend(None)
+    from expertmesh.cluster.runtime.ray_backend import _unsendable
+
+    experts = {"a": Expert("torch:sin"), "b": Expert.from_function(lambda rows: (rows, threading.Lock())[0])}
+    layer = Layer("l", gates.Fixed([1.0, 1.0]), experts)
+    assert _unsendable(Desired(layers={"l": layer})) is None
+    held = threading.Lock()
+    layer = layer.with_experts({**experts, "b": Expert.from_function(lambda rows: held and rows)})
+    error = _unsendable(Desired(layers={"l": layer}))
+    assert error is not None
+    assert re.match(
+        r"l/b: the live function cannot be sent to its replica: .*lock.*Declare it by a factory", error.message
+    )
