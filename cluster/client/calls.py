@@ -7,11 +7,8 @@ retries with the same id until an answer comes, so that the swap happens once.
 from __future__ import annotations
 
 import os
-import random
-import re
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from ...experts.errors import (
@@ -20,68 +17,29 @@ from ...experts.errors import (
     ExpertMeshError,
     FailedPrecondition,
     InvalidRequest,
-    TooLarge,
     Unavailable,
 )
 from ...experts.protocol import CallOptions
-from ...experts.wire import Buffer, Frame, WireTensor, decode, encode_parts
+from ...experts.wire import Frame, WireTensor
 from ..rpc import health
-from ..rpc.channel_options import MAX_MESSAGE_BYTES
 from ..rpc.documents import NAME, decode_document, to_tensor
-from ..rpc.methods import METHODS, SERVICE, Role, new_request_id
-from ..rpc.status import REQUEST_ID_KEY, is_request_id
-from ..rpc.streams import MAX_REQUEST_BYTES, Streamed
 from ..rpc.swaps import Lease, SwapAsked, SwapOutcome, read_answer
 from .arrays import to_wire
-from .half_precision import check_payload_dtype
 from .reply import Reply, read_reply
-from .requests import around, call_fields, check_timeout, expert_names, half_dtype, swap_request
-from .retry import Flow, Retries, RetryBudget, RetryPolicy
-from .seen_epoch import SeenEpoch
+from .requests import around, call_fields, expert_names, half_dtype, swap_request
+from .retry import Flow, RetryBudget, RetryPolicy
+from .sending import Sending
 from .upload import Progress, Upload, prepare, with_file_names
 
 ANSWER_SECONDS = 15.0
 """Seconds beyond its staging timeout that a swap may take to be committed and adopted by all routers."""
 
 PATIENT = RetryPolicy(attempts=1000, first_pause=0.2, longest_pause=2.0)
-STREAM_SHARE = 4
-"""Requests above 1/4 of the message limit are sent in chunks: a reply may be that much larger than its request."""
-
 Array = TypeVar("Array")
-_TOKEN = re.compile(r"[!-~]{1,4096}")
 
 
-def new_retries(policy: RetryPolicy) -> Retries:
-    """Retries with the monotonic clock, random jitter and a full budget."""
-    return Retries(policy=policy, budget=RetryBudget(), clock=time.monotonic, jitter=random.random)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calls:
-    """The methods of a cluster as flows; `timeout` is the default of its calls, in seconds.
-
-    A call carries the token of the lowest role that may make it, if `tokens` has one, else `token`.
-    """
-
-    token: str = field(repr=False)
-    tokens: Mapping[Role, str] = field(default_factory=dict, repr=False)
-    timeout: float = 30.0
-    max_message_bytes: int = MAX_MESSAGE_BYTES
-    max_request_bytes: int = MAX_REQUEST_BYTES
-    payload_dtype: str | None = None
-    retries: Retries = field(default_factory=lambda: new_retries(RetryPolicy()), repr=False)
-    new_id: Callable[[], str] = field(default=new_request_id, repr=False)
-    seen_epoch: SeenEpoch = field(default_factory=SeenEpoch, repr=False)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.token, str) or not _TOKEN.fullmatch(self.token):
-            raise InvalidRequest("the token must be printable ASCII without spaces")
-        check_timeout(self.timeout)
-        if type(self.max_message_bytes) is not int or not 0 < self.max_message_bytes < 2**31:
-            raise InvalidRequest("max_message_bytes must be an int above 0 and below 2 GiB")
-        if type(self.max_request_bytes) is not int or self.max_request_bytes <= 0:
-            raise InvalidRequest("max_request_bytes must be an int above 0")
-        check_payload_dtype(self.payload_dtype)
+class Calls(Sending):
+    """The methods of a cluster as flows, for one token."""
 
     def forward(self, /, layer: str, x: Array, **options: Any) -> Flow[Array]:
         """Send rows `x` [T, ...] through a layer; return its output [T, ...], of the same array type as `x`.
@@ -325,67 +283,6 @@ class Calls:
 
     def _send_chunk(self, fields: dict[str, Any], tensors: dict[str, WireTensor]) -> Flow[Frame]:
         return (yield from self._ask("Upload", fields, tensors, None, self.new_id()))
-
-    def _ask(
-        self, method: str, meta: dict[str, Any], tensors: dict[str, WireTensor], timeout: float | None, request_id: Any
-    ) -> Flow[Frame]:
-        parts = encode_parts(method.lower(), meta, tensors)
-        return (yield from self._ask_once(method, parts, timeout, request_id))
-
-    def _call(
-        self,
-        meta: dict[str, Any],
-        tensors: dict[str, WireTensor],
-        stream: bool | None,
-        timeout: float | None,
-        request_id: Any,
-    ) -> Flow[Frame]:
-        """Send a small request as one message, so that its reply fits into one too; send larger ones in chunks."""
-        parts = encode_parts("call", meta, tensors)
-        size = sum(len(part) for part in parts)
-        if stream is False or (stream is None and size <= self.max_message_bytes // STREAM_SHARE):
-            return (yield from self._ask_once("Call", parts, timeout, request_id))
-        if size > self.max_request_bytes:
-            raise TooLarge(
-                f"the request has {size} bytes, but max_request_bytes of this client is {self.max_request_bytes}: "
-                "send fewer rows per call, or raise it on both the client and the cluster"
-            )
-        streamed = Streamed.of(parts, max_message_bytes=self.max_message_bytes, most=self.max_request_bytes)
-        answer = yield from self._send(self.retries, f"/{SERVICE}/CallStream", streamed, timeout, request_id)
-        return _decoded(answer, self.max_request_bytes, request_id)
-
-    def _ask_once(self, method: str, parts: list[Buffer], timeout: float | None, request_id: Any) -> Flow[Frame]:
-        """Send one message, joined from its parts; this is the only copy of them here."""
-        size = sum(len(part) for part in parts)
-        if size > self.max_message_bytes:
-            raise TooLarge(
-                f"the request has {size} bytes, but max_message_bytes of this client is {self.max_message_bytes}: "
-                "send fewer rows per call, or raise it on both the client and the cluster"
-            )
-        answer = yield from self._send(self.retries, f"/{SERVICE}/{method}", b"".join(parts), timeout, request_id)
-        return _decoded(answer, self.max_message_bytes, request_id)
-
-    def _send(
-        self, retries: Retries, method: str, payload: bytes | Streamed, timeout: float | None, request_id: Any
-    ) -> Flow[Buffer]:
-        if not is_request_id(request_id):
-            raise InvalidRequest("request_id must be 1 to 128 letters, digits, or any of . _ : / -")
-        seconds = self.timeout if timeout is None else check_timeout(timeout)
-        token = self.tokens.get(METHODS.get(method.rpartition("/")[2], Role.ADMIN), self.token)
-        metadata = (("authorization", f"Bearer {token}"), (REQUEST_ID_KEY, request_id))
-        try:
-            return (yield from retries.attempts(method, payload, timeout=seconds, metadata=metadata))
-        except ExpertMeshError as error:
-            if error.request_id is None:
-                error.request_id = request_id
-            raise
-
-
-def _decoded(answer: Buffer, most: int, request_id: Any) -> Frame:
-    try:
-        return decode(answer, max_bytes=most)
-    except InvalidRequest as error:
-        raise DataLoss(f"the reply cannot be read: {error}", request_id=request_id) from None
 
 
 def _open_ended(error: ExpertMeshError, swap_id: str) -> ExpertMeshError:

@@ -23,9 +23,10 @@ from ..rpc.channel_options import MAX_MESSAGE_BYTES, client_options
 from ..rpc.status import from_status
 from ..rpc.streams import MAX_REQUEST_BYTES, Streamed
 from ..rpc.swaps import Lease
-from .calls import Calls, new_retries
+from .calls import Calls
 from .endpoint import Endpoint, resolve
 from .retry import Answer, Flow, Pause, RetryPolicy, Step, Work, drive, drive_async
+from .sending import new_retries
 from .stream import exchange, exchange_async
 
 CUT_OFF = ("Socket closed", "Connection reset", "GOAWAY")

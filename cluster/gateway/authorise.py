@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import hmac
+from dataclasses import dataclass
 
 from ...experts.errors import PermissionDenied, Unauthenticated
 from ..machine.tokens import check_digest, token_digest
 from ..rpc.methods import METHODS, Role
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whose call it is: the role of the token, and an id of the token, which does not reveal it."""
+
+    role: Role
+    id: str = ""
 
 
 class TokenTable:

@@ -15,17 +15,20 @@ from typing import Any, Protocol, TypeVar
 from ...experts.errors import ExpertMeshError, InvalidRequest, Unavailable
 from ...experts.wire import Buffer, Frame, decode
 from ...router.request.forward import Router
+from ..machine.tokens import token_digest
 from ..rpc import health
 from ..rpc.documents import encode_document
 from ..rpc.health import ServingStatus
-from ..rpc.methods import SERVICE, Role
-from .authorise import TokenTable
+from ..rpc.methods import SERVICE
+from .authorise import Caller, TokenTable
 from .frames import forward_request, one_message, reply_parts
-from .streams import StreamContext, StreamedCalls, StreamLimits
+from .streams import Read, StreamContext, StreamedCalls, StreamLimits
 from .swaps import FrameHandler
 
 log = logging.getLogger(__name__)
-NOT_WHILE_DRAINING = ("Upload", "Swap", "Pin")
+NOT_WHILE_DRAINING = {
+    "Call": "requests", "CallStream": "requests", "Upload": "changes", "Swap": "changes", "Pin": "leases",
+}  # fmt: skip
 
 T = TypeVar("T")
 
@@ -51,13 +54,15 @@ class GatewaySettings:
 class CallInfo:
     """The metadata of a call. `deadline` is in monotonic seconds, None without a deadline.
 
-    `client` identifies the caller, so that the router can serve callers fairly.
+    `client` identifies the caller, so that the router can serve callers fairly. `layer` is the layer that the caller
+    says to call: a hint, so that a call which cannot be answered in time is refused before it is received.
     """
 
     request_id: str
     token: str | None = field(repr=False)
     deadline: float | None = None
     client: str = ""
+    layer: str = ""
 
 
 class Run(Protocol):
@@ -96,7 +101,7 @@ class Gateway:
         self._status = status
         self._draining = False
         self._changed = asyncio.Event()
-        self._unary: dict[str, Callable[[bytes, Role, CallInfo], Awaitable[bytes]]] = {
+        self._unary: dict[str, Callable[[bytes, Caller, CallInfo], Awaitable[bytes]]] = {
             "Call": self._call,
             "Status": self._get_status,
             "Drain": self._drain,
@@ -109,30 +114,36 @@ class Gateway:
         """The methods that `unary` answers."""
         return tuple(self._unary)
 
-    def authorise(self, method: str, token: str | None) -> Role:
-        """The role with which a token may call a method. Raises Unauthenticated or PermissionDenied."""
-        return self._tokens.authorise(method, token, time.time())
+    def authorise(self, method: str, token: str | None) -> Caller:
+        """Whose token may call a method. Raises Unauthenticated or PermissionDenied."""
+        role = self._tokens.authorise(method, token, time.time())
+        return Caller(role, token_digest(token or "")[:16])
 
-    async def unary(self, method: str, request: bytes, call: CallInfo) -> bytes:
-        """Authorise and answer a call of one message. Raises an ExpertMeshError."""
-        return await self._unary[method](request, self.authorise(method, call.token), call)
+    async def unary(self, method: str, read: Read, call: CallInfo) -> bytes:
+        """Authorise a call of one message, then `read` and answer it. Raises an ExpertMeshError."""
+        caller = self.authorise(method, call.token)
+        self._check_draining(method)
+        request = await self.streams.one_message(read, caller.id, self._seconds(call))
+        with self.streams.holding(len(request)):
+            return await self._unary[method](request, caller, call)
 
     async def stream(self, context: StreamContext, call: CallInfo) -> None:
         """Authorise a call in chunks, then read and answer it through `context`. Raises an ExpertMeshError.
 
         A cancelled stream also releases its memory reservation.
         """
-        self.authorise("CallStream", call.token)
-        self._check_accepting()
-        await self.streams.serve(context, self._seconds(call), lambda frame: self.answer(frame, call))
+        caller = self.authorise("CallStream", call.token)
+        self._check_draining("CallStream")
+        await self.streams.serve(context, caller.id, self._seconds(call), lambda frame: self.answer(frame, call))
 
     async def answer(self, frame: Frame, call: CallInfo) -> list[Buffer]:
         """Answer an authorised call with the buffers of its reply frame. Raises an ExpertMeshError."""
         return await self._run(self._forward(frame, call, self._seconds(call)))
 
-    async def watch(self, request: bytes, call: CallInfo) -> AsyncIterator[bytes]:
+    async def watch(self, read: Read, call: CallInfo) -> AsyncIterator[bytes]:
         """Yield the health of a service now, and at every change. Raises Unauthenticated or PermissionDenied."""
-        self.authorise("Watch", call.token)
+        caller = self.authorise("Watch", call.token)
+        request = await self.streams.one_message(read, caller.id, self.settings.default_timeout)
         service, last = health.decode_request(request), None
         while True:
             changed, now = self._changed, self.health_of(service)
@@ -165,9 +176,19 @@ class Gateway:
         self._changed = asyncio.Event()
 
     def refusal(self, method: str, error: Exception, request_id: str) -> ExpertMeshError:
-        """Log an error with its request id, and return the one for the caller; bugs become internal errors."""
+        """Log an error with its request id, and return the one for the caller; bugs become internal errors.
+
+        The frames that it was raised in hold the request, and may hold the error: they are let go of here, or refused
+        requests would stay in memory until a garbage collection.
+        """
+        error = self._logged(method, error, request_id)
+        _forget_frames(error)
+        return error
+
+    def _logged(self, method: str, error: Exception, request_id: str) -> ExpertMeshError:
         if not isinstance(error, ExpertMeshError):
             log.error("internal error", exc_info=error, extra={"method": method, "request_id": request_id})
+            _forget_frames(error)
             return ExpertMeshError("internal error: look up the request id in the log", request_id=request_id)
         error.request_id = error.request_id or request_id
         level = logging.WARNING if error.code in ("INTERNAL", "UNAVAILABLE", "DATA_LOSS") else logging.INFO
@@ -175,24 +196,21 @@ class Gateway:
         log.log(level, error.message, extra=details)
         return error
 
-    def _framed(self, method: str, handler: FrameHandler) -> Callable[[bytes, Role, CallInfo], Awaitable[bytes]]:
+    def _framed(self, method: str, handler: FrameHandler) -> Callable[[bytes, Caller, CallInfo], Awaitable[bytes]]:
         """Wrap a handler that takes a frame."""
 
-        async def framed(request: bytes, role: Role, call: CallInfo) -> bytes:
-            if self._draining and method in NOT_WHILE_DRAINING:
-                raise Unavailable("this cluster is draining and accepts no changes")
-            return await handler(decode(request, max_bytes=self.settings.max_message_bytes), role)
+        async def framed(request: bytes, caller: Caller, call: CallInfo) -> bytes:
+            return await handler(decode(request, max_bytes=self.settings.max_message_bytes), caller)
 
         return framed
 
-    async def _call(self, request: bytes, role: Role, call: CallInfo) -> bytes:
-        self._check_accepting()
+    async def _call(self, request: bytes, caller: Caller, call: CallInfo) -> bytes:
         parts = await self.answer(decode(request, max_bytes=self.settings.max_message_bytes), call)
         return one_message(parts, self.settings.max_message_bytes)
 
-    def _check_accepting(self) -> None:
-        if self._draining:
-            raise Unavailable("this cluster is draining and accepts no new requests")
+    def _check_draining(self, method: str) -> None:
+        if self._draining and method in NOT_WHILE_DRAINING:
+            raise Unavailable(f"this cluster is draining and accepts no new {NOT_WHILE_DRAINING[method]}")
 
     def _seconds(self, call: CallInfo) -> float:
         return self.settings.default_timeout if call.deadline is None else max(0.0, call.deadline - self._clock())
@@ -211,11 +229,11 @@ class Gateway:
             log.debug("call", extra={"request_id": request_id, "layer": forward.options.layer, "seconds": seconds})
         return reply_parts(reply)
 
-    async def _get_status(self, request: bytes, role: Role, call: CallInfo) -> bytes:
+    async def _get_status(self, request: bytes, caller: Caller, call: CallInfo) -> bytes:
         _expect(decode(request), "status")
         return await self._document()
 
-    async def _drain(self, request: bytes, role: Role, call: CallInfo) -> bytes:
+    async def _drain(self, request: bytes, caller: Caller, call: CallInfo) -> bytes:
         _expect(decode(request), "drain")
         log.warning("draining: requested by a client")
         self.drain()
@@ -226,8 +244,17 @@ class Gateway:
         status["state"] = "draining" if self._draining else self.state.name.lower()
         return encode_document("status", status)
 
-    async def _check(self, request: bytes, role: Role, call: CallInfo) -> bytes:
+    async def _check(self, request: bytes, caller: Caller, call: CallInfo) -> bytes:
         return health.encode_response(self.health_of(health.decode_request(request)))
+
+
+def _forget_frames(error: BaseException) -> None:
+    """Drop the traceback of an error, and of those that it followed."""
+    cause: BaseException | None = error
+    while cause is not None:
+        following = cause.__context__ or cause.__cause__
+        cause.__traceback__ = cause.__context__ = cause.__cause__ = None
+        cause = following
 
 
 def _expect(frame: Frame, kind: str) -> None:

@@ -1,9 +1,13 @@
-"""Serves the gateway over gRPC: reads token, id and deadline of a call from its context, and sends errors as status."""
+"""Serves the gateway over gRPC: reads token, id and deadline of a call from its context, and sends errors as status.
+
+Every method takes its request as a stream, also where that is one message: gRPC would otherwise receive the message
+whole before any of our code sees whose it is. On the wire both are the same.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import grpc
 import grpc.aio
@@ -14,8 +18,10 @@ from ..machine.unix_socket import grpc_address
 from ..rpc import health
 from ..rpc.channel_options import server_options
 from ..rpc.methods import SERVICE, new_request_id
-from ..rpc.status import REQUEST_ID_KEY, is_request_id, to_status
-from .gateway import CallInfo, Gateway
+from ..rpc.status import LAYER_KEY, REQUEST_ID_KEY, is_request_id, to_status
+from .gateway import CallInfo, Gateway, GatewaySettings
+
+Status = tuple[str, str, tuple[tuple[str, str], ...]]
 
 
 class GrpcServer:
@@ -31,20 +37,7 @@ class GrpcServer:
         settings = self._gateway.settings
         server = grpc.aio.server(options=server_options(settings.max_message_bytes, port_held=settings.port_held))
         server.add_generic_rpc_handlers((self._handlers(),))
-        address = with_port(settings.host, settings.port)
-        try:
-            if settings.tls is None:
-                self.port = server.add_insecure_port(address)
-            else:
-                self.port = server.add_secure_port(address, grpc.ssl_server_credentials([settings.tls]))
-        except RuntimeError:
-            raise Unavailable(f"cannot listen on {address}: is the port in use?") from None
-        if settings.socket is not None:
-            try:
-                server.add_insecure_port(grpc_address(settings.socket))  # its folder is the user's alone
-            except RuntimeError:
-                where = f"cannot listen on {settings.socket}"
-                raise Unavailable(f"{where}: set EXPERTMESH_HOME to a folder on a local disk") from None
+        self.port = _bind(server, settings)
         await server.start()
         self._server = server
         return self.port
@@ -58,9 +51,9 @@ class GrpcServer:
 
     def _handlers(self) -> grpc.GenericRpcHandler:
         paths = {method: f"/{SERVICE}/{method}" for method in self._gateway.methods} | {"Check": health.CHECK}
-        table = {path: grpc.unary_unary_rpc_method_handler(self._unary(method)) for method, path in paths.items()}
+        table = {path: grpc.stream_unary_rpc_method_handler(self._unary(method)) for method, path in paths.items()}
         table[f"/{SERVICE}/CallStream"] = grpc.stream_stream_rpc_method_handler(self._stream)
-        table[f"/{health.SERVICE}/Watch"] = grpc.unary_stream_rpc_method_handler(self._watch)
+        table[f"/{health.SERVICE}/Watch"] = grpc.stream_stream_rpc_method_handler(self._watch)
 
         class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
             def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
@@ -68,57 +61,85 @@ class GrpcServer:
 
         return Handlers()
 
-    def _unary(self, method: str) -> Callable[[bytes, grpc.aio.ServicerContext], Awaitable[bytes]]:
-        async def unary(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    def _unary(self, method: str) -> Callable[[object, grpc.aio.ServicerContext], Awaitable[bytes]]:
+        async def unary(requests: object, context: grpc.aio.ServicerContext) -> bytes:
             call = _call_info(context)
             try:
-                return await self._gateway.unary(method, request, call)
+                return await self._gateway.unary(method, context.read, call)
             except Exception as error:  # noqa: BLE001 (the border of the process: every error becomes a status)
-                return await self._abort(method, error, call, context)
+                status = self._status(method, error, call)
+            return _end(context, status)
 
         return unary
 
     async def _stream(self, requests: object, context: grpc.aio.ServicerContext) -> None:
-        """Reads and writes through `context`, not through `requests`."""
         call = _call_info(context)
         try:
-            await self._gateway.stream(context, call)
+            return await self._gateway.stream(context, call)
         except Exception as error:  # noqa: BLE001 (as above)
-            await self._abort("CallStream", error, call, context)
+            status = self._status("CallStream", error, call)
+        _end(context, status)
 
-    async def _watch(self, request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+    async def _watch(self, requests: object, context: grpc.aio.ServicerContext) -> None:
         call = _call_info(context)
         try:
-            async for status in self._gateway.watch(request, call):
-                yield status
+            async for health_now in self._gateway.watch(context.read, call):
+                await context.write(health_now)
+            return
         except ExpertMeshError as error:
-            await self._abort("Watch", error, call, context)
+            status = self._status("Watch", error, call)
+        _end(context, status)
 
-    async def _abort(self, method: str, error: Exception, call: CallInfo, context: grpc.aio.ServicerContext) -> bytes:
-        code, text, metadata = to_status(self._gateway.refusal(method, error, call.request_id))
-        await context.abort(grpc.StatusCode[code], text, metadata)
-        raise AssertionError("abort always raises")
+    def _status(self, method: str, error: Exception, call: CallInfo) -> Status:
+        return to_status(self._gateway.refusal(method, error, call.request_id))
+
+
+def _bind(server: grpc.aio.Server, settings: GatewaySettings) -> int:
+    """Bind the port of the settings, which is returned, and the socket. Raises Unavailable if one is in use."""
+    address = with_port(settings.host, settings.port)
+    try:
+        if settings.tls is None:
+            port = int(server.add_insecure_port(address))
+        else:
+            port = int(server.add_secure_port(address, grpc.ssl_server_credentials([settings.tls])))
+    except RuntimeError:
+        raise Unavailable(f"cannot listen on {address}: is the port in use?") from None
+    if settings.socket is not None:
+        try:
+            server.add_insecure_port(grpc_address(settings.socket))  # its folder is the user's alone
+        except RuntimeError:
+            where = f"cannot listen on {settings.socket}"
+            raise Unavailable(f"{where}: set EXPERTMESH_HOME to a folder on a local disk") from None
+    return port
+
+
+def _end(context: grpc.aio.ServicerContext, status: Status) -> bytes:
+    """End a call with this status once its handler returns.
+
+    `context.abort` would do so with an exception whose traceback holds the context, which holds the exception: a cycle
+    that keeps the call, and what it received, until a garbage collection.
+    """
+    code, text, metadata = status
+    context.set_code(grpc.StatusCode[code])
+    context.set_details(text)
+    context.set_trailing_metadata(metadata)
+    return b""
 
 
 def _call_info(context: grpc.aio.ServicerContext) -> CallInfo:
-    scheme, _, token = _metadata(context, "authorization").partition(" ")
-    request_id, seconds = _metadata(context, REQUEST_ID_KEY), context.time_remaining()
+    metadata = {key: value[:4200] for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    scheme, _, token = metadata.get("authorization", "").partition(" ")
+    request_id, seconds = metadata.get(REQUEST_ID_KEY, ""), context.time_remaining()
     return CallInfo(
         request_id=request_id if is_request_id(request_id) else new_request_id(),
         token=token if scheme.lower() == "bearer" else None,
         deadline=None if seconds is None else time.monotonic() + seconds,
-        client=_client_of(context),
+        client=_client_of(context, metadata),
+        layer=metadata.get(LAYER_KEY, ""),
     )
 
 
-def _client_of(context: grpc.aio.ServicerContext) -> str:
+def _client_of(context: grpc.aio.ServicerContext, metadata: Mapping[str, str]) -> str:
     """The caller's address; on the Unix socket, where nobody has one, the name that the client gave itself."""
     peer: str = context.peer()
-    return f"unix:{_metadata(context, 'user-agent')}" if peer.startswith("unix:") else peer
-
-
-def _metadata(context: grpc.aio.ServicerContext, key: str) -> str:
-    for name, value in context.invocation_metadata() or ():
-        if name == key and isinstance(value, str):
-            return value[:4200]
-    return ""
+    return f"unix:{metadata.get('user-agent', '')}" if peer.startswith("unix:") else peer

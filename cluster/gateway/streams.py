@@ -1,17 +1,22 @@
-"""The server side of calls in chunks: reserves memory before allocating it, and releases it however a call ends.
+"""Receives requests, in one message or in chunks, within a bound on the memory of all, however they end.
 
-No gRPC here. A call is refused early if its announced length exceeds a limit, alone or together with other streams.
+No gRPC here. A call is refused early if its announced length exceeds a limit, alone or together with other requests.
+A message on its way takes memory before anybody knows its size: so each token may have only a few on their way at a
+time, the others wait, and one that does not arrive whole in time is given up.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
-from collections.abc import Awaitable, Callable
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ...experts.errors import DeadlineExceeded, ExpertMeshError, Overloaded, TooLarge
+from ...experts.errors import DeadlineExceeded, ExpertMeshError, InvalidRequest, Overloaded, TooLarge
 from ...experts.wire import Buffer, Frame, decode
 from ..rpc.channel_options import MAX_MESSAGE_BYTES
 from ..rpc.streams import ADMITTED, CHUNK_BYTES, MAX_REQUEST_BYTES, Assembly, Opening, Streamed, read_opening
@@ -24,12 +29,21 @@ else:
 RETRY_AFTER = 1.0
 """Seconds after which a client may retry a call that was refused for lack of memory."""
 
+MAX_RECEIVING = 64
+"""How many messages of one token are received at a time."""
+
+MAX_STREAMS = 256
+"""How many streams may be in flight: each may be receiving a chunk beyond what it has announced."""
+
+Read = Callable[[], Awaitable[Any]]
+"""Reads the next message of a call: bytes, or an object other than bytes at the end."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StreamLimits:
-    """The maximum bytes of one streamed request or reply, and of all streams in flight.
+    """The maximum bytes of one streamed request or reply, of all streams in flight, and of all other requests.
 
-    `stall_seconds` is how long a stream may send nothing before it is complete.
+    `stall_seconds` is how long one message, or one chunk of a stream, may take to arrive.
     """
 
     max_request_bytes: int = MAX_REQUEST_BYTES
@@ -61,6 +75,8 @@ class StreamedCalls:
         self._limits = limits
         self._max_message_bytes = max_message_bytes
         self._reserved: dict[object, int] = {}
+        self._messages = 0
+        self._receiving: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MAX_RECEIVING))
 
     @property
     def reserved(self) -> int:
@@ -71,8 +87,34 @@ class StreamedCalls:
         """The number of admitted streams in flight."""
         return len(self._reserved)
 
+    async def one_message(self, read: Read, caller: str, timeout: float) -> bytes:
+        """Receive a request of one message, within `timeout` seconds. Raises InvalidRequest or DeadlineExceeded."""
+        async with self._receiving[caller]:
+            message = await self._read(read, timeout)
+        if message is None:
+            raise InvalidRequest("the call ended before its message was sent")
+        return message
+
+    @contextmanager
+    def holding(self, nbytes: int) -> Iterator[None]:
+        """Count the bytes of a request of one message while it lasts. Raises Overloaded if there is no room.
+
+        Such requests together may have as many bytes as all streams, and are answered whatever the streams hold.
+        """
+        if self._messages + nbytes > self._limits.max_stream_bytes:
+            raise Overloaded(
+                f"no room for {nbytes} more bytes: requests in flight hold {self._messages} of the "
+                f"{self._limits.max_stream_bytes} that max_stream_bytes allows; try again in a moment",
+                retry_after=RETRY_AFTER,
+            )
+        self._messages += nbytes
+        try:
+            yield
+        finally:
+            self._messages -= nbytes
+
     async def serve(
-        self, context: StreamContext, timeout: float, answer: Callable[[Frame], Awaitable[list[Buffer]]]
+        self, context: StreamContext, caller: str, timeout: float, answer: Callable[[Frame], Awaitable[list[Buffer]]]
     ) -> None:
         """Receive a frame, call `answer`, and send the reply, within `timeout` seconds in all.
 
@@ -81,7 +123,7 @@ class StreamedCalls:
         stream = object()
         try:
             async with deadline(timeout):  # in the call's own task: gRPC handles its errors on cancellation
-                await self._serve(stream, context, answer)
+                await self._serve(stream, context, caller, answer)
         except ExpertMeshError:  # DeadlineExceeded is a TimeoutError too
             raise
         except (TimeoutError, asyncio.TimeoutError):
@@ -90,9 +132,13 @@ class StreamedCalls:
             self._reserved.pop(stream, None)
 
     async def _serve(
-        self, stream: object, context: StreamContext, answer: Callable[[Frame], Awaitable[list[Buffer]]]
+        self,
+        stream: object,
+        context: StreamContext,
+        caller: str,
+        answer: Callable[[Frame], Awaitable[list[Buffer]]],
     ) -> None:
-        opening, frame = await self._receive(stream, context)
+        opening, frame = await self._receive(stream, context, caller)
         parts = await answer(frame)
         del frame  # free it before the reply is written
         total = sum(len(part) for part in parts)
@@ -107,25 +153,29 @@ class StreamedCalls:
         for message in Streamed(parts, chunk).messages():
             await context.write(message)
 
-    async def _receive(self, stream: object, context: StreamContext) -> tuple[Opening, Frame]:
-        opening = read_opening(await self._read(context) or b"")
+    async def _receive(self, stream: object, context: StreamContext, caller: str) -> tuple[Opening, Frame]:
+        async with self._receiving[caller]:
+            opening = read_opening(await self._read(context.read) or b"")
         self._reserve(stream, opening.total)
         try:
             assembly = Assembly(opening.total)
         except MemoryError:
             raise Overloaded(f"the machine cannot allocate {opening.total} bytes", retry_after=RETRY_AFTER) from None
         await context.send_initial_metadata((ADMITTED,))
-        while (message := await self._read(context)) is not None:
+        while (message := await self._read(context.read)) is not None:
             assembly.take(message)
         return opening, decode(assembly.finish(), max_bytes=self._limits.max_request_bytes)
 
-    async def _read(self, context: StreamContext) -> bytes | None:
+    async def _read(self, read: Read, timeout: float = math.inf) -> bytes | None:
         """The next message, or None at the end."""
-        seconds = self._limits.stall_seconds
+        seconds = min(timeout, self._limits.stall_seconds)
         try:
-            message = await asyncio.wait_for(context.read(), seconds)
+            async with deadline(seconds):
+                message = await read()
         except (TimeoutError, asyncio.TimeoutError):
-            raise DeadlineExceeded(f"the stream was silent for {seconds:g} s before it was complete") from None
+            raise DeadlineExceeded(
+                f"the call was silent for {seconds:g} s, or too slow, before it was complete"
+            ) from None
         return message if isinstance(message, bytes) else None
 
     def _reserve(self, stream: object, total: int) -> None:
@@ -134,6 +184,10 @@ class StreamedCalls:
             raise TooLarge(
                 f"the request has {total} bytes, but max_request_bytes of this cluster is {limits.max_request_bytes}: "
                 "send fewer rows per call, or raise it in the cluster's configuration"
+            )
+        if len(self) >= MAX_STREAMS:
+            raise Overloaded(
+                f"{len(self)} streams are in flight already: try again in a moment", retry_after=RETRY_AFTER
             )
         if self.reserved + total > limits.max_stream_bytes:
             raise Overloaded(

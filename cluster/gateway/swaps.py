@@ -45,10 +45,11 @@ from ..rpc.swaps import (
 )
 from ..state.records import check_id, check_swap_id, check_version
 from ..state.uploads import Uploads
+from .authorise import Caller
 
 MAX_DOCUMENT_BYTES = 2**20
 T = TypeVar("T")
-FrameHandler = Callable[[Frame, Role], Awaitable[bytes]]
+FrameHandler = Callable[[Frame, Caller], Awaitable[bytes]]
 Call = Callable[..., Awaitable[Any]]
 """Calls a function in another thread: `await call(function, *arguments)`."""
 
@@ -100,7 +101,7 @@ class SwapMethods:
         """Stop the thread that writes uploads."""
         self._disk.shutdown(wait=False, cancel_futures=True)
 
-    async def upload(self, frame: Frame, role: Role) -> bytes:
+    async def upload(self, frame: Frame, caller: Caller) -> bytes:
         """Write a chunk of an upload; while requests are served, delay the answer to throttle the client."""
         chunk = _record(UploadChunk, frame, "upload", tensors=(DATA,))
         tensor = frame.tensors[DATA]
@@ -112,11 +113,11 @@ class SwapMethods:
             await asyncio.sleep(len(tensor.data) / self._uploads.limits.upload_rate)
         return encode_document("uploaded", asdict(state))
 
-    async def swap(self, frame: Frame, role: Role) -> bytes:
+    async def swap(self, frame: Frame, caller: Caller) -> bytes:
         """Run a swap. It continues if its caller disconnects; a retry with the same swap id returns its outcome."""
         asked = from_mapping(SwapAsked, _document(frame, "swap"))
         try:
-            request = swap_request(asked, role, self._allowed)
+            request = swap_request(asked, caller.role, self._allowed)
         except ExpertMeshError:
             await self._drop_uploads(change.get("upload") for change in asked.changes.values())
             raise
@@ -127,26 +128,26 @@ class SwapMethods:
         outcome = SwapOutcome(**vars(result) | {"pending": list(result.pending), "cluster": self._cluster()})
         return encode_document("swap", outcome.to_document())
 
-    async def progress(self, frame: Frame, role: Role) -> bytes:
+    async def progress(self, frame: Frame, caller: Caller) -> bytes:
         """The progress of a swap."""
         asked = _record(ProgressAsked, frame, "swapprogress")
         check_swap_id(asked.swap_id)
         return encode_document("progress", await self._control.progress(asked.swap_id))
 
-    async def history(self, frame: Frame, role: Role) -> bytes:
+    async def history(self, frame: Frame, caller: Caller) -> bytes:
         """The retained versions of an id."""
         asked = _record(HistoryAsked, frame, "history")
         check_id(asked.id)
         return encode_document("history", {"id": asked.id, "versions": await self._control.history(asked.id)})
 
-    async def pin(self, frame: Frame, role: Role) -> bytes:
+    async def pin(self, frame: Frame, caller: Caller) -> bytes:
         """Lease the current epoch."""
         asked = _record(PinAsked, frame, "pin")
         lease_id, epoch, ttl = await self._call(self._leases.lease, asked.ttl)
         lease = Lease(pin=lease_id, epoch=epoch.number, ttl=ttl, cluster=epoch.cluster)
         return encode_document("lease", asdict(lease))
 
-    async def unpin(self, frame: Frame, role: Role) -> bytes:
+    async def unpin(self, frame: Frame, caller: Caller) -> bytes:
         """End a lease; a lease that has already ended is not an error."""
         asked = _record(UnpinAsked, frame, "unpin")
         return encode_document("unpinned", {"was_held": await self._call(self._leases.give_back, asked.pin)})

@@ -33,6 +33,7 @@ _CUT_OFF = "Internal error from Core"  # gRPC's asyncio error for a stream that 
 
 ERROR_KEY = "expertmesh-error"
 REQUEST_ID_KEY = "x-request-id"
+LAYER_KEY = "x-expertmesh-layer"
 RETRY_AFTER_KEY = "retry-after-ms"
 MAX_TEXT_BYTES = 1000
 MAX_RETRY_AFTER_MS = 600_000

@@ -17,11 +17,16 @@ from .answers import Answers, Result
 from .work import Assignment
 
 
+def _nothing() -> None:
+    """Cancel a batch that is over."""
+
+
 @dataclass(eq=False)
 class Batch:
     """Rows `x` [T, ...] of one layer on one epoch, in flight to experts and back.
 
     Each request that waits for the batch holds it; when the last one releases it, `cancel` drops the unfinished work.
+    A batch that is over does not refer to its work: in a cycle they would keep the rows until a garbage collection.
     """
 
     epoch: Epoch
@@ -30,7 +35,7 @@ class Batch:
     routing: Routing
     handle: Dispatch
     assignment: Assignment
-    cancel: Callable[[], None] = lambda: None
+    cancel: Callable[[], None] = _nothing
     answers: Answers = field(init=False)
     _waiters: list[tuple[set[int], asyncio.Future[None]]] = field(default_factory=list)
     _callbacks: list[Callable[[], None]] = field(default_factory=list)
@@ -48,7 +53,7 @@ class Batch:
         self._holders -= 1
         if self._holders == 0 and not self.answers.complete:
             self.cancel()
-            self._call_back()
+            self._end()
 
     def when_complete(self, callback: Callable[[], None]) -> None:
         """Call back once all work is answered or cancelled; at once if it is answered already."""
@@ -65,7 +70,7 @@ class Batch:
             if not pending and not future.done():
                 future.set_result(None)
         if self.answers.complete:
-            self._call_back()
+            self._end()
 
     async def wait(self, experts: Sequence[int]) -> dict[int, ExpertMeshError]:
         """Wait until these experts have answered or failed; returns the errors of those that failed."""
@@ -75,7 +80,7 @@ class Batch:
             await future
         return self.answers.errors(experts)
 
-    def _call_back(self) -> None:
-        callbacks, self._callbacks = self._callbacks, []
+    def _end(self) -> None:
+        callbacks, self._callbacks, self._waiters, self.cancel = self._callbacks, [], [], _nothing
         for callback in callbacks:
             callback()

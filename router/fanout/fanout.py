@@ -64,7 +64,8 @@ class Fanout:
         assignment = assign(layer, epoch.versions, x, handle, deadline=deadline, client=client)
         batch = Batch(epoch, layer, x, routing, handle, assignment)
         jobs = [self.submit(work, partial(batch.answer, key)) for key, work in assignment.work.items()]
-        batch.cancel = partial(self._cancel_all, jobs)
+        if not batch.answers.complete:
+            batch.cancel = partial(self._cancel_all, jobs)
         self.flush()
         self._telemetry.batches[layer.name] += 1
         self._telemetry.add_gate_mass(layer.expert_ids, handle.mass())

@@ -1,4 +1,4 @@
-"""How much memory a call of 16 MiB holds at once, in units of its rows; a process of its own, see `measured`.
+"""How much memory a call holds at once: of 4 MiB in one message, of 16 MiB in chunks; see `measured`.
 
 tracemalloc is stopped here while no other thread runs: in Python before 3.12.9 that may crash beside threads of gRPC's.
 """
@@ -40,7 +40,7 @@ def _measure(work: Callable[[], Any], nbytes: int) -> list[float]:
 
 
 def _call(stream: bool) -> list[float]:
-    x = np.ones((16, MIB // 4), np.float32)
+    x = np.ones((16 if stream else 4, MIB // 4), np.float32)  # one message has at most 4 MiB
     meta = {"request_id": "r", "epoch": 1, "versions": {}}
     reply = wire.encode_parts("reply", meta, {"output": wire.WireTensor.from_numpy(x)})
 

@@ -67,7 +67,8 @@ def test_a_request_carries_what_was_set_and_nothing_else() -> None:
     (attempt,) = world.attempts
     frame = wire.decode(attempt.payload)
     assert (attempt.method, attempt.timeout) == ("/expertmesh.v1.Mesh/Call", 10.0)
-    assert dict(attempt.metadata) == {"authorization": "Bearer secret-token", "x-request-id": "id-0"}
+    assert dict(attempt.metadata) == {"authorization": "Bearer secret-token", "x-request-id": "id-0",
+                                      "x-expertmesh-layer": "news"}  # fmt: skip
     assert (frame.kind, frame.meta, list(frame.tensors)) == ("call", {"layer": "news", "request_id": "id-0"}, ["x"])
 
 

@@ -58,9 +58,9 @@ def test_small_goes_in_one_message_and_large_in_chunks_by_itself(kind: type) -> 
             seen: list[int] = []
             serve = front.gateway.streams.serve
 
-            async def noted(context: Any, timeout: float, answer: Any) -> None:
+            async def noted(context: Any, caller: str, timeout: float, answer: Any) -> None:
                 seen.append(1)
-                await serve(context, timeout, answer)
+                await serve(context, caller, timeout, answer)
 
             front.gateway.streams.serve = noted  # type: ignore[method-assign]
             for x, streams in ((X[:32], 0), (X, 1), (np.tile(X, (20, 1)), 1)):
@@ -297,7 +297,7 @@ def test_what_is_sent_is_the_half() -> None:
 # copies
 
 
-def test_a_call_of_16_mebibytes_holds_the_copies_that_can_be_named() -> None:
+def test_a_large_call_holds_the_copies_that_can_be_named() -> None:
     found = copies.measured()
     # One message: the request joined, and gRPC's reply; then the reply, and the answer out of it.
     # In chunks: the reply in one buffer, and the answer out of it; beside them a chunk that is cut and the one before.

@@ -78,7 +78,7 @@ def test_a_reply_comes_as_it_was_made_in_chunks_that_both_ends_take() -> None:
         for wanted, of_server, chunk in ((4096, 64 * MIB, 4096), (MIB, 5000, 5000), (8 * MIB, 64 * MIB, MIB)):
             first = Opening(total=len(FRAME), chunk=wanted).encode()
             context = Context(first, FRAME)
-            await StreamedCalls(StreamLimits(), of_server).serve(context, 10.0, answering(500_000))
+            await StreamedCalls(StreamLimits(), of_server).serve(context, "me", 10.0, answering(500_000))
             assert [len(message) for message in context.written[1:-1]] == [chunk] * (len(context.written) - 2)
             assert received(context.written).tensors["output"].shape == (500_000, 1)
 
@@ -94,14 +94,14 @@ def test_what_all_streams_hold_is_bounded_and_given_back() -> None:
             await go.wait()
             return bytes(1000)
 
-        first = [asyncio.ensure_future(calls.serve(Context(Opening(total=1000).encode(), wait), 10.0, answering()))
-                 for _ in range(2)]  # fmt: skip
+        opening = Opening(total=1000).encode()
+        first = [asyncio.ensure_future(calls.serve(Context(opening, wait), "me", 10.0, answering())) for _ in "ab"]
         await until(lambda: calls.reserved == 2000)
         with pytest.raises(Overloaded, match="2 streams hold 2000 of the 2500 that max_stream_bytes") as caught:
-            await calls.serve(Context(Opening(total=501).encode()), 10.0, answering())
+            await calls.serve(Context(Opening(total=501).encode()), "me", 10.0, answering())
         assert caught.value.retry_after > 0
         with pytest.raises(TooLarge, match="has 1001 bytes, but max_request_bytes of this cluster is 1000"):
-            await calls.serve(Context(Opening(total=1001).encode()), 10.0, answering())
+            await calls.serve(Context(Opening(total=1001).encode()), "me", 10.0, answering())
         assert (len(calls), calls.reserved) == (2, 2000)
         first[0].cancel()
         go.set()
@@ -123,10 +123,10 @@ def test_a_reply_takes_the_place_of_its_request_and_may_be_too_large() -> None:
                 await super().write(message)
 
         context = Slow(*streamed())
-        await calls.serve(context, 10.0, answering(2000))
+        await calls.serve(context, "me", 10.0, answering(2000))
         assert set(held) == {sum(map(len, context.written[1:]))}
         with pytest.raises(TooLarge, match=r"the reply has .* max_request_bytes of this cluster is 10000"):
-            await calls.serve(Context(*streamed()), 10.0, answering(20_000))
+            await calls.serve(Context(*streamed()), "me", 10.0, answering(20_000))
         assert calls.reserved == 0
 
     run_async(main())
@@ -140,7 +140,7 @@ def test_memory_that_the_machine_does_not_have_is_refused(monkeypatch: pytest.Mo
         calls = StreamedCalls(StreamLimits())
         monkeypatch.setattr(np, "empty", none_left)
         with pytest.raises(Overloaded, match="cannot allocate 1000 bytes"):
-            await calls.serve(Context(Opening(total=1000).encode()), 10.0, answering())
+            await calls.serve(Context(Opening(total=1000).encode()), "me", 10.0, answering())
         assert calls.reserved == 0
 
     run_async(main())
@@ -154,10 +154,13 @@ def test_a_silent_stream_is_ended(sent: int) -> None:
             raise AssertionError
 
         messages = [Opening(total=len(FRAME)).encode(), FRAME[:50]][:sent]
-        for stall, timeout, said in ((0.02, 10.0, "silent for 0.02 s"), (10.0, 0.02, "did not finish within 0.02 s")):
+        for stall, timeout, said in (
+            (0.02, 10.0, "silent for 0.02 s, or too slow"),
+            (10.0, 0.02, "did not finish within 0.02 s"),
+        ):
             calls = StreamedCalls(StreamLimits(stall_seconds=stall))
             with pytest.raises(DeadlineExceeded, match=said):
-                await calls.serve(Context(*messages, silence), timeout, answering())
+                await calls.serve(Context(*messages, silence), "me", timeout, answering())
             assert calls.reserved == 0
 
     run_async(main())

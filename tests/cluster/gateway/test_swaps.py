@@ -13,6 +13,7 @@ import pytest
 from helpers.waiting import run_async
 
 from expertmesh.cluster.control.messages import SwapRequest, SwapResult
+from expertmesh.cluster.gateway.authorise import Caller
 from expertmesh.cluster.gateway.swaps import MAX_DOCUMENT_BYTES, SwapMethods, swap_request
 from expertmesh.cluster.rpc.documents import decode_document, encode_document
 from expertmesh.cluster.rpc.methods import Role
@@ -94,7 +95,7 @@ class World:
         )
 
     async def ask(self, method: str, frame: bytes, role: Role = Role.OPERATOR) -> dict[str, Any]:
-        answer = wire.decode(await self.methods.handlers()[method](wire.decode(frame), role))
+        answer = wire.decode(await self.methods.handlers()[method](wire.decode(frame), Caller(role)))
         return decode_document(answer, answer.kind)
 
     async def swap(self, role: Role = Role.OPERATOR, **changes: Any) -> dict[str, Any]:
