@@ -53,8 +53,9 @@ class Health:
             if self._timeouts[name] >= TIMEOUTS_UNTIL_UNRESPONSIVE and known.state == READY:
                 self._replicas[name] = replace(known, state="unresponsive")
         elif known.state != "starting":
+            ended_by = "" if known.state == "waiting" else known.problem
             state = "waiting" if probe.problem else "restarting"
-            self._replicas[name] = replace(known, state=state, holds=frozenset(), problem=probe.problem)
+            self._replicas[name] = replace(known, state=state, holds=frozenset(), problem=probe.problem or ended_by)
 
     def holds(self, name: str, incarnation: str, id: str, version: str) -> None:
         """A replica has just said that it holds a version."""

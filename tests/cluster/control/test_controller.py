@@ -108,6 +108,9 @@ class FakeReplicas:
             raise Unavailable(f"{name} is down")
         return self.hosts[name]
 
+    async def waits_for(self, needs: Mapping[str, float]) -> str:
+        return ""
+
     async def probe(self, name: str, handle: Any) -> Replica:
         if name in self.late:
             await asyncio.Event().wait()

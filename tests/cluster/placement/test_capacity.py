@@ -52,7 +52,7 @@ def test_a_single_process_reserves_nothing_and_has_no_gpu() -> None:
 AMOUNTS = st.dictionaries(st.sampled_from(["zone_a", "zone_b"]), st.integers(1, 3), max_size=2)
 
 
-@given(AMOUNTS, st.lists(AMOUNTS, max_size=3), st.integers(0, 3))
+@given(AMOUNTS, st.lists(AMOUNTS, min_size=1, max_size=3), st.integers(0, 3))
 def test_one_replica_is_placed_where_a_node_has_all_that_it_needs(
     asked: dict[str, int], nodes: list[dict[str, int]], cpus: int
 ) -> None:
