@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from expertmesh.cluster.channel import run_folder
+from expertmesh.cluster.channel import core_slots, run_folder
 from expertmesh.cluster.channel.core_slots import CoreSlots
 from expertmesh.cluster.channel.framed_socket import FramedSocket, tuned
 from expertmesh.cluster.channel.messages import LENGTH, decode_call, decode_reply, encode_call, encode_reply
@@ -127,7 +128,8 @@ def test_replies_come_back_as_they_went(
             assert one == other
 
 
-def test_no_more_take_a_core_than_there_are(tmp_path: Path) -> None:
+def test_no_more_take_a_core_than_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core_slots, "PATIENCE_SECONDS", 60.0)
     inside: list[int] = []
     most: list[int] = []
 
@@ -172,6 +174,43 @@ def test_who_waits_takes_whichever_core_is_free_first(tmp_path: Path, ended: int
         gate.close()
         gate.close()  # a second time is harmless
         gate.give_back()
+
+
+def test_who_is_frozen_at_the_head_of_the_queue_holds_up_nobody_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core_slots, "PATIENCE_SECONDS", 0.05)
+    frozen, other = CoreSlots(tmp_path, 2), CoreSlots(tmp_path, 2)
+    fcntl.flock(frozen._queue, fcntl.LOCK_EX)
+    for _ in range(3):
+        assert other.take()  # it computes without a core
+        assert other._held is None
+        other.give_back()
+    fcntl.flock(frozen._queue, fcntl.LOCK_UN)
+    assert other._turn is not None
+    other._turn.join(30)  # which lets the lock go again
+    assert not other.take()
+    assert other._held is not None
+    assert not frozen.take()
+    for gate in (frozen, other):
+        gate.close()
+
+
+def test_who_is_frozen_with_a_core_holds_up_nobody_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core_slots, "PATIENCE_SECONDS", 0.05)
+    frozen, other, third = (CoreSlots(tmp_path, 1) for _ in range(3))
+    assert not frozen.take()
+    for gate in (other, third, other):
+        assert gate.take()
+        assert gate._held is None
+        gate.give_back()
+    frozen.give_back()
+    assert not other.take()
+    assert third.take()  # nobody is frozen now, but the only core is taken
+    other.give_back()
+    assert not third.take()
+    for gate in (frozen, other, third):
+        gate.close()
 
 
 @pytest.mark.parametrize("forks", ["0", "os.fork() or time.sleep(600)"])
