@@ -153,11 +153,13 @@ class Gateway:
             await changed.wait()
 
     def health_of(self, service: str) -> ServingStatus:
-        """The health of the server ("" or the service's name), or of a layer."""
+        """The health of the server ("" or the service's name), or of a layer, which serves while its experts do."""
         if service in ("", SERVICE):
             return self.state
         has_layer = self._router.epochs.number > 0 and service in self._router.epochs.current.layers
-        return self.state if has_layer else ServingStatus.SERVICE_UNKNOWN
+        if not has_layer:
+            return ServingStatus.SERVICE_UNKNOWN
+        return self.state if self._router.serves(service) else ServingStatus.NOT_SERVING
 
     @property
     def state(self) -> ServingStatus:

@@ -154,10 +154,8 @@ class RouterService:
         """Take a report of all replicas, and adopt the current epoch once its gates are loaded."""
         self._heard = time.monotonic()
         self.swaps.tidy()
-        before = self.router.epochs.number
         report = await self._thread.call(self._sync, update)
-        if report.epoch != before:
-            self.gateway.notify()
+        self.gateway.notify()  # an epoch, or a replica, may have come or gone
         return report
 
     def _sync(self, update: RouterUpdate) -> RouterReport:

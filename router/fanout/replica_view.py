@@ -110,6 +110,11 @@ class View:
         """Whether a replica holds this version and can be chosen now."""
         return replica_id in self._by_version.get((expert, version), ()) and not self._entries[replica_id].suspect
 
+    def serves(self, expert: str, version: str) -> bool:
+        """Whether any replica that holds this version can be chosen now; safe to call from another thread."""
+        entries = [self._entries.get(name) for name in self._by_version.get((expert, version), ())]
+        return any(entry is not None and not entry.suspect for entry in entries)
+
     def sent(self, replica_id: str, rows: int) -> None:
         """Add to the rows in flight to a replica; a negative number subtracts."""
         remaining = self._rows.pop(replica_id, 0) + rows

@@ -103,6 +103,17 @@ class Router:
         """The layer of the current epoch with this name. Raises NotFound, or Unavailable before the first epoch."""
         return _layer(self.epochs.current, name)
 
+    def serves(self, name: str) -> bool:
+        """Whether a layer of the current epoch has replicas that can answer now.
+
+        It needs one of every shared expert, and of every expert, or of any if a policy covers for the others.
+        """
+        epoch = self.epochs.current
+        layer = _layer(epoch, name)
+        alive = {id: self.view.serves(id, epoch.versions[id]) for id in layer.everyone_by_id}
+        needed = all if layer.on_missing == "error" else any
+        return all(alive[id] for id in layer.shared_ids) and needed(alive[id] for id in layer.expert_ids)
+
     async def _with_epoch(self, request: ForwardRequest, deadline: float) -> ForwardReply:
         options = request.options
         epoch_is_fixed = options.epoch is not None or options.pin is not None

@@ -336,6 +336,30 @@ def test_a_request_keeps_its_epoch_though_another_is_adopted_meanwhile() -> None
     run_async(main())
 
 
+@pytest.mark.parametrize(
+    ("lost", "strict", "lenient"),
+    [("", True, True), ("l/a#0", False, True), ("l/a#0 l/b#0", False, False), ("l/s#0", False, False)],
+)
+def test_a_layer_serves_while_its_experts_do_or_its_policy_covers_for_them(
+    lost: str, strict: bool, lenient: bool
+) -> None:
+    experts, shared = {name: Expert("torch:sin") for name in ("a", "b")}, {"s": Expert("torch:cos")}
+
+    async def main() -> None:
+        for on_missing, wanted in (("error", strict), ("renormalize", lenient)):
+            layer = Layer("l", gates.Fixed([0.5, 0.5]), experts, shared=shared, on_missing=on_missing)
+            async with RouterInProcess(layer) as mesh:
+                mesh.report(*(mesh.replica(name, state="hung") for name in lost.split()))
+                assert mesh.router.serves("l") is wanted
+                mesh.report()
+                assert mesh.router.serves("l")
+                for name in lost.split():
+                    mesh.router.view.failed(name)
+                assert mesh.router.serves("l") is wanted
+
+    run_async(main())
+
+
 def test_a_layer_that_is_no_more_is_not_found() -> None:
     async def main() -> None:
         async with RouterInProcess(one_expert(Expert("torch:sin"))) as mesh:

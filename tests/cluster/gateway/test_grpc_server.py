@@ -226,6 +226,12 @@ def test_it_serves_once_there_are_layers_and_who_watches_is_told() -> None:
             for service in ("", "l", SERVICE):
                 assert await served.health(service) == ServingStatus.SERVING
             assert await served.health("m") == ServingStatus.SERVICE_UNKNOWN
+            (name,) = served.mesh.hosts
+            served.mesh.report(served.mesh.replica(name, state="restarting"))
+            assert await served.health("l") == ServingStatus.NOT_SERVING
+            assert await served.health() == ServingStatus.SERVING
+            served.mesh.report()
+            assert await served.health("l") == ServingStatus.SERVING
             served.mesh.router.adopt(Epoch(2, {}, {}))
             served.gateway.notify()  # nothing that this watcher watches has changed
             served.gateway.drain()
