@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from expertmesh.cluster.runtime.ray_reaper import MARKER, end_marked_processes, start_reaper
+from expertmesh.cluster.machine.temp_folder import new_run_folder
+from expertmesh.cluster.runtime.ray_reaper import end_marked_processes, marked, start_reaper
 
 from .arm import ArmUnavailable
 
@@ -44,22 +44,21 @@ def private_ray() -> Iterator[Any]:
 
 @contextmanager
 def _running(ray: Any) -> Iterator[None]:
-    folder = tempfile.mkdtemp(prefix="expertmesh-peers-")
+    run = new_run_folder()
+    folder = str(run / "ray")
     reaper = start_reaper(folder)
-    os.environ[MARKER] = folder  # only Ray's processes may carry it: the reaper ends all that do
     try:
-        ray.init(
-            address="local",  # without it, a Ray that runs on this machine would be joined
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=folder,
-        )
-        del os.environ[MARKER]
+        with marked(folder):
+            ray.init(
+                address="local",  # without it, a Ray that runs on this machine would be joined
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=folder,
+            )
         yield
     finally:
-        os.environ.pop(MARKER, None)
         ray.shutdown()
         end_marked_processes(folder)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(run, ignore_errors=True)
         reaper.communicate()

@@ -10,6 +10,7 @@ from typing import IO
 
 from ...experts.errors import DataLoss, FailedPrecondition, NotFound
 from .run_files import RunFile, home, lock_path, run_path, socket_path, token_path
+from .temp_folder import run_folder_of
 
 
 def lock_name(name: str) -> IO[bytes]:
@@ -40,8 +41,10 @@ def lock_name(name: str) -> IO[bytes]:
 
 def clear(name: str, run_file: RunFile | None) -> None:
     """Remove the run file, the token file, the socket and the temporary Ray folder of a dead cluster."""
-    if run_file is not None and run_file.ray_temp_dir is not None and may_be_removed(Path(run_file.ray_temp_dir)):
-        shutil.rmtree(run_file.ray_temp_dir, ignore_errors=True)
+    if run_file is not None and run_file.ray_temp_dir is not None:
+        folder = run_folder_of(run_file.ray_temp_dir)
+        if may_be_removed(folder):
+            shutil.rmtree(folder, ignore_errors=True)
     for path in (run_path(name), token_path(name), socket_path(name)):
         path.unlink(missing_ok=True)
 

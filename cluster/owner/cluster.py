@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -81,6 +82,9 @@ class Cluster:
         self._needs: dict[str, Resources] = {}
         self._change = threading.RLock()
         self._stopping = threading.Event()
+        self._ending = threading.Lock()
+        self._failure: str | None = None
+        self._process = os.getpid()
         self._supervisor = threading.Thread(target=self._supervise, name="expertmesh-supervisor", daemon=True)
 
     @classmethod
@@ -110,6 +114,7 @@ class Cluster:
         cluster = cls(ClusterConfig(**overrides) if config is None else replace(config, **overrides), progress)
         try:
             cluster._start(frozenset(redeclare))
+            atexit.register(cluster._stop_at_exit)
         except BaseException:  # also Ctrl-C: whatever was started is ended
             cluster.stop(grace=0.0)
             raise
@@ -193,10 +198,22 @@ class Cluster:
         return version
 
     def stop(self, grace: float = STOP_GRACE) -> None:
-        """Refuse new requests, give those in flight `grace` seconds, and stop everything; idempotent."""
+        """Refuse new requests, give those in flight `grace` seconds, and stop everything; idempotent.
+
+        A cluster that was not stopped is stopped when the process exits.
+        """
+        atexit.unregister(self._stop_at_exit)
         self._stopping.set()
         if self._supervisor.is_alive():
             self._supervisor.join()
+        with self._ending:
+            self._end(grace)
+
+    def _stop_at_exit(self) -> None:
+        if os.getpid() == self._process:  # and not in a process that was forked
+            self.stop()
+
+    def _end(self, grace: float) -> None:
         if self._backend is not None:
             self._backend.stop(grace)
             self._backend = None
@@ -213,7 +230,10 @@ class Cluster:
             self._name_lock = None
 
     def wait(self) -> None:
-        """Block until SIGINT or SIGTERM asks this process to stop. Call it from the main thread."""
+        """Block until SIGINT or SIGTERM asks this process to stop. Call it from the main thread.
+
+        Raises Unavailable if the cluster has ended by itself, because its Ray did.
+        """
         stop = threading.Event()
 
         def handle(number: int, frame: FrameType | None) -> None:
@@ -226,6 +246,8 @@ class Cluster:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+        if self._failure is not None:
+            raise Unavailable(self._failure)
 
     def _start(self, redeclare: frozenset[str]) -> None:
         config = self.config
@@ -234,6 +256,7 @@ class Cluster:
             raise NotFound(
                 f"redeclare: there is no expert or gate {unknown[0]!r}; known are {', '.join(sorted(ids)[:20])}"
             )
+        deadline = time.monotonic() + config.start_timeout
         self._name_lock = lock_name(config.name)
         self._state_lock = hold_state(self._state_dir(), f"cluster {config.name!r}")
         port, metrics_port = self._port("port", config.host, config.port), config.metrics_port
@@ -245,15 +268,14 @@ class Cluster:
         planned = [replica for layer in self._layers.values() for replica in plan_layer(layer)]
         self._backend = backend = open_backend(config)
         self._say("starting in this process" if config.transport == "local" else "starting Ray")
-        backend.start(config.address)
+        backend.start(config.address, config.start_timeout)
         if problem := unplaceable(planned, backend.nodes()):
             raise ConfigError(problem)
         settings = self._service_settings(port, metrics_port)
-        deadline = time.monotonic() + config.start_timeout
         for replica in planned:
             backend.start_replica(replica)
         state = StateSettings(state_dir=str(self._state_dir()), retain_epochs=config.retain_epochs)
-        ports = backend.start_front(settings, state, config.start_timeout)
+        ports = backend.start_front(settings, state, max(1.0, deadline - time.monotonic()))
         self._announce(*ports)
         self._wait_for(planned, deadline)
         self._say("loading and verifying experts")
@@ -371,8 +393,12 @@ class Cluster:
             self._desired = replace(self._desired, renewed=frozenset(), unverified=True)
 
     def _supervise(self) -> None:
-        """Send the declared layers again to a restarted controller, which passes them on to the router."""
+        """Send the declared layers again to a restarted controller, and end the cluster if its Ray has ended."""
         while not self._stopping.wait(SUPERVISE_SECONDS):
+            lost = self._running().lost()
+            if lost is not None:
+                self._fail(f"cluster {self.config.name!r} has ended: {lost}; start it again")
+                return
             if not self._change.acquire(blocking=False):
                 continue  # a change in progress sends them itself
             try:
@@ -383,7 +409,15 @@ class Cluster:
             finally:
                 self._change.release()
 
+    def _fail(self, failure: str) -> None:
+        """End the cluster, whose processes would otherwise serve on for a while without anybody to restart them."""
+        self._failure = failure
+        self._stopping.set()
+        log.error(failure)
+        with self._ending:
+            self._end(grace=0.0)
+
     def _running(self) -> Backend:
-        if self._backend is None:
-            raise Unavailable("the cluster is not running")
+        if self._backend is None or self._failure is not None:
+            raise Unavailable(self._failure or "the cluster is not running")
         return self._backend

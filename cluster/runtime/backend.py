@@ -21,8 +21,11 @@ class Backend(Protocol):
 
     temp_dir: str | None
 
-    def start(self, address: str | None) -> None:
-        """Prepare the backend. Raises FailedPrecondition or ConfigError."""
+    def start(self, address: str | None, timeout: float) -> None:
+        """Prepare the backend within `timeout` seconds. Raises FailedPrecondition or ConfigError."""
+
+    def lost(self) -> str | None:
+        """Why the processes of the cluster will not serve any more, or None."""
 
     def nodes(self) -> list[Resources] | None:
         """What each node has to reserve; None where nothing is reserved."""

@@ -40,16 +40,20 @@ class LocalBackend:
         self._controller: Controller | None = None
         self._turns: asyncio.Future[None] | None = None
 
-    def start(self, address: str | None) -> None:
+    def start(self, address: str | None, timeout: float) -> None:
         """Start the event loop."""
         self._thread.start()
+
+    def lost(self) -> str | None:
+        """Always None: what ends this process ends its owner."""
+        return None
 
     def nodes(self) -> None:
         """None: a single process reserves nothing."""
 
     def start_front(self, settings: ServiceSettings, state: StateSettings, timeout: float) -> tuple[int, int | None]:
         """Start router and controller; returns the ports of gateway and metrics page."""
-        return self._await(self._start_front(settings, state))
+        return self._await(self._start_front(settings, state), timeout)
 
     async def _start_front(self, settings: ServiceSettings, state: StateSettings) -> tuple[int, int | None]:
         control = _ControlPort()

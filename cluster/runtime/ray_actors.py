@@ -129,7 +129,11 @@ class ExpertActor:
 
 
 class RouterActor:
-    """Runs the router's process: gateway, router, metrics."""
+    """Runs the router's process: gateway, router, metrics.
+
+    What is wrong with its settings is raised by every call: for an error in the constructor Ray would only report that
+    the actor died.
+    """
 
     def __init__(self, settings: ServiceSettings, logs: LogSettings, channel: ChannelSettings | None) -> None:
         configure_logs("router", logs.level, logs.path)
@@ -137,8 +141,18 @@ class RouterActor:
         self._transport = RayTransport() if channel is None else ChannelTransport(channel.secret)
         self._trimmed = 0.0
         self._control = RayControlPort()
-        self._service = RouterService(settings, self._transport, self._control)
+        self._opened: RouterService | ExpertMeshError
+        try:
+            self._opened = RouterService(settings, self._transport, self._control)
+        except ExpertMeshError as error:
+            self._opened = error
         self._ports: tuple[int, int | None] | None = None
+
+    @property
+    def _service(self) -> RouterService:
+        if isinstance(self._opened, ExpertMeshError):
+            raise self._opened
+        return self._opened
 
     async def start(self) -> tuple[int, int | None]:
         """Start to listen; idempotent. Returns the ports of gateway and metrics page."""

@@ -6,12 +6,18 @@ import logging
 import os
 import secrets
 import shutil
+import signal
+import socket
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as TookTooLong
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray._private.runtime_env.py_modules import upload_py_modules_if_needed
@@ -23,18 +29,25 @@ from ..channel.run_folder import folder_of
 from ..channel.settings import ChannelSettings
 from ..control.messages import Desired
 from ..control.ports import ControllerState, StateSettings
+from ..machine.temp_folder import new_run_folder, run_folder_of
 from ..placement.capacity import Resources
 from ..placement.plan import PlannedReplica
 from .ray_actors import ControllerActor, ExpertActor, LogSettings, RouterActor
 from .ray_ports import fetched, last_lines, nodes
-from .ray_reaper import MARKER, end_marked_processes, start_reaper
+from .ray_reaper import end_marked_processes, marked, start_reaper
 from .router_process import ServiceSettings
 
 log = logging.getLogger(__name__)
 MINIMUM_RAY = (2, 56)
 CALL_TIMEOUT = 10.0
+PING_SECONDS = 2.0
+HEAD_SILENT_SECONDS = 30.0
+"""How long Ray's head may not answer; after 60 s Ray would end this process."""
+
+SHUTDOWN_SECONDS = 20.0
 GROUPS = {"compute": 1, "stage": 1, "control": 2}
 ALWAYS_RESTART = {"max_restarts": -1, "max_task_retries": 0}
+T = TypeVar("T")
 
 
 class RayBackend:
@@ -60,17 +73,28 @@ class RayBackend:
         self._reaper: subprocess.Popen[bytes] | None = None
         self._direct = direct
         self._channel: ChannelSettings | None = None
+        self._head_answered = time.monotonic()
         self.temp_dir: str | None = None
 
-    def start(self, address: str | None) -> None:
-        """Start a private Ray, or join the one at `address`. Raises FailedPrecondition or ConfigError."""
+    def start(self, address: str | None, timeout: float) -> None:
+        """Start a private Ray, or join the one at `address` within `timeout` seconds.
+
+        Raises FailedPrecondition or ConfigError.
+        """
         version = tuple(int(part) for part in ray.__version__.split(".")[:2])
         if version < MINIMUM_RAY:
             raise ConfigError(f"Ray {ray.__version__} has known vulnerabilities: install ray>=2.56")
         if ray.is_initialized() and address is None:
             raise FailedPrecondition('this process already uses Ray: pass address="auto" to run the cluster on it')
         if not ray.is_initialized():
-            self._start_ray(address)
+            try:
+                if address is None:
+                    self._start_ray()
+                else:
+                    self._join_ray(address, timeout)
+            except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+                raise FailedPrecondition(f"Ray could not be started or joined: {error}") from error
+        self._head_answered = time.monotonic()
         if self._direct:
             self._channel = ChannelSettings(
                 secret=secrets.token_bytes(32),
@@ -79,20 +103,38 @@ class RayBackend:
                 folder=None if self.temp_dir is None else str(Path(self.temp_dir) / "channel"),
             )
 
-    def _start_ray(self, address: str | None) -> None:
-        options: dict[str, Any] = {"include_dashboard": False} if address is None else {}
-        if address is None:
-            self.temp_dir = tempfile.mkdtemp(prefix="expertmesh-")
-            os.environ[MARKER] = self.temp_dir
-            self._reaper = start_reaper(self.temp_dir)
-            options |= {"address": "local", "_temp_dir": self.temp_dir}
-        else:
-            options["address"] = address
+    def _start_ray(self) -> None:
+        self.temp_dir = str(new_run_folder() / "ray")  # Ray lets every user into its folder, but not into that above
+        self._reaper = start_reaper(self.temp_dir)
         self._started_ray = True
+        _print_nothing_of_ray()
+        with marked(self.temp_dir), _same_sigterm_handler():
+            ray.init(address="local", include_dashboard=False, _temp_dir=self.temp_dir, **QUIET)
+
+    def _join_ray(self, address: str, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        host, port = reachable(address, timeout)
+        self._started_ray = True
+        _print_nothing_of_ray()
+        within(max(1.0, deadline - time.monotonic()), lambda: ray.init(address=f"{host}:{port}", **QUIET))
+
+    def lost(self) -> str | None:
+        """Why the Ray of this cluster will not serve it any more, or None."""
+        if not ray.is_initialized():
+            return "ray.shutdown() was called in this process"
+        worker: Any = ray._private.worker
+        for name in ("gcs_server", "raylet"):  # of a private Ray
+            for info in worker._global_node.all_processes.get(name, ()):
+                if info.process.poll() is not None:
+                    return f"{name} (pid {info.process.pid}), a process of its Ray, has ended"
         try:
-            ray.init(logging_level=logging.ERROR, log_to_driver=False, configure_logging=True, **options)
-        except (ConnectionError, RuntimeError) as error:
-            raise FailedPrecondition(f"Ray could not be started or joined: {error}") from error
+            worker.global_worker.gcs_client.internal_kv_exists(b"expertmesh", namespace=None, timeout=PING_SECONDS)
+            self._head_answered = time.monotonic()
+        except ray.exceptions.RayError:
+            silent = time.monotonic() - self._head_answered
+            if silent > HEAD_SILENT_SECONDS:
+                return f"the head of its Ray has not answered for {silent:.0f} s"
+        return None
 
     def nodes(self) -> list[Resources]:
         """What each node of the Ray cluster has to reserve."""
@@ -131,7 +173,7 @@ class RayBackend:
         """Wait until the actor of a replica runs. Raises Unavailable at `deadline` (monotonic seconds)."""
         timeout = max(0.1, deadline - time.monotonic())
         try:
-            report: Replica = fetched(self._replicas[replica_id].report.remote(), timeout)
+            report: Replica = _asked(self._replicas[replica_id].report.remote, timeout)
         except Unavailable as error:
             if said := self._environment_log():
                 raise Unavailable(f"{error.message}; setting up its runtime_env said: {said}") from error
@@ -154,36 +196,47 @@ class RayBackend:
         Raises the controller's errors, ConfigError for a live object that cannot be sent, and Unavailable if the
         controller does not answer in time.
         """
-        try:
-            call = self._controller.declare.remote(self._controller, self._router, desired, timeout)
-        except Exception as error:  # noqa: BLE001 (Ray pickles live objects here, whose code may raise anything)
-            raise _unsendable(desired) or error from None
-        versions: dict[str, str] = fetched(call, timeout + CALL_TIMEOUT)
+        controller, router = self._controller, self._router
+
+        def send() -> Any:
+            try:
+                return controller.declare.remote(controller, router, desired, timeout)
+            except Exception as error:  # noqa: BLE001 (Ray pickles live objects here, whose code may raise anything)
+                raise _unsendable(desired) or error from None
+
+        versions: dict[str, str] = _asked(send, timeout + CALL_TIMEOUT)
         return versions
 
     def state(self) -> ControllerState:
         """The state of the controller."""
-        state: ControllerState = fetched(self._controller.state.remote(), CALL_TIMEOUT)
+        if (controller := self._controller) is None:
+            raise Unavailable("the cluster has stopped")
+        state: ControllerState = _asked(controller.state.remote, CALL_TIMEOUT)
         return state
 
     def stop(self, grace: float) -> None:
-        """Drain the router, kill every actor, shut down Ray if it was started here, and remove its folder."""
-        if self._router is not None and ray.is_initialized():
+        """Drain the router, kill every actor, shut down Ray if it was started here, and remove its folder.
+
+        A Ray that is lost is not asked for anything first: it might never answer.
+        """
+        lost = self._router is not None and self.lost() is not None
+        if lost and self.temp_dir is not None:
+            end_marked_processes(self.temp_dir)
+        if self._router is not None and not lost:
             _quietly(lambda: fetched(self._router.stop.remote(grace), grace + CALL_TIMEOUT))
         for actor in (self._controller, self._router, *self._replicas.values()):
-            if actor is not None and ray.is_initialized():
+            if actor is not None and not lost and ray.is_initialized():
                 _quietly(lambda actor=actor: ray.kill(actor, no_restart=True))  # type: ignore[misc]
         self._replicas.clear()
         self._router = self._controller = None
         if self._started_ray:
-            _quietly(ray.shutdown)
+            _quietly(lambda: within(SHUTDOWN_SECONDS, ray.shutdown) if lost else ray.shutdown())
             self._started_ray = False
         if self._channel is not None:
             shutil.rmtree(folder_of(self._channel.run), ignore_errors=True)
         if self.temp_dir is not None:
             end_marked_processes(self.temp_dir)
-            shutil.rmtree(self.temp_dir, ignore_errors=True)
-            os.environ.pop(MARKER, None)
+            shutil.rmtree(run_folder_of(self.temp_dir), ignore_errors=True)
             self.temp_dir = None
         if self._reaper is not None:
             self._reaper.communicate()
@@ -196,6 +249,71 @@ class RayBackend:
         return {"scheduling_strategy": strategy}
 
 
+QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
+
+
+def reachable(address: str, timeout: float) -> tuple[str, int]:
+    """Host and port of a Ray cluster, "auto" or an address, once it accepts a connection.
+
+    Ray itself tries for many minutes. Raises FailedPrecondition, and Ray's errors for "auto".
+    """
+    found = ray._private.services.canonicalize_bootstrap_address(address)
+    host, _, port = (found or address).rpartition(":")
+    if not host or not port.isdigit():
+        raise FailedPrecondition(f'address {address!r} must be "auto", or host:port of the head of a Ray cluster')
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout).close()
+    except OSError as error:
+        reason = f"no answer within {timeout:.0f} s" if isinstance(error, TimeoutError) else error.strerror or error
+        raise FailedPrecondition(
+            f"address {address!r}: there is no Ray at {host}:{port} ({reason}); set it to the head of a running Ray "
+            "cluster, or leave it out to start a private one"
+        ) from None
+    return host, int(port)
+
+
+def within(seconds: float, action: Callable[[], T]) -> T:
+    """Run an action of Ray that knows no time limit, in a thread that is left behind when `seconds` are over.
+
+    Raises what the action raises, and FailedPrecondition when it takes longer.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(action())
+        except BaseException as error:  # noqa: BLE001 (raised below, in the caller's thread)
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="expertmesh-ray", daemon=True).start()
+    try:
+        return outcome.result(seconds)
+    except TookTooLong:
+        raise FailedPrecondition(f"Ray did not answer within {seconds:.0f} s: is `address` the head of one?") from None
+
+
+def _print_nothing_of_ray() -> None:
+    """Log what Ray tells this process, such as that a worker was killed; it would print that on standard output."""
+
+    def logged(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+        text = "\n".join(map(str, data.get("lines", ())))
+        log.warning("Ray: %s", text.partition("\n")[0])  # what follows may be pages of state
+        log.debug("Ray: %s", text)
+
+    ray._private.worker.print_to_stdstream = logged
+
+
+@contextmanager
+def _same_sigterm_handler() -> Iterator[None]:
+    """Restore the program's own handler of SIGTERM, which `ray.init` replaces; Ray's own exits in an orderly way."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before not in (signal.SIG_DFL, None) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
 def uploaded(environment: Mapping[str, Any]) -> dict[str, Any]:
     """Upload the local folders of a runtime environment; returns it with their URIs.
 
@@ -205,6 +323,13 @@ def uploaded(environment: Mapping[str, Any]) -> dict[str, Any]:
         with_code = upload_working_dir_if_needed(dict(environment), True, scratch)
         answer: dict[str, Any] = upload_py_modules_if_needed(with_code, True, scratch)
     return answer
+
+
+def _asked(call: Callable[[], Any], timeout: float) -> Any:
+    """The answer of an actor. Where Ray has ended, a call would start another one. Raises the errors of `fetched`."""
+    if not ray.is_initialized():
+        raise Unavailable("Ray is not running in this process: was ray.shutdown() called?")
+    return fetched(call(), timeout)
 
 
 def _quietly(action: Callable[[], Any]) -> None:

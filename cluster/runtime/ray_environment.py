@@ -19,13 +19,14 @@ _SETTINGS = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_worker_niceness": "0",  # Ray's default of 15 would put all other processes of the machine first
 }
+_PRIVATE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # a Ray of this machine alone: all its ports on loopback
 
 
 def load_backend(address: str | None) -> Any:
     """Set the environment, then import the module `ray_backend`.
 
-    A private Ray requires a token on every call, from a file that only this user can read. A joined Ray keeps its own
-    settings. Raises FailedPrecondition if Ray was imported too early to enable tokens.
+    A private Ray listens on loopback, and requires a token on every call, from a file that only this user can read. A
+    joined Ray keeps its own settings. Raises FailedPrecondition if Ray was imported too early to enable tokens.
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -36,6 +37,7 @@ def load_backend(address: str | None) -> Any:
                 'after Cluster.start, or set RAY_AUTH_MODE=token before, or join your Ray with address="auto"'
             )
         os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.update(_PRIVATE)
         os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(_token_file()))
     return importlib.import_module(".ray_backend", __package__)  # here, because importing Ray reads the environment
 

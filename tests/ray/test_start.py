@@ -139,3 +139,88 @@ def test_serve_status_down(tmp_path: Path, session: Session, nothing_left: None)
     gone = subprocess.run(command("status", "--name", "served"), capture_output=True, text=True, check=False)
     assert gone.returncode == 1
     assert gone.stderr.startswith("error:")
+
+
+PROGRAM = """
+import json, os, signal, subprocess, sys, tempfile
+import psutil
+from expertmesh import Client, Cluster, Expert, Layer, gates
+
+own_handler = lambda number, frame: None
+signal.signal(signal.SIGTERM, own_handler)
+before = subprocess.Popen(["sleep", "600"], start_new_session=True)
+cluster = Cluster.start([Layer("a", gates.Fixed([1.0]), {"sin": Expert("numpy:sin")})], port=0, transport=sys.argv[1])
+with Client(cluster.endpoint) as client:
+    client.forward("a", [1.0])
+(ray_folder,) = [path for path in os.scandir(tempfile.gettempdir()) if path.name.startswith("expertmesh-")]
+after = subprocess.Popen(["sleep", "600"], start_new_session=True)
+log = f"{ray_folder.path}/ray/session_latest/logs/raylet.out"
+reads = subprocess.Popen(["tail", "-f", log], stdout=subprocess.DEVNULL)
+own = (before, after, reads)
+rays = [process for process in psutil.Process().children(recursive=True) if process.pid not in [p.pid for p in own]]
+print(json.dumps({
+    "handler": signal.getsignal(signal.SIGTERM) is own_handler,
+    "mode": oct(ray_folder.stat().st_mode & 0o777),
+    "own": [process.pid for process in own],
+    "rays": [process.pid for process in rays],
+    "listen": [
+        connection.laddr.ip.removeprefix("::ffff:")
+        for process in (*rays, psutil.Process())
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ],
+}))
+"""
+
+
+def test_a_program_keeps_what_is_its_own_and_leaves_nothing(
+    session: Session, transport: str, nothing_left: None
+) -> None:
+    before = session.files()
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, transport], capture_output=True, text=True, timeout=120, check=False
+    )
+    (line,) = done.stdout.splitlines()  # Ray prints nothing there
+    seen = json.loads(line)
+    own = [psutil.Process(pid) for pid in seen["own"]]
+    try:
+        assert alive(own) == own
+        assert seen["handler"]
+        assert seen["mode"] == "0o700"
+        assert set(seen["listen"]) == {"127.0.0.1"}
+        assert len(seen["rays"]) > 3
+        assert not [pid for pid in seen["rays"] if psutil.pid_exists(pid)]  # it exited without stopping its cluster
+        assert session.files() <= before
+        assert not (session.folder / "ray").exists()  # and started no other Ray at its exit
+    finally:
+        for process in own:
+            process.kill()
+
+
+@pytest.mark.parametrize("head", ["gcs_server", "raylet"])
+def test_a_cluster_without_its_head_ends_and_says_so(
+    tmp_path: Path, session: Session, head: str, nothing_left: None
+) -> None:
+    before = session.files()
+    process = subprocess.Popen(
+        command("serve", mesh(tmp_path, "headless")),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    while "stop it" not in process.stdout.readline():
+        assert process.poll() is None
+    children = family(process)
+    (found,) = [child for child in children if child.name() == head]
+    found.kill()
+    printed, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert f"cluster 'headless' has ended: {head} (pid {found.pid})" in error
+    assert printed == ""
+    eventually(lambda: not alive(children), 10, f"its processes ended: {alive(children)}")
+    assert session.files() <= before
+    health = subprocess.run(command("status", "--name", "headless"), capture_output=True, text=True, check=False)
+    assert health.returncode == 1

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.waiting import eventually
 
-from expertmesh import Client, Cluster, Expert, FailedPrecondition, Layer, gates
+from expertmesh import Client, Cluster, Expert, FailedPrecondition, Layer, errors, gates
+from expertmesh.cluster.owner import cluster as module
 
 pytestmark = pytest.mark.usefixtures("own_home")
 
@@ -37,3 +42,67 @@ def test_a_second_cluster_on_a_state_dir_is_refused_and_told_whose_it_is(tmp_pat
             Cluster.start([layer("news")], name="second", **options)
         assert client.forward("news", [0.0]).tolist() == [0.0]
     Cluster.start([layer("news")], name="second", **options).stop()
+
+
+PROGRAM = """
+import os, sys
+from expertmesh import Cluster, Expert, Layer, gates
+
+cluster = Cluster.start([Layer("a", gates.Fixed([1.0]), {"sin": Expert("numpy:sin")})], transport="local", port=0)
+if os.fork() == 0:
+    sys.exit()  # as a child that forks and forgets to leave by os._exit
+os.wait()
+print(*os.listdir(os.environ["EXPERTMESH_HOME"] + "/run"), sep="\\n")
+"""
+
+
+def test_a_cluster_that_was_not_stopped_stops_when_its_process_exits(own_home: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=120)
+    assert "default.json" in done.stdout.split()  # and not when a child of it exits
+    assert done.stderr == ""
+    assert [path.name for path in (own_home / "run").iterdir() if path.suffix != ".lock"] == []
+
+
+@pytest.mark.parametrize("transport", ["local", "channel"])
+def test_what_is_wrong_with_the_state_folder_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
+    monkeypatch.setattr(module, "open_backend", lambda config: pytest.fail("a backend was opened"))
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o2775)  # as Kubernetes leaves a volume with fsGroup
+    for folder, reason in ((tmp_path / "shared", "others can write into"), (Path("/dev/null"), "is not a folder")):
+        with pytest.raises(errors.ConfigError, match=f"{reason}.*state_dir"):
+            Cluster.start([layer("news")], transport=transport, port=0, state_dir=folder)
+
+
+def test_a_cluster_whose_processes_are_lost_ends_and_says_why(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "SUPERVISE_SECONDS", 0.01)
+    cluster = Cluster.start([layer("news")], transport="local", port=0, name="lost")
+    backend: Any = cluster._backend
+    with Client(cluster.endpoint) as client:
+        assert client.health() == "SERVING"
+        monkeypatch.setattr(backend, "lost", lambda: "gcs_server (pid 7) has ended")
+        with pytest.raises(errors.Unavailable, match=r"cluster 'lost' has ended: gcs_server \(pid 7\) has ended"):
+            cluster.wait()
+        with pytest.raises(errors.Unavailable, match="pid 7"):
+            cluster.status()
+        eventually(lambda: not (own_home / "run" / "lost.json").exists(), 20, "it has ended")
+        with pytest.raises(errors.Unavailable):
+            client.health()
+    cluster.stop()
+    assert repr(cluster).endswith("stopped)")
+
+
+def test_the_ports_of_a_cluster_are_held_until_it_stops() -> None:
+    with Cluster.start([layer("news")], transport="local", port=0, name="held") as cluster:
+        ports = [
+            int(cluster.endpoint.rpartition(":")[2]),
+            int(cluster.metrics_endpoint.split(":")[2].partition("/")[0]),
+        ]
+        for port in ports:
+            with pytest.raises(errors.FailedPrecondition, match=f"metrics_port 127.0.0.1:{port} cannot be used"):
+                Cluster.start([layer("other")], transport="local", port=0, name="other", metrics_port=port)
+    for port in ports:
+        socket.create_server(("127.0.0.1", port)).close()

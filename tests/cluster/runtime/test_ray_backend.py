@@ -1,0 +1,83 @@
+"""How Ray is started, joined and asked, without a Ray: bounded, silent, and with nothing of the program changed."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from expertmesh.cluster.runtime.ray_environment import load_backend
+from expertmesh.experts.errors import FailedPrecondition, Unavailable
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def backend() -> Any:
+    """The module, imported as a private Ray would have it."""
+    return load_backend(None)
+
+
+def test_an_address_without_a_ray_is_told_at_once(backend: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for address, reason in ((f"127.0.0.1:{port}", "refused"), ("nosuch.invalid:6379", "nosuch.invalid")):
+        with pytest.raises(FailedPrecondition, match=reason) as caught:
+            backend.reachable(address, 20.0)
+        assert "set it to the head of a running Ray cluster" in caught.value.message
+
+
+def test_what_ray_never_ends_is_left_behind(backend: Any) -> None:
+    for_ever = threading.Event()
+    with pytest.raises(FailedPrecondition, match="did not answer"):
+        backend.within(0.05, for_ever.wait)
+    for_ever.set()
+    assert backend.within(20.0, lambda: 5) == 5
+    with pytest.raises(ZeroDivisionError):
+        backend.within(20.0, lambda: 1 / 0)
+
+
+def test_what_ray_tells_is_logged_and_not_printed(
+    backend: Any, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = backend.ray._private.worker
+    monkeypatch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)
+    monkeypatch.setattr(backend.logging.getLogger("expertmesh"), "propagate", True)
+    backend._print_nothing_of_ray()
+    worker.print_to_stdstream({"lines": ["a worker was killed\nstate"], "pid": "raylet", "is_err": False}, False)
+    assert capsys.readouterr().out == ""
+    assert {record.getMessage() for record in caplog.records if record.levelname == "WARNING"} == {
+        "Ray: a worker was killed"
+    }
+
+
+def test_no_call_starts_another_ray(backend: Any) -> None:
+    asked: list[int] = []
+    with pytest.raises(Unavailable, match=r"ray\.shutdown"):
+        backend._asked(lambda: asked.append(1), 1.0)
+    assert asked == []
+    assert not backend.ray.is_initialized()
+    assert "ray.shutdown() was called" in str(backend.RayBackend("info", "").lost())
+
+
+@pytest.fixture
+def handler_as_before() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_handler_of_the_program_stays(backend: Any, handler_as_before: None) -> None:
+    def of_ray(*_: object) -> None: ...
+
+    def of_the_program(*_: object) -> None: ...
+
+    for own, after in ((of_the_program, of_the_program), (signal.SIG_IGN, signal.SIG_IGN), (signal.SIG_DFL, of_ray)):
+        signal.signal(signal.SIGTERM, own)  # type: ignore[arg-type]
+        with backend._same_sigterm_handler():
+            signal.signal(signal.SIGTERM, of_ray)
+        assert signal.getsignal(signal.SIGTERM) is after
