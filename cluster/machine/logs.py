@@ -7,10 +7,15 @@ import logging
 import os
 import sys
 import time
+from contextlib import suppress
+from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Any
 
 from .run_files import home
+
+MOST_LOG_BYTES = 64 * 2**20
+KEPT_LOGS = 3
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -46,7 +51,7 @@ def configure_logs(process: str, level: str, path: str | None) -> None:
         handler.close()
     handler = logging.StreamHandler(sys.stderr)
     if path is not None and os.access(Path(path).parent, os.W_OK):  # a node without this disk logs to stderr
-        handler = logging.FileHandler(path, encoding="utf-8")
+        handler = _SharedFile(path, encoding="utf-8")
     handler.setFormatter(JsonFormatter(process))
     logger.addHandler(handler)
     logger.setLevel(level.upper())
@@ -54,9 +59,31 @@ def configure_logs(process: str, level: str, path: str | None) -> None:
 
 
 def log_file(name: str) -> str:
-    """Create or empty the log file of a cluster name, home()/log/<name>.jsonl, and return its path."""
+    """The path of the log file of a cluster name, home()/log/<name>.jsonl; its folder is created."""
     folder = home() / "log"
     folder.mkdir(mode=0o700, exist_ok=True)
-    path = folder / f"{name}.jsonl"
-    path.write_text("", encoding="utf-8")
-    return str(path)
+    return str(folder / f"{name}.jsonl")
+
+
+def rotate(path: str | os.PathLike[str]) -> None:
+    """Rename a log of more than `MOST_LOG_BYTES` to <path>.1, and earlier ones likewise; the oldest is dropped.
+
+    One process of a cluster does this; all of them begin a new file with their next line.
+    """
+    with suppress(OSError):  # no log yet, or a disk that takes no change: the next turn tries again
+        if os.stat(path).st_size > MOST_LOG_BYTES:
+            for number in range(KEPT_LOGS - 1, 0, -1):
+                with suppress(FileNotFoundError):
+                    os.replace(f"{path}.{number}", f"{path}.{number + 1}")
+            os.replace(path, f"{path}.1")
+
+
+class _SharedFile(WatchedFileHandler):
+    """Appends to a file that another process may rotate."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record; a file that cannot be opened again is no error of the code that logs."""
+        try:
+            super().emit(record)
+        except OSError:
+            self.handleError(record)

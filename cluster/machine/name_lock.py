@@ -6,30 +6,59 @@ import fcntl
 import os
 import shutil
 from pathlib import Path
-from typing import IO
 
 from ...experts.errors import DataLoss, FailedPrecondition, NotFound
 from .run_files import RunFile, home, lock_path, run_path, socket_path, token_path
 from .temp_folder import run_folder_of
 
 
-def lock_name(name: str) -> IO[bytes]:
+class NameLock:
+    """The lock on a cluster name. Closing it, or the end of the process, releases it; closing removes its file, too."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._file = os.fdopen(os.open(path, flags, 0o600), "r+b")
+
+    def acquire(self) -> bool:
+        """Take the lock; False if its file was removed meanwhile. Raises BlockingIOError if another process has it."""
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.fstat(self._file.fileno()).st_nlink > 0
+
+    def close(self) -> None:
+        """Remove the file and release the lock; idempotent."""
+        if not self._file.closed:
+            self._path.unlink(missing_ok=True)
+            self._file.close()
+
+    def give_up(self) -> None:
+        """Close the file of a lock that was not acquired."""
+        self._file.close()
+
+    def __enter__(self) -> NameLock:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+
+def lock_name(name: str) -> NameLock:
     """Lock a cluster name for this process, and clean up after a dead cluster with that name.
 
-    Closing the returned file, or the end of the process, releases the lock. Raises FailedPrecondition while another
-    cluster with that name is running.
+    Raises FailedPrecondition while another cluster with that name is running.
     """
     home()
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    lock = os.fdopen(os.open(lock_path(name), flags, 0o600), "r+b")
+    lock = NameLock(lock_path(name))
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while not lock.acquire():
+            lock.give_up()
+            lock = NameLock(lock_path(name))
         run_file = _run_file(name)
         if run_file is not None and run_file.pid != os.getpid() and not run_file.is_stale():
             raise BlockingIOError  # the lock file was removed while that cluster is running
         clear(name, run_file)
     except BaseException as error:
-        lock.close()
+        lock.give_up()
         if not isinstance(error, BlockingIOError):
             raise
         raise FailedPrecondition(

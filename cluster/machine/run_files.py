@@ -3,7 +3,7 @@
 home()/run/<name>.json    endpoint, token file, process and temporary folder of the cluster with that name
 home()/run/<name>.token   its tokens
 home()/run/<name>.sock    the socket for clients of the same user
-home()/run/<name>.lock    held as long as the process of the cluster lives; never removed
+home()/run/<name>.lock    held as long as the process of the cluster lives
 """
 
 from __future__ import annotations

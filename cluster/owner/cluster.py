@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 from ...experts.errors import ConfigError, ExpertMeshError, NotFound, Unavailable
 from ...experts.package_version import version
@@ -28,7 +28,8 @@ from ..control.messages import Desired
 from ..control.ports import StateSettings
 from ..gateway.gateway import GatewaySettings
 from ..gateway.streams import StreamLimits
-from ..machine.name_lock import lock_name
+from ..machine.logs import log_file, rotate
+from ..machine.name_lock import NameLock, lock_name
 from ..machine.ports import check_port, free_port, hold_port, is_loopback, with_port
 from ..machine.run_files import RunFile, socket_path, state_path, token_path
 from ..machine.tokens import create_token_file, token_digest
@@ -70,7 +71,7 @@ class Cluster:
         self.endpoint = ""
         self.metrics_endpoint = ""
         self._say = progress or (lambda message: None)
-        self._name_lock: IO[bytes] | None = None
+        self._name_lock: NameLock | None = None
         self._state_lock: StateLock | None = None
         self._held_ports: list[socket.socket] = []
         self._run_file: RunFile | None = None
@@ -84,6 +85,7 @@ class Cluster:
         self._stopping = threading.Event()
         self._ending = threading.Lock()
         self._failure: str | None = None
+        self._log_file = ""
         self._process = os.getpid()
         self._supervisor = threading.Thread(target=self._supervise, name="expertmesh-supervisor", daemon=True)
 
@@ -266,6 +268,8 @@ class Cluster:
         self._say("checking experts")
         self._layers = {layer.name: check_layer(layer, code_elsewhere=elsewhere) for layer in config.layers}
         planned = [replica for layer in self._layers.values() for replica in plan_layer(layer)]
+        self._log_file = log_file(config.name)
+        rotate(self._log_file)
         self._backend = backend = open_backend(config)
         self._say("starting in this process" if config.transport == "local" else "starting Ray")
         backend.start(config.address, config.start_timeout)
@@ -395,6 +399,7 @@ class Cluster:
     def _supervise(self) -> None:
         """Send the declared layers again to a restarted controller, and end the cluster if its Ray has ended."""
         while not self._stopping.wait(SUPERVISE_SECONDS):
+            rotate(self._log_file)
             lost = self._running().lost()
             if lost is not None:
                 self._fail(f"cluster {self.config.name!r} has ended: {lost}; start it again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertmesh.cluster.machine.logs import JsonFormatter, configure_logs, log_file
+from expertmesh.cluster.machine import logs
+from expertmesh.cluster.machine.logs import KEPT_LOGS, JsonFormatter, configure_logs, log_file, rotate
 
 
 @pytest.fixture(autouse=True)
@@ -67,8 +69,43 @@ def test_everything_of_ours_goes_to_the_file_and_nothing_below_the_level(own_hom
     logging.getLogger("other").warning("not this either")
     entries = [json.loads(line) for line in Path(path).read_text().splitlines()]
     assert [(entry["message"], entry["request_id"]) for entry in entries] == [("served", "r-1")]
-    log_file("news")
-    assert Path(path).read_text() == ""
+    assert log_file("news") == path
+    assert len(Path(path).read_text().splitlines()) == 1  # and is kept at the next start
+
+
+def test_a_log_that_has_grown_is_rotated_under_all_who_write_to_it(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "MOST_LOG_BYTES", 100)
+    path = log_file("news")
+    rotate(path)  # there is none yet
+    configure_logs("router", "info", path)
+    other = logs._SharedFile(path, encoding="utf-8")  # as another process has it open
+    try:
+        for number in range(KEPT_LOGS + 2):
+            rotate(path)
+            logging.getLogger("expertmesh").info("%d %s", number, "x" * 100)
+            other.emit(logging.makeLogRecord({"msg": f"other {number}"}))
+        rotate(path)
+    finally:
+        other.close()
+    assert not Path(path).exists()
+    found = {file.name: file.read_text() for file in Path(path).parent.iterdir()}
+    assert sorted(found) == [f"news.jsonl.{number}" for number in range(1, KEPT_LOGS + 1)]
+    for number in range(1, KEPT_LOGS + 1):
+        first, second = found[f"news.jsonl.{number}"].splitlines()
+        assert json.loads(first)["message"].startswith(f"{KEPT_LOGS + 2 - number} ")
+        assert second == f"other {KEPT_LOGS + 2 - number}"
+
+
+def test_a_log_that_cannot_be_opened_again_harms_nobody_who_logs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "log").mkdir()
+    configure_logs("router", "info", str(tmp_path / "log" / "x.jsonl"))
+    shutil.rmtree(tmp_path / "log")
+    logging.getLogger("expertmesh").warning("lost")
+    assert "FileNotFoundError" in capsys.readouterr().err
 
 
 def test_a_second_configuration_closes_the_first_and_lines_do_not_double(tmp_path: Path) -> None:

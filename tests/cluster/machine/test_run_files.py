@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from expertmesh.cluster.machine.name_lock import lock_name, may_be_removed
+from expertmesh.cluster.machine.name_lock import NameLock, lock_name, may_be_removed
 from expertmesh.cluster.machine.run_files import (
     RunFile,
     find,
@@ -175,6 +175,20 @@ def test_a_claim_holds_against_another_process_and_ends_with_it() -> None:
     child.kill()
     child.communicate()
     lock_name("x").close()
+    assert not lock_path("x").exists()
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_none() -> None:
+    home()
+    first, late = NameLock(lock_path("x")), NameLock(lock_path("x"))
+    assert first.acquire()
+    with pytest.raises(BlockingIOError):
+        late.acquire()
+    first.close()
+    assert not late.acquire()
+    late.give_up()
+    with lock_name("x"):
+        assert lock_path("x").exists()
 
 
 def test_a_cluster_that_lives_keeps_its_name_even_without_its_lock_file() -> None:
