@@ -6,7 +6,6 @@ import atexit
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 import uuid
@@ -21,34 +20,25 @@ from ...experts.errors import ConfigError, ExpertMeshError, NotFound, Unavailabl
 from ...experts.package_version import version
 from ...experts.spec import Expert, check_expert
 from ...router.mixture.layer import Layer
-from ..config.cluster_config import ClusterConfig, allowed_factories
+from ..config.cluster_config import ClusterConfig
 from ..config.loader import load_config
 from ..config.preflight import check_layer
 from ..control.messages import Desired
 from ..control.ports import StateSettings
-from ..gateway.gateway import GatewaySettings
-from ..gateway.streams import StreamLimits
 from ..machine.logs import log_file, rotate
 from ..machine.name_lock import NameLock, lock_name
-from ..machine.ports import check_port, free_port, hold_port, is_loopback, with_port
-from ..machine.run_files import RunFile, socket_path, state_path, token_path
-from ..machine.tokens import create_token_file, token_digest
+from ..machine.run_files import RunFile, socket_path, state_path
 from ..placement.capacity import Resources, needs, unplaceable
 from ..placement.plan import PlannedReplica, plan_layer
-from ..rpc.methods import Role
 from ..runtime.backend import Backend, open_backend
-from ..runtime.router_process import ServiceSettings
 from ..state.state_lock import StateLock, hold_state
-from ..state.uploads import UploadLimits
+from .front import FrontPorts, endpoint, metrics_endpoint, service_settings
 
 Progress = Callable[[str], None]
 SUPERVISE_SECONDS = 0.5
 STOP_GRACE = 5.0
 BEHAVIOUR = ("factory", "args", "kwargs", "weights", "input", "output", "framework", "live")
 """The fields of an expert that define what it computes; the others define where and how often it runs."""
-
-_HERE = {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}
-"""The address for clients on this machine when the gateway listens on all addresses."""
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +63,7 @@ class Cluster:
         self._say = progress or (lambda message: None)
         self._name_lock: NameLock | None = None
         self._state_lock: StateLock | None = None
-        self._held_ports: list[socket.socket] = []
+        self._ports: FrontPorts | None = None
         self._run_file: RunFile | None = None
         self._backend: Backend | None = None
         self._owner = uuid.uuid4().hex
@@ -225,8 +215,8 @@ class Cluster:
         if self._state_lock is not None:
             self._state_lock.close()
             self._state_lock = None
-        while self._held_ports:
-            self._held_ports.pop().close()
+        if self._ports is not None:
+            self._ports.close()
         if self._name_lock is not None:
             self._name_lock.close()
             self._name_lock = None
@@ -261,9 +251,7 @@ class Cluster:
         deadline = time.monotonic() + config.start_timeout
         self._name_lock = lock_name(config.name)
         self._state_lock = hold_state(self._state_dir(), f"cluster {config.name!r}")
-        port, metrics_port = self._port("port", config.host, config.port), config.metrics_port
-        if metrics_port is not None:
-            metrics_port = self._port("metrics_port", config.metrics_host, metrics_port)
+        self._ports = FrontPorts(config)
         elsewhere = config.runtime_env is not None
         self._say("checking experts")
         self._layers = {layer.name: check_layer(layer, code_elsewhere=elsewhere) for layer in config.layers}
@@ -275,7 +263,7 @@ class Cluster:
         backend.start(config.address, config.start_timeout)
         if problem := unplaceable(planned, backend.nodes()):
             raise ConfigError(problem)
-        settings = self._service_settings(port, metrics_port)
+        settings = service_settings(config, self._ports, self._state_dir())
         for replica in planned:
             backend.start_replica(replica)
         state = StateSettings(state_dir=str(self._state_dir()), retain_epochs=config.retain_epochs)
@@ -294,62 +282,12 @@ class Cluster:
         self._supervisor.start()
         self._say(f"serving on {self.endpoint}")
 
-    def _port(self, setting: str, host: str, port: int) -> int:
-        """The port to listen on, chosen here so that a restarted router listens on the same one.
-
-        It is held for the processes of this user, as those of a Ray that was started here are.
-        """
-        if self.config.address is not None:
-            check_port(host, port, setting)
-            return port or free_port(host)
-        holder = hold_port(host, port, setting)
-        self._held_ports.append(holder)
-        return int(holder.getsockname()[1])
-
-    def _service_settings(self, port: int, metrics_port: int | None) -> ServiceSettings:
-        config = self.config
-        own = [(token_digest(token), role, None) for role, token in create_token_file(token_path(config.name)).items()]
-        configured = [(entry.sha256, entry.role, entry.expires) for entry in config.tokens]
-        tls = None
-        if config.tls_key is not None and config.tls_cert is not None:
-            tls = (config.tls_key.read_bytes(), config.tls_cert.read_bytes())
-        gateway = GatewaySettings(
-            host=config.host,
-            port=port,
-            port_held=bool(self._held_ports),
-            socket=str(socket_path(config.name)),
-            max_message_bytes=config.max_message_bytes,
-            streams=StreamLimits(max_request_bytes=config.max_request_bytes, max_stream_bytes=config.max_stream_bytes),
-            default_timeout=config.default_timeout,
-            tls=tls,
-        )
-        tokens: tuple[tuple[str, Role, float | None], ...] = (*own, *configured)
-        return ServiceSettings(
-            name=config.name,
-            gateway=gateway,
-            metrics_port=metrics_port,
-            metrics_host=config.metrics_host,
-            tokens=tokens,
-            max_rows_in_flight=config.max_rows_in_flight,
-            state_dir=str(self._state_dir()),
-            uploads=UploadLimits(
-                max_upload_bytes=config.max_upload_bytes,
-                max_uploads_bytes=config.max_uploads_bytes,
-                upload_rate=config.upload_rate,
-            ),
-            allowed_factories=allowed_factories(config),
-        )
-
     def _state_dir(self) -> Path:
         return self.config.state_dir or state_path(self.config.name)
 
     def _announce(self, port: int, metrics_port: int | None) -> None:
-        config = self.config
-        self.endpoint = with_port(_HERE.get(config.host, config.host), port)
-        if metrics_port is not None:
-            scheme = "http" if is_loopback(config.metrics_host) else "https"
-            host = _HERE.get(config.metrics_host, config.metrics_host)
-            self.metrics_endpoint = f"{scheme}://{with_port(host, metrics_port)}/metrics"
+        self.endpoint = endpoint(self.config, port)
+        self.metrics_endpoint = metrics_endpoint(self.config, metrics_port)
         temp_dir = self._running().temp_dir
         self._run_file = RunFile.of_this_process(
             self.config.name,
