@@ -51,6 +51,7 @@ def examine(machine: Machine) -> list[Check]:
         *_clusters(machine),
         _port(machine),
         _ray(machine),
+        _ray_ports(machine),
     ]
 
 
@@ -137,6 +138,16 @@ def _ray(machine: Machine) -> Check:
     if any("workers at nice 15" in entry for entry in others):
         mend += "; its workers give way to every other process: start it with RAY_worker_niceness=0"
     return Check("other ray", "warn", "; ".join(others), mend)
+
+
+def _ray_ports(machine: Machine) -> Check:
+    if not machine.open_to_others:
+        return Check("ray ports", "ok", "none that other machines can reach")
+    mend = (
+        "whoever reaches them with Ray's token runs any code: close them to all but the nodes of that Ray (firewall, "
+        "network policy), or leave `address` out: a Ray of the cluster's own listens on loopback"
+    )
+    return Check("ray ports", "warn", "; ".join(machine.open_to_others), mend)
 
 
 def release(version: str) -> tuple[int, ...]:

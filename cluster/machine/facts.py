@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -12,15 +13,19 @@ from pathlib import Path
 import psutil
 
 from ...experts.staging.machine_memory import memory_bytes, read_text
-from .ports import is_free
+from .ports import is_free, is_loopback
 from .run_files import RunFile, list_all
 
 SHARED_MEMORY = "/dev/shm"
+RAY_SERVERS = ("gcs_server", "raylet")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Facts about this machine. Sizes are in bytes; None means unknown."""
+    """Facts about this machine. Sizes are in bytes; None means unknown.
+
+    `open_to_others` are the processes of Ray, with their ports, that other machines can reach.
+    """
 
     python: tuple[int, ...]
     versions: Mapping[str, str | None]
@@ -34,6 +39,7 @@ class Machine:
     port: int
     port_free: bool
     ray: tuple[str, ...]
+    open_to_others: tuple[str, ...] = ()
 
 
 def look(packages: Iterable[str], port: int) -> Machine:
@@ -54,6 +60,7 @@ def look(packages: Iterable[str], port: int) -> Machine:
         port=port,
         port_free=is_free("127.0.0.1", port),
         ray=ray_processes(),
+        open_to_others=open_to_others(),
     )
 
 
@@ -93,4 +100,20 @@ def ray_processes(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
             logs = next((word.partition("=")[2] for word in words if word.startswith("--log_dir=")), "unknown")
             nice = (process.info["environ"] or {}).get("RAY_worker_niceness", "15")
             found.append(f"pid {process.pid}, logs {logs}, workers at nice {nice}")
+    return tuple(found)
+
+
+def open_to_others() -> tuple[str, ...]:
+    """The processes of Ray on this machine that listen beyond loopback, each with its ports.
+
+    Other users' processes are seen only by root.
+    """
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):  # it has ended, or belongs to another user
+            if process.name() in RAY_SERVERS or process.name().startswith("ray::"):
+                sockets = [one.laddr for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
+                ports = sorted({one.port for one in sockets if not is_loopback(one.ip.removeprefix("::ffff:"))})
+                if ports:
+                    found.append(f"{process.name()} (pid {process.pid}) on {', '.join(map(str, ports))}")
     return tuple(found)

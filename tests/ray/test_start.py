@@ -148,14 +148,15 @@ from expertmesh import Client, Cluster, Expert, Layer, gates
 
 own_handler = lambda number, frame: None
 signal.signal(signal.SIGTERM, own_handler)
-before = subprocess.Popen(["sleep", "600"], start_new_session=True)
+silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+before = subprocess.Popen(["sleep", "600"], start_new_session=True, **silent)
 cluster = Cluster.start([Layer("a", gates.Fixed([1.0]), {"sin": Expert("numpy:sin")})], port=0, transport=sys.argv[1])
 with Client(cluster.endpoint) as client:
     client.forward("a", [1.0])
 (ray_folder,) = [path for path in os.scandir(tempfile.gettempdir()) if path.name.startswith("expertmesh-")]
-after = subprocess.Popen(["sleep", "600"], start_new_session=True)
+after = subprocess.Popen(["sleep", "600"], start_new_session=True, **silent)
 log = f"{ray_folder.path}/ray/session_latest/logs/raylet.out"
-reads = subprocess.Popen(["tail", "-f", log], stdout=subprocess.DEVNULL)
+reads = subprocess.Popen(["tail", "-f", log], **silent)
 own = (before, after, reads)
 rays = [process for process in psutil.Process().children(recursive=True) if process.pid not in [p.pid for p in own]]
 print(json.dumps({

@@ -6,13 +6,15 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from expertmesh.cluster.machine.doctor import BASE, CLUSTER, DEMO, GIB, PACKAGES, PYTHON, Check, examine, release
-from expertmesh.cluster.machine.facts import Machine, cores, gpus, look, memory_bytes, ray_processes
+from expertmesh.cluster.machine.facts import Machine, cores, gpus, look, memory_bytes, open_to_others, ray_processes
 from expertmesh.cluster.machine.ports import is_free
 from expertmesh.cluster.machine.run_files import RunFile
 
@@ -63,6 +65,7 @@ def test_a_good_machine_has_nothing_to_mend() -> None:
         ("other ray", {"ray": ("pid 7, logs /tmp/x/s",), "clusters": (CLUSTER_X,)}, "ok"),
         ("other ray", {"ray": ("pid 7, logs /tmp/x2/s",), "clusters": (CLUSTER_X,)}, "warn"),
         ("other ray", {"ray": ("RAY_ADDRESS=auto",), "clusters": (CLUSTER_X,)}, "warn"),
+        ("ray ports", {"open_to_others": ("raylet (pid 7) on 8076",)}, "warn"),
     ],
 )
 def test_what_is_wrong_is_judged_and_says_how_to_mend_it(name: str, change: dict[str, object], state: str) -> None:
@@ -143,6 +146,34 @@ def test_a_ray_that_runs_is_seen() -> None:
         finally:
             for process in (plain, nice, other):
                 process.kill()
+
+
+LISTENS = """
+import ctypes, socket, sys
+ctypes.CDLL(None).prctl(15, sys.argv[1].encode())  # PR_SET_NAME
+servers = [socket.create_server((host, 0)) for host in sys.argv[2:]]
+print(*(server.getsockname()[1] for server in servers), flush=True)
+input()
+"""
+
+
+def test_ports_of_ray_that_others_can_reach_are_seen() -> None:
+    @contextmanager
+    def running(name: str, *hosts: str) -> Iterator[tuple[int, list[str]]]:
+        command = [sys.executable, "-c", LISTENS, name, *hosts]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            yield process.pid, process.stdout.readline().split()
+            process.communicate("\n")
+
+    with (
+        running("raylet", "0.0.0.0", "127.0.0.1") as (pid, ports),
+        running("ray::Actor", "127.0.0.1") as (closed, _),
+        running("other", "0.0.0.0") as (other, _),
+    ):
+        seen = open_to_others()
+    assert f"raylet (pid {pid}) on {ports[0]}" in seen
+    assert not [text for text in seen if f"(pid {closed})" in text or f"(pid {other})" in text]
 
 
 def test_a_port_in_use_is_seen() -> None:
