@@ -153,7 +153,7 @@ class FlipsEarly(Executor):
         self._holds(member, incarnation, id, receipt.version)
         await self.perform(self.reconciler.staged(swap_id, member, incarnation, id, receipt.version))
         await asyncio.sleep(LATE_SECONDS)
-        await self._staged_at(member, self.transactions.recorded(id, receipt.version))
+        await self._staged_at(member, self.transactions.recorded(id, receipt.version), LATE_SECONDS)
 
 
 class AnswersWithNewest(ExpertHost):

@@ -127,23 +127,30 @@ class Controller:
         return await asyncio.shield(answer)
 
     async def recall(self, epoch: int, ttl: float) -> None:
-        """Load the versions of an epoch that is kept, for `ttl` seconds.
+        """Load the versions of an epoch that is kept, and keep them for `ttl` seconds from then on.
 
         Raises FailedPrecondition beyond retention, NotFound for an epoch that never was, and Unavailable where it could
-        not be loaded in that time.
+        not be loaded in that time, or nothing was declared yet.
         """
-        versions = self.transactions.epoch(epoch)
-        self.reconciler.epochs.setdefault(epoch, versions)
-        self._recalls[epoch] += 1
+        self._check_told()
+        async with self.executor.collecting:
+            versions = self.transactions.epoch(epoch)
+            self.reconciler.epochs.setdefault(epoch, versions)
+            self._recalls[epoch] += 1
+            actions = self.reconciler.recall(epoch)
         loop = asyncio.get_running_loop()
+        try:
+            deadline = loop.time() + ttl
+            await self.executor.perform(actions)
+            while self.reconciler.lacking(epoch):
+                if loop.time() > deadline:
+                    raise Unavailable(f"epoch {epoch} could not be loaded: {self.executor.problem}")
+                await asyncio.sleep(DRAIN_SECONDS)
+            await self._sync()
+        except BaseException:
+            self._release(epoch)
+            raise
         loop.call_later(ttl, self._release, epoch)
-        deadline = loop.time() + ttl
-        await self.executor.perform(self.reconciler.recall(epoch))
-        while self.reconciler.lacking(epoch):
-            if loop.time() > deadline:
-                raise Unavailable(f"epoch {epoch} could not be loaded: {self.executor.problem}")
-            await asyncio.sleep(DRAIN_SECONDS)
-        await self._sync()
 
     def _release(self, epoch: int) -> None:
         """Let an epoch go that was recalled, unless another recall of it still runs."""
@@ -267,7 +274,10 @@ class Controller:
     async def _probe(self, name: str, handle: Any) -> None:
         began = asyncio.get_running_loop().time()
         try:
-            report = await asyncio.wait_for(self._replicas.probe(name, handle), PROBE_TIMEOUT)
+            probe = self._replicas.probe(self.executor.order(), name, handle)
+            report = await asyncio.wait_for(probe, PROBE_TIMEOUT)
+        except Fenced:
+            raise
         except ExpertMeshError:
             problem = await self._replicas.waits_for(self.desired.needs.get(name, {}))
             self._health.probed(name, Probe(failure="down", problem=problem))
@@ -287,6 +297,8 @@ class Controller:
                 asyncio.TimeoutError, TimeoutError
             ):  # a slow disk says nothing, and must not hold up the router
                 await asyncio.wait_for(asyncio.to_thread(self.transactions.check_writer), WRITER_SECONDS)
+            if not self._health.all_asked():
+                return
             update = RouterUpdate(
                 replicas=self._health.replicas(),
                 epochs=self.reconciler.known_to_routers(),
@@ -294,30 +306,37 @@ class Controller:
                 cluster_id=self.transactions.cluster_id,
                 broken=self._broken(),
             )
+            self.reconciler.router_told(ROUTER, update.epochs)
             loop = asyncio.get_running_loop()
+            sent = loop.time()
             if self._router_heard is None:
-                self._router_heard = loop.time()
+                self._router_heard = sent
             try:
-                report = await asyncio.wait_for(self._router.sync(update), ROUTER_TIMEOUT)
+                report = await self._told_router(update)
                 if report.revision < self.desired.revision:
                     await asyncio.wait_for(self._router.declare(self.desired), ROUTER_TIMEOUT)
-                    report = await asyncio.wait_for(self._router.sync(update), ROUTER_TIMEOUT)
+                    sent = loop.time()
+                    report = await self._told_router(update)
             except (ExpertMeshError, asyncio.TimeoutError, TimeoutError):
                 self._hurry()
                 if loop.time() - self._router_heard > LEASE_SECONDS:
                     await self.executor.perform(self.reconciler.router_lost(ROUTER))
                 raise
-            self._router_heard = loop.time()
+            self._router_heard = sent
             changed = self.report is not None and self.report.incarnation != report.incarnation
             self.report = report
         actions: list[Action] = []
         if changed:
             actions += [*self.reconciler.member_lost(ROUTER), *self.reconciler.router_lost(ROUTER)]
-        gates = frozenset(layer.gate_id for layer in self.desired.layers.values())
-        actions += self.reconciler.member_reported(ROUTER, report.incarnation, gates, report.gates)
-        actions += self.reconciler.router_reported(ROUTER, report.epoch, report.oldest_pinned)
+        if not self.executor.changed_since(ROUTER, sent):
+            gates = frozenset(layer.gate_id for layer in self.desired.layers.values())
+            actions += self.reconciler.member_reported(ROUTER, report.incarnation, gates, report.gates)
+        actions += self.reconciler.router_reported(ROUTER, report.epoch, report.oldest_pinned, update.epochs)
         self._hurry()
         await self.executor.perform(actions)
+
+    async def _told_router(self, update: RouterUpdate) -> RouterReport:
+        return await asyncio.wait_for(self._router.sync(self.executor.order(), update), ROUTER_TIMEOUT)
 
 
 def open_controller(settings: StateSettings, router: RouterPort, replicas: ReplicaPort) -> Controller:

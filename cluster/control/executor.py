@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ...experts.errors import DataLoss, ExpertMeshError, FailedPrecondition, Fenced, NotFound, Unavailable
+from ...experts.errors import (
+    DataLoss,
+    DeadlineExceeded,
+    ExpertMeshError,
+    FailedPrecondition,
+    Fenced,
+    NotFound,
+    Unavailable,
+)
 from ...experts.staging.stage import Receipt
 from .events import Action, CommitSwap, FinishSwap, LoadVersion, StageCandidate, Sync, UnloadVersion
 from .messages import Candidate
+from .orders import Order
 from .ports import ReplicaPort, RouterPort
 from .reconciler import Reconciler
 from .replica_health import Health
@@ -22,6 +33,10 @@ ROUTER = "router"
 """The router as a member: it holds gates."""
 COMMIT_SECONDS = 0.2
 PROBE_TIMEOUT = 2.0
+LOAD_SECONDS = 600.0
+UNLOAD_SECONDS = 30.0
+LATE_SECONDS = 30.0
+"""So long after its swap has run out of time a member may still stage: what others ask of it waits."""
 LASTING = (DataLoss, FailedPrecondition, NotFound)
 """What is wrong with a stored version when another try will hardly help."""
 LASTING_SECONDS = 5.0
@@ -31,8 +46,8 @@ LASTING_SECONDS = 5.0
 class Executor:
     """Carries out actions. `handles` is how replicas are reached, `problem` the last load that failed.
 
-    `problems` are the (id, version) whose last load failed, with the error. `background` are threads of the lowest
-    priority.
+    `problems` are the (id, version) whose last load failed, with the error. Epochs are collected, and recalled, by one
+    who holds `collecting`. `background` are threads of the lowest priority.
     """
 
     def __init__(
@@ -55,6 +70,9 @@ class Executor:
         self._replicas = replicas
         self._sync = sync
         self._changed: dict[str, float] = {}
+        self._unloading: Counter[str] = Counter()
+        self._orders = itertools.count(1)
+        self.collecting = asyncio.Lock()
         self._turns: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._background = background
@@ -65,8 +83,13 @@ class Executor:
         return {id: error.message for id, error in found.items() if isinstance(error, LASTING)}
 
     def changed_since(self, member: str, moment: float) -> bool:
-        """Whether a replica was told to hold or forget something since then (a time of the event loop)."""
-        return self._changed.get(member, 0.0) > moment
+        """Whether a member has come to hold or forget something since then (a time of the event loop), or is about to
+        forget something: what it reported meanwhile may be old."""
+        return self._unloading[member] > 0 or self._changed.get(member, 0.0) > moment
+
+    def order(self) -> Order:
+        """The place of the next order to a member."""
+        return Order(self.transactions.term, next(self._orders))
 
     async def perform(self, actions: Iterable[Action]) -> None:
         """Carry out actions, what takes time in a task of its own."""
@@ -96,7 +119,8 @@ class Executor:
             return  # the swap has ended while this waited for its turn
         reached = await self._lives(member, incarnation)
         try:
-            receipt = await self._staged_at(member, candidate)
+            timeout = self.transactions.timeout(swap_id) + LATE_SECONDS
+            receipt = await self._staged_at(member, candidate, timeout)
             _check_tensors(member, candidate, receipt)
             self.transactions.keep_receipt(swap_id, receipt)
         except Unavailable:
@@ -106,6 +130,9 @@ class Executor:
                 await self.perform(self.reconciler.member_lost(member))
         except ExpertMeshError as error:
             await self.perform(self.reconciler.stage_refused(swap_id, member, incarnation, id, error))
+        except (asyncio.TimeoutError, TimeoutError):
+            late = DeadlineExceeded(f"{id}: {member} did not stage it in time")
+            await self.perform(self.reconciler.stage_refused(swap_id, member, incarnation, id, late))
         except Exception as error:
             refusal = FailedPrecondition(f"{id}: staging at {member} failed with {type(error).__name__}; see the log")
             await self.perform(self.reconciler.stage_refused(swap_id, member, incarnation, id, refusal))
@@ -119,7 +146,7 @@ class Executor:
         if member == ROUTER:
             return False
         try:
-            probe = self._replicas.probe(member, self.handles.get(member))
+            probe = self._replicas.probe(self.order(), member, self.handles.get(member))
             return (await asyncio.wait_for(probe, PROBE_TIMEOUT)).incarnation == incarnation
         except (ExpertMeshError, asyncio.TimeoutError, TimeoutError):
             return False
@@ -127,7 +154,7 @@ class Executor:
     async def _load(self, action: LoadVersion) -> None:
         try:
             candidate = await asyncio.to_thread(self.transactions.recorded, action.id, action.version)
-            receipt = await self._staged_at(action.member, candidate)
+            receipt = await self._staged_at(action.member, candidate, LOAD_SECONDS)
             if receipt.version != action.version:
                 raise FailedPrecondition(
                     f"{action.id} loads as {receipt.version}, not {action.version}: its code changed"
@@ -140,7 +167,7 @@ class Executor:
             failed = (action.member, action.incarnation, action.id, action.version)
             delay = LASTING_SECONDS if isinstance(error, LASTING) else 0.0
             asyncio.get_running_loop().call_later(delay, self.reconciler.load_failed, *failed)
-        except Exception:  # a disk that fails, a bug: it is tried again, and seen in the log
+        except Exception:  # a disk that fails, a member that is late, a bug: it is tried again, and seen in the log
             self.reconciler.load_failed(action.member, action.incarnation, action.id, action.version)
             raise
         else:
@@ -158,21 +185,36 @@ class Executor:
         return failure
 
     async def _unload(self, action: UnloadVersion) -> None:
+        member, id, version, loop = action.member, action.id, action.version, asyncio.get_running_loop()
         try:
             await asyncio.to_thread(self.transactions.check_writer)  # another controller may need it by now
-            if action.member == ROUTER:
-                await self._router.unload(action.id, action.version)
-            else:
-                self._forgets(action.member, action.id, action.version)
-                handle = self.handles.get(action.member)
-                await self._replicas.unload(action.member, handle, action.id, action.version)
         except ExpertMeshError as error:
-            log.debug("%s did not unload %s %s: %s", action.member, action.id, action.version, error)
+            log.debug("%s was not told to unload %s %s: %s", member, id, version, error)
+            return
+        if not self.reconciler.begin_unload(member, action.incarnation, id, version):
+            return
+        self._unloading[member] += 1
+        self._health.forgets(member, id, version)
+        try:
+            await asyncio.wait_for(self._unloaded_at(member, id, version), UNLOAD_SECONDS)
+        except (ExpertMeshError, asyncio.TimeoutError, TimeoutError) as error:
+            log.debug("%s did not unload %s %s: %s", member, id, version, error)
+        finally:
+            self._unloading[member] -= 1
+            self._changed[member] = loop.time()
 
-    async def _staged_at(self, member: str, candidate: Candidate) -> Receipt:
+    async def _unloaded_at(self, member: str, id: str, version: str) -> None:
         if member == ROUTER:
-            return await self._router.stage(candidate)
-        return await self._replicas.stage(member, self.handles.get(member), candidate)
+            await self._router.unload(self.order(), id, version)
+        else:
+            await self._replicas.unload(self.order(), member, self.handles.get(member), id, version)
+
+    async def _staged_at(self, member: str, candidate: Candidate, timeout: float) -> Receipt:
+        if member == ROUTER:
+            staged = self._router.stage(self.order(), candidate)
+        else:
+            staged = self._replicas.stage(self.order(), member, self.handles.get(member), candidate)
+        return await asyncio.wait_for(staged, timeout)
 
     async def _commit(self, action: CommitSwap) -> None:
         try:
@@ -203,10 +245,11 @@ class Executor:
             await asyncio.sleep(COMMIT_SECONDS)
 
     async def _collect(self) -> None:
-        in_use = {pair for versions in self.reconciler.in_use() for pair in versions.items()}
-        self.reconciler.forget_epochs(
-            await asyncio.to_thread(self.transactions.collect, in_use, self.reconciler.oldest_needed())
-        )
+        async with self.collecting:
+            in_use = {pair for versions in self.reconciler.in_use() for pair in versions.items()}
+            self.reconciler.forget_epochs(
+                await asyncio.to_thread(self.transactions.collect, in_use, self.reconciler.oldest_needed())
+            )
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run work of its own accord; what goes wrong with it is logged."""
@@ -217,10 +260,6 @@ class Executor:
     def _holds(self, member: str, incarnation: str, id: str, version: str) -> None:
         self._changed[member] = asyncio.get_running_loop().time()
         self._health.holds(member, incarnation, id, version)
-
-    def _forgets(self, member: str, id: str, version: str) -> None:
-        self._changed[member] = asyncio.get_running_loop().time()
-        self._health.forgets(member, id, version)
 
 
 def _check_tensors(member: str, candidate: Candidate, receipt: Receipt) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from ...experts.staging.stage import Receipt
 from ...router.fanout.replica_view import Replica
 from .messages import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
+from .orders import Order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,34 +37,34 @@ class ControllerState:
 
 
 class RouterPort(Protocol):
-    """How the controller reaches the router."""
+    """How the controller reaches the router. Every order raises Fenced where another controller has given one since."""
 
     async def declare(self, desired: Desired) -> None:
         """Hand over the declared layers."""
 
-    async def sync(self, update: RouterUpdate) -> RouterReport:
+    async def sync(self, order: Order, update: RouterUpdate) -> RouterReport:
         """Hand over what is known; answers with what the router knows."""
 
-    async def stage(self, candidate: Candidate) -> Receipt:
+    async def stage(self, order: Order, candidate: Candidate) -> Receipt:
         """Have a gate staged and verified."""
 
-    async def unload(self, id: str, version: str) -> None:
+    async def unload(self, order: Order, id: str, version: str) -> None:
         """Have a gate forgotten."""
 
 
 class ReplicaPort(Protocol):
-    """How the controller reaches the replicas."""
+    """How the controller reaches the replicas; an order raises Fenced as those to routers do."""
 
-    async def probe(self, replica_id: str, handle: Any) -> Replica:
+    async def probe(self, order: Order, replica_id: str, handle: Any) -> Replica:
         """Ask a replica for a report. Raises Unavailable when it is not there."""
 
     async def waits_for(self, needs: Mapping[str, float]) -> str:
         """What a replica that is down waits for, if no node has what it reserves; else empty."""
 
-    async def stage(self, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:
+    async def stage(self, order: Order, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:
         """Have an expert staged and verified beside what the replica serves."""
 
-    async def unload(self, replica_id: str, handle: Any, id: str, version: str) -> None:
+    async def unload(self, order: Order, replica_id: str, handle: Any, id: str, version: str) -> None:
         """Have a version forgotten."""
 
 

@@ -40,6 +40,7 @@ class _Member:
     ids: frozenset[str]
     holds: frozenset[tuple[str, str]]
     asked: set[tuple[str, str]] = field(default_factory=set)
+    leaving: set[tuple[str, str]] = field(default_factory=set)
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Reconciler:
         self.swaps = Swaps()
         self._members: dict[str, _Member] = {}
         self._routers: dict[str, _Router] = {}
+        self._offered: dict[str, frozenset[int]] = {}
 
     def restore(self, epochs: Mapping[int, Versions], routers: Collection[str] = ()) -> list[Action]:
         """Begin with the epochs of the registry, the newest of which is the current one.
@@ -79,13 +81,13 @@ class Reconciler:
     def forget_epochs(self, kept: Mapping[int, Versions]) -> None:
         """Keep only these epochs, and those in use: the registry has collected the others."""
         floor = min([self.current, *self._pinned()])
-        used = {n: v for n, v in self.epochs.items() if n >= floor or n in self.recalled}
+        used = {n: v for n, v in self.epochs.items() if n >= floor or n in self._by_number()}
         self.epochs = {**used, **kept}
         self.recalled &= set(self.epochs)
 
     def oldest_needed(self) -> int:
         """The oldest epoch that is current, pinned, recalled or perhaps pinned: the registry must not collect it."""
-        return max(min([self.current, *self._pinned(), *self.recalled]), min(self.epochs, default=0))
+        return max(min([self.current, *self._pinned(), *self._by_number()]), min(self.epochs, default=0))
 
     def members(self) -> dict[str, str]:
         """The live members and their incarnations."""
@@ -107,14 +109,26 @@ class Reconciler:
         self._members.pop(member, None)
         return self._tell(MemberGone(member))
 
-    def router_reported(self, router: str, epoch: int, oldest_pinned: int) -> list[Action]:
-        """A router says which epoch it has adopted, and the oldest that is pinned there."""
+    def router_told(self, router: str, epochs: Collection[int]) -> None:
+        """A router is about to be told these epochs: from now on requests there may pin them by number."""
+        self._offered[router] = self._offered.get(router, frozenset()) | frozenset(epochs)
+
+    def router_reported(
+        self, router: str, epoch: int, oldest_pinned: int, told: Collection[int] | None = None
+    ) -> list[Action]:
+        """A router says which epoch it has adopted, and the oldest that is pinned there.
+
+        `told` are the epochs that it was told, and has taken, before it said so: it offers no others any more.
+        """
+        if told is not None:
+            self._offered[router] = frozenset(told)
         self._routers[router] = _Router(epoch, oldest_pinned if epoch else self.current)
         return [*self._tell(RouterReported(router, epoch, oldest_pinned)), *self._reconcile()]
 
     def router_lost(self, router: str) -> list[Action]:
         """A router was not heard for too long, or another incarnation of it has taken its place."""
         self._routers.pop(router, None)
+        self._offered.pop(router, None)
         return [*self._tell(RouterGone(router)), *self._reconcile()]
 
     def swap_asked(self, swap_id: str, ids: frozenset[str]) -> list[Action]:
@@ -184,18 +198,35 @@ class Reconciler:
         return [Sync(), *self._reconcile()]
 
     def release(self, epoch: int) -> list[Action]:
-        """An epoch that was recalled is not needed any more."""
+        """An epoch that was recalled is not needed any more, once no router offers it."""
         self.recalled.discard(epoch)
         return [Sync(), *self._reconcile()]
 
     def in_use(self) -> list[Versions]:
         """The epochs whose versions must stay loaded."""
         pinned = [oldest for oldest in self._pinned() if oldest != UNKNOWN]
-        return epochs_in_use(self.epochs, self.current, pinned, self.recalled)
+        return epochs_in_use(self.epochs, self.current, pinned, self._by_number())
 
     def known_to_routers(self) -> dict[int, Versions]:
-        """The epochs that routers are told: the current one and those recalled."""
-        return {n: v for n, v in self.epochs.items() if n == self.current or n in self.recalled}
+        """The epochs that routers are told: the current one, and those recalled that are loaded."""
+        return {
+            n: v for n, v in self.epochs.items() if n == self.current or (n in self.recalled and not self.lacking(n))
+        }
+
+    def begin_unload(self, member: str, incarnation: str, id: str, version: str) -> bool:
+        """Look once more, right before a member is told to unload a version, whether it still may.
+
+        If so, the version counts as gone from now on.
+        """
+        known, pair = self._members.get(member), (id, version)
+        if known is None or known.incarnation != incarnation:
+            return False
+        known.leaving.discard(pair)
+        if self._blind() or not unneeded([pair], wanted(known.ids, self.in_use()), self._staging()):
+            return False
+        known.holds -= {pair}
+        known.asked.discard(pair)  # or what is needed once more would not be asked for again
+        return True
 
     def lacking(self, epoch: int) -> list[tuple[str, str]]:
         """The declared (id, version) of an epoch that no live member holds."""
@@ -228,6 +259,14 @@ class Reconciler:
     def _pinned(self) -> list[int]:
         return [router.oldest_pinned for router in self._routers.values()]
 
+    def _by_number(self) -> set[int]:
+        """The epochs that a request may pin by their number, now or soon."""
+        return self.recalled.union(*self._offered.values())
+
+    def _staging(self) -> frozenset[str]:
+        """The ids of which a swap may have candidates loaded that are in no epoch yet."""
+        return frozenset(id for swap in self.swaps.active() if swap.phase is not Phase.RETIRING for id in swap.ids)
+
     def _blind(self) -> bool:
         """Whether a router may pin an epoch whose versions are not known here: then nothing may be unloaded."""
         return any(oldest < min(self.epochs, default=0) for oldest in self._pinned())
@@ -241,19 +280,15 @@ class Reconciler:
 
     def _reconcile(self, names: Collection[str] | None = None) -> list[Action]:
         """Compare what members hold with what they have to hold; all members, if none is named."""
-        in_use, may_unload = self.in_use(), not self._blind()
-        swapping = [swap for swap in self.swaps.active() if swap.phase is not Phase.RETIRING]
-        staging = frozenset(id for swap in swapping for id in swap.ids)
+        in_use, may_unload, staging = self.in_use(), not self._blind(), self._staging()
         actions: list[Action] = []
         for name in self._members if names is None else names:
             member = self._members[name]
             needed = wanted(member.ids, in_use)
             missing = sorted(needed - member.holds - member.asked)
             member.asked.update(missing)
-            surplus = unneeded(member.holds, needed, staging) if may_unload else []
-            if surplus:
-                member.holds -= set(surplus)
-                member.asked -= set(surplus)  # or what is needed once more would not be asked for again
+            surplus = unneeded(member.holds - member.leaving, needed, staging) if may_unload else []
+            member.leaving.update(surplus)
             actions += [LoadVersion(name, member.incarnation, *pair) for pair in missing]
             actions += [UnloadVersion(name, member.incarnation, *pair) for pair in surplus]
         return actions

@@ -27,12 +27,14 @@ class Health:
     def __init__(self) -> None:
         self._replicas: dict[str, Replica] = {}
         self._timeouts: dict[str, int] = {}
+        self._asked: set[str] = set()
 
     def expect(self, wanted: dict[str, tuple[str, ...]]) -> None:
         """Say which replicas there are to be, and what experts each is for; others are forgotten."""
         for name in set(self._replicas) - set(wanted):
             del self._replicas[name]
             self._timeouts.pop(name, None)
+            self._asked.discard(name)
         for name, experts in wanted.items():
             self._replicas[name] = replace(self._replicas.get(name, Replica(id=name)), experts=experts)
 
@@ -45,6 +47,7 @@ class Health:
         known = self._replicas.get(name)
         if known is None:
             return
+        self._asked.add(name)
         if probe.report is not None:
             self._timeouts[name] = 0
             self._replicas[name] = replace(probe.report, experts=known.experts)
@@ -56,6 +59,10 @@ class Health:
             ended_by = "" if known.state == "waiting" else known.problem
             state = "waiting" if probe.problem else "restarting"
             self._replicas[name] = replace(known, state=state, holds=frozenset(), problem=probe.problem or ended_by)
+
+    def all_asked(self) -> bool:
+        """Whether every replica was probed once: before that, routers know better than this controller which serve."""
+        return self._asked >= self._replicas.keys()
 
     def holds(self, name: str, incarnation: str, id: str, version: str) -> None:
         """A replica has just said that it holds a version."""

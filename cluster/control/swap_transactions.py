@@ -73,6 +73,16 @@ class SwapTransactions:
         """The id of the cluster whose epochs these are."""
         return self.registry.cluster_id
 
+    @property
+    def term(self) -> int:
+        """How many controllers have opened the registry, this one included."""
+        return self.registry.term
+
+    def timeout(self, swap_id: str) -> float:
+        """For how many seconds a member may stage a candidate of a swap; 0 where the swap has ended."""
+        request = self._requests.get(swap_id)
+        return 0.0 if request is None else request.timeout
+
     def check_writer(self) -> None:
         """Raise Fenced where another controller has taken over. A disk that cannot be read says nothing of it."""
         with suppress(Unavailable):
@@ -216,7 +226,8 @@ class SwapTransactions:
         """Make what was written the next epoch, durably; returns it.
 
         What a declaration has brought is written down with it, so that the next start notices an edited declaration,
-        and that alone. Raises Aborted; after Unavailable it is open whether the epoch is durable: ask again.
+        and that alone. Raises Aborted, also where another swap has replaced since what this one was prepared to
+        replace; after Unavailable it is open whether the epoch is durable: ask again.
         """
         request = self._requests[swap_id]
         for record in self._written.get(swap_id, ()):
@@ -226,8 +237,13 @@ class SwapTransactions:
         if request.declares:
             digests = self._declarations[swap_id]  # as prepared: the owner may have declared something else since
             declared = {id: digests[id] for id in request.changes}
-        epoch = self.registry.commit(swap_id, changes, expect=request.expect, declared=declared)
+        epoch = self.registry.commit(swap_id, changes, expect=self.expected(swap_id), declared=declared)
         return epoch.number, epoch.versions
+
+    def expected(self, swap_id: str) -> dict[str, str | None]:
+        """What must be current when a swap is committed: what it was prepared to replace, and what was asked for."""
+        replaced = {id: candidate.replaces for id, candidate in self._candidates[swap_id].items()}
+        return {**replaced, **self._requests[swap_id].expect}
 
     def collect(self, in_use: Collection[tuple[str, str]], oldest_needed: int) -> dict[int, Mapping[str, str]]:
         """Forget epochs and versions that nobody may ask for any more; returns the epochs that are kept.

@@ -15,6 +15,7 @@ from ...router.fanout.replica_view import Replica
 from ...router.fanout.transport import LocalTransport, report_of
 from ..control.controller import Controller, open_controller
 from ..control.messages import Candidate, Desired, SwapRequest, SwapResult, proposal_of
+from ..control.orders import Order
 from ..control.ports import ControllerState, StateSettings
 from ..machine.logs import configure_logs
 from ..placement.plan import PlannedReplica
@@ -132,20 +133,22 @@ class _ControlPort:
 
 
 class _ReplicaPort:
+    """The replicas of this process, which has one controller: whatever it orders is obeyed."""
+
     def __init__(self, hosts: dict[str, ExpertHost]) -> None:
         self._hosts = hosts
 
-    async def probe(self, replica_id: str, handle: Any) -> Replica:
+    async def probe(self, order: Order, replica_id: str, handle: Any) -> Replica:
         return report_of(replica_id, self._host(replica_id), CURE, node="local")
 
     async def waits_for(self, needs: Mapping[str, float]) -> str:
         return ""
 
-    async def stage(self, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:
+    async def stage(self, order: Order, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:
         proposal = replace(proposal_of(candidate), weights=candidate.weights)
         return await asyncio.to_thread(self._host(replica_id).stage, proposal, candidate.replaces, candidate.mode)
 
-    async def unload(self, replica_id: str, handle: Any, id: str, version: str) -> None:
+    async def unload(self, order: Order, replica_id: str, handle: Any, id: str, version: str) -> None:
         self._host(replica_id).unload(id, version)
 
     def _host(self, replica_id: str) -> ExpertHost:

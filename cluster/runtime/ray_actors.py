@@ -33,6 +33,7 @@ from ..channel.settings import ChannelSettings, open_channel
 from ..control.controller import Controller, open_controller
 from ..control.messages import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
 from ..control.opening import Opening
+from ..control.orders import Order, Orders
 from ..control.ports import ControllerState, StateSettings
 from ..machine.logs import configure_logs
 from ..machine.process_tuning import give_memory_back, let_go, settle, trim_memory, yield_to_serving
@@ -76,6 +77,7 @@ class ExpertActor:
         logging.raiseExceptions = False  # an expert may have closed standard error
         torch.set_num_threads(1)
         self._host = ExpertHost(device)
+        self._orders = Orders()
         self._id = replica_id
         self._experts = experts
         here = ray.get_runtime_context().get_node_id()
@@ -102,25 +104,32 @@ class ExpertActor:
 
     @ray.method(concurrency_group="stage")
     def stage(
-        self, proposal: Proposal, replaces: str | None, mode: str, weights: Mapping[str, Packed] | None
+        self, order: Order, proposal: Proposal, replaces: str | None, mode: str, weights: Mapping[str, Packed] | None
     ) -> Receipt:
-        """Build and verify a version beside the serving ones, at low priority."""
+        """Build and verify a version beside the serving ones, at low priority. Raises Fenced."""
+        self._orders.check(order)
         yield_to_serving()
         if weights is not None:
             proposal = replace(proposal, weights={name: from_bytes(*packed) for name, packed in weights.items()})
         try:
-            return self._host.stage(proposal, replaces, mode)
+            receipt = self._host.stage(proposal, replaces, mode)
+            self._orders.staged(receipt.id, receipt.version, order)
+            return receipt
         finally:
             trim_memory()
 
     @ray.method(concurrency_group="control")
-    def unload(self, expert_id: str, version: str) -> None:
-        """Unload a version."""
-        self._host.unload(expert_id, version)
+    def unload(self, order: Order, expert_id: str, version: str) -> None:
+        """Unload a version, unless it was staged again since. Raises Fenced."""
+        self._orders.check(order)
+        if self._orders.may_unload(expert_id, version, order):
+            self._host.unload(expert_id, version)
 
     @ray.method(concurrency_group="control")
-    def report(self) -> Replica:
-        """This replica's experts, node, device, address and loaded versions."""
+    def report(self, order: Order | None = None) -> Replica:
+        """This replica's experts, node, device, address and loaded versions; raises Fenced where a controller asks."""
+        if order is not None:
+            self._orders.check(order)
         address = "" if self._channel is None else self._channel.address
         device = _device_name(self._host.device)
         cure = f"its process is ended {self._hang_seconds:g} s beyond the deadline"
@@ -168,23 +177,23 @@ class RouterActor:
         self._control.handle = controller
         await self._service.declare(desired)
 
-    async def sync(self, update: RouterUpdate) -> RouterReport:
+    async def sync(self, order: Order, update: RouterUpdate) -> RouterReport:
         """Take an update from the controller; a router that Ray restarted starts to listen here."""
         await self.start()
-        report = await self._service.sync(update)
+        report = await self._service.sync(order, update)
         now = asyncio.get_running_loop().time()
         if now - self._trimmed > TRIM_SECONDS:  # uploads and large requests leave freed blocks
             self._trimmed = now
             trim_memory()
         return report
 
-    async def stage(self, candidate: Candidate) -> Receipt:
+    async def stage(self, order: Order, candidate: Candidate) -> Receipt:
         """Stage and verify a gate."""
-        return await self._service.stage(candidate)
+        return await self._service.stage(order, candidate)
 
-    async def unload(self, id: str, version: str) -> None:
+    async def unload(self, order: Order, id: str, version: str) -> None:
         """Unload a gate."""
-        await self._service.unload(id, version)
+        await self._service.unload(order, id, version)
 
     async def stop(self, grace: float) -> None:
         """Drain and close the port."""

@@ -20,10 +20,14 @@ from ...experts.tensors import byte_view
 from ...experts.weights.files import load_tensors, torch_name
 from ...router.fanout.replica_view import Replica
 from ..control.messages import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult, proposal_of
+from ..control.orders import Order
 from ..machine.process_tuning import background
 from ..placement.capacity import Resources, lacking
 
 FILES_KEPT = 4
+ANSWER_SECONDS = 10.0
+SWAP_GRACE = 60.0
+"""How long after the time for staging a swap may take to commit and to be adopted."""
 T = TypeVar("T")
 Packed = tuple[np.ndarray[Any, Any], str, tuple[int, ...]]
 """A tensor in a form that Ray sends without a copy: bytes, name of the dtype, shape."""
@@ -40,17 +44,17 @@ class RayRouterPort:
         layers = {name: layer.without_live_objects() for name, layer in desired.layers.items()}
         await awaited(self.handle.declare.remote(self.controller, replace(desired, layers=layers)))
 
-    async def sync(self, update: RouterUpdate) -> RouterReport:
+    async def sync(self, order: Order, update: RouterUpdate) -> RouterReport:
         """Send an update; returns the router's report."""
-        return await awaited(self.handle.sync.remote(update))
+        return await awaited(self.handle.sync.remote(order, update))
 
-    async def stage(self, candidate: Candidate) -> Receipt:
+    async def stage(self, order: Order, candidate: Candidate) -> Receipt:
         """Stage a gate."""
-        return await awaited(self.handle.stage.remote(candidate))
+        return await awaited(self.handle.stage.remote(order, candidate))
 
-    async def unload(self, id: str, version: str) -> None:
+    async def unload(self, order: Order, id: str, version: str) -> None:
         """Unload a gate."""
-        await awaited(self.handle.unload.remote(id, version))
+        await awaited(self.handle.unload.remote(order, id, version))
 
 
 class RayReplicaPort:
@@ -61,29 +65,29 @@ class RayReplicaPort:
         self._storing = threading.Lock()
         self._background = background("weights")
 
-    async def probe(self, replica_id: str, handle: Any) -> Replica:
+    async def probe(self, order: Order, replica_id: str, handle: Any) -> Replica:
         """Request a report."""
-        return await awaited(_actor(replica_id, handle).report.remote())
+        return await awaited(_actor(replica_id, handle).report.remote(order))
 
     async def waits_for(self, needs: Mapping[str, float]) -> str:
         """What a replica that is down waits for, if no node has what it reserves; else empty."""
         missing = await asyncio.to_thread(lambda: lacking(needs, nodes()))
         return f"it waits for a node with {missing}" if missing else ""
 
-    async def stage(self, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:
+    async def stage(self, order: Order, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:
         """Stage an expert."""
         weights = None
         if candidate.weights is not None:
             loop = asyncio.get_running_loop()
             weights = await loop.run_in_executor(self._background, self._stored, candidate.weights)
         call = _actor(replica_id, handle).stage.remote(
-            proposal_of(candidate), candidate.replaces, candidate.mode, weights
+            order, proposal_of(candidate), candidate.replaces, candidate.mode, weights
         )
         return await awaited(call)
 
-    async def unload(self, replica_id: str, handle: Any, id: str, version: str) -> None:
+    async def unload(self, order: Order, replica_id: str, handle: Any, id: str, version: str) -> None:
         """Unload a version."""
-        await awaited(_actor(replica_id, handle).unload.remote(id, version))
+        await awaited(_actor(replica_id, handle).unload.remote(order, id, version))
 
     def _stored(self, path: Path) -> Any:
         """Put the tensors of a file into the object store; the last few files are kept for the next replicas.
@@ -104,29 +108,29 @@ class RayReplicaPort:
 
 
 class RayControlPort:
-    """Calls the controller, for the gateway."""
+    """Calls the controller, for the gateway. What has no answer in time raises Unavailable."""
 
     handle: Any = None
 
     async def swap(self, request: SwapRequest) -> SwapResult:
         """Carry out a swap."""
-        return await awaited(self._actor().swap.remote(request))
+        return await awaited(self._actor().swap.remote(request), request.timeout + SWAP_GRACE)
 
     async def progress(self, swap_id: str) -> dict[str, Any]:
         """The progress of a swap."""
-        return await awaited(self._actor().progress.remote(swap_id))
+        return await awaited(self._actor().progress.remote(swap_id), ANSWER_SECONDS)
 
     async def history(self, id: str) -> list[dict[str, Any]]:
         """The kept versions of an id."""
-        return await awaited(self._actor().history.remote(id))
+        return await awaited(self._actor().history.remote(id), ANSWER_SECONDS)
 
     async def recall(self, epoch: int, ttl: float) -> None:
         """Load a kept epoch."""
-        await awaited(self._actor().recall.remote(epoch, ttl))
+        await awaited(self._actor().recall.remote(epoch, ttl), ttl + ANSWER_SECONDS)
 
     async def problem(self) -> str:
         """Why the controller does not work; empty if it does."""
-        return await awaited(self._actor().problem.remote())
+        return await awaited(self._actor().problem.remote(), ANSWER_SECONDS)
 
     def _actor(self) -> Any:
         if self.handle is None:
@@ -134,12 +138,21 @@ class RayControlPort:
         return self.handle
 
 
-async def awaited(reference: Awaitable[T]) -> T:
-    """Await a Ray reference, and translate Ray's exceptions."""
+async def awaited(reference: Awaitable[T], timeout: float | None = None) -> T:
+    """Await a Ray reference, at most `timeout` seconds, and translate Ray's exceptions.
+
+    Without a timeout whoever calls has one: the executor for each of its orders, the controller for probes and updates.
+    """
     try:
-        return await reference
+        return await asyncio.wait_for(_result(reference), timeout)
     except RayError as error:
         raise translated(error) from error
+    except (asyncio.TimeoutError, TimeoutError):
+        raise Unavailable("the controller did not answer in time; it may be starting or busy") from None
+
+
+async def _result(reference: Awaitable[T]) -> T:
+    return await reference
 
 
 def fetched(reference: Any, timeout: float) -> Any:

@@ -24,6 +24,7 @@ from ...router.gates import Gate
 from ...router.mixture.layer import Layer
 from ...router.request.forward import Router
 from ..control.messages import Candidate, Desired, RouterReport, RouterUpdate
+from ..control.orders import Order, Orders
 from ..control.ports import ControlPort
 from ..gateway.authorise import TokenTable
 from ..gateway.gateway import Gateway, GatewaySettings
@@ -94,6 +95,7 @@ class RouterService:
         self._gates: dict[tuple[str, str], Gate] = {}
         self._heard = 0.0
         self._broken: Mapping[str, str] = {}
+        self._orders = Orders()
 
     async def start(self) -> tuple[int, int | None]:
         """Start to listen; returns the ports of gateway and metrics page."""
@@ -128,9 +130,11 @@ class RouterService:
             self._revision = desired.revision
             self._layers = {name: layer.without_live_objects() for name, layer in desired.layers.items()}
 
-    async def stage(self, candidate: Candidate) -> Receipt:
-        """Stage and verify a gate beside the serving one. Raises the errors of `stage_gate`."""
+    async def stage(self, order: Order, candidate: Candidate) -> Receipt:
+        """Stage and verify a gate beside the serving one. Raises the errors of `stage_gate`, and Fenced."""
+        self._orders.check(order)
         receipt, gate = await asyncio.to_thread(self._staged, candidate)
+        self._orders.staged(receipt.id, receipt.version, order)
         await self._thread.call(self._gates.__setitem__, (receipt.id, receipt.version), gate)
         return receipt
 
@@ -146,19 +150,36 @@ class RouterService:
         )
         return receipt, gate
 
-    async def unload(self, id: str, version: str) -> None:
-        """Unload a gate; loaded epochs keep theirs."""
-        await self._thread.call(self._gates.pop, (id, version), None)
+    async def unload(self, order: Order, id: str, version: str) -> None:
+        """Unload a gate; loaded epochs keep theirs. Raises Fenced."""
+        self._orders.check(order)
+        if self._orders.may_unload(id, version, order):
+            await self._thread.call(self._gates.pop, (id, version), None)
 
-    async def sync(self, update: RouterUpdate) -> RouterReport:
-        """Take a report of all replicas, and adopt the current epoch once its gates are loaded."""
+    async def sync(self, order: Order, update: RouterUpdate) -> RouterReport:
+        """Take a report of all replicas, and adopt the current epoch once its gates are loaded. Raises Fenced.
+
+        Of an update that was overtaken by a later one nothing is taken.
+        """
+        self._orders.check(order)
         self._heard = time.monotonic()
         self.swaps.tidy()
-        report = await self._thread.call(self._sync, update)
+        report = await self._thread.call(self._sync, order, update)
         self.gateway.notify()  # an epoch, or a replica, may have come or gone
         return report
 
-    def _sync(self, update: RouterUpdate) -> RouterReport:
+    def _sync(self, order: Order, update: RouterUpdate) -> RouterReport:
+        if self._orders.is_newest_update(order):
+            self._take(update)
+        return RouterReport(
+            incarnation=self.incarnation,
+            revision=self._revision,
+            epoch=self.router.epochs.number,
+            oldest_pinned=self.router.epochs.oldest_pinned(),
+            gates=frozenset(self._gates),
+        )
+
+    def _take(self, update: RouterUpdate) -> None:
         self._broken = update.broken
         self.router.leases.drop_expired()
         self.router.update_view(update.replicas)
@@ -171,13 +192,6 @@ class RouterService:
         older = [epoch for n, epoch in built.items() if epoch is not None and n != update.current]
         kept = [epoch for epoch in self.router.epochs.known() if epoch.number in update.epochs]
         self.router.epochs.keep([*older, *kept])
-        return RouterReport(
-            incarnation=self.incarnation,
-            revision=self._revision,
-            epoch=self.router.epochs.number,
-            oldest_pinned=self.router.epochs.oldest_pinned(),
-            gates=frozenset(self._gates),
-        )
 
     def _epoch(self, number: int, versions: Mapping[str, str], update: RouterUpdate) -> Epoch | None:
         """An epoch with its gates, or None where one of them is not loaded yet, or does not fit its edited layer.

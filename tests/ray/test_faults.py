@@ -18,6 +18,7 @@ import pytest
 from helpers.waiting import eventually
 
 from expertmesh import Client, Cluster, Expert, Layer, errors, gates
+from expertmesh.cluster.control.orders import Order
 from expertmesh.cluster.machine import run_files
 from expertmesh.cluster.machine.name_lock import lock_name
 
@@ -159,6 +160,24 @@ def test_controller_is_killed(client: Client) -> None:
         eventually(lambda: pids_of_actor("ControllerActor") not in ([], [pid]), BACK, "another one is there")
         eventually(lambda: client.status()["controller"]["heard_seconds_ago"] < 1.0, BACK, "the router hears it")
     assert {name for name, _ in traffic.outcomes} == {"right"}
+
+
+def test_a_replica_refuses_the_orders_of_a_replaced_controller(cluster: Cluster, client: Client) -> None:
+    from expertmesh.cluster.runtime.ray_ports import fetched  # which imports Ray, whose environment the cluster has set
+
+    eventually(lambda: len(pids_of(client, "twin/tan")) == 2, BACK, "both replicas are ready")
+    replica, old = cluster._backend.handles()["twin/tan#0"], Order(0, 10**6)  # type: ignore[union-attr]
+    held = fetched(replica.report.remote(), TIMEOUT).holds
+    orders = [
+        replica.report.remote(old),
+        replica.stage.remote(old, None, None, "double", None),
+        *(replica.unload.remote(old, *pair) for pair in held),
+    ]
+    for order in orders:
+        with pytest.raises(errors.Fenced, match="another controller has taken over"):
+            fetched(order, TIMEOUT)
+    assert held
+    assert fetched(replica.report.remote(), TIMEOUT).holds == held
 
 
 def test_a_controller_that_cannot_open_its_registry_says_why_and_comes_back_when_it_can(client: Client) -> None:

@@ -15,7 +15,9 @@ from sim.router import Router
 from sim.world import Broken, World
 
 from expertmesh.cluster.control.events import Action, CommitSwap, MemberReported
+from expertmesh.cluster.control.orders import Order, Orders
 from expertmesh.cluster.control.reconciler import Reconciler
+from expertmesh.cluster.control.replica_health import Health
 from expertmesh.cluster.control.retention import Versions
 from expertmesh.cluster.control.swap import Phase, Swap, Swaps
 from expertmesh.cluster.state.registry import _transaction
@@ -71,6 +73,42 @@ class ForgetsRoutersAtStart(Reconciler):
         return super().restore(epochs)
 
 
+class ForgetsOffers(Reconciler):
+    """Unloads an epoch that was recalled when its time is up, although a router still offers it."""
+
+    def _by_number(self) -> set[int]:
+        return set(self.recalled)
+
+
+class OffersEarly(Reconciler):
+    """Tells routers of a recalled epoch before it is loaded."""
+
+    def known_to_routers(self) -> dict[int, Versions]:
+        return {n: v for n, v in self.epochs.items() if n == self.current or n in self.recalled}
+
+
+class DoesNotLookAgain(Reconciler):
+    """Has unloaded what it once decided to, although it is needed again."""
+
+    def begin_unload(self, member: str, incarnation: str, id: str, version: str) -> bool:
+        super().begin_unload(member, incarnation, id, version)
+        return True
+
+
+class TellsBeforeItHasAsked(Health):
+    """Tells routers of replicas that were never probed."""
+
+    def all_asked(self) -> bool:
+        return True
+
+
+class BelievesReportsOnTheWay(Watched):
+    """Takes reports that were made while an unload was under way."""
+
+    def changed_since(self, member: str, moment: float) -> bool:
+        return self._changed.get(member, 0.0) > moment
+
+
 class BelievesOldReports(Watched):
     """Takes reports that are older than a receipt."""
 
@@ -114,10 +152,25 @@ class AnswersWithNewest(Replica):
         return max((held for id, held in self.slots if id == expert), default=None)
 
 
-class TakesLateMessages(Replica):
-    """Unloads although it has been asked to stage the same version since."""
+class TakesLateOrders(Orders):
+    """Unloads although a version was staged again since."""
 
-    checks_stamps = False
+    def may_unload(self, id: str, version: str, order: Order) -> bool:
+        return True
+
+
+class BelievesOldUpdates(Orders):
+    """Takes an update that is older than the one it has."""
+
+    def is_newest_update(self, order: Order) -> bool:
+        return True
+
+
+class ObeysAnybody(Orders):
+    """Obeys a controller although another one has taken over."""
+
+    def check(self, order: Order) -> None:
+        """Obeys."""
 
 
 class Unfenced(Registry):
@@ -127,6 +180,13 @@ class Unfenced(Registry):
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._read() as db, _transaction(db):
             yield db
+
+
+class CommitsOverOthers(Transactions):
+    """Commits what it has staged, although another swap has replaced what it was to replace."""
+
+    def expected(self, swap_id: str) -> dict[str, str | None]:
+        return dict(self._requests[swap_id].expect)
 
 
 class GoesOnForEver(Transactions):
@@ -174,12 +234,6 @@ class GoesBackwards(Router):
         self.epochs = Backwards()
 
 
-class BelievesOldViews(Router):
-    """Takes a view that is older than the one it has."""
-
-    checks_order = False
-
-
 def _named(world: World, id: str) -> set[str]:
     return {versions[id] for versions in world.disk.epochs.values()}
 
@@ -203,15 +257,28 @@ RULES = {
     "old reports believed": Rule(Broken(executor=BelievesOldReports), "no request fails", "quiet"),
     "restarted without the pinned version": Rule(Broken(replica=PretendsToHold), "no mix"),
     "answers with the newest version": Rule(Broken(replica=AnswersWithNewest), "no mix"),
-    "late unload obeyed": Rule(Broken(replica=TakesLateMessages), "receipts"),
+    "late unload obeyed": Rule(Broken(orders=TakesLateOrders), "receipts", "controller lost"),
     "no fencing": Rule(Broken(registry=Unfenced), "fencing", "storm"),
     "fencing taken for refusal": Rule(Broken(transactions=TellsOfFencing), "refused changes nothing", "storm"),
     "router goes backwards": Rule(Broken(router=GoesBackwards), "routers only go forward"),
-    "old views believed": Rule(Broken(router=BelievesOldViews), "no request fails", "quiet"),
+    "old updates believed": Rule(Broken(orders=BelievesOldUpdates), "no request fails", "quiet"),
+    "orders of a replaced controller obeyed": Rule(Broken(orders=ObeysAnybody), "members obey the newest", "storm"),
     "silence of the disk taken for refusal": Rule(
         Broken(executor=TakesSilenceForRefusal), "no request fails", "one replica lost"
     ),
     "turns after another controller has taken over": Rule(Broken(transactions=GoesOnForEver), "one set", "storm"),
     "several things at once at a member": Rule(Broken(executor=AllAtOnce), "receipts", "one replica lost"),
+    "unloaded while it is offered": Rule(Broken(reconciler=ForgetsOffers), "no request fails", "quiet"),
+    "offered before it is loaded": Rule(Broken(reconciler=OffersEarly), "no request fails", "quiet"),
+    "unloaded although it is needed again": Rule(
+        Broken(reconciler=DoesNotLookAgain), "what is recalled is offered", "quiet"
+    ),
+    "replicas told of before they were asked": Rule(
+        Broken(health=TellsBeforeItHasAsked), "no request fails", "controller lost"
+    ),
+    "reports of the time of an unload believed": Rule(
+        Broken(executor=BelievesReportsOnTheWay), "what is recalled is offered", "quiet"
+    ),
+    "committed over another swap": Rule(Broken(transactions=CommitsOverOthers), "no update is lost"),
     "what a declaration has brought is forgotten": Rule(Broken(transactions=ForgetsDeclarations), "no third state"),
 }

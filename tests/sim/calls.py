@@ -23,13 +23,15 @@ Done = Callable[["Request"], None]
 class Request:
     """One request with several rounds of rows; `answers` are the (id, version) that took part, as computed.
 
-    Under a `lease`, it is asked of the very epoch that a client has pinned, and never starts again on another.
+    Under a `lease`, or with the number of an `old` epoch, it is asked of that very epoch, and never starts again on
+    another.
     """
 
-    def __init__(self, router: Router, number: int, rounds: int, done: Done, lease: int = 0) -> None:
+    def __init__(self, router: Router, number: int, rounds: int, done: Done, lease: int = 0, old: int = 0) -> None:
         self.router = router
         self.number = number
         self.lease = lease
+        self.old = old
         self.answers: list[tuple[str, str]] = []
         self.error: ExpertMeshError | None = None
         self.epoch: Epoch | None = None
@@ -57,7 +59,7 @@ class Request:
     def _begin(self) -> None:
         self._attempt += 1
         self._left, self.answers = self._rounds, []
-        self.epoch = self.router.leases[self.lease] if self.lease else self.router.epochs.pin()
+        self.epoch = self.router.leases[self.lease] if self.lease else self.router.epochs.pin(self.old or None)
         self.router.world.checker.pinned(self)
         self._round()
 
@@ -122,7 +124,8 @@ class Request:
 
     def _failed(self, error: ExpertMeshError) -> None:
         """Where a version is gone everywhere, start again from the gate on the current epoch."""
-        if isinstance(error, VersionGone) and self._attempt < EPOCH_ATTEMPTS and not self.lease:
+        fixed = self.lease or self.old
+        if isinstance(error, VersionGone) and self._attempt < EPOCH_ATTEMPTS and not fixed:
             self._unpin()
             self._begin()
         else:

@@ -34,6 +34,7 @@ class Checker:
         self._acknowledged: dict[str, tuple[int, Mapping[str, str]]] = {}
         self._refused: set[str] = set()
         self._adopted: dict[str, int] = {}
+        self._heard: dict[str, int] = {}
 
     def demand(self, holds: bool, promise: str, what: str) -> None:
         """Stop here unless it holds, also where the product would go on after any exception."""
@@ -95,14 +96,22 @@ class Checker:
             after = {id: self.world.disk.history[result.epoch][id] for id in asked}
             told = result.after == after or (result.epoch < self.world.disk.oldest and not result.after)
             self.demand(told, "acknowledged is what was done", f"{swap_id}: {result.after}, not {after}")
+            before = {id: self.world.disk.history.get(result.epoch - 1, {}).get(id, "") for id in asked}
+            self.demand(result.before in ({}, before), "no update is lost", f"{swap_id}: {result.before}, not {before}")
             self._acknowledged[swap_id] = (result.epoch, asked)
         else:
             self.counts[f"refused {type(result).__name__}"] += 1
             self._refused.add(swap_id)
 
+    def obeyed(self, member: Holder, term: int) -> None:
+        """A member obeys a controller: never one of before another that it has heard."""
+        heard = self._heard.get(member.incarnation, 0)
+        self.demand(term >= heard, "members obey the newest", f"{member.incarnation} obeys {term} after {heard}")
+        self._heard[member.incarnation] = term
+
     def holds(self, member: Holder) -> None:
         """A member has put a version in a slot."""
-        if self.world.quiet:
+        if self.world.quiet and not self.world.recalls:
             most = max(Counter(id for id, _ in member.slots).values())
             self.demand(most <= MOST_SLOTS, "at most two live versions", f"{member.name} holds {sorted(member.slots)}")
 
@@ -114,6 +123,11 @@ class Checker:
         self.demand(number > before, "routers only go forward", f"{router.incarnation}: {before} -> {number}")
         self._adopted[router.incarnation] = number
 
+    def recalled(self, router: Router, number: int) -> None:
+        """A router was told that an epoch is loaded: it offers it, for a while."""
+        if self.world.quiet:
+            self.demand(router.epochs.knows(number), "what is recalled is offered", f"epoch {number}")
+
     def pinned(self, request: Request) -> None:
         """A request has pinned an epoch."""
         assert request.epoch is not None
@@ -124,6 +138,7 @@ class Checker:
         """A request has ended: its answers are of exactly one epoch, and in quiet worlds none fails."""
         if request.error is None:
             self.counts["answered"] += 1
+            self.counts["answered by an old epoch"] += 0 < request.old < request.router.epochs.number
             assert request.epoch is not None
             versions = self.world.disk.history[request.epoch.number]
             mixed = [(id, version) for id, version in request.answers if versions[id] != version]

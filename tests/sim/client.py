@@ -21,6 +21,7 @@ ATTEMPT_SECONDS = 3.0
 ATTEMPTS = 5
 STAGING_LIMIT = 7.0
 INSISTS = 8
+RECALL_SECONDS = 2.5
 LATE = 16.0
 """From here on a lease may last to the end."""
 
@@ -44,6 +45,8 @@ class Clients:
         clock = self.world.clock
         clock.after(0.5, self._keep_asking)
         clock.after(1.0, self._keep_leasing)
+        if self.world.recalls:
+            clock.after(clock.between(1.5, 4.0), self._keep_recalling)
         clock.after(clock.between(0.5, 2.5), self._keep_swapping)
         if self.world.stormy:
             clock.after(clock.between(1.5, 5.5), self._keep_spoiling)
@@ -57,10 +60,36 @@ class Clients:
         self._ask(self.world.router)
         clock.after(clock.between(0.1, 0.6), self._keep_asking)
 
-    def _ask(self, router: Router, lease: int = 0) -> None:
+    def _ask(self, router: Router, lease: int = 0, old: int = 0) -> None:
         if router.alive:
             self._requests += 1
-            Request(router, self._requests, self.world.clock.rng.randint(1, 3), self.world.ended, lease).start()
+            Request(router, self._requests, self.world.clock.rng.randint(1, 3), self.world.ended, lease, old).start()
+
+    def _keep_recalling(self) -> None:
+        """Ask for an epoch by its number, several times: mostly one before the current one, which is not loaded."""
+        clock, disk = self.world.clock, self.world.disk
+        if self.calm:
+            return
+        number = max(1, clock.rng.choice((disk.current - 1, disk.current - 1, disk.current - 2, disk.current)))
+        for _ in range(clock.rng.randint(1, 5)):
+            clock.after(clock.between(0.0, 4.0), self._by_number, number)
+        clock.after(clock.between(0.5, 3.0), self._keep_recalling)
+
+    def _by_number(self, number: int) -> None:
+        """As `Pinning` does it: recall the epoch unless the router knows it."""
+        world, router = self.world, self.world.router
+        if router.serves and router.epochs.knows(number):
+            self._ask(router, old=number)
+        elif router.serves:
+            done = partial(self._recalled, router, number)
+            world.network.call(router, "controller", "recall", (number, RECALL_SECONDS), done, RECALL_SECONDS + 1.0)
+
+    def _recalled(self, router: Router, number: int, result: Any) -> None:
+        self.world.checker.counts[f"recall: {result if isinstance(result, str) else type(result).__name__}"] += 1
+        if result == "recalled" and router.serves:
+            self.world.checker.recalled(router, number)
+            if router.epochs.knows(number):
+                self._ask(router, old=number)
 
     def _keep_leasing(self) -> None:
         """Pin an epoch at a router over several calls, now and then to the very end."""
@@ -112,6 +141,12 @@ class Clients:
             kept = list(world.disk.epochs.values())
             self._roll_back({id: rng.choice(kept)[id] for id in ids}, expect, 0)
         else:
+            self._upload(ids, expect)
+            if world.clock.chance(0.2):  # another client has the same idea
+                world.clock.after(world.clock.between(0.0, 1.5), self._upload, ids, {})
+
+    def _upload(self, ids: list[str], expect: Mapping[str, str]) -> None:
+        if not self.calm:
             self._begin("swap", {id: Change(upload=f"upload-{self._swaps}-{id[2:]}") for id in ids}, expect)
 
     def _roll_back(self, versions: Mapping[str, str], expect: Mapping[str, str], insists: int) -> None:

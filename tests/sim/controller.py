@@ -57,6 +57,7 @@ class ControllerProcess(Process):
         self.controller = Controller(transactions, RouterPort(self, line), ReplicaPort(line))
         self.controller.executor.__class__ = world.rules.executor
         self.controller.reconciler.__class__ = world.rules.reconciler
+        self.controller._health.__class__ = world.rules.health
         self.controller.reconciler.swaps = world.rules.swaps()
         self._turning = False
 
@@ -82,6 +83,15 @@ class ControllerProcess(Process):
         """Carry out a swap, unless whoever asks for it has given up by now."""
         if self.world.clock.now < deadline:
             self._answer(reply, self.controller.swap(request))
+
+    def on_recall(self, reply: Reply, number: int, ttl: float) -> None:
+        """Load an old epoch."""
+
+        async def recalled() -> str:
+            await self.controller.recall(number, ttl)
+            return "recalled"
+
+        self._answer(reply, recalled())
 
     def _answer(self, reply: Reply, work: Awaitable[Any]) -> None:
         async def answered() -> None:

@@ -1,8 +1,4 @@
-"""The controller's ports on the simulated network: what is sent may come late or twice, but is taken in its order.
-
-A port numbers what it sends, and whoever receives it drops what is older than what was done last: Ray, too, carries the
-calls of one actor to another in order.
-"""
+"""The controller's ports on the simulated network: what is sent may come late or twice; members know its order."""
 
 from __future__ import annotations
 
@@ -15,6 +11,7 @@ from sim.loop import Killed
 
 from expertmesh.cluster.control.executor import ROUTER
 from expertmesh.cluster.control.messages import Candidate, Desired, RouterReport, RouterUpdate
+from expertmesh.cluster.control.orders import Order
 from expertmesh.experts.errors import ExpertMeshError, Unavailable
 from expertmesh.experts.staging.stage import Receipt
 from expertmesh.router.fanout.replica_view import READY, Replica
@@ -31,12 +28,6 @@ class Line:
 
     def __init__(self, process: ControllerProcess) -> None:
         self._process = process
-        self._number = 0
-
-    def stamp(self) -> tuple[int, int]:
-        """What a message is the later by, the later it is sent."""
-        self._number += 1
-        return self._process.term, self._number
 
     async def call(self, target: str, method: str, *arguments: Any) -> Any:
         """The answer of another process. Raises Unavailable where none comes, and the error that is the answer."""
@@ -52,18 +43,18 @@ class Line:
             raise result
         return result
 
-    async def stage(self, target: str, candidate: Candidate) -> Receipt:
+    async def stage(self, order: Order, target: str, candidate: Candidate) -> Receipt:
         """Have a candidate of a swap staged, or a version loaded that there is."""
         loads = candidate.version is not None and candidate.replaces is None
         step = "load" if loads else "stage"
         self._process.reach(step, "before")
-        receipt: Receipt = await self.call(target, "stage", self.stamp(), step, candidate)
+        receipt: Receipt = await self.call(target, "stage", order, step, candidate)
         return receipt
 
-    async def unload(self, target: str, id: str, version: str) -> None:
+    async def unload(self, order: Order, target: str, id: str, version: str) -> None:
         """Have a version forgotten."""
         self._process.reach("unload", "before")
-        await self.call(target, "unload", self.stamp(), id, version)
+        await self.call(target, "unload", order, id, version)
 
 
 class RouterPort:
@@ -77,20 +68,20 @@ class RouterPort:
         """Hand over the declared layers."""
         await self._line.call(ROUTER, "declare", desired)
 
-    async def sync(self, update: RouterUpdate) -> RouterReport:
+    async def sync(self, order: Order, update: RouterUpdate) -> RouterReport:
         """Hand over what is known."""
         self._process.reach("sync", "before")
-        report: RouterReport = await self._line.call(ROUTER, "sync", self._line.stamp(), update)
+        report: RouterReport = await self._line.call(ROUTER, "sync", order, update)
         self._process.reach("sync", "reported")
         return report
 
-    async def stage(self, candidate: Candidate) -> Receipt:
+    async def stage(self, order: Order, candidate: Candidate) -> Receipt:
         """Have a gate staged."""
-        return await self._line.stage(ROUTER, candidate)
+        return await self._line.stage(order, ROUTER, candidate)
 
-    async def unload(self, id: str, version: str) -> None:
+    async def unload(self, order: Order, id: str, version: str) -> None:
         """Have a gate forgotten."""
-        await self._line.unload(ROUTER, id, version)
+        await self._line.unload(order, ROUTER, id, version)
 
 
 class ReplicaPort:
@@ -99,21 +90,21 @@ class ReplicaPort:
     def __init__(self, line: Line) -> None:
         self._line = line
 
-    async def probe(self, replica_id: str, handle: Any) -> Replica:
+    async def probe(self, order: Order, replica_id: str, handle: Any) -> Replica:
         """Ask for a report."""
-        incarnation, ids, holds = await self._line.call(replica_id, "report")
+        incarnation, ids, holds = await self._line.call(replica_id, "report", order)
         return Replica(replica_id, tuple(sorted(ids)), incarnation, holds, READY)
 
-    async def stage(self, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:
+    async def stage(self, order: Order, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:
         """Have an expert staged."""
-        return await self._line.stage(replica_id, candidate)
+        return await self._line.stage(order, replica_id, candidate)
 
     async def waits_for(self, needs: Mapping[str, float]) -> str:
         return ""
 
-    async def unload(self, replica_id: str, handle: Any, id: str, version: str) -> None:
+    async def unload(self, order: Order, replica_id: str, handle: Any, id: str, version: str) -> None:
         """Have a version forgotten."""
-        await self._line.unload(replica_id, id, version)
+        await self._line.unload(order, replica_id, id, version)
 
 
 def _settle(answer: asyncio.Future[Any], result: Any) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from sim.network import Process, Reply
 
 from expertmesh.cluster.control.messages import Candidate
-from expertmesh.experts.errors import FailedPrecondition, VersionGone
+from expertmesh.cluster.control.orders import Order
+from expertmesh.experts.errors import FailedPrecondition, Fenced, VersionGone
 from expertmesh.experts.spec import ANY
 from expertmesh.experts.staging.stage import Receipt
 
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from sim.world import World
 
 Pair = tuple[str, str]
-Stamp = tuple[int, int]
-"""(term of the controller, number of its message): what is older than what was done last to a slot comes too late."""
 
 
 def digits(text: str) -> str:
@@ -38,31 +37,44 @@ def declared_tensors(edit: int) -> str:
 class Holder(Process):
     """What replicas and routers have in common: slots, and obedience to the newest controller alone."""
 
-    checks_stamps = True
-
     def __init__(self, world: World, name: str, incarnation: str, ids: tuple[str, ...]) -> None:
         super().__init__(name, incarnation)
         self.world = world
         self.ids = frozenset(ids)
         self.slots: set[Pair] = set()
-        self._stamps: dict[Pair, Stamp] = {}
+        self.orders = world.rules.orders()
 
-    def on_report(self, reply: Reply) -> None:
+    def obeys(self, reply: Reply, order: Order) -> bool:
+        """Whether an order is obeyed; whoever gave it is told if not."""
+        try:
+            self.orders.check(order)
+        except Fenced as error:
+            self.world.checker.counts["orders of a replaced controller"] += 1
+            reply(error)
+            return False
+        self.world.checker.obeyed(self, order.term)
+        return True
+
+    def on_report(self, reply: Reply, order: Order) -> None:
         """Say what is held."""
-        reply((self.incarnation, self.ids, frozenset(self.slots)))
+        if self.obeys(reply, order):
+            reply((self.incarnation, self.ids, frozenset(self.slots)))
 
-    def on_stage(self, reply: Reply, stamp: Stamp, step: str, candidate: Candidate) -> None:
+    def on_stage(self, reply: Reply, order: Order, step: str, candidate: Candidate) -> None:
         """Load and verify a version beside what is held; replies with the receipt or the error."""
-        self.world.clock.after(self.world.loading_time(), self._staged, reply, stamp, step, candidate)
+        if self.obeys(reply, order):
+            self.world.clock.after(self.world.loading_time(), self._staged, reply, order, step, candidate)
 
-    def _staged(self, reply: Reply, stamp: Stamp, step: str, candidate: Candidate) -> None:
+    def _staged(self, reply: Reply, order: Order, step: str, candidate: Candidate) -> None:
         if not self.alive:
             return
         if self.world.fails(step):
             reply(FailedPrecondition(f"{candidate.id}: its checksum is not the one declared"))
             return
         receipt = self._receipt(candidate)
-        self._hold((receipt.id, receipt.version), stamp)
+        self.slots.add((receipt.id, receipt.version))
+        self.orders.staged(receipt.id, receipt.version, order)
+        self.world.checker.holds(self)
         self.world.faults.reached(step, "after", self)
         reply(receipt)
 
@@ -76,19 +88,12 @@ class Holder(Process):
             digest = version.partition("-")[2].ljust(64, "0")
         return Receipt(candidate.id, version, self.incarnation, digest, tensors, None, 0, 0.0, ANY, ANY)
 
-    def on_unload(self, reply: Reply, stamp: Stamp, id: str, version: str) -> None:
+    def on_unload(self, reply: Reply, order: Order, id: str, version: str) -> None:
         """Forget a version, unless it was asked for again since."""
-        pair = (id, version)
-        if self.checks_stamps and stamp < self._stamps.get(pair, (0, 0)):
-            return
-        self.slots.discard(pair)
-        self.world.faults.reached("unload", "after", self)
-        reply("gone")
-
-    def _hold(self, pair: Pair, stamp: Stamp) -> None:
-        self.slots.add(pair)
-        self._stamps[pair] = max(stamp, self._stamps.get(pair, stamp))
-        self.world.checker.holds(self)
+        if self.obeys(reply, order) and self.orders.may_unload(id, version, order):
+            self.slots.discard((id, version))
+            self.world.faults.reached("unload", "after", self)
+            reply("gone")
 
 
 class Replica(Holder):

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from sim.network import Reply
-from sim.replica import Holder, Stamp
+from sim.replica import Holder
 
 from expertmesh.cluster.control.messages import Desired, RouterReport, RouterUpdate
+from expertmesh.cluster.control.orders import Order
 from expertmesh.experts.errors import Unavailable
 from expertmesh.router.epochs.epochs import Epoch, Epochs
 from expertmesh.router.fanout.replica_view import View
@@ -23,8 +24,6 @@ GATE = "l/gate"
 class Router(Holder):
     """Holds gates like a replica holds experts, and takes what the controller says as `RouterService` does."""
 
-    checks_order = True
-
     def __init__(self, world: World, name: str, incarnation: str) -> None:
         super().__init__(world, name, incarnation, (GATE,))
         self.epochs = Epochs()
@@ -32,7 +31,6 @@ class Router(Holder):
         self.requests: set[Request] = set()
         self.leases: dict[int, Epoch] = {}
         self._revision = 0
-        self._told: Stamp = (0, 0)
 
     @property
     def serves(self) -> bool:
@@ -44,13 +42,14 @@ class Router(Holder):
         self._revision = max(self._revision, desired.revision)
         reply("declared")
 
-    def on_sync(self, reply: Reply, stamp: Stamp, update: RouterUpdate) -> None:
+    def on_sync(self, reply: Reply, order: Order, update: RouterUpdate) -> None:
         """Take what the controller knows; replies with what is adopted, pinned and held here."""
-        if stamp > self._told or not self.checks_order:
-            self._told = stamp
+        if not self.obeys(reply, order):
+            return
+        if self.orders.is_newest_update(order):
             self.view.update(update.replicas)
-        if self._revision:
-            self._adopt(update.epochs, update.current)
+            if self._revision:
+                self._adopt(update.epochs, update.current)
         self.world.faults.reached("sync", "after", self)
         reply(
             RouterReport(

@@ -41,6 +41,9 @@ def test_the_worlds_were_worth_looking_at(tally: Tally) -> None:
         "refused FailedPrecondition": 100,
         "failed Unavailable": 500,
         "controllers given up for dead": 50,
+        "orders of a replaced controller": 100,
+        "recall: recalled": 300,
+        "answered by an old epoch": 1000,
     }
     assert {name: tally.counts[name] for name, count in least.items() if tally.counts[name] < count} == {}
 

@@ -21,7 +21,9 @@ from sim.router import Router
 
 from expertmesh.cluster.control import controller as product
 from expertmesh.cluster.control.executor import ROUTER, Executor
+from expertmesh.cluster.control.orders import Orders
 from expertmesh.cluster.control.reconciler import Reconciler
+from expertmesh.cluster.control.replica_health import Health
 from expertmesh.cluster.control.swap import Swaps
 
 KINDS = ("quiet", "one replica lost", "controller lost", "storm", "storm", "storm")
@@ -45,6 +47,8 @@ class Broken:
     registry: type[Registry] = Registry
     replica: type[Replica] = Replica
     router: type[Router] = Router
+    orders: type[Orders] = Orders
+    health: type[Health] = Health
 
 
 class World:
@@ -56,6 +60,7 @@ class World:
         self.rules = rules
         self.clock = Clock(seed)
         self.stormy = self.kind == "storm"
+        self.recalls = seed // len(KINDS) % 2 == 1
         self.network = Network(self.clock, Weather())
         self.checker = Checker(self)
         self.faults = Faults(self, self._cells())

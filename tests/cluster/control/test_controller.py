@@ -24,6 +24,7 @@ from expertmesh.cluster.control.messages import (
     SwapResult,
     proposal_of,
 )
+from expertmesh.cluster.control.orders import Order
 from expertmesh.cluster.control.ports import StateSettings
 from expertmesh.experts.errors import Aborted, DataLoss, DeadlineExceeded, FailedPrecondition, Fenced, Unavailable
 from expertmesh.experts.host import ExpertHost
@@ -62,7 +63,7 @@ class FakeRouter:
     async def declare(self, desired: Desired) -> None:
         self.revision = desired.revision
 
-    async def sync(self, update: RouterUpdate) -> RouterReport:
+    async def sync(self, order: Order, update: RouterUpdate) -> RouterReport:
         if self.lost:
             raise Unavailable("the router is restarting")
         self.syncs += 1
@@ -78,14 +79,14 @@ class FakeRouter:
             gates=frozenset(self.gates),
         )
 
-    async def stage(self, candidate: Candidate) -> Receipt:
+    async def stage(self, order: Order, candidate: Candidate) -> Receipt:
         version = candidate.version or f"v{candidate.counter}-{'a' * 12}"
         self.gates.add((candidate.id, version))
         digest = version.partition("-")[2] + "0" * 52
         nothing = TensorSpec()
         return Receipt(candidate.id, version, "router", digest, digest, None, 0, 0.0, nothing, nothing)
 
-    async def unload(self, id: str, version: str) -> None:
+    async def unload(self, order: Order, id: str, version: str) -> None:
         self.gates.discard((id, version))
 
 
@@ -111,14 +112,14 @@ class FakeReplicas:
     async def waits_for(self, needs: Mapping[str, float]) -> str:
         return ""
 
-    async def probe(self, name: str, handle: Any) -> Replica:
+    async def probe(self, order: Order, name: str, handle: Any) -> Replica:
         if name in self.late:
             await asyncio.Event().wait()
         host = self._host(name)
         holds = host.holds()
         return Replica(id=name, incarnation=host.incarnation, holds=holds, state=READY)
 
-    async def stage(self, name: str, handle: Any, candidate: Candidate) -> Receipt:
+    async def stage(self, order: Order, name: str, handle: Any, candidate: Candidate) -> Receipt:
         if self.hold_back is not None:
             await self.hold_back.wait()
         if candidate.expert is not None and candidate.expert.factory in self.deadly:
@@ -126,7 +127,7 @@ class FakeReplicas:
             self.down.add(name)
         return self._host(name).stage(proposal_of(candidate), candidate.replaces)
 
-    async def unload(self, name: str, handle: Any, id: str, version: str) -> None:
+    async def unload(self, order: Order, name: str, handle: Any, id: str, version: str) -> None:
         self._host(name).unload(id, version)
 
     def holds(self, name: str) -> set[tuple[str, str]]:
@@ -409,9 +410,9 @@ def test_a_new_controller_unloads_nothing_before_the_router_has_told_its_pins(
         unloaded: list[str] = []
         unload = world.replicas.unload
 
-        async def noted(name: str, handle: Any, id: str, version: str) -> None:
+        async def noted(order: Order, name: str, handle: Any, id: str, version: str) -> None:
             unloaded.append(version)
-            await unload(name, handle, id, version)
+            await unload(order, name, handle, id, version)
 
         monkeypatch.setattr(world.replicas, "unload", noted)
         assert await world.declare(layer("torch:tanh")) == after
@@ -457,7 +458,7 @@ def test_a_replica_that_staged_other_tensors_than_were_sent_is_noticed(
             sent[upload] = world.controller.transactions.store.upload_path(upload)
             save_tensors(sent[upload], {"weight": torch.full((2, 2), 2.0 + number), "bias": torch.ones(2)})
 
-        async def stage(name: str, handle: Any, candidate: Candidate) -> Receipt:
+        async def stage(order: Order, name: str, handle: Any, candidate: Candidate) -> Receipt:
             proposal = replace(proposal_of(candidate), weights=sent[arrives])
             return world.replicas.hosts[name].stage(proposal, candidate.replaces)
 
@@ -536,7 +537,7 @@ def test_a_controller_that_was_replaced_takes_no_more_turns_and_unloads_nothing(
             await first.turn()
         unloaded: list[str] = []
 
-        async def noted(name: str, handle: Any, id: str, version: str) -> None:
+        async def noted(order: Order, name: str, handle: Any, id: str, version: str) -> None:
             unloaded.append(version)
 
         monkeypatch.setattr(world.replicas, "unload", noted)
@@ -626,9 +627,9 @@ def test_a_candidate_whose_swap_has_ended_is_not_staged(
         staged: list[int] = []
         stage = world.replicas.stage
 
-        async def counted(name: str, handle: Any, candidate: Candidate) -> Receipt:
+        async def counted(order: Order, name: str, handle: Any, candidate: Candidate) -> Receipt:
             staged.append(candidate.counter)
-            return await stage(name, handle, candidate)
+            return await stage(order, name, handle, candidate)
 
         monkeypatch.setattr(world.replicas, "stage", counted)
         held = world.replicas.hold_back = asyncio.Event()
@@ -654,8 +655,8 @@ def test_a_report_that_is_older_than_a_receipt_is_not_believed(tmp_path: Path, m
         monkeypatch.setattr("expertmesh.cluster.control.controller.PROBE_TIMEOUT", 30.0)
         probe, taken, arrives = world.replicas.probe, asyncio.Event(), asyncio.Event()
 
-        async def late(name: str, handle: Any) -> Replica:
-            report = await probe(name, handle)
+        async def late(order: Order, name: str, handle: Any) -> Replica:
+            report = await probe(order, name, handle)
             taken.set()
             await arrives.wait()
             return report

@@ -174,10 +174,11 @@ def test_a_recalled_epoch_is_loaded_beside_the_current_one_until_it_is_released(
     control.router_reported("r", 2, 2)
     assert control.member_reported("m", "m.1", A, held("v2")) == []
     assert control.recall(1) == [Sync(), LoadVersion("m", "m.1", "l/a", "v1")]
-    assert control.known_to_routers() == {1: ONE, 2: TWO}
+    assert control.known_to_routers() == {2: TWO}
     assert ("l/a", "v1") in control.lacking(1)
     control.loaded("m", "m.1", "l/a", "v1")
     assert ("l/a", "v1") not in control.lacking(1)
+    assert control.known_to_routers() == {1: ONE, 2: TWO}
     assert UnloadVersion("m", "m.1", "l/a", "v1") in control.release(1)
 
 
@@ -194,6 +195,71 @@ def test_what_was_loaded_and_unloaded_is_loaded_again(reported: bool) -> None:
         if reported:
             control.member_reported("m", "m.1", A, held("v1", "v2"))
         assert UnloadVersion("m", "m.1", "l/a", "v1") in control.release(1)
+        assert control.begin_unload("m", "m.1", "l/a", "v1")
+
+
+def recalled() -> Reconciler:
+    """At epoch 2, with epoch 1 recalled and loaded."""
+    control = Reconciler()
+    control.declared = A
+    control.restore({1: ONE, 2: TWO})
+    control.router_reported("r", 2, 2)
+    control.member_reported("m", "m.1", A, held("v2"))
+    control.recall(1)
+    control.loaded("m", "m.1", "l/a", "v1")
+    return control
+
+
+def unloads(actions: list[Action]) -> list[Action]:
+    return [action for action in actions if isinstance(action, UnloadVersion)]
+
+
+def test_a_released_epoch_stays_loaded_until_no_router_offers_it() -> None:
+    control = recalled()
+    control.router_told("r", control.known_to_routers())
+    assert unloads(control.release(1)) == []
+    assert control.known_to_routers() == {2: TWO}
+    control.router_told("r", [2])
+    assert unloads(control.member_reported("m", "m.1", A, held("v1", "v2"))) == []  # it is not known to have arrived
+    control.forget_epochs({2: TWO})
+    assert control.oldest_needed() == 1
+    assert unloads(control.router_reported("r", 2, 1, [2])) == []  # a request had pinned it before
+    assert unloads(control.router_reported("r", 2, 2, [2])) == [UnloadVersion("m", "m.1", "l/a", "v1")]
+
+
+def test_what_a_lost_router_offered_is_offered_no_more() -> None:
+    control = recalled()
+    control.router_told("r", [1, 2])
+    control.release(1)
+    assert unloads(control.router_lost("r")) == [UnloadVersion("m", "m.1", "l/a", "v1")]
+
+
+def test_a_recalled_epoch_is_withdrawn_while_its_only_member_is_lost() -> None:
+    control = recalled()
+    control.member_lost("m")
+    assert control.known_to_routers() == {2: TWO}
+    control.member_reported("m", "m.2", A, held("v1", "v2"))
+    assert control.known_to_routers() == {1: ONE, 2: TWO}
+
+
+def test_an_unload_is_not_begun_where_the_version_is_needed_again() -> None:
+    control = recalled()
+    assert unloads(control.release(1)) == [UnloadVersion("m", "m.1", "l/a", "v1")]
+    assert unloads(control.member_reported("m", "m.1", A, held("v1", "v2"))) == []  # it was decided already
+    assert control.recall(1) == [Sync()]  # it is still there
+    assert not control.begin_unload("m", "m.1", "l/a", "v1")
+    assert control.lacking(1) == []
+    assert unloads(control.release(1)) == [UnloadVersion("m", "m.1", "l/a", "v1")]
+    assert control.begin_unload("m", "m.1", "l/a", "v1")
+    assert control.lacking(1) == [("l/a", "v1")]
+
+
+def test_an_unload_is_begun_neither_for_another_incarnation_nor_while_a_swap_stages() -> None:
+    control = recalled()
+    control.release(1)
+    assert not control.begin_unload("m", "m.0", "l/a", "v1")
+    control.swap_asked("s", A)
+    assert not control.begin_unload("m", "m.1", "l/a", "v1")
 
 
 def test_an_action_for_an_incarnation_that_is_gone_is_not_taken_for_its_successor() -> None:

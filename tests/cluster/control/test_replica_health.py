@@ -121,3 +121,17 @@ def test_a_replica_that_is_down_waits_where_no_node_has_what_it_reserves() -> No
     health.probed("r", Probe(failure="down"))
     (replica,) = health.replicas()
     assert (replica.state, replica.problem) == ("restarting", "")
+
+
+def test_all_were_asked_once_each_has_answered_or_failed() -> None:
+    health = Health()
+    health.expect({"r": ("l/e",), "s": ("l/e",)})
+    assert not health.all_asked()
+    health.probed("r", UP)
+    assert not health.all_asked()
+    health.probed("s", LATE)
+    assert health.all_asked()
+    health.expect({"r": ("l/e",), "t": ("l/e",)})
+    assert not health.all_asked()
+    health.expect({"r": ("l/e",)})
+    assert health.all_asked()
