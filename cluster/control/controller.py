@@ -216,6 +216,9 @@ class Controller:
             replicas=self._health.replicas(),
             kept=dict(self.transactions.kept),
             broken=self._broken(),
+            resumed=self.transactions.resumed,
+            swapped=dict(self.transactions.swapped),
+            edited=self.transactions.edited,
         )
 
     def _broken(self) -> dict[str, str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ...experts.staging.stage import Receipt
@@ -25,7 +25,8 @@ class ControllerState:
     """What the owner asks its controller about: the revision that it serves, the replicas, the current versions.
 
     `kept` are versions that were swapped in and serve on although their declaration was edited. `broken` are the ids
-    whose current version cannot be loaded, and why.
+    whose current version cannot be loaded, and why. `resumed` is the epoch that the registry had when it was opened, or
+    0; `swapped` are the versions that were swapped in before the last declaration, `edited` the ids that it replaced.
     """
 
     revision: int
@@ -34,6 +35,9 @@ class ControllerState:
     replicas: tuple[Replica, ...]
     kept: Mapping[str, str]
     broken: Mapping[str, str]
+    resumed: int = 0
+    swapped: Mapping[str, str] = field(default_factory=dict)
+    edited: Collection[str] = ()
 
 
 class RouterPort(Protocol):

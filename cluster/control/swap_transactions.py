@@ -59,6 +59,10 @@ class SwapTransactions:
         self._declarations: dict[str, dict[str, str]] = {}
         self._answers: dict[str, asyncio.Future[SwapResult]] = {}
         self.kept: dict[str, str] = {}
+        self.swapped: dict[str, str] = {}
+        self.edited: tuple[str, ...] = ()
+        found = registry.current()
+        self.resumed = 0 if found is None else found.number
         for swap in registry.open_swaps():  # of a controller that died: what was not committed is discarded
             registry.end_swap(swap.swap_id, ABORTED, "the controller restarted before the commit")
         for id, version in store.sweep(registry.known()):
@@ -123,7 +127,9 @@ class SwapTransactions:
         redeclare = desired.redeclare
         current = self.current()
         differs = [id for id, digest in self.builder.digests.items() if self.registry.declared(id) != digest]
-        self.kept = {id: current[id] for id in differs if id not in redeclare and self._outlives(id, current)}
+        self.swapped = {id: current[id] for id in self.builder.digests if self._outlives(id, current)}
+        self.kept = {id: current[id] for id in differs if id not in redeclare and id in self.swapped}
+        self.edited = tuple(id for id in differs if id in current and id not in self.kept)
         for id, version in self.kept.items():
             if self.builder.declared[id].gate is not None:
                 self.builder.check_fits(id, version)

@@ -3,6 +3,7 @@
 home()/run/<name>.json    endpoint, token file, process and temporary folder of the cluster with that name
 home()/run/<name>.token   its tokens
 home()/run/<name>.sock    the socket for clients of the same user
+home()/run/<name>.state   versions and epochs of a cluster that keeps none for its next start; removed when it stops
 home()/run/<name>.lock    held as long as the process of the cluster lives
 """
 
@@ -108,6 +109,11 @@ def state_path(name: str) -> Path:
     """The default folder for the versions and epochs of a cluster name."""
     lock_path(name)
     return home() / "state" / name
+
+
+def passing_state_path(name: str) -> Path:
+    """The folder for the versions and epochs of a cluster name that keeps none for its next start."""
+    return _in_run(name, "state")
 
 
 def list_all() -> list[RunFile]:

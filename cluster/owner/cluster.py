@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -27,12 +28,13 @@ from ..control.messages import Desired
 from ..control.ports import StateSettings
 from ..machine.logs import log_file, rotate
 from ..machine.name_lock import NameLock, lock_name
-from ..machine.run_files import RunFile, socket_path, state_path
+from ..machine.run_files import RunFile, passing_state_path, socket_path, state_path
 from ..placement.capacity import Resources, needs, unplaceable
 from ..placement.plan import PlannedReplica, plan_layer
 from ..runtime.backend import Backend, open_backend
 from ..state.state_lock import StateLock, hold_state
 from .front import FrontPorts, endpoint, metrics_endpoint, service_settings
+from .resumed import NOT_KEPT, resumed
 
 Progress = Callable[[str], None]
 SUPERVISE_SECONDS = 0.5
@@ -56,8 +58,9 @@ class Cluster:
             cluster.replace("waves/cos", Expert("numpy:tanh"))
     """
 
-    def __init__(self, config: ClusterConfig, progress: Progress | None = None) -> None:
+    def __init__(self, config: ClusterConfig, progress: Progress | None = None, *, keeps_state: bool = True) -> None:
         self.config = config
+        self._keeps_state = keeps_state
         self.endpoint = ""
         self.metrics_endpoint = ""
         self._say = progress or (lambda message: None)
@@ -91,8 +94,10 @@ class Cluster:
     ) -> Cluster:
         """Start a cluster with these layers; returns once every replica is ready and the gateway serves.
 
-        A version that was swapped in serves on after a restart, also where the declaration was edited meanwhile;
-        `progress` is told which. `redeclare` has the ids ("news/e3", "news/gate") that follow their declaration anyway.
+        With a `name`, a `state_dir` or a `config` its versions and epochs are kept for the next start; without, they
+        last until the cluster stops, and `progress` is told so. A version that was swapped in serves on after a
+        restart, also where the declaration was edited meanwhile; `progress` is told which. `redeclare` has the ids
+        ("news/e3", "news/gate") that follow their declaration anyway.
 
         `overrides` are settings of ClusterConfig, such as name, port, transport or address ("auto" joins a Ray that
         runs). Whatever fails, nothing is left running.
@@ -103,7 +108,9 @@ class Cluster:
         """
         if layers is not None:
             overrides["layers"] = tuple(layers)
-        cluster = cls(ClusterConfig(**overrides) if config is None else replace(config, **overrides), progress)
+        kept = config is not None or not overrides.keys().isdisjoint(("name", "state_dir"))
+        whole = ClusterConfig(**overrides) if config is None else replace(config, **overrides)
+        cluster = cls(whole, progress, keeps_state=kept)
         try:
             cluster._start(frozenset(redeclare))
             atexit.register(cluster._stop_at_exit)
@@ -215,6 +222,7 @@ class Cluster:
         if self._state_lock is not None:
             self._state_lock.close()
             self._state_lock = None
+            self._clear_passing_state()
         if self._ports is not None:
             self._ports.close()
         if self._name_lock is not None:
@@ -250,6 +258,7 @@ class Cluster:
             )
         deadline = time.monotonic() + config.start_timeout
         self._name_lock = lock_name(config.name)
+        self._clear_passing_state()
         self._state_lock = hold_state(self._state_dir(), f"cluster {config.name!r}")
         self._ports = FrontPorts(config)
         elsewhere = config.runtime_env is not None
@@ -274,16 +283,20 @@ class Cluster:
         self._replicas = {replica.id: replica.expert_ids for replica in planned}
         self._needs = {replica.id: needs(replica) for replica in planned}
         self._declare(max(1.0, deadline - time.monotonic()), redeclare, renewed=redeclare)
-        known = backend.state()
-        for id, why in sorted(known.broken.items()):
-            self._say(f"{id} is broken and does not serve: {why}")
-        for id, kept in sorted(known.kept.items()):
-            self._say(f"{id} serves {kept}, which was swapped in; its edited declaration needs --redeclare {id}")
+        for line in resumed(backend.state()) if self._keeps_state else [NOT_KEPT]:
+            self._say(line)
         self._supervisor.start()
         self._say(f"serving on {self.endpoint}")
 
     def _state_dir(self) -> Path:
+        if not self._keeps_state:
+            return passing_state_path(self.config.name)
         return self.config.state_dir or state_path(self.config.name)
+
+    def _clear_passing_state(self) -> None:
+        """Remove the state of a cluster that keeps none: this one's, or what a dead one with its name has left."""
+        if not self._keeps_state:
+            shutil.rmtree(self._state_dir(), ignore_errors=True)
 
     def _announce(self, port: int, metrics_port: int | None) -> None:
         self.endpoint = endpoint(self.config, port)

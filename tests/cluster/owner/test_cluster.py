@@ -13,6 +13,7 @@ import pytest
 from helpers.waiting import eventually
 
 from expertmesh import Client, Cluster, Expert, FailedPrecondition, Layer, errors, gates
+from expertmesh.cluster.machine.run_files import passing_state_path
 from expertmesh.cluster.owner import cluster as module
 
 pytestmark = pytest.mark.usefixtures("own_home")
@@ -106,3 +107,43 @@ def test_the_ports_of_a_cluster_are_held_until_it_stops() -> None:
                 Cluster.start([layer("other")], transport="local", port=0, name="other", metrics_port=port)
     for port in ports:
         socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_a_program_that_names_no_state_keeps_none_and_is_told_so(own_home: Path) -> None:
+    options: dict[str, Any] = {"transport": "local", "port": 0}
+    said: list[str] = []
+    for _ in range(2):
+        with Cluster.start([layer("news")], progress=said.append, **options) as cluster:
+            assert cluster.status()["epoch"] == 1
+            cluster.replace("news/sin", Expert("numpy:cos"))
+    assert len([line for line in said if "give it a name or a state_dir" in line]) == 2
+    assert not list(own_home.rglob("registry.sqlite"))
+
+
+def test_what_a_dead_cluster_without_state_has_left_is_cleared(own_home: Path) -> None:
+    left = passing_state_path("default")
+    with Cluster.start([layer("news")], name="default", transport="local", port=0) as cluster:
+        kept = cluster.status()["versions"]
+    left.mkdir(parents=True)
+    (left / "registry.sqlite").write_bytes(b"left")
+    with Cluster.start([layer("other")], transport="local", port=0) as cluster:
+        assert cluster.status()["versions"].keys() == {"other/sin", "other/gate"}
+    with Cluster.start([layer("news")], name="default", transport="local", port=0) as cluster:
+        assert cluster.status()["versions"] == kept
+
+
+def test_a_start_says_what_it_resumes_and_what_differs(tmp_path: Path) -> None:
+    two = Layer("news", gates.Fixed([1.0, 1.0]), {"a": Expert("numpy:sin"), "b": Expert("numpy:sin")})
+    edited = Layer("news", gates.Fixed([1.0, 1.0]), {"a": Expert("numpy:tan"), "b": Expert("numpy:tan")})
+    options: dict[str, Any] = {"transport": "local", "port": 0, "state_dir": tmp_path / "state"}
+    said: list[str] = []
+    with Cluster.start([two], progress=said.append, **options) as cluster:
+        cluster.replace("news/a", Expert("numpy:cos"))
+        version = cluster.status()["versions"]["news/a"]
+    assert not [line for line in said if "resumed" in line or "state_dir" in line]
+    kept = f"news/a serves {version}, which was swapped in; its edited declaration needs --redeclare news/a"
+    for declared, more in ((two, [kept]), (edited, ["news/b was replaced: its declaration was edited", kept])):
+        said.clear()
+        Cluster.start([declared], progress=said.append, **options).stop()
+        first = said.index("resumed epoch 2 of its state_dir") + 1
+        assert said[first : first + len(more)] == more

@@ -1,0 +1,23 @@
+"""What a start tells of the state that it found: which epoch goes on, and what of it is not as declared."""
+
+from __future__ import annotations
+
+from ..control.ports import ControllerState
+
+NOT_KEPT = "versions are kept until the cluster stops: give it a name or a state_dir to keep them for the next start"
+
+
+def resumed(state: ControllerState) -> list[str]:
+    """The lines that `expertmesh serve` prints of a state folder that was there before; none for a new one."""
+    lines = []
+    if state.resumed:
+        lines.append(f"resumed epoch {state.resumed} of its state_dir")
+        swapped = {id: version for id, version in sorted(state.swapped.items()) if id not in state.kept}
+        lines += [f"{id} serves {version}, which was swapped in" for id, version in swapped.items()]
+        lines += [f"{id} was replaced: its declaration was edited" for id in sorted(state.edited)]
+    lines += [f"{id} is broken and does not serve: {why}" for id, why in sorted(state.broken.items())]
+    lines += [
+        f"{id} serves {version}, which was swapped in; its edited declaration needs --redeclare {id}"
+        for id, version in sorted(state.kept.items())
+    ]
+    return lines
