@@ -228,7 +228,25 @@ class Controller:
     def history(self, id: str) -> list[dict[str, Any]]:
         """The versions of an id that are kept, oldest first, and which epochs name them. Raises NotFound."""
         self._check_told()
-        return self.transactions.history(id)
+        records = self.transactions.registry.history(id)
+        declared = id in self.transactions.builder.declared
+        if not declared and not records:
+            raise self.transactions.builder.unknown(id)
+        epochs, current = self.transactions.registry.epochs(), self.transactions.current().get(id)
+        return [
+            {
+                "version": record.version,
+                "created": record.created,
+                "parent": record.parent,
+                "nbytes": record.nbytes,
+                "note": record.note,
+                "ephemeral": record.ephemeral,
+                "current": record.version == current and declared,
+                "declared": declared,
+                "epochs": [epoch.number for epoch in epochs if epoch.versions.get(id) == record.version],
+            }
+            for record in records
+        ]
 
     def progress(self, swap_id: str) -> dict[str, Any]:
         """How far a swap is: its phase, receipts there and needed. Raises NotFound for one that is not known."""

@@ -211,8 +211,8 @@ class SwapTransactions:
         for id, receipt in receipts.items():
             if not receipt.verified and not request.policy.allow_unverified:
                 raise FailedPrecondition(
-                    f"{id}: nobody knows whether the new version answers, {receipt.unmeasured}: declare the rows "
-                    "of its layer (input), or send the layer some rows before, or set allow_unverified"
+                    f"{id}: the new version was {receipt.unmeasured}, so whether it answers is not known: declare the "
+                    "input of its layer, send the layer some rows first, or set allow_unverified"
                 )
 
     def _changes_nothing(self, swap_id: str, request: SwapRequest) -> bool:
@@ -322,28 +322,6 @@ class SwapTransactions:
         versions = self.epochs().get(record.epoch, {})
         after = {id: versions[id] for id in record.plan if id in versions}
         return SwapResult(swap_id=swap_id, epoch=record.epoch, before={}, after=after)
-
-    def history(self, id: str) -> list[dict[str, Any]]:
-        """The versions of an id that are kept, oldest first, and which epochs name them. Raises NotFound."""
-        records = self.registry.history(id)
-        declared = id in self.builder.declared
-        if not declared and not records:
-            raise self.builder.unknown(id)
-        epochs, current = self.registry.epochs(), self.current().get(id)
-        return [
-            {
-                "version": record.version,
-                "created": record.created,
-                "parent": record.parent,
-                "nbytes": record.nbytes,
-                "note": record.note,
-                "ephemeral": record.ephemeral,
-                "current": record.version == current and declared,
-                "declared": declared,
-                "epochs": [epoch.number for epoch in epochs if epoch.versions.get(id) == record.version],
-            }
-            for record in records
-        ]
 
     def ended(self, swap_id: str) -> dict[str, Any]:
         """What the journal says of a swap that is not under way any more. Raises NotFound."""
