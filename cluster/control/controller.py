@@ -112,7 +112,8 @@ class Controller:
                     self.reconciler.swaps.draining()
                 ):  # one of the same expert may have drained since it was last looked at
                     await self._sync()
-                actions = self.reconciler.swap_asked(request.swap_id, ids)
+                new_code = frozenset(id for id, change in request.changes.items() if change.new_code)
+                actions = self.reconciler.swap_asked(request.swap_id, ids, new_code)
             except ExpertMeshError as error:
                 self.transactions.abort(request.swap_id, error)
                 raise

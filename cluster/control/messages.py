@@ -121,6 +121,11 @@ class Change:
     sha256: str | None = None
     expert: Expert | None = None
 
+    @property
+    def new_code(self) -> bool:
+        """Whether it may bring other code than that of the version that serves, and not only other weights."""
+        return self.declared or self.expert is not None
+
 
 @dataclass(frozen=True, kw_only=True)
 class SwapRequest:

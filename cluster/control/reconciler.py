@@ -131,14 +131,17 @@ class Reconciler:
         self._offered.pop(router, None)
         return [*self._tell(RouterGone(router)), *self._reconcile()]
 
-    def swap_asked(self, swap_id: str, ids: frozenset[str]) -> list[Action]:
-        """Begin a swap of these ids; one that is under way just goes on.
+    def swap_asked(self, swap_id: str, ids: frozenset[str], new_code: frozenset[str] = frozenset()) -> list[Action]:
+        """Begin a swap of these ids, some perhaps with new code; one that is under way just goes on.
+
+        New code is staged by one member first if the others serve an older version meanwhile.
 
         Raises Aborted where an id is being swapped already, or an older version of it may still be pinned.
         """
         if self.swaps.find(swap_id) is not None:
             return []
-        swap = self.swaps.begin(swap_id, ids, self._draining(ids))
+        serving = self.epochs.get(self.current, {}).keys()
+        swap = self.swaps.begin(swap_id, ids, self._draining(ids), new_code & serving)
         actions: list[Action] = []
         for name, router in self._routers.items():
             actions += self._tell_swap(swap, RouterReported(name, router.epoch, router.oldest_pinned))

@@ -50,10 +50,14 @@ class Phase(Enum):
 
 @dataclass
 class Swap:
-    """The state of one swap of one or several ids (experts and gates) at once."""
+    """The state of one swap of one or several ids (experts and gates) at once.
+
+    Candidates of `new_code`, which may end the process that builds them, are staged by one member before the others.
+    """
 
     swap_id: str
     ids: frozenset[str]
+    new_code: frozenset[str] = frozenset()
     phase: Phase = Phase.STAGING
     epoch: int | None = None
     error: ExpertMeshError | None = None
@@ -84,7 +88,7 @@ class Swap:
             return self._member(event)
         if isinstance(event, MemberGone):
             self._forget(event.member)
-            return self._ready()
+            return [*self._stage(), *self._ready()]
         if isinstance(event, Staged):
             return self._receipt(event)
         if isinstance(event, StageRefused):
@@ -111,11 +115,21 @@ class Swap:
             self._forget(event.member)
         if ids:
             self._members[event.member] = (event.incarnation, ids)
+        return self._stage()
+
+    def _stage(self) -> list[Action]:
+        """Ask every member that has not been asked for its candidates, except for those that another tries first."""
+        actions: list[Action] = []
         if self.phase is not Phase.STAGING:
-            return []
-        new = [id for id in sorted(ids) if (event.member, event.incarnation, id) not in self._asked]
-        self._asked.update((event.member, event.incarnation, id) for id in new)
-        return [StageCandidate(event.member, event.incarnation, self.swap_id, id) for id in new]
+            return actions
+        for member, (incarnation, ids) in self._members.items():
+            for id in sorted(ids):
+                first = {asked for asked in self._asked if asked[2] == id} if id in self.new_code else set()
+                if (member, incarnation, id) in self._asked or (first and id not in self.versions()):
+                    continue
+                self._asked.add((member, incarnation, id))
+                actions.append(StageCandidate(member, incarnation, self.swap_id, id))
+        return actions
 
     def _receipt(self, event: Staged) -> list[Action]:
         incarnation, ids = self._members.get(event.member, ("", frozenset[str]()))
@@ -128,7 +142,7 @@ class Swap:
             )
             return self._abort(FailedPrecondition(message))
         self._receipts[event.member, event.id] = event.version
-        return self._ready()
+        return [*self._stage(), *self._ready()]
 
     def _ready(self) -> list[Action]:
         """Commit when every live member has sent a receipt for each of its ids, and no id is without one."""
@@ -189,7 +203,13 @@ class Swaps:
     def __init__(self) -> None:
         self._active: dict[str, Swap] = {}
 
-    def begin(self, swap_id: str, ids: frozenset[str], draining: Collection[str] = ()) -> Swap:
+    def begin(
+        self,
+        swap_id: str,
+        ids: frozenset[str],
+        draining: Collection[str] = (),
+        new_code: frozenset[str] = frozenset(),
+    ) -> Swap:
         """Start a swap. Raises Aborted where another one still stages, or drains, a version of one of its ids.
 
         `draining` are ids that drain although no swap is known that left them so: a controller before this one did it.
@@ -201,7 +221,7 @@ class Swaps:
                 raise Aborted(f"{id}: another swap ({other.swap_id}) is under way; look at its result, then retry")
         for id in sorted(ids & set(draining)):
             raise Aborted(f"{id}: the previous swap is still draining; retry in a moment")
-        swap = self._active[swap_id] = Swap(swap_id, ids)
+        swap = self._active[swap_id] = Swap(swap_id, ids, new_code)
         return swap
 
     def find(self, swap_id: str) -> Swap | None:

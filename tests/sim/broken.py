@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Collection, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,9 +29,15 @@ def _swaps_of(swap: type[Swap]) -> type[Swaps]:
     """`Swaps` of another make."""
 
     class Others(Swaps):
-        def begin(self, swap_id: str, ids: frozenset[str], draining: object = ()) -> Swap:
-            super().begin(swap_id, ids, draining)  # type: ignore[arg-type]
-            self._active[swap_id] = swap(swap_id, ids)
+        def begin(
+            self,
+            swap_id: str,
+            ids: frozenset[str],
+            draining: Collection[str] = (),
+            new_code: frozenset[str] = frozenset(),
+        ) -> Swap:
+            super().begin(swap_id, ids, draining, new_code)
+            self._active[swap_id] = swap(swap_id, ids, new_code)
             return self._active[swap_id]
 
     return Others

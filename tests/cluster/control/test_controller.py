@@ -267,14 +267,14 @@ def test_a_candidate_that_ends_its_replicas_is_given_up_after_the_first_death(
         world.replicas.deadly = {"torch:tanh"}
         with pytest.raises(FailedPrecondition, match=r"^l/e0: the process of l/e0#\d ended while it built the new"):
             await world.declare(layer("torch:tanh"))
-        assert world.replicas.deaths <= 2  # each was asked once, at the same time
+        assert world.replicas.deaths == 1  # the other replica serves on
         assert world.controller.reconciler.current == 1
         for name in list(world.replicas.down):
             world.replicas.hosts[name] = ExpertHost()
         world.replicas.down.clear()
         for name in ("l/e0#0", "l/e0#1"):
             await world.until(lambda name=name: world.replicas.holds(name) == {(E0, before[E0])})  # type: ignore[misc]
-        assert world.replicas.deaths <= 2
+        assert world.replicas.deaths == 1
 
     run(tmp_path, monkeypatch, story)
 

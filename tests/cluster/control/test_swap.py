@@ -127,6 +127,28 @@ def test_one_member_that_died_of_a_candidate_is_enough_and_the_expert_is_named()
     assert told(swap, MemberReported("m", "m.2", A)) == []  # it is not asked again
 
 
+def test_new_code_is_tried_by_one_member_before_the_others() -> None:
+    swap = Swap("s", A, new_code=A)
+    reported = [MemberReported(name, f"{name}.1", A) for name in "mno"]
+    assert told(swap, *reported) == [StageCandidate("m", "m.1", "s", "l/a")]
+    assert told(swap, reported[1]) == []
+    assert told(swap, MemberGone("m")) == [StageCandidate("n", "n.1", "s", "l/a")]  # killed from outside
+    assert told(swap, MemberReported("m", "m.2", A)) == []
+    others = [StageCandidate("o", "o.1", "s", "l/a"), StageCandidate("m", "m.2", "s", "l/a")]
+    assert told(swap, staged("n", "n.1")) == others
+    assert told(swap, staged("m", "m.2"), staged("o", "o.1")) == [CommitSwap("s", {"l/a": "v2"})]
+
+
+def test_new_code_of_one_expert_holds_up_no_other() -> None:
+    swap = Swap("s", B, new_code=A)
+    asked = told(swap, MemberReported("m", "m.1", B), MemberReported("n", "n.1", B))
+    assert asked == [
+        StageCandidate("m", "m.1", "s", "l/a"),
+        StageCandidate("m", "m.1", "s", "l/b"),
+        StageCandidate("n", "n.1", "s", "l/b"),
+    ]
+
+
 def test_time_that_is_up_names_who_is_waited_for() -> None:
     swap = Swap("s", B)
     told(swap, MemberReported("m", "m.1", A))
@@ -200,10 +222,12 @@ EVENTS = st.one_of(
 )
 
 
-@given(st.lists(EVENTS, max_size=40))
+@given(st.lists(EVENTS, max_size=40), st.sampled_from((frozenset[str](), A, B)))
 @settings(max_examples=400, deadline=None)
-def test_any_events_in_any_order_commit_once_finish_once_and_only_with_all_receipts(events: list[Event]) -> None:
-    swap = Swap("s", B)
+def test_any_events_in_any_order_commit_once_finish_once_and_only_with_all_receipts(
+    events: list[Event], new_code: frozenset[str]
+) -> None:
+    swap = Swap("s", B, new_code)
     live: dict[str, tuple[str, frozenset[str]]] = {}
     receipts: set[tuple[str, str, str]] = set()
     actions: list[Action] = []
