@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from helpers.swap_cluster import GATE, NAME, SwapCluster, X, swap_cluster
 
 from expertmesh.cluster.cli.main import cli
-from expertmesh.cluster.cli.outcome import outcome_line, phase_line
+from expertmesh.cluster.cli.outcome import outcome_line, phase_line, print_outcome
 from expertmesh.cluster.rpc.swaps import SwapOutcome
 
 
@@ -141,6 +141,19 @@ def test_status_shows_the_epoch_and_draining_versions(live_mesh: SwapCluster) ->
         assert "epoch 2" in shown
         assert f"draining: l/a, requests in flight still use {outcome.before['l/a']}" in shown
         assert live_mesh.client.call("l", X, pin=lease).epoch == 1
+
+
+def test_a_drift_that_was_not_measured_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = SwapOutcome(
+        swap_id="s",
+        epoch=3,
+        before={"l/a": "v1"},
+        after={"l/a": "v2"},
+        drift={"l/a": None},
+        unmeasured={"l/a": "not run"},
+    )
+    print_outcome(outcome, "table", "swapped")
+    assert "the drift of l/a was not measured: not run" in capsys.readouterr().out.splitlines()
 
 
 def test_lines() -> None:

@@ -292,7 +292,9 @@ def test_a_history_that_is_none_is_lost_data(document: dict[str, Any]) -> None:
 
 def test_an_outcome_survives_its_document_with_infinite_drift_too() -> None:
     drift = {"a": 0.5, "b": None, "c": math.inf}
-    outcome = SwapOutcome(swap_id="s", epoch=2, before={"a": V1}, after={"a": V2}, drift=drift, pending=["r"])
+    outcome = SwapOutcome(
+        swap_id="s", epoch=2, before={"a": V1}, after={"a": V2}, drift=drift, pending=["r"], unmeasured={"b": "no"}
+    )
     frame = wire.decode(encode_document("swap", outcome.to_document()))
     assert SwapOutcome.from_document(decode_document(frame, "swap")) == outcome
     for wrong in (
