@@ -18,14 +18,14 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import grpc
 
-from ...experts.errors import ExpertMeshError, FailedPrecondition
-from ..rpc.channel_options import MAX_MESSAGE_BYTES, client_options
+from ...experts.errors import DeadlineExceeded, ExpertMeshError, FailedPrecondition
+from ..rpc.channel_options import MAX_IN_FLIGHT, MAX_MESSAGE_BYTES, client_options
 from ..rpc.status import from_status
 from ..rpc.streams import MAX_REQUEST_BYTES, Streamed
 from ..rpc.swaps import Lease
 from .calls import Calls
 from .endpoint import Endpoint, resolve
-from .retry import Answer, Flow, Pause, RetryPolicy, Step, Work, drive, drive_async
+from .retry import Answer, Attempt, Flow, Pause, RetryPolicy, Step, Work, drive, drive_async
 from .sending import new_retries
 from .stream import exchange, exchange_async
 
@@ -261,6 +261,7 @@ class AsyncClient(_Connected):
         await self.close()
 
     def _connect(self) -> Any:
+        self._in_flight = asyncio.Semaphore(MAX_IN_FLIGHT)
         return None  # created by the first call, in its event loop
 
     async def _perform(self, step: Step) -> Answer:
@@ -269,18 +270,27 @@ class AsyncClient(_Connected):
             return None
         if isinstance(step, Work):
             return await asyncio.to_thread(step.action)
+        asked = time.monotonic()
         try:
-            if isinstance(step.payload, Streamed):
-                stream = self._connection().stream_stream(step.method)
-                return await exchange_async(stream(timeout=step.timeout, metadata=step.metadata), step.payload)
-            method = self._connection().unary_unary(step.method)
-            reply: bytes = await method(step.payload, timeout=step.timeout, metadata=step.metadata)
-            return reply
+            async with self._in_flight:
+                return await self._attempt(step, step.timeout - (time.monotonic() - asked))
         except grpc.RpcError as error:
             return self._translate(error)
         except grpc.aio.UsageError:  # gRPC's error if another task closes the channel before the call begins
             self._check_open()
             raise
+
+    async def _attempt(self, step: Attempt, timeout: float) -> Answer:
+        if timeout <= 0:
+            return DeadlineExceeded(
+                f"{MAX_IN_FLIGHT} calls of this client are in flight: this one was not sent in time"
+            )
+        if isinstance(step.payload, Streamed):
+            stream = self._connection().stream_stream(step.method)
+            return await exchange_async(stream(timeout=timeout, metadata=step.metadata), step.payload)
+        method = self._connection().unary_unary(step.method)
+        reply: bytes = await method(step.payload, timeout=timeout, metadata=step.metadata)
+        return reply
 
     def _connection(self) -> Any:
         """The channel, which gRPC binds to the event loop that is running when the channel is created."""

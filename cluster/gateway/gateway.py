@@ -12,8 +12,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from ...experts.errors import ExpertMeshError, InvalidRequest, Unavailable
+from ...experts.errors import DeadlineExceeded, ExpertMeshError, InvalidRequest, Overloaded, TooLarge, Unavailable
 from ...experts.wire import Buffer, Frame, decode
+from ...router.request.admission import CallAdmission
 from ...router.request.forward import Router
 from ..machine.tokens import token_digest
 from ..rpc import health
@@ -99,6 +100,7 @@ class Gateway:
         self._clock = clock
         self._tokens = tokens
         self._status = status
+        self._admission = CallAdmission()
         self._draining = False
         self._changed = asyncio.Event()
         self._unary: dict[str, Callable[[bytes, Caller, CallInfo], Awaitable[bytes]]] = {
@@ -123,6 +125,8 @@ class Gateway:
         """Authorise a call of one message, then `read` and answer it. Raises an ExpertMeshError."""
         caller = self.authorise(method, call.token)
         self._check_draining(method)
+        if method == "Call":
+            self._check_wait(call.layer, call)
         request = await self.streams.one_message(read, caller.id, self._seconds(call))
         with self.streams.holding(len(request)):
             return await self._unary[method](request, caller, call)
@@ -134,11 +138,22 @@ class Gateway:
         """
         caller = self.authorise("CallStream", call.token)
         self._check_draining("CallStream")
+        self._check_wait(call.layer, call)
         await self.streams.serve(context, caller.id, self._seconds(call), lambda frame: self.answer(frame, call))
 
     async def answer(self, frame: Frame, call: CallInfo) -> list[Buffer]:
         """Answer an authorised call with the buffers of its reply frame. Raises an ExpertMeshError."""
-        return await self._run(self._forward(frame, call, self._seconds(call)))
+        layer = self._check_layer(frame, call)
+        started, ahead, took = self._clock(), self._admission.began(layer), None
+        try:
+            parts = await self._run(self._forward(frame, call, self._seconds(call)))
+            took = self._clock() - started
+            return parts
+        except DeadlineExceeded:
+            took = self._clock() - started
+            raise
+        finally:
+            self._admission.ended(layer, ahead, took, self._clock())
 
     async def watch(self, read: Read, call: CallInfo) -> AsyncIterator[bytes]:
         """Yield the health of a service now, and at every change. Raises Unauthenticated or PermissionDenied."""
@@ -156,8 +171,7 @@ class Gateway:
         """The health of the server ("" or the service's name), or of a layer, which serves while its experts do."""
         if service in ("", SERVICE):
             return self.state
-        has_layer = self._router.epochs.number > 0 and service in self._router.epochs.current.layers
-        if not has_layer:
+        if not self._has_layer(service):
             return ServingStatus.SERVICE_UNKNOWN
         return self.state if self._router.serves(service) else ServingStatus.NOT_SERVING
 
@@ -194,6 +208,8 @@ class Gateway:
             return ExpertMeshError("internal error: look up the request id in the log", request_id=request_id)
         error.request_id = error.request_id or request_id
         level = logging.WARNING if error.code in ("INTERNAL", "UNAVAILABLE", "DATA_LOSS") else logging.INFO
+        if isinstance(error, Overloaded):
+            level = logging.DEBUG  # counted by layer: in an overload, a line for each would cost more than the refusal
         details = {"method": method, "code": error.code, "request_id": error.request_id}
         log.log(level, error.message, extra=details)
         return error
@@ -213,6 +229,35 @@ class Gateway:
     def _check_draining(self, method: str) -> None:
         if self._draining and method in NOT_WHILE_DRAINING:
             raise Unavailable(f"this cluster is draining and accepts no new {NOT_WHILE_DRAINING[method]}")
+
+    def _check_wait(self, layer: str, call: CallInfo) -> None:
+        """Refuse a call of a layer, or of the only one that is called, that would wait too long. Raises Overloaded."""
+        layer = layer or self._admission.only_layer()
+        try:
+            self._admission.check(layer, self._seconds(call))
+        except Overloaded as error:
+            self._router.telemetry.requests[layer, error.code] += 1
+            raise
+
+    def _check_layer(self, frame: Frame, call: CallInfo) -> str:
+        """The layer of a call, or "" for one that there is not; refuses it here if the router would refuse it.
+
+        Handing a call to the router costs more than all the rest of refusing it. Raises Overloaded or TooLarge.
+        """
+        layer, x = frame.meta.get("layer"), frame.tensors.get("x")
+        if not isinstance(layer, str) or not self._has_layer(layer):
+            return ""
+        if layer != call.layer:
+            self._check_wait(layer, call)
+        try:
+            self._router.admission.check(layer, max(1, x.shape[0]) if x is not None and x.shape else 1)
+        except (Overloaded, TooLarge) as error:
+            self._router.telemetry.requests[layer, error.code] += 1
+            raise
+        return layer
+
+    def _has_layer(self, name: str) -> bool:
+        return self._router.epochs.number > 0 and name in self._router.epochs.current.layers
 
     def _seconds(self, call: CallInfo) -> float:
         return self.settings.default_timeout if call.deadline is None else max(0.0, call.deadline - self._clock())

@@ -23,8 +23,10 @@ MAX_RECEIVED_BYTES = 4 * 1024 * 1024 + 64 * 1024
 """The largest message that the server receives, 4 MiB and a header; larger requests are sent in chunks."""
 WINDOW_BYTES = 65_535
 MAX_CONNECTIONS = 1024
-MAX_STREAMS = 1024
-"""Calls in flight on one connection; a client keeps what is more to itself until one has ended."""
+MAX_STREAMS = 4096
+"""Calls in flight on one connection."""
+MAX_IN_FLIGHT = 2048
+"""Calls that one of our clients has in flight: what is more waits there, where the server would refuse it."""
 MAX_PENDING = 8192
 HANDSHAKE_MS = 10_000
 IDLE_MS = 300_000
