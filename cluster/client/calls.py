@@ -263,7 +263,22 @@ class Calls(Sending):
 
     def give_back(self, lease: Lease) -> Flow[None]:
         """End a lease; a lease that has already ended is not an error."""
-        yield from self._ask("Unpin", {"pin": lease.pin}, {}, None, self.new_id())
+        yield from self.end_lease(lease.pin)
+
+    def leases(self, *, timeout: float | None = None) -> Flow[list[dict[str, Any]]]:
+        """All leases on epochs, of every caller. For operators, who may end one that holds up a swap: `end_lease`.
+
+        Each tells its "pin", "epoch", "holder" (an id of the token), and in seconds its "age" and when it "ends_in".
+        """
+        frame = yield from self._ask("Leases", {}, {}, timeout, self.new_id())
+        leases = decode_document(frame, "leases").get("leases")
+        if not isinstance(leases, list) or not all(isinstance(item, dict) for item in leases):
+            raise DataLoss("the reply is not a list of leases")
+        return leases
+
+    def end_lease(self, pin: str, *, timeout: float | None = None) -> Flow[None]:
+        """End a lease by its id, as in `leases()`; one that has already ended is not an error."""
+        yield from self._ask("Unpin", {"pin": pin}, {}, timeout, self.new_id())
 
     def _swap(self, request: SwapAsked) -> Flow[SwapOutcome]:
         """Request a swap and retry until there is an answer; repeated requests with its id do not repeat the swap."""

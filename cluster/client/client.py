@@ -166,12 +166,15 @@ class Client(_Connected):
     rollback = _blocking(Calls.rollback)
     history = _blocking(Calls.history)
     swap_progress = _blocking(Calls.swap_progress)
+    leases = _blocking(Calls.leases)
+    end_lease = _blocking(Calls.end_lease)
 
     @contextmanager
     def pin(self, ttl: float = 30.0) -> Iterator[Lease]:
         """Lease the current epoch for several calls: `with client.pin() as lease: client.call("news", x, pin=lease)`.
 
-        The lease ends with the block, or `ttl` seconds (at most 60) after its last use. Raises the errors of a call.
+        The lease ends with the block, `ttl` seconds (at most 60) after its last use, or 10 seconds after a swap has
+        replaced the epoch. Raises the errors of a call.
         """
         lease = drive(self._calls.lease(ttl), self._perform)
         try:
@@ -237,6 +240,8 @@ class AsyncClient(_Connected):
     rollback = _awaiting(Calls.rollback)
     history = _awaiting(Calls.history)
     swap_progress = _awaiting(Calls.swap_progress)
+    leases = _awaiting(Calls.leases)
+    end_lease = _awaiting(Calls.end_lease)
 
     @asynccontextmanager
     async def pin(self, ttl: float = 30.0) -> AsyncIterator[Lease]:

@@ -35,6 +35,7 @@ from ..rpc.swaps import (
     ChangeAsked,
     HistoryAsked,
     Lease,
+    NothingAsked,
     PinAsked,
     ProgressAsked,
     SwapAsked,
@@ -90,6 +91,7 @@ class SwapMethods:
             "History": self.history,
             "Pin": self.pin,
             "Unpin": self.unpin,
+            "Leases": self.leases,
         }
 
     def tidy(self) -> None:
@@ -143,7 +145,7 @@ class SwapMethods:
     async def pin(self, frame: Frame, caller: Caller) -> bytes:
         """Lease the current epoch."""
         asked = _record(PinAsked, frame, "pin")
-        lease_id, epoch, ttl = await self._call(self._leases.lease, asked.ttl)
+        lease_id, epoch, ttl = await self._call(self._leases.lease, asked.ttl, caller.id)
         lease = Lease(pin=lease_id, epoch=epoch.number, ttl=ttl, cluster=epoch.cluster)
         return encode_document("lease", asdict(lease))
 
@@ -151,6 +153,11 @@ class SwapMethods:
         """End a lease; a lease that has already ended is not an error."""
         asked = _record(UnpinAsked, frame, "unpin")
         return encode_document("unpinned", {"was_held": await self._call(self._leases.give_back, asked.pin)})
+
+    async def leases(self, frame: Frame, caller: Caller) -> bytes:
+        """All leases, so that an operator can end those that are in the way."""
+        _record(NothingAsked, frame, "leases")
+        return encode_document("leases", {"leases": await self._call(self._leases.documents)})
 
     async def _carry_out(self, request: SwapRequest) -> SwapResult:
         try:

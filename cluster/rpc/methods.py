@@ -49,6 +49,7 @@ METHODS: Mapping[str, Role] = MappingProxyType(
         "Drain": Role.OPERATOR,
         "Upload": Role.OPERATOR,
         "Swap": Role.OPERATOR,
+        "Leases": Role.OPERATOR,
     }
 )
 """The lowest role that may call each method; no role may call a method that is not listed.

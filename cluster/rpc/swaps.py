@@ -126,6 +126,11 @@ class HistoryAsked:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NothingAsked:
+    """A request without fields."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PinAsked:
     """A request for a lease on the current epoch, which ends after `ttl` seconds without use."""
 
@@ -151,7 +156,7 @@ class UploadState:
 class Lease:
     """A lease on an epoch: pass it to calls that must run on that epoch, as `call(..., pin=lease)`.
 
-    It ends `ttl` seconds after its last use.
+    It ends `ttl` seconds after its last use, or 10 seconds after a swap has replaced its epoch.
 
     Example:
         with client.pin() as lease:

@@ -18,6 +18,7 @@ from ...experts.staging.stage import Receipt
 from ...experts.weights.files import tensor_digest, tensors_of
 from ...router.epochs.epochs import Epoch
 from ...router.epochs.gate_staging import stage_gate
+from ...router.epochs.pinning import RECALL_SECONDS
 from ...router.fanout.replica_view import Replica
 from ...router.fanout.transport import Transport
 from ...router.gates import Gate
@@ -36,9 +37,7 @@ from ..state.uploads import UploadLimits, Uploads
 from ..state.version_folders import VersionStore
 from .router_thread import RouterThread, elsewhere
 
-RECALL_SECONDS = 30.0
 UNMEASURED = "the gate is another one, takes rows of any width, or has no finite scores"
-"""How long at least an epoch that a request named stays loaded."""
 PROBLEM_SECONDS = 1.0
 """How long the status waits for a controller that is not heard to say why."""
 

@@ -6,13 +6,18 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from ...experts.errors import FailedPrecondition, InvalidRequest, Unavailable, VersionGone
+from ...experts.errors import FailedPrecondition, InvalidRequest, Overloaded, Unavailable, VersionGone
 from ...experts.protocol import CallOptions
 from .epochs import Epoch, Epochs
 from .leases import Leases
 
 CATCH_UP_SECONDS = 5.0
 RECALL_ATTEMPTS = 2
+RECALL_SECONDS = 30.0
+"""How long at least an epoch that a request named stays loaded."""
+
+MAX_RECALLED = 4
+"""How many epochs that requests named are loaded at a time: each may be a copy of all experts."""
 
 Recall = Callable[[int], Awaitable[None]]
 """Loads a kept epoch again. Raises FailedPrecondition, NotFound or Unavailable."""
@@ -27,6 +32,7 @@ class Pinning:
         self._leases = leases
         self._adopted = asyncio.Event()
         self._recalls: dict[int, asyncio.Future[None]] = {}
+        self._recalled_at: dict[int, float] = {}
 
     def adopted(self) -> None:
         """Wake the requests that wait for a newer epoch."""
@@ -56,19 +62,34 @@ class Pinning:
         return self._epochs.pin(number)
 
     async def fetch(self, number: int) -> None:
-        """Recall an epoch; concurrent requests for the same epoch share one recall."""
+        """Recall an epoch; concurrent requests for the same epoch share one recall.
+
+        Raises Overloaded if several others were recalled lately, which stay loaded for a while.
+        """
         if self.recall is None:
             raise VersionGone(f"epoch {number} is not loaded here; the current one is {self._epochs.number}")
         pending = self._recalls.get(number)
         if pending is None:
+            self._make_room(number, asyncio.get_running_loop().time())
             pending = self._recalls[number] = asyncio.ensure_future(self.recall(number))
             pending.add_done_callback(lambda recall: self._recalled(number, recall))
         await asyncio.shield(pending)  # other requests still wait for it if this one is cancelled
 
+    def _make_room(self, number: int, now: float) -> None:
+        self._recalled_at = {n: at for n, at in self._recalled_at.items() if now - at < RECALL_SECONDS}
+        if number not in self._recalled_at and len(self._recalled_at) >= MAX_RECALLED:
+            others = ", ".join(map(str, sorted(self._recalled_at)))
+            raise Overloaded(
+                f"epoch {number} cannot be loaded beside the epochs {others}, which calls named in the last "
+                f"{RECALL_SECONDS:g} s: retry later, or name one of those",
+                retry_after=RECALL_SECONDS - (now - min(self._recalled_at.values())),
+            )
+        self._recalled_at[number] = now
+
     def _recalled(self, number: int, recall: asyncio.Future[Any]) -> None:
         del self._recalls[number]
-        if not recall.cancelled():
-            recall.exception()  # mark it as retrieved: every request that waited may have been cancelled
+        if recall.cancelled() or recall.exception() is not None:  # retrieved: who waited may have been cancelled
+            self._recalled_at.pop(number, None)
 
     async def _catch_up(self, options: CallOptions, timeout: float) -> None:
         """Wait for the epoch that the client has seen, at most half its timeout, so that an error still reaches it."""

@@ -391,6 +391,21 @@ def test_roles(running: SwapCluster) -> None:
     assert running.uploads() == []
 
 
+def test_an_operator_sees_and_ends_the_lease_that_holds_up_a_swap(running: SwapCluster) -> None:
+    with running.as_role(Role.READER) as reader, running.as_role(Role.OPERATOR) as operator, reader.pin() as lease:
+        assert reader.call("l", X, pin=lease).epoch == 1
+        running.swap({"l/a": 20})
+        with pytest.raises(PermissionDenied, match="operator"):
+            reader.leases()
+        (listed,) = operator.leases()
+        assert (listed["pin"], listed["epoch"], len(listed["holder"])) == (lease.pin, 1, 16)
+        assert listed["ends_in"] <= 10.0
+        operator.end_lease(lease.pin)
+        assert operator.leases() == []
+        with pytest.raises(FailedPrecondition, match="pin again"):
+            reader.call("l", X, pin=lease)
+
+
 def test_limits_of_uploads_are_said_by_their_names(tmp_path: Path) -> None:
     with swap_cluster(tmp_path, max_upload_bytes=100) as made:
         with pytest.raises(TooLarge, match="max_upload_bytes is 100"):

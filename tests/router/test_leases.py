@@ -8,7 +8,7 @@ import pytest
 
 from expertmesh.experts.errors import FailedPrecondition, InvalidRequest, Overloaded, Unavailable
 from expertmesh.router.epochs.epochs import Epoch, Epochs
-from expertmesh.router.epochs.leases import MAX_LEASES, MAX_LIFE, MAX_TTL, Leases
+from expertmesh.router.epochs.leases import MAX_LEASES, MAX_LEASES_OF_ONE, MAX_LIFE, MAX_TTL, REPLACED_SECONDS, Leases
 
 
 class World:
@@ -92,8 +92,8 @@ def test_an_invalid_time_to_live_is_rejected(ttl: float) -> None:
 
 def test_leases_are_limited_and_expired_ones_make_room() -> None:
     world = World()
-    for _ in range(MAX_LEASES):
-        world.leases.lease(5.0)
+    for number in range(MAX_LEASES):
+        world.leases.lease(5.0, f"token-{number // MAX_LEASES_OF_ONE}")
     with pytest.raises(Overloaded):
         world.leases.lease(5.0)
     world.now += 5.0
@@ -104,3 +104,44 @@ def test_leases_are_limited_and_expired_ones_make_room() -> None:
 def test_before_the_first_epoch_nothing_can_be_leased() -> None:
     with pytest.raises(Unavailable):
         Leases(Epochs(), lambda: 0.0).lease(1.0)
+
+
+def test_one_holder_cannot_take_the_leases_of_the_others() -> None:
+    world = World()
+    for _ in range(MAX_LEASES_OF_ONE):
+        world.leases.lease(60.0, "greedy")
+    with pytest.raises(Overloaded, match="your token holds 250 leases of at most 250"):
+        world.leases.lease(60.0, "greedy")
+    assert world.leases.lease(60.0, "modest")[1].number == 1
+
+
+def test_a_lease_on_an_epoch_that_was_replaced_ends_soon_however_it_is_used() -> None:
+    world = World()
+    lease, _, _ = world.leases.lease(60.0)
+    for _ in range(10):
+        world.now += 30.0
+        world.use(lease)
+    world.epochs.adopt(Epoch(2, {"l/e": "v2"}))
+    world.leases.drop_expired()
+    for _ in range(9):
+        world.now += REPLACED_SECONDS / 10
+        assert world.use(lease) == 1
+    world.now += REPLACED_SECONDS / 10
+    with pytest.raises(FailedPrecondition, match="a swap replaced its epoch"):
+        world.use(lease)
+    assert (world.epochs.oldest_pinned(), world.epochs.draining()) == (2, {})
+    assert world.use(world.leases.lease(60.0)[0]) == 2
+
+
+def test_leases_are_listed_with_whose_they_are_and_can_be_ended() -> None:
+    world = World()
+    first = world.leases.lease(30.0, "a")[0]
+    world.now += 5.0
+    world.leases.lease(20.0, "b")
+    world.epochs.adopt(Epoch(2))
+    assert world.leases.documents() == [
+        {"pin": "lease-0", "epoch": 1, "holder": "a", "age": 5.0, "ends_in": 10.0},
+        {"pin": "lease-1", "epoch": 1, "holder": "b", "age": 0.0, "ends_in": 10.0},
+    ]
+    assert world.leases.give_back(first)
+    assert [lease["holder"] for lease in world.leases.documents()] == ["b"]

@@ -9,10 +9,18 @@ import torch
 from helpers.router_in_process import RouterInProcess, load
 from helpers.waiting import run_async
 
-from expertmesh.experts.errors import FailedPrecondition, InvalidRequest, NotFound, Unavailable, VersionGone
+from expertmesh.experts.errors import (
+    FailedPrecondition,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    Unavailable,
+    VersionGone,
+)
 from expertmesh.experts.spec import Expert
 from expertmesh.router import gates
 from expertmesh.router.epochs.epochs import Epoch
+from expertmesh.router.epochs.pinning import MAX_RECALLED
 from expertmesh.router.mixture.layer import Layer
 
 X = torch.ones(2, 3)
@@ -170,5 +178,34 @@ def test_an_epoch_that_never_was_is_what_the_controller_says() -> None:
             with pytest.raises(NotFound, match="there is no epoch 4"):
                 await mesh.factor(epoch=4)
             await mesh.at_rest()
+
+    run_async(main())
+
+
+def test_only_so_many_epochs_are_recalled_at_a_time() -> None:
+    async def main() -> None:
+        async with TwoEpochs() as mesh:
+            mesh.router.adopt(Epoch(100, mesh.new, {"l": mesh.layer}, "here"))
+            kept: list[Epoch] = []
+
+            async def recall(number: int) -> None:
+                mesh.recalls.append(number)
+                if number > 50:
+                    raise FailedPrecondition(f"epoch {number} is not kept any more")
+                kept.append(Epoch(number, mesh.old, {"l": mesh.layer}, "here"))
+                mesh.router.epochs.keep(kept)
+
+            mesh.router.pinning.recall = recall
+            for number in range(60, 70):  # one that is not loaded takes no room
+                with pytest.raises(FailedPrecondition, match="not kept"):
+                    await mesh.factor(epoch=number)
+            for number in range(1, MAX_RECALLED + 1):
+                assert await mesh.factor(epoch=number) == (number, 2.0)
+            with pytest.raises(Overloaded, match="beside the epochs 1, 2, 3, 4") as caught:
+                await mesh.factor(epoch=MAX_RECALLED + 1)
+            assert 0 < caught.value.retry_after <= 30
+            assert await mesh.factor(epoch=1) == (1, 2.0)
+            assert await mesh.factor() == (100, 3.0)
+            assert MAX_RECALLED + 1 not in mesh.recalls
 
     run_async(main())

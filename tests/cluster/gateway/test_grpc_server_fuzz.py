@@ -251,6 +251,7 @@ PAYLOADS = {
     "SwapProgress": wire.encode("swapprogress", {"swap_id": "none"}),
     "History": wire.encode("history", {"id": "trig/sin"}),
     "Pin": wire.encode("pin", {"ttl": 0.001}),
+    "Leases": wire.encode("leases", {}),
     "Unpin": wire.encode("unpin", {"pin": "none"}),
 }
 TESTED_ELSEWHERE = ("Call", "CallStream", "Status", "Drain")
