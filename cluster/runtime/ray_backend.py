@@ -127,14 +127,20 @@ class RayBackend:
             for info in worker._global_node.all_processes.get(name, ()):
                 if info.process.poll() is not None:
                     return f"{name} (pid {info.process.pid}), a process of its Ray, has ended"
-        try:
-            worker.global_worker.gcs_client.internal_kv_exists(b"expertmesh", namespace=None, timeout=PING_SECONDS)
-            self._head_answered = time.monotonic()
-        except ray.exceptions.RayError:
+        if not self._head_answers():
             silent = time.monotonic() - self._head_answered
             if silent > HEAD_SILENT_SECONDS:
                 return f"the head of its Ray has not answered for {silent:.0f} s"
         return None
+
+    def _head_answers(self) -> bool:
+        worker: Any = ray._private.worker
+        try:
+            worker.global_worker.gcs_client.internal_kv_exists(b"expertmesh", namespace=None, timeout=PING_SECONDS)
+        except ray.exceptions.RayError:
+            return False
+        self._head_answered = time.monotonic()
+        return True
 
     def nodes(self) -> list[Resources]:
         """What each node of the Ray cluster has to reserve."""
@@ -217,9 +223,9 @@ class RayBackend:
     def stop(self, grace: float) -> None:
         """Drain the router, kill every actor, shut down Ray if it was started here, and remove its folder.
 
-        A Ray that is lost is not asked for anything first: it might never answer.
+        A Ray that is lost, or whose head is frozen, is not asked for anything first: it might never answer.
         """
-        lost = self._router is not None and self.lost() is not None
+        lost = self._router is not None and (self.lost() is not None or not self._head_answers())
         if lost and self.temp_dir is not None:
             end_marked_processes(self.temp_dir)
         if self._router is not None and not lost:

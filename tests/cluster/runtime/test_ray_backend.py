@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,3 +82,18 @@ def test_a_handler_of_the_program_stays(backend: Any, handler_as_before: None) -
         with backend._same_sigterm_handler():
             signal.signal(signal.SIGTERM, of_ray)
         assert signal.getsignal(signal.SIGTERM) is after
+
+
+def test_a_head_that_is_frozen_is_ended_before_anything_waits_for_it(
+    backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(backend, "end_marked_processes", lambda folder: order.append("processes end"))
+    monkeypatch.setattr(backend.ray, "shutdown", lambda: order.append("shutdown"))
+    monkeypatch.setattr(backend, "fetched", lambda *_: pytest.fail("an actor was asked"))
+    running = backend.RayBackend("info", "")
+    running._router, running._started_ray, running.temp_dir = object(), True, str(tmp_path / "ray")
+    monkeypatch.setattr(running, "lost", lambda: None)
+    monkeypatch.setattr(running, "_head_answers", lambda: False)
+    running.stop(grace=5.0)
+    assert order == ["processes end", "shutdown", "processes end"]
