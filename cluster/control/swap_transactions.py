@@ -310,18 +310,20 @@ class SwapTransactions:
             log.warning("swap %s: %s", swap_id, error)
 
     def result_of(self, swap_id: str) -> SwapResult | None:
-        """The result of a swap that was committed, also by a controller before this one. Raises Aborted if aborted.
+        """The result of a swap that was committed, also by a controller before this one, and without the drift.
 
-        The versions are left out where the epoch is not kept any more.
+        Raises Aborted if it was aborted.
         """
         record = self.registry.swap(swap_id)
         if record is None or record.state == OPEN:
             return None
         if record.state != COMMITTED or record.epoch is None:
             raise Aborted(f"swap {swap_id} was not committed: {record.message}")
-        versions = self.epochs().get(record.epoch, {})
-        after = {id: versions[id] for id in record.plan if id in versions}
-        return SwapResult(swap_id=swap_id, epoch=record.epoch, before={}, after=after)
+        after = record.after
+        if not after:  # committed by an earlier build
+            versions = self.epochs().get(record.epoch, {})
+            after = {id: versions[id] for id in record.plan if id in versions}
+        return SwapResult(swap_id=swap_id, epoch=record.epoch, before=record.before, after=after)
 
     def ended(self, swap_id: str) -> dict[str, Any]:
         """What the journal says of a swap that is not under way any more. Raises NotFound."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...experts.errors import DataLoss, InvalidRequest
@@ -77,7 +77,11 @@ class EpochRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class SwapRecord:
-    """A swap in the journal: "open" once begun, then "committed" as `epoch`, or "aborted"."""
+    """A swap in the journal: "open" once begun, then "committed" as `epoch`, or "aborted".
+
+    `before` and `after` are the versions, by id, that a committed one has replaced and brought; empty where an earlier
+    build has committed it.
+    """
 
     swap_id: str
     state: str
@@ -86,6 +90,8 @@ class SwapRecord:
     ended: float | None
     epoch: int | None
     message: str
+    before: Mapping[str, str] = field(default_factory=dict)
+    after: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_id(id: str) -> None:

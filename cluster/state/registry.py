@@ -177,6 +177,7 @@ class Registry:
         number = 1 if current is None else current.number + 1
         epoch = EpochRecord(number=number, versions=versions, created=self._clock(), swap_id=swap_id)
         registry_tables.add_epoch(db, epoch)
+        registry_tables.set_outcome(db, swap_id, before, changes)
         registry_tables.set_declared(db, declared)
         return epoch
 
@@ -290,6 +291,7 @@ def rebuild(path: Path, committed: Committed, records: Collection[VersionRecord]
         registry_schema.prepare(db)
         with _transaction(db):
             registry_schema.create(db)
+            registry_schema.complete(db)
             registry_tables.restore(db, committed, records, counters)
 
 
@@ -308,6 +310,7 @@ def _take_over(db: sqlite3.Connection, new: bool) -> tuple[str, int]:
     with _transaction(db):
         if new:
             registry_schema.create(db)
+        registry_schema.complete(db)
         db.execute("UPDATE meta SET value = value + 1 WHERE key = 'term'")
         return str(registry_schema.meta(db, "cluster_id")), int(registry_schema.meta(db, "term"))
 

@@ -29,6 +29,10 @@ _TABLES = (
     "CREATE TABLE declared (id TEXT PRIMARY KEY, digest TEXT NOT NULL)",
 )
 
+_OUTCOMES = (  # outlives the epoch of a swap, so that who asks again gets the same answer
+    "CREATE TABLE IF NOT EXISTS outcomes (swap_id TEXT PRIMARY KEY, before TEXT NOT NULL, after TEXT NOT NULL)"
+)
+
 
 class Database(Protocol):
     """Executes SQL."""
@@ -95,6 +99,11 @@ def create(db: Database) -> None:
     db.execute("INSERT INTO meta VALUES ('cluster_id', ?), ('term', 0)", (str(uuid.uuid4()),))
     db.execute(f"PRAGMA application_id = {APPLICATION}")
     db.execute(f"PRAGMA user_version = {SCHEMA}")
+
+
+def complete(db: Database) -> None:
+    """Add what an earlier build of the same schema did not have."""
+    db.execute(_OUTCOMES)
 
 
 def meta(db: Database, key: str) -> Any:

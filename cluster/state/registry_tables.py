@@ -25,7 +25,10 @@ KEPT_SWAPS = 1000
 """How many of the latest swaps `collect` keeps in the journal, so that a repeated request finds its outcome."""
 
 _EPOCH = "SELECT number, created, swap_id, versions FROM epochs"
-_SWAP = "SELECT swap_id, state, plan, begun, ended, epoch, message FROM swaps"
+_SWAP = (
+    "SELECT swap_id, state, plan, begun, ended, epoch, message, before, after"
+    " FROM swaps LEFT JOIN outcomes USING (swap_id)"
+)
 
 
 def add_version(db: Database, record: VersionRecord) -> None:
@@ -115,6 +118,13 @@ def add_epoch(db: Database, epoch: EpochRecord) -> None:
     db.execute("INSERT INTO epochs (number, created, swap_id, versions) VALUES (?, ?, ?, ?)", columns)
     ended = (COMMITTED, epoch.created, epoch.number, epoch.swap_id)
     db.execute("UPDATE swaps SET state = ?, ended = ?, epoch = ? WHERE swap_id = ?", ended)
+
+
+def set_outcome(db: Database, swap_id: str, versions: Mapping[str, str], changes: Mapping[str, str | None]) -> None:
+    """Write down what a swap has replaced by what, which outlives its epoch."""
+    before = {id: versions.get(id, "") for id in changes}
+    after = {id: version for id, version in changes.items() if version is not None}
+    db.execute("INSERT INTO outcomes VALUES (?, ?, ?)", (swap_id, to_json(before, "before"), to_json(after, "after")))
 
 
 def set_declared(db: Database, digests: Mapping[str, str]) -> None:
@@ -211,6 +221,7 @@ def collect(db: Database, retain_epochs: int, in_use: Collection[tuple[str, str]
         " AND swap_id NOT IN (SELECT swap_id FROM epochs)",
         (OPEN, KEPT_SWAPS),
     )
+    db.execute("DELETE FROM outcomes WHERE swap_id NOT IN (SELECT swap_id FROM swaps)")
     return unused
 
 
@@ -232,7 +243,7 @@ def _epoch(row: tuple[Any, ...]) -> EpochRecord:
 
 
 def _swap(row: tuple[Any, ...]) -> SwapRecord:
-    swap_id, state, plan, begun, ended, epoch, message = row
+    swap_id, state, plan, begun, ended, epoch, message, before, after = row
     if state not in (OPEN, COMMITTED, ABORTED) or (state == COMMITTED) != (epoch is not None):
         raise damaged(f"swap {swap_id} is neither open, committed nor aborted")
     return SwapRecord(
@@ -243,4 +254,6 @@ def _swap(row: tuple[Any, ...]) -> SwapRecord:
         ended=ended,
         epoch=epoch,
         message=message,
+        before={} if before is None else from_json(before),
+        after={} if after is None else from_json(after),
     )

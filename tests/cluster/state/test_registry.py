@@ -279,6 +279,51 @@ def test_the_journal_does_not_grow_for_ever(registry: Registry) -> None:
     assert [registry.swap(swap_id) is not None for swap_id in [*kept, "old"]] == [True, True, True, False]
 
 
+def test_the_outcome_of_a_swap_outlives_its_epoch_and_its_versions(folder: Path) -> None:
+    with Registry(folder) as registry:
+        for counter in (1, 2, 3):
+            swapped(registry, record(counter=counter))
+        registry.collect(0, ())
+    with Registry(folder) as registry:
+        assert [epoch.number for epoch in registry.epochs()] == [3]
+        swap = registry.swap(f"swap-{record(counter=2).version}")
+        assert swap is not None
+        assert (swap.state, swap.epoch) == ("committed", 2)
+        assert (swap.before, swap.after) == ({E3: record().version}, {E3: record(counter=2).version})
+
+
+def test_a_journal_of_an_earlier_build_is_read_and_gets_outcomes(folder: Path) -> None:
+    with Registry(folder) as registry:
+        swapped(registry, record())
+    with sqlite3.connect(folder / FILE) as db:
+        db.execute("DROP TABLE outcomes")
+    with Registry(folder) as registry:
+        old = registry.swap(f"swap-{record().version}")
+        assert old is not None
+        assert (old.state, old.before, old.after) == ("committed", {}, {})
+        swapped(registry, record(counter=2))
+        new = registry.swap(f"swap-{record(counter=2).version}")
+        assert new is not None
+        assert new.before == {E3: record().version}
+
+
+def test_a_registry_that_an_earlier_build_kept_with_a_write_ahead_log_is_taken_over(folder: Path) -> None:
+    with Registry(folder) as registry:
+        swapped(registry, record())
+    killed = sqlite3.connect(folder / FILE, isolation_level=None)
+    killed.execute("PRAGMA journal_mode = WAL")
+    killed.execute("UPDATE counters SET last = 7")
+    log = (folder / f"{FILE}-wal").read_bytes()
+    main = (folder / FILE).read_bytes()
+    killed.close()
+    (folder / FILE).write_bytes(main)
+    (folder / f"{FILE}-wal").write_bytes(log)  # as a killed process leaves it
+    assert log
+    with Registry(folder) as registry:
+        assert registry.next_counter(E3) == 8
+        assert not (folder / f"{FILE}-wal").exists()
+
+
 # One writer
 
 CHANGES: dict[str, Callable[[Registry], object]] = {
