@@ -614,7 +614,7 @@ def test_a_swap_that_was_committed_long_ago_is_still_said_to_be(
             await swapped(world, request)
         await world.until(lambda: first.epoch not in world.controller.transactions.epochs())
         again = await world.controller.swap(requests[0])
-        assert again == replace(first, drift=again.drift)
+        assert again == replace(first, drift=again.drift, unmeasured=again.unmeasured)
         assert again.after == {E0: version}
 
     run(tmp_path, monkeypatch, story)
