@@ -23,8 +23,8 @@ FLIPPED_BYTES = 8
 SWAPS = 5
 
 
-def damaged_log() -> Seen:
-    """Eight bytes of SQLite's write-ahead log flip after the whole cluster was killed."""
+def damaged_registry() -> Seen:
+    """Eight bytes of the registry, or of its log, flip after the whole cluster was killed."""
     seen = Seen()
     with chaos_mesh("damage", **SHAPE) as mesh:
         folder = Path(mesh.settings["state_dir"])
@@ -68,7 +68,7 @@ def _restart(mesh: Mesh, seen: Seen) -> None:
     except errors.DataLoss as error:
         seen.note(f"the start is refused: DataLoss: {error.message[:140]}")
         name, folder = mesh.settings["name"], mesh.settings["state_dir"]
-        repair = [sys.executable, "-m", "expertmesh.entry", "repair", str(folder), "--yes"]
+        repair = [sys.executable, "-m", "expertmesh.entry", "repair", "--state-dir", str(folder)]
         ended = subprocess.run(repair, capture_output=True, text=True, timeout=60, check=False)
         said = (ended.stdout + ended.stderr).strip().splitlines()
         seen.note(f"repair of {name}: {said[-1][:140] if said else ''}", ended.returncode == 0)
@@ -111,6 +111,8 @@ def two_owners() -> Seen:
 
 
 SCENARIOS = (
-    Scenario("damaged log", "no version undone in silence, nothing deleted; repair brings all back", damaged_log),
+    Scenario(
+        "damaged registry", "no version undone in silence, nothing deleted; repair brings all back", damaged_registry
+    ),
     Scenario("two owners", "the second is refused and names the first, which serves on", two_owners),
 )
