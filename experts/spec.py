@@ -186,7 +186,8 @@ def _plain(value: Any) -> Any:
         return type(value)(_plain(item) for item in value)
     if type(value) is dict:
         return {_plain(key): _plain(item) for key, item in value.items()}
-    is_scalar = type(value).__module__ == "numpy" and getattr(value, "shape", None) == () and hasattr(value, "item")
+    kind = type(value)
+    is_scalar = kind.__module__ == "numpy" and kind.__name__ != "ndarray" and hasattr(value, "item")
     plain = value.item() if is_scalar else value
     return plain if isinstance(plain, (bool, int, float, str)) else value
 

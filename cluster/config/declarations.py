@@ -71,6 +71,8 @@ class DeclarationReader:
 
     def _weights(self, name: Any) -> Path:
         path: Path = self._folder / typed(Expert, "weights", name)
+        if path.is_dir():
+            raise ConfigError(f"weights {str(path)!r} is a folder: name the safetensors file in it")
         if not path.is_file():
             raise ConfigError(f"there is no weights file {str(path)!r}")
         return path

@@ -15,12 +15,11 @@ from ...experts.errors import (
     Aborted,
     DataLoss,
     ExpertMeshError,
-    FailedPrecondition,
     InvalidRequest,
     NotFound,
     Unavailable,
 )
-from ...experts.staging.stage import Receipt
+from ...experts.staging.stage import Receipt, check_verified
 from ...experts.staging.verify import Policy
 from ...router.mixture.layer import Layer
 from ..state.records import ABORTED, COMMITTED, OPEN, VersionRecord
@@ -193,7 +192,7 @@ class SwapTransactions:
     def write(self, swap_id: str, versions: Mapping[str, str]) -> None:
         """Bring a swap's versions to the disk. Raises Aborted for a rehearsal, DataLoss, and what the disk raises."""
         request = self._requests[swap_id]
-        self._refuse_unverified(request, self._receipts[swap_id])
+        check_verified(self._receipts[swap_id].values(), request.policy)
         if request.dry_run:
             self._uncommitted[swap_id] = "rehearsal"
             raise Aborted("a rehearsal ends before the commit")
@@ -206,14 +205,6 @@ class SwapTransactions:
             for id, version in versions.items()
             if (id, version) not in known
         ]
-
-    def _refuse_unverified(self, request: SwapRequest, receipts: Mapping[str, Receipt]) -> None:
-        for id, receipt in receipts.items():
-            if not receipt.verified and not request.policy.allow_unverified:
-                raise FailedPrecondition(
-                    f"{id}: the new version was {receipt.unmeasured}, so whether it answers is not known: declare the "
-                    "input of its layer, send the layer some rows first, or set allow_unverified"
-                )
 
     def _changes_nothing(self, swap_id: str, request: SwapRequest) -> bool:
         candidates, receipts = self._candidates[swap_id], self._receipts[swap_id]

@@ -5,8 +5,8 @@ of its package. Functions and classes that are called by a global name are descr
 and else known by that name alone. Our own gates are described by name and `revision`: rewording or rearranging their
 code must not make new versions of everybody's gates.
 
-Objects may hide state: what is compiled, and objects of those libraries, into which only the digest of a live object
-looks. Such a digest is marked `opaque`: equal digests then do not mean equal behaviour.
+Objects may hide state: what is compiled or cannot be copied, and objects of the standard library, into which only the
+digest of a live object looks. Such a digest is marked `opaque`: equal digests then do not mean equal behaviour.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from ..errors import ConfigError
 from ..weights.files import tensor_digest, tensors_of
 from .canonical import canonical, named, sha256
 
-_FOREIGN = frozenset({"torch", "numpy", "scipy"}) | sys.stdlib_module_names
+_LIBRARIES = frozenset({"torch", "numpy", "scipy"})
+_FOREIGN = _LIBRARIES | sys.stdlib_module_names
 _OWN_GATES = f"{__name__.partition('.')[0]}.router.gates."
 _MODULE_STATE = frozenset(vars(nn.Module()))
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -47,11 +48,20 @@ _STATELESS = (
     types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType,
     types.MethodWrapperType, types.GetSetDescriptorType, types.MemberDescriptorType, types.ModuleType,
     type(threading.Lock()), type(threading.RLock()), threading.Event, threading.Condition, threading.Semaphore,
-    threading.local, weakref.ref, logging.Logger, np.ufunc, torch.Size,
+    threading.local, weakref.ref, logging.Logger, np.ufunc, torch.Size, type(vars(Mapping)["_abc_impl"]),
 )  # fmt: skip
 """Kinds whose objects are known by their names, or only coordinate."""
 
-_PRINTED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.finfo, torch.iinfo, torch.Size)
+_PRINTED = (
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    torch.finfo,
+    torch.iinfo,
+    torch.Size,
+    torch.qscheme,
+)
 """Kinds of torch whose text tells everything."""
 
 _DRAWS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator, torch.Generator)
@@ -76,7 +86,8 @@ def examined(behaviour: object, recipe: int = RECIPE, *, live: bool = False) -> 
 
     It covers code, defaults, closures, bound arguments, attributes of objects and of their classes. If `behaviour` is
     itself a module, its tensors are excluded: they have a digest of their own, computed from the tensors read back.
-    `live` looks into objects of libraries: a constructor could fill them with what is different every time.
+    `live` looks into objects of the standard library too: a constructor may fill them with times, paths and numbers of
+    processes, which are others in every replica.
     """
     describer = _Describer(recipe, live)
     try:
@@ -172,8 +183,7 @@ class _Describer:
         if _is_foreign(type(value)):
             wrapped = getattr(value, "__wrapped__", None)
             return [named(value), *self._inside(value)] if wrapped is None else [named(value), self.describe(wrapped)]
-        if any(_is_compiled(cls) for cls in type(value).__mro__[:-1]):
-            self.opaque = True
+        self.opaque |= self._sees and _is_compiled(type(value))
         return [*self._classes(type(value)), *self._map(_attributes(value))]
 
     def _more(self, value: object) -> list[str]:
@@ -184,7 +194,10 @@ class _Describer:
         """The state of an object of a library, as copying takes it, if this digest looks into such objects."""
         if not self._sees or (isinstance(value, _STATELESS) and _has_name(value)):
             return []
-        parts = _copied(value) if self._live and not isinstance(value, _DRAWS) else None
+        if not _attributes(value) and not _is_compiled(type(value)):
+            return []  # it marks a place
+        looks = self._live or type(value).__module__.partition(".")[0] in _LIBRARIES
+        parts = _copied(value) if looks and not isinstance(value, _DRAWS) else None
         self.opaque |= parts is None
         return [] if parts is None else list(map(self.describe, parts))
 
@@ -264,10 +277,11 @@ def _has_name(value: object) -> bool:
     return any(getattr(sys.modules.get(name), value.__name__, None) is value for name in ("numpy", "scipy.special"))
 
 
-def _is_compiled(cls: type) -> bool:
-    """Whether a class is not written in Python, so that its objects may hold what attributes do not show."""
+def _is_compiled(kind: type) -> bool:
+    """Whether a class, or a base of it, is not written in Python: its objects may hold what attributes do not show."""
     own = (types.WrapperDescriptorType, types.MethodDescriptorType)
-    return any(isinstance(member, own) and member.__objclass__ is cls for member in vars(cls).values())
+    members = ((cls, member) for cls in kind.__mro__ if cls is not object for member in vars(cls).values())
+    return any(isinstance(member, own) and member.__objclass__ is cls for cls, member in members)
 
 
 def _copied(value: object) -> list[object] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -125,6 +125,16 @@ def stage(
 
     with refusals(proposal.id, "expert", "the log of its replica, and fix the expert"):
         return within_memory(work, device)
+
+
+def check_verified(receipts: Iterable[Receipt], policy: Policy) -> None:
+    """Check what the receipts of new versions say of them. Raises FailedPrecondition for one that nobody could try."""
+    for receipt in receipts:
+        if not receipt.verified and not policy.allow_unverified:
+            raise FailedPrecondition(
+                f"{receipt.id}: whether the new version answers is not known ({receipt.unmeasured}): declare the input "
+                "of its layer, send the layer some rows first, or set allow_unverified"
+            )
 
 
 def _contents(

@@ -10,8 +10,9 @@ import textwrap
 import threading
 import types
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import msgpack
 import numpy as np
@@ -238,6 +239,28 @@ def test_what_a_live_object_holds_is_seen(kind: str) -> None:
     assert not two.opaque
 
 
+@dataclass
+class Abstract(Protocol):
+    """What keeps nothing but what every class of these kinds has."""
+
+    sizes: list[int] = field(default_factory=list)
+    missing: ClassVar[object] = object()
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def __call__(self, rows: Tensor) -> Tensor:
+        return rows
+
+
+def test_what_every_class_may_have_hides_nothing() -> None:
+    @dataclass
+    class Made(Abstract):
+        pass
+
+    for live in (False, True):
+        assert not examined(Made(), live=live).opaque
+        assert examined(Made(), live=live) == examined(Made(), live=live)
+
+
 HIDDEN: dict[str, Callable[[], Any]] = {
     "a generator": lambda: affine(n for n in (1, 2)),  # type: ignore[arg-type]
     "an object of compiled code": lambda: Scale(msgpack.Packer()),  # type: ignore[arg-type]
@@ -261,6 +284,8 @@ def test_of_what_a_constructor_makes_only_its_own_attributes_are_compared() -> N
     assert seen[0] == seen[1]
     assert seen[0].opaque
     assert not examined(Scale(2.0)).opaque
+    curves = [examined(HELD["a spline"](by)) for by in (2.0, 3.0)]  # what a library computes with is seen
+    assert curves[0] != curves[1]
 
 
 def test_functions_and_classes_of_the_same_module_are_seen_behind_their_names() -> None:

