@@ -157,6 +157,12 @@ class ExpertHost:
         except ExpertMeshError as error:
             return PartFailure("ExpertFailed", f"{part.expert}: {error}")
         except BaseException as error:  # an expert is foreign code and may raise anything, also a panic of Rust
+            if floats := function.floats_only(
+                rows_N
+            ):  # not before it raised: some, as an embedding, take whole numbers
+                given = str(rows_N.dtype).removeprefix("torch.")
+                message = f"{part.expert} computes in {floats} and refuses rows of {given}: send floating-point rows"
+                return PartFailure("SpecMismatch", message)
             log.exception("expert raised", extra={"expert": part.expert, "version": part.version})
             return PartFailure(
                 "ExpertFailed", f"{part.expert} raised {type(error).__name__}; see the log of its replica"

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 from .errors import InvalidRequest
 
 T = TypeVar("T")
+MAX_INT = 2**63
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,7 @@ class ExpertReply:
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any]) -> T:
-    """Build a record from an untrusted map: exactly its fields, exactly their types, numbers finite.
+    """Build a record from an untrusted map: exactly its fields, exactly their types, numbers finite and of 64 bits.
 
     Raises InvalidRequest naming the field.
     """
@@ -132,6 +133,8 @@ def from_mapping(cls: type[T], values: Mapping[str, Any]) -> T:
         if name not in items:
             raise InvalidRequest(f"unknown field {name[:64]!r}; the fields are {', '.join(items)}")
         if not _fits(value, hints[name]):
+            if type(value) is int and not -MAX_INT <= value < MAX_INT:
+                raise InvalidRequest(f"field {name} must be a number of at most 64 bits")
             raise InvalidRequest(f"field {name} has the wrong type: expected {_type_name(hints[name])}")
     for name, item in items.items():
         if name not in values and item.default is MISSING and item.default_factory is MISSING:
@@ -159,6 +162,8 @@ def _fits(value: object, hint: Any) -> bool:
     if origin is dict:
         key_hint, value_hint = get_args(hint)
         return isinstance(value, dict) and all(_fits(k, key_hint) and _fits(v, value_hint) for k, v in value.items())
+    if type(value) is int and not -MAX_INT <= value < MAX_INT:
+        return False  # beyond 64 bits, where SQLite, torch and floats end
     if hint is float:
         return type(value) is int or (isinstance(value, float) and math.isfinite(value))
     return type(value) is hint

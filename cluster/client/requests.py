@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, asdict, fields
 from typing import Any
 
 from ...experts.errors import FailedPrecondition, InvalidRequest
-from ...experts.protocol import CallOptions, from_mapping
+from ...experts.protocol import MAX_INT, CallOptions, from_mapping
 from ...experts.spec import is_number
-from ..rpc.documents import to_tensor
+from ..rpc.documents import MAX_DEPTH, is_deep, to_tensor
 from ..rpc.swaps import SwapAsked
 from .half_precision import AS_IT_IS, check_payload_dtype
 
@@ -26,8 +25,8 @@ def check_timeout(timeout: float) -> float:
     """Check a timeout in seconds, finite and above 0. Raises InvalidRequest."""
     if not is_number(timeout):
         raise InvalidRequest("timeout must be a number of seconds")
-    if not (math.isfinite(timeout) and timeout > 0):
-        raise InvalidRequest(f"timeout must be a finite number of seconds above 0, not {timeout}")
+    if not 0 < timeout < MAX_INT:  # also what is no number, and whole numbers that no float holds
+        raise InvalidRequest("timeout must be a finite number of seconds above 0, and less than 2**63")
     return float(timeout)
 
 
@@ -35,6 +34,8 @@ def expert_names(names: Sequence[str] | None) -> list[str] | None:
     """The ids of `allow` or `deny`. Raises InvalidRequest for a single string."""
     if isinstance(names, str):
         raise InvalidRequest(f"allow and deny take a list of experts, as in [{names!r}]")
+    if names is not None and not isinstance(names, Iterable):
+        raise InvalidRequest(f"allow and deny take a list of experts, not {type(names).__name__}")
     return None if names is None else list(names)
 
 
@@ -64,6 +65,8 @@ def swap_request(
         "swap_id": uuid.uuid4().hex if swap_id is None else swap_id, "changes": changes, "expect": dict(expect or {}),
         "policy": policy, "mode": mode, "timeout": timeout, "dry_run": dry_run,
     }  # fmt: skip
+    if is_deep(fields):
+        raise InvalidRequest(f"the swap cannot be sent: its args or kwargs are nested deeper than {MAX_DEPTH}")
     request = from_mapping(SwapAsked, fields)
     request.read_changes()
     try:

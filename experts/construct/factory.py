@@ -63,6 +63,10 @@ class RowFunction:
             self.served = TensorSpec(tuple(given.shape[1:]), DTYPE_NAMES.get(given.dtype))
         return answer
 
+    def floats_only(self, rows: Tensor) -> str:
+        """The floating-point dtype that the expert computes in, if that may be why it refuses `rows`; else ""."""
+        return "" if self._dtype is None or rows.is_floating_point() else DTYPE_NAMES.get(self._dtype, "")
+
     def _call_numpy(self, rows: Tensor) -> Any:
         if rows.dtype == torch.bfloat16:  # numpy has no bfloat16
             rows = rows.float()

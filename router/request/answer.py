@@ -5,6 +5,7 @@ Shapes: T rows of the request, K choices per row, N pairs of the batch that carr
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from ...experts.errors import (
     VersionGone,
 )
 from ...experts.protocol import CallOptions, CallSummary
-from ...experts.tensors import torch_dtype
+from ...experts.tensors import dtype_name, torch_dtype
 from ..fanout.fanout import Fanout
 from ..fanout.work import Work
 from ..mixture.combine import Combined, combine
@@ -161,12 +162,8 @@ class Answer:
                 shared_T=shared_T,
                 out_dtype=x.dtype if floating else None,
             )
-        except Unavailable:
-            if x.is_floating_point() and not bool(x.isfinite().all()):
-                raise InvalidRequest(
-                    "x holds NaN or infinity, and so does the answer of an expert: send finite rows"
-                ) from None
-            raise
+        except Unavailable as error:
+            raise _rows_to_blame(x) or error from None
 
     def _reply(
         self,
@@ -200,6 +197,21 @@ class Answer:
         rows, routing = slice(self.routed.start, self.routed.stop), self.batch.routing
         indices, weights = routing.indices_TK[rows], routing.weights_TK[rows]
         return ForwardReply(summary, combined.output, combined.lost_mass_T, indices, weights)
+
+
+def _rows_to_blame(x: Tensor) -> InvalidRequest | None:
+    """The caller's error, if an answer is not finite because the rows `x` are not, or nearly so; a retry is no help."""
+    if not x.is_floating_point() or not x.numel():
+        return None
+    largest, dtype = float(x.abs().max()), dtype_name(x.dtype)
+    if not math.isfinite(largest):
+        return InvalidRequest("x holds NaN or infinity, and so does the answer of an expert: send finite rows")
+    if largest > math.sqrt(torch.finfo(x.dtype).max):
+        return InvalidRequest(
+            f"x holds numbers as large as {largest:g}, and the answer to them overflows or is lost: scale the rows, or "
+            f"send them in a wider dtype than {dtype}"
+        )
+    return None
 
 
 def _names_of(handle: Dispatch, pairs_TK: Tensor, ids: Sequence[str]) -> list[str]:

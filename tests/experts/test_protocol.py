@@ -91,3 +91,11 @@ def test_defaults_are_not_shared_between_records() -> None:
     first = CallSummary(request_id="a", epoch=1, versions={})
     second = CallSummary(request_id="b", epoch=1, versions={})
     assert first.missing is not second.missing
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 10**400])
+@pytest.mark.parametrize("name", ["epoch", "min_epoch", "max_lost_mass"])
+def test_a_number_beyond_64_bits_is_no_number_of_a_record(name: str, value: int) -> None:
+    with pytest.raises(InvalidRequest, match=f"{name} must be a number of at most 64 bits"):
+        from_mapping(CallOptions, {"layer": "l", name: value})
+    assert from_mapping(CallOptions, {"layer": "l", "epoch": 2**63 - 1}).epoch == 2**63 - 1
