@@ -65,3 +65,15 @@ def test_a_port_that_is_held_or_listened_on_cannot_be_held() -> None:
         pytest.raises(FailedPrecondition, match="choose another port"),
     ):
         hold_port("127.0.0.1", server.getsockname()[1], "port")
+
+
+def test_a_port_can_be_held_again_while_closed_connections_linger() -> None:
+    with hold_port("127.0.0.1", 0, "port") as holder, socket.socket() as server:
+        port = holder.getsockname()[1]
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):  # as the gateway listens
+            server.setsockopt(socket.SOL_SOCKET, option, 1)
+        server.bind(("127.0.0.1", port))
+        server.listen()
+        with socket.create_connection(("127.0.0.1", port)):
+            server.accept()[0].close()  # who closes first keeps the connection for a minute, in TIME_WAIT
+    hold_port("127.0.0.1", port, "port").close()
