@@ -225,11 +225,19 @@ def _receipt(
         )
     nbytes = sum(tensor.nbytes for tensor in state.values())
     input_spec, output_spec = _specs(proposal, function)
-    same_code = old is not None and _same_code(proposal.expert, old.expert)
-    known = same_code or proposal.version is not None  # what the registry names has served
-    found = _compared(proposal, function, old, input_spec, known)
+    found = _compared(proposal, function, old, input_spec, _is_known(proposal, old))
     identity = (proposal.id, version, incarnation, digest, tensors, found.drift, nbytes, 0.0)
     return Receipt(*identity, input_spec, output_spec, found.unmeasured, found.verified)
+
+
+def _is_known(proposal: Proposal, old: RowFunction | None) -> bool:
+    """Whether a version is one that has served, or runs the code of one that serves."""
+    if proposal.version is not None:
+        return True
+    if old is None or not _same_code(proposal.expert, old.expert):
+        return False
+    live = proposal.expert.live
+    return live is None or not proposal.names_code or not examined(live, live=True).opaque
 
 
 def _specs(proposal: Proposal, function: RowFunction) -> tuple[TensorSpec, TensorSpec]:
@@ -273,17 +281,22 @@ def _compared_as_served(
 ) -> _Comparison:
     """The same where golden rows are only like those that were served: the old version may refuse them too."""
     try:
-        comparable = bool(finite_rows(probe(old, golden)).any())
-    except FailedPrecondition:
-        comparable = False
-    if comparable:
         return _Comparison(probe_drift(function, old, golden, proposal.output))
-    why = "the serving version does not answer probe rows like those that it was last sent"
-    try:
-        probe(function, golden, proposal.output)
     except FailedPrecondition:
-        return _Comparison(None, f"{why}, and neither does the new one", known)
-    return _Comparison(None, why)
+        if _answers(old, golden):
+            raise
+    why = "the serving version does not answer probe rows like those that it was last sent"
+    if _answers(function, golden, proposal.output):
+        return _Comparison(None, why)
+    return _Comparison(None, f"{why}, and neither does the new one", known)
+
+
+def _answers(function: RowFunction, golden: Tensor, output: TensorSpec = ANY) -> bool:
+    """Whether an expert answers any of the golden rows with finite numbers."""
+    try:
+        return bool(finite_rows(probe(function, golden, output)).any())
+    except FailedPrecondition:
+        return False
 
 
 def _same_code(one: Expert, other: Expert) -> bool:

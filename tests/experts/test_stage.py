@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import stage_samples
@@ -211,6 +212,16 @@ def stage_of(id: str, **options: Any) -> Receipt:
     return staged(Proposal(id=id, counter=1, expert=LINEAR, **options), None)[1]
 
 
+class HidesState:
+    """An expert that holds what a digest cannot see."""
+
+    def __init__(self) -> None:
+        self.held = np.random.default_rng(1)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return rows
+
+
 def test_what_was_not_run_says_so(old: RowFunction) -> None:
     unknown = Expert("helpers.samples:Affine")
     serving = build(unknown)
@@ -219,6 +230,10 @@ def test_what_was_not_run_says_so(old: RowFunction) -> None:
     assert staged(offered(None, unknown), serving)[1].verified  # the same code
     assert not staged(offered(None, Expert("torch:sin")), serving)[1].verified
     assert staged(offered(None, Expert("torch:sin"), input=TensorSpec((4,))), None)[1].verified
+    hidden = Expert.from_function(HidesState())
+    for names_code in (False, True):  # weights for what serves, or another object that looks the same
+        receipt = staged(offered(None, hidden, names_code=names_code), build(hidden))[1]
+        assert receipt.verified is not names_code
     serving(torch.ones(2, 4, dtype=torch.float64))
     assert serving.served == TensorSpec((4,), "float64")
     function, receipt = staged(offered(None, Expert("torch:sin")), serving)
