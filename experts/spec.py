@@ -71,7 +71,8 @@ class Expert:
 
     `factory` is an import string "module:attribute". A class, a callable without required arguments, or any callable
     with `args` or `kwargs` is called once and returns the expert; any other callable is the expert itself. `weights` is
-    a safetensors file whose keys, shapes and dtypes are exactly those of the module's state.
+    a safetensors file whose keys, shapes and dtypes are exactly those of the module's state. A factory must build the
+    same in every process: random numbers of torch, numpy and Python are seeded by the declaration and the expert's id.
 
     `num_gpus`, `num_cpus` and `resources` are reserved in Ray by each replica; `replicas` is the number of copies;
     experts of one layer with the same `pack` name share one actor per replica. `runtime_env` is Ray's (code and

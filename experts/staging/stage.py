@@ -112,15 +112,21 @@ def stage(
     started = clock()
 
     def work() -> tuple[RowFunction, Receipt]:
-        contents, tensors = _contents(proposal, old, limits)
-        if contents is not None and old is not None and _same_code(proposal.expert, old.expert):
+        same = old if old is not None and _same_code(proposal.expert, old.expert) else None
+        contents, tensors = _contents(proposal, same, limits)
+        if contents is not None and same is not None:
             finite = {name: norm for name, norm in contents.norms.items() if name not in contents.infinite}
-            check_norms(finite, norms_of(old.state()), proposal.policy)
+            check_norms(finite, norms_of(same.state()), proposal.policy)
         needed = _size(contents, old)
         for place in {"cpu", device}:
             check_memory(needed, place, free=free)
-        function = _built(proposal, contents, tensors, old, device)
-        receipt = _receipt(proposal, function, contents, old, incarnation)
+        function = _constructed(proposal, device)
+        if proposal.version is None and same is None:
+            _check_repeatable(proposal, function, contents)
+        if contents is not None and tensors is not None:
+            _load(function, contents, tensors, old)
+        known = proposal.version is not None or (same is not None and not _hides(proposal))
+        receipt = _receipt(proposal, function, contents, old, known, incarnation)
         return function, replace(receipt, seconds=clock() - started)
 
     with refusals(proposal.id, "expert", "the log of its replica, and fix the expert"):
@@ -138,11 +144,11 @@ def check_verified(receipts: Iterable[Receipt], policy: Policy) -> None:
 
 
 def _contents(
-    proposal: Proposal, old: RowFunction | None, limits: ArtefactLimits
+    proposal: Proposal, same: RowFunction | None, limits: ArtefactLimits
 ) -> tuple[Contents | None, Mapping[str, Tensor] | Path | None]:
     """Inspect the weights before the build; returns the result, and the tensors or their file."""
     weights = proposal.weights if proposal.weights is not None else proposal.expert.weights
-    wanted = described(old.state()) if old is not None and _same_code(proposal.expert, old.expert) else None
+    wanted = described(same.state()) if same is not None else None
     if weights is None:
         return None, None
     if not isinstance(weights, Mapping):
@@ -153,18 +159,9 @@ def _contents(
     return survey(weights, infinities=True), weights
 
 
-def _built(
-    proposal: Proposal,
-    contents: Contents | None,
-    weights: Mapping[str, Tensor] | Path | None,
-    old: RowFunction | None,
-    device: str,
-) -> RowFunction:
-    function = _constructed(proposal, device)
-    if proposal.version is None and not (old is not None and _same_code(proposal.expert, old.expert)):
-        _check_repeatable(proposal, function)
-    if contents is None or weights is None:
-        return function
+def _load(
+    function: RowFunction, contents: Contents, weights: Mapping[str, Tensor] | Path, old: RowFunction | None
+) -> None:
     if function.module is None:
         raise SpecMismatch("a plain function has no parameters to load weights into: leave out weights")
     tensors = load_tensors(weights)[0] if isinstance(weights, Path) else weights
@@ -172,7 +169,6 @@ def _built(
     check_infinities(contents.infinite, tensors, function.module, old.module if old is not None else None)
     load_into(function.module, tensors, "it")
     check_applied(function.state(), contents.digests)
-    return function
 
 
 def _constructed(proposal: Proposal, device: str) -> RowFunction:
@@ -183,7 +179,7 @@ def _constructed(proposal: Proposal, device: str) -> RowFunction:
     return build(expert, device, id=proposal.id if proposal.recipe > 1 else "")
 
 
-def _check_repeatable(proposal: Proposal, function: RowFunction) -> None:
+def _check_repeatable(proposal: Proposal, function: RowFunction, contents: Contents | None) -> None:
     """Check that a constructor builds the same once more: a replica that restarts has to. Small experts are tried.
 
     Raises FailedPrecondition that names what differs.
@@ -197,7 +193,7 @@ def _check_repeatable(proposal: Proposal, function: RowFunction) -> None:
         log.info("%s cannot be constructed twice in one process", proposal.id)
         return
     tensors, others = tensor_digests(state), tensor_digests(again.state())
-    differs = next((name for name in tensors if proposal.weights is None and tensors[name] != others.get(name)), None)
+    differs = next((name for name in tensors if contents is None and tensors[name] != others.get(name)), None)
     differs = differs or difference(function.function, again.function, proposal.recipe)
     if differs is not None:
         raise FailedPrecondition(
@@ -208,7 +204,12 @@ def _check_repeatable(proposal: Proposal, function: RowFunction) -> None:
 
 
 def _receipt(
-    proposal: Proposal, function: RowFunction, contents: Contents | None, old: RowFunction | None, incarnation: str
+    proposal: Proposal,
+    function: RowFunction,
+    contents: Contents | None,
+    old: RowFunction | None,
+    known: bool,
+    incarnation: str,
 ) -> Receipt:
     state = function.state()
     # The bytes read back were already compared with the contents.
@@ -225,19 +226,15 @@ def _receipt(
         )
     nbytes = sum(tensor.nbytes for tensor in state.values())
     input_spec, output_spec = _specs(proposal, function)
-    found = _compared(proposal, function, old, input_spec, _is_known(proposal, old))
+    found = _compared(proposal, function, old, input_spec, known)
     identity = (proposal.id, version, incarnation, digest, tensors, found.drift, nbytes, 0.0)
     return Receipt(*identity, input_spec, output_spec, found.unmeasured, found.verified)
 
 
-def _is_known(proposal: Proposal, old: RowFunction | None) -> bool:
-    """Whether a version is one that has served, or runs the code of one that serves."""
-    if proposal.version is not None:
-        return True
-    if old is None or not _same_code(proposal.expert, old.expert):
-        return False
+def _hides(proposal: Proposal) -> bool:
+    """Whether a live object was asked for that may be another than the one that it looks like."""
     live = proposal.expert.live
-    return live is None or not proposal.names_code or not examined(live, live=True).opaque
+    return live is not None and proposal.names_code and examined(live, live=True).opaque
 
 
 def _specs(proposal: Proposal, function: RowFunction) -> tuple[TensorSpec, TensorSpec]:
@@ -255,6 +252,7 @@ def _compared(
 ) -> _Comparison:
     """Compare the answers to golden rows: of the declared shape, else like the rows that the old version served last.
 
+    What is `known` to have served, or runs the code of what serves, counts as verified where no rows can be tried.
     Raises FailedPrecondition for answers that do not fit, or a drift above its bound.
     """
     rows, served = rows.filled(proposal.input), old.served if old is not None else None

@@ -42,6 +42,7 @@ def function(call: Any, **options: Any) -> RowFunction:
         {"max_norm_ratio": math.nan},
         {"max_norm_ratio": "9"},
         {"allow_norm": "no"},
+        {"allow_unverified": 1},
         {"max_drift": -0.1},
         {"max_drift": math.nan},
         {"max_drift": True},
