@@ -71,8 +71,8 @@ class Clients:
         if self.calm:
             return
         number = max(1, clock.rng.choice((disk.current - 1, disk.current - 1, disk.current - 2, disk.current)))
-        for _ in range(clock.rng.randint(1, 5)):
-            clock.after(clock.between(0.0, 4.0), self._by_number, number)
+        for _ in range(clock.rng.randint(2, 6)):
+            clock.after(clock.between(0.0, 8.0), self._by_number, number)
         clock.after(clock.between(0.5, 3.0), self._keep_recalling)
 
     def _by_number(self, number: int) -> None:
@@ -142,7 +142,7 @@ class Clients:
             self._roll_back({id: rng.choice(kept)[id] for id in ids}, expect, 0)
         else:
             self._upload(ids, expect)
-            if world.clock.chance(0.2):  # another client has the same idea
+            if world.clock.chance(0.4):  # another client has the same idea
                 world.clock.after(world.clock.between(0.0, 1.5), self._upload, ids, {})
 
     def _upload(self, ids: list[str], expect: Mapping[str, str]) -> None:

@@ -116,7 +116,7 @@ class Loop(asyncio.AbstractEventLoop):
             return
         except Exception as error:  # noqa: BLE001 - whoever waits for the thread gets it
             settle, outcome = future.set_exception, error
-        late = self._clock.between(0.0, 0.8 if self._clock.chance(0.05) else 0.02)  # the machine is busy
+        late = self._clock.between(0.0, 0.8 if self._clock.chance(0.1) else 0.02)  # the machine is busy
         self._schedule(late, asyncio.Handle(_settled, (future, settle, outcome), self))
 
 

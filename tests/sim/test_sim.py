@@ -51,7 +51,7 @@ def test_the_worlds_were_worth_looking_at(tally: Tally) -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_a_broken_rule_is_noticed(name: str) -> None:
     rule = RULES[name]
-    breach = first_breach(rule.rules, seeds_of(rule.kind, SEEDS))
+    breach = first_breach(rule.rules, seeds_of(rule.kind, rule.seeds))
     assert rule.breach in breach
 
 
