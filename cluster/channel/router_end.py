@@ -12,7 +12,7 @@ import logging
 import secrets
 import socket
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 
 from ...experts.errors import ExpertMeshError, InvalidRequest, Unauthenticated, Unavailable
@@ -41,9 +41,11 @@ log = logging.getLogger(__name__)
 class ChannelTransport:
     """Carries messages over direct sockets. Belongs to one event loop."""
 
-    def __init__(self, secret: bytes) -> None:
+    def __init__(self, secret: bytes, responds: Callable[[str], Awaitable[bool]] | None = None) -> None:
+        """`responds` asks a replica, by its id and not over a channel, whether its process runs; None takes it to."""
         self.carried: Counter[str] = Counter()
         self._secret = secret
+        self._responds = responds
         self._channels: dict[str, Channel] = {}
         self._connecting: set[asyncio.Task[None]] = set()
 
@@ -55,6 +57,10 @@ class ChannelTransport:
             return asyncio.get_running_loop().call_soon(done, error).cancel
         self.carried[channel.kind] += int(call.rows.shape[0])
         return channel.send(call, done)
+
+    async def responds(self, replica: Replica) -> bool:
+        """Whether the process of a replica runs; its end of the channel says nothing while it computes."""
+        return self._responds is None or await self._responds(replica.id)
 
     def refresh(self, replicas: Iterable[Replica], lost: Lost) -> None:
         """Connect to every incarnation that has an address and no connection, and close outdated connections."""

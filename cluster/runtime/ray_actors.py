@@ -38,7 +38,7 @@ from ..control.ports import ControllerState, StateSettings
 from ..machine.logs import configure_logs
 from ..machine.process_tuning import give_memory_back, let_go, settle, trim_memory, yield_to_serving
 from .ray_ports import Packed, RayControlPort, RayReplicaPort, RayRouterPort
-from .ray_transport import RayTransport, packed_reply, unpacked_call
+from .ray_transport import RayTransport, packed_reply, responds, unpacked_call
 from .router_process import RouterService, ServiceSettings
 
 
@@ -147,7 +147,8 @@ class RouterActor:
     def __init__(self, settings: ServiceSettings, logs: LogSettings, channel: ChannelSettings | None) -> None:
         configure_logs("router", logs.level, logs.path)
         torch.set_num_threads(1)
-        self._transport = RayTransport() if channel is None else ChannelTransport(channel.secret)
+        self._handles: dict[str, Any] = {}
+        self._transport = RayTransport() if channel is None else ChannelTransport(channel.secret, self._responds)
         self._trimmed = 0.0
         self._control = RayControlPort()
         self._opened: RouterService | ExpertMeshError
@@ -172,10 +173,14 @@ class RouterActor:
 
     async def declare(self, controller: Any, desired: Desired) -> None:
         """Take newer declared layers, and the handles of replicas and controller."""
+        self._handles = dict(desired.handles)
         if isinstance(self._transport, RayTransport):
-            self._transport.handles = dict(desired.handles)
+            self._transport.handles = self._handles
         self._control.handle = controller
         await self._service.declare(desired)
+
+    async def _responds(self, replica_id: str) -> bool:
+        return await responds(self._handles.get(replica_id))
 
     async def sync(self, order: Order, update: RouterUpdate) -> RouterReport:
         """Take an update from the controller; a router that Ray restarted starts to listen here."""

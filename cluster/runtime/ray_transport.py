@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -9,12 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ...experts.errors import Unavailable
+from ...experts.errors import ExpertMeshError, Unavailable
 from ...experts.protocol import ExpertCall, ExpertReply
 from ...experts.tensors import from_bytes
 from ...router.fanout.replica_view import Replica
 from ...router.fanout.transport import Cancel, Done, Lost, in_task
 from .ray_ports import awaited, pack
+
+RESPONDS_SECONDS = 0.5
 
 
 class RayTransport:
@@ -37,11 +40,23 @@ class RayTransport:
         packed = replace(call, **{name: _packed(tensor) for name, tensor in tensors.items()})
         return _each(_unpacked, await awaited(handle.compute.remote(packed)))
 
+    async def responds(self, replica: Replica) -> bool:
+        """Whether the actor answers in its group for control, while it may compute."""
+        return await responds(self.handles.get(replica.id))
+
     def refresh(self, replicas: Iterable[Replica], lost: Lost) -> None:
         """Does nothing: Ray connects to its actors."""
 
     def close(self) -> None:
         """Does nothing: there is no connection to close."""
+
+
+async def responds(actor: Any) -> bool:
+    """Whether the actor of a replica, if there is one, answers a call that is not behind its computations."""
+    try:
+        return actor is not None and bool(await asyncio.wait_for(awaited(actor.report.remote()), RESPONDS_SECONDS))
+    except (ExpertMeshError, asyncio.TimeoutError, TimeoutError):
+        return False
 
 
 def unpacked_call(call: ExpertCall) -> ExpertCall:

@@ -53,6 +53,7 @@ class Fanout:
         self._paces: defaultdict[tuple[str, ...], Pace] = defaultdict(Pace)
         self._budget = HedgeBudget()
         self._check: asyncio.TimerHandle | None = None
+        self._asking: set[asyncio.Task[None]] = set()
 
     def start(
         self, epoch: Epoch, layer: Layer, x: Tensor, routing: Routing, handle: Dispatch, *, deadline: float, client: str
@@ -254,22 +255,39 @@ class Fanout:
 
     def _hedge(self, lane: Lane) -> None:
         """Send the work of a late replica to other ones as well, where any are, and choose it less from now on."""
-        name = lane.replica.id
-        jobs = {id(job): job for message in lane.in_flight for job in message.jobs if not job.finished}
-        elsewhere = [job for job in jobs.values() if self._view.has_other(job.work.versions, {name, *job.tried})]
+        elsewhere = self._with_another(lane, lane.in_flight)
         if not elsewhere or not self._budget.take():
             return
-        self._view.late(name)
+        self._view.late(lane.replica.id)
         for message in lane.in_flight:
             message.late = True
-        for job in [*elsewhere, *lane.waiting.drain()]:
+        computing = lane.in_flight[0]
+        task = asyncio.get_running_loop().create_task(self._hedge_unless_it_responds(lane, computing))
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+        self._send_elsewhere(lane, [job for job in elsewhere if computing not in job.messages])
+
+    async def _hedge_unless_it_responds(self, lane: Lane, computing: Message) -> None:
+        """What a process that runs is computing goes to no other: it would take as long there, or hang there too."""
+        if not await self._transport.responds(lane.replica) and computing in lane.in_flight:
+            self._send_elsewhere(lane, self._with_another(lane, [computing]))
+
+    def _with_another(self, lane: Lane, messages: Iterable[Message]) -> list[Job]:
+        """The unfinished jobs of messages to a replica that another one could do."""
+        jobs = {id(job): job for message in messages for job in message.jobs if not job.finished}
+        exclude = {lane.replica.id}
+        return [job for job in jobs.values() if self._view.has_other(job.work.versions, {*exclude, *job.tried})]
+
+    def _send_elsewhere(self, lane: Lane, sent: Iterable[Job]) -> None:
+        """Send jobs of a late replica, and what still waits for it, to other ones."""
+        for job in [*sent, *lane.waiting.drain()]:
             if job.finished:
                 continue
             self._uncount(job)
             if job.messages:
                 self._telemetry.hedges += 1
             else:
-                job.tried.discard(name)  # it was never sent, and may have to wait here again
+                job.tried.discard(lane.replica.id)  # it was never sent, and may have to wait here again
             self._enqueue(job)
 
     def _deliver(self, job: Job, answer: Result, seconds: float) -> None:

@@ -46,6 +46,9 @@ class Transport(Protocol):
         cancellation there is no reply, and the replica may skip what it has not computed yet.
         """
 
+    async def responds(self, replica: Replica) -> bool:
+        """Whether the process of a replica runs, whatever its experts do; within a second at most."""
+
     def refresh(self, replicas: Iterable[Replica], lost: Lost) -> None:
         """Take a full report of the replicas: connect to new incarnations, and close the connections to all others.
 
@@ -89,6 +92,10 @@ class LocalTransport:
         self.carried["local"] += int(call.rows.shape[0])
         answer.add_done_callback(lambda future: _deliver(future, done))
         return answer.cancel
+
+    async def responds(self, replica: Replica) -> bool:
+        """True: it is this process."""
+        return True
 
     def refresh(self, replicas: Iterable[Replica], lost: Lost) -> None:
         """Nothing to connect: `add` and `remove` manage the hosts."""

@@ -82,12 +82,16 @@ class Wire:
     sent: list[Sent] = field(default_factory=list)
     most: int = 0
     carried: Counter[str] = field(default_factory=Counter)
+    responding: set[str] = field(default_factory=set)
 
     def send(self, replica: Replica, call: ExpertCall, done: Done) -> Cancel:
         sent = Sent(replica.id, call, done)
         self.sent.append(sent)
         self.most = max(self.most, sum(s.replica == replica.id for s in self.open()))
         return sent.cancel
+
+    async def responds(self, replica: Replica) -> bool:
+        return replica.id in self.responding
 
     def refresh(self, replicas: Iterable[Replica], lost: Lost) -> None: ...
 
@@ -547,6 +551,32 @@ def test_a_late_message_is_sent_to_another_replica_and_the_first_answer_counts(i
             assert (mesh.telemetry.hedges, mesh.telemetry.retries, mesh.telemetry.errors) == (1, 0, {})
             assert mesh.telemetry.rows["l/a"] == 1
             assert mesh.view.rows_in_flight() == {"r": 0, "s": 0}
+
+    run_async(main())
+
+
+def test_what_a_process_that_runs_is_computing_goes_to_no_other_but_what_is_behind_it_does(impatient: None) -> None:
+    async def main() -> None:
+        mesh = fanout_of("r", "s")
+        mesh.wire.responding = {"r", "s"}
+        mesh.replicas["s"] = replace(mesh.replicas["s"], state="starting")
+        mesh.report()
+        jobs = []
+        for row in range(WINDOW + 1):
+            jobs.append(mesh.submit("l/a", row))
+            await settle()
+        mesh.replicas["s"] = replace(mesh.replicas["s"], state=READY)
+        mesh.report()
+        while not all(job.done() for job in jobs[1:]):
+            await asyncio.sleep(0)
+            for sent in [sent for sent in mesh.wire.open() if sent.replica == "s"]:
+                sent.answer()
+        await asyncio.sleep(0.005)
+        (hung, *_) = mesh.wire.open()
+        assert (hung.replica, jobs[0].done()) == ("r", False)
+        assert not any(torch.equal(sent.call.rows, hung.call.rows) for sent in mesh.wire.sent if sent is not hung)
+        hung.answer()
+        assert torch.equal(await jobs[0], X[[0]] * 2)
 
     run_async(main())
 
