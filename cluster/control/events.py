@@ -53,6 +53,14 @@ class DiedStaging:
 
 
 @dataclass(frozen=True)
+class NotReached:
+    """A member was gone before it could stage its candidate of `id`, which is not the reason."""
+
+    member: str
+    id: str
+
+
+@dataclass(frozen=True)
 class Committed:
     """The registry's transaction is durable: these versions are the epoch of this number."""
 
@@ -93,6 +101,7 @@ Event = (
     | Staged
     | StageRefused
     | DiedStaging
+    | NotReached
     | Committed
     | CommitRefused
     | RouterReported

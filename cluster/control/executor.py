@@ -126,8 +126,8 @@ class Executor:
         except Unavailable:
             if reached and not await self._lives(member, incarnation):
                 await self.perform(self.reconciler.died_staging(swap_id, member, id))
-            else:  # it was restarting already: its next incarnation is asked anew
-                await self.perform(self.reconciler.member_lost(member))
+            else:
+                await self.perform(self.reconciler.not_reached(swap_id, member, id))
         except ExpertMeshError as error:
             await self.perform(self.reconciler.stage_refused(swap_id, member, incarnation, id, error))
         except (asyncio.TimeoutError, TimeoutError):

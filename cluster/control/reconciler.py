@@ -19,6 +19,7 @@ from .events import (
     LoadVersion,
     MemberGone,
     MemberReported,
+    NotReached,
     RouterGone,
     RouterReported,
     Staged,
@@ -165,6 +166,10 @@ class Reconciler:
     def died_staging(self, swap_id: str, member: str, id: str) -> list[Action]:
         """A member's process ended while it staged a candidate: another try would end the next one, too."""
         return [*self._tell(DiedStaging(member, id), swap_id), *self.member_lost(member), *self._reconcile()]
+
+    def not_reached(self, swap_id: str, member: str, id: str) -> list[Action]:
+        """A member was gone before it could stage a candidate; its next incarnation is asked anew."""
+        return [*self.member_lost(member), *self._tell(NotReached(member, id), swap_id)]
 
     def loaded(self, member: str, incarnation: str, id: str, version: str) -> list[Action]:
         """A member holds a committed version that it was asked to load."""

@@ -28,6 +28,7 @@ from .events import (
     FinishSwap,
     MemberGone,
     MemberReported,
+    NotReached,
     RouterGone,
     RouterReported,
     StageCandidate,
@@ -66,6 +67,7 @@ class Swap:
     _asked: set[tuple[str, str, str]] = field(default_factory=set)
     _receipts: dict[tuple[str, str], str] = field(default_factory=dict)
     _routers: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _first: dict[str, str] = field(default_factory=dict)
 
     def on(self, event: Event) -> list[Action]:
         """Take one event; returns what is to be done now."""
@@ -88,7 +90,7 @@ class Swap:
             return self._member(event)
         if isinstance(event, MemberGone):
             self._forget(event.member)
-            return [*self._stage(), *self._ready()]
+            return self._ready()
         if isinstance(event, Staged):
             return self._receipt(event)
         if isinstance(event, StageRefused):
@@ -96,6 +98,10 @@ class Swap:
             return self._abort(event.error) if event.incarnation == current else []
         if isinstance(event, DiedStaging):
             return self._abort(_deadly(event))
+        if isinstance(event, NotReached):
+            if self._first.get(event.id, "") == event.member:
+                del self._first[event.id]
+            return self._stage()
         if isinstance(event, Committed):
             return self._committed(event.epoch)
         if isinstance(event, CommitRefused):
@@ -111,22 +117,28 @@ class Swap:
     def _member(self, event: MemberReported) -> list[Action]:
         ids = event.ids & self.ids
         known = self._members.get(event.member)
-        if known is not None and known[0] != event.incarnation:
+        if known is None or known[0] != event.incarnation:
             self._forget(event.member)
+            self._first = {id: member for id, member in self._first.items() if member != event.member}
         if ids:
             self._members[event.member] = (event.incarnation, ids)
         return self._stage()
 
     def _stage(self) -> list[Action]:
-        """Ask every member that has not been asked for its candidates, except for those that another tries first."""
+        """Ask every member that has not been asked for its candidates, except for those that another tries first.
+
+        Who was lost while it tried is waited for: what became of it says whether another may try.
+        """
         actions: list[Action] = []
         if self.phase is not Phase.STAGING:
             return actions
         for member, (incarnation, ids) in self._members.items():
             for id in sorted(ids):
-                first = {asked for asked in self._asked if asked[2] == id} if id in self.new_code else set()
-                if (member, incarnation, id) in self._asked or (first and id not in self.versions()):
+                untried = id in self.new_code and id not in self.versions()
+                if (member, incarnation, id) in self._asked or (untried and id in self._first):
                     continue
+                if untried:
+                    self._first[id] = member
                 self._asked.add((member, incarnation, id))
                 actions.append(StageCandidate(member, incarnation, self.swap_id, id))
         return actions

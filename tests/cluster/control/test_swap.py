@@ -16,6 +16,7 @@ from expertmesh.cluster.control.events import (
     FinishSwap,
     MemberGone,
     MemberReported,
+    NotReached,
     RouterGone,
     RouterReported,
     StageCandidate,
@@ -132,11 +133,19 @@ def test_new_code_is_tried_by_one_member_before_the_others() -> None:
     reported = [MemberReported(name, f"{name}.1", A) for name in "mno"]
     assert told(swap, *reported) == [StageCandidate("m", "m.1", "s", "l/a")]
     assert told(swap, reported[1]) == []
-    assert told(swap, MemberGone("m")) == [StageCandidate("n", "n.1", "s", "l/a")]  # killed from outside
+    assert told(swap, MemberGone("m"), NotReached("n", "l/a")) == []  # of what it died is not known yet
+    assert told(swap, NotReached("m", "l/a")) == [StageCandidate("n", "n.1", "s", "l/a")]  # not of the candidate
     assert told(swap, MemberReported("m", "m.2", A)) == []
     others = [StageCandidate("o", "o.1", "s", "l/a"), StageCandidate("m", "m.2", "s", "l/a")]
     assert told(swap, staged("n", "n.1")) == others
     assert told(swap, staged("m", "m.2"), staged("o", "o.1")) == [CommitSwap("s", {"l/a": "v2"})]
+
+
+def test_who_tried_new_code_and_is_back_is_asked_again() -> None:
+    swap = Swap("s", A, new_code=A)
+    told(swap, MemberReported("m", "m.1", A), MemberReported("n", "n.1", A), MemberGone("m"))
+    (asked,) = told(swap, MemberReported("m", "m.2", A))
+    assert asked in [StageCandidate("m", "m.2", "s", "l/a"), StageCandidate("n", "n.1", "s", "l/a")]
 
 
 def test_new_code_of_one_expert_holds_up_no_other() -> None:
@@ -214,6 +223,7 @@ EVENTS = st.one_of(
     st.builds(Staged, MEMBERS, LIVES, st.sampled_from(("l/a", "l/b", "l/other")), st.sampled_from(("v2", "v2", "v3"))),
     st.builds(StageRefused, st.just("n"), st.just("2"), st.just("l/a"), st.just(ERROR)),
     st.builds(DiedStaging, MEMBERS, st.just("l/a")),
+    st.builds(NotReached, MEMBERS, st.just("l/a")),
     st.builds(Committed, st.integers(2, 3)),
     st.builds(CommitRefused, st.just(ERROR)),
     st.builds(RouterReported, st.sampled_from(("r", "s")), NUMBERS, NUMBERS),
