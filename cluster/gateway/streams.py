@@ -162,13 +162,16 @@ class StreamedCalls:
         except MemoryError:
             raise Overloaded(f"the machine cannot allocate {opening.total} bytes", retry_after=RETRY_AFTER) from None
         await context.send_initial_metadata((ADMITTED,))
-        while (message := await self._read(context.read)) is not None:
+        # It may take as long as full chunks would: one that comes in small ones does not hold its memory longer.
+        seconds = self._limits.stall_seconds * (1 + opening.total / CHUNK_BYTES)
+        slowest = asyncio.get_running_loop().time() + seconds
+        while (message := await self._read(context.read, slowest - asyncio.get_running_loop().time())) is not None:
             assembly.take(message)
         return opening, decode(assembly.finish(), max_bytes=self._limits.max_request_bytes)
 
     async def _read(self, read: Read, timeout: float = math.inf) -> bytes | None:
         """The next message, or None at the end."""
-        seconds = min(timeout, self._limits.stall_seconds)
+        seconds = max(0.0, min(timeout, self._limits.stall_seconds))
         try:
             async with deadline(seconds):
                 message = await read()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, FailedPrecondition
 from ..identity.canonical import canonical
-from ..spec import Expert, TensorSpec
+from ..spec import FLOATING, Expert, TensorSpec
 from ..tensors import DTYPE_NAMES, torch_dtype
 from ..weights.files import load_into, load_tensors, tensors_of
 from .returned import own_rows
@@ -65,7 +65,12 @@ class RowFunction:
 
     def floats_only(self, rows: Tensor) -> str:
         """The floating-point dtype that the expert computes in, if that may be why it refuses `rows`; else ""."""
-        return "" if self._dtype is None or rows.is_floating_point() else DTYPE_NAMES.get(self._dtype, "")
+        if rows.is_floating_point():
+            return ""
+        if self._dtype is not None:
+            return DTYPE_NAMES.get(self._dtype, "")
+        served = None if self.served is None else self.served.dtype
+        return served if served in FLOATING else ""
 
     def _call_numpy(self, rows: Tensor) -> Any:
         if rows.dtype == torch.bfloat16:  # numpy has no bfloat16

@@ -99,6 +99,8 @@ def cluster() -> Iterator[Cluster]:
         Layer("any", gates.Fixed([0.5, 0.5]), {"a": Expert("torch:abs"), "b": Expert("numpy:sin")}),
     ]
     with Cluster.start(layers, transport="local", port=0, metrics_port=None, name=NAME, default_timeout=10.0) as it:
+        with Client(it.endpoint) as client:
+            client.forward("any", X)  # which rows a plain function answers is known from those that it answered
         yield it
 
 

@@ -166,6 +166,24 @@ def test_a_silent_stream_is_ended(sent: int) -> None:
     run_async(main())
 
 
+def test_a_stream_that_trickles_is_ended() -> None:
+    async def main() -> None:
+        calls, sent = StreamedCalls(StreamLimits(stall_seconds=0.05)), 0
+
+        async def trickle() -> bytes:
+            nonlocal sent
+            await asyncio.sleep(0.01)
+            sent += 1
+            return b"x"
+
+        context = Context(Opening(total=MIB).encode(), *[trickle] * 10_000)
+        with pytest.raises(DeadlineExceeded, match="or too slow"):
+            await calls.serve(context, "me", 60.0, answering())
+        assert (calls.reserved, sent < 1000) == (0, True)
+
+    run_async(main())
+
+
 def test_a_reply_in_one_message_names_the_setting_and_how_to_mend_it() -> None:
     parts = reply_parts(reply_of(1000))
     assert one_message(parts, 10_000) == b"".join(parts)
