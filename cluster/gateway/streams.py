@@ -177,7 +177,7 @@ class StreamedCalls:
                 message = await read()
         except (TimeoutError, asyncio.TimeoutError):
             raise DeadlineExceeded(
-                f"the call was silent for {seconds:g} s, or too slow, before it was complete"
+                f"the call was silent for {seconds:.2g} s, or too slow, before it was complete"
             ) from None
         return message if isinstance(message, bytes) else None
 
