@@ -162,6 +162,25 @@ def test_controller_is_killed(client: Client) -> None:
     assert {name for name, _ in traffic.outcomes} == {"right"}
 
 
+def test_a_frozen_controller_is_told_of_and_fails_no_call(client: Client) -> None:
+    pid = pid_of_actor("ControllerActor")
+
+    def told() -> str:
+        return str(client.status()["controller"].get("problem", ""))
+
+    with Traffic(client, "twin", np.tan(X)) as traffic:
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            eventually(lambda: told() == "it does not answer", BACK, "the status says so")
+            before = traffic.count("right")
+            eventually(lambda: traffic.count("right") > before + 20, BACK, "calls go on")
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        eventually(lambda: client.status()["controller"]["heard_seconds_ago"] < 1.0, BACK, "the router hears it")
+        assert told() == ""
+    assert {name for name, _ in traffic.outcomes} == {"right"}
+
+
 def test_a_replica_refuses_the_orders_of_a_replaced_controller(cluster: Cluster, client: Client) -> None:
     from expertmesh.cluster.runtime.ray_ports import fetched  # which imports Ray, whose environment the cluster has set
 

@@ -58,13 +58,9 @@ def seeds_of(kind: str | None, count: int) -> list[int]:
     return [seed for seed in range(count) if kind is None or KINDS[seed % len(KINDS)] == kind]
 
 
-def first_breach(rules: Broken, seeds: Iterable[int]) -> str:
-    """What the first of these seeds that breaks a promise says; empty where none does."""
-    for seed in seeds:
-        found = run([seed], rules).breaches
-        if found:
-            return found[seed]
-    return ""
+def breaks(rules: Broken, promise: str, seeds: Iterable[int]) -> bool:
+    """Whether one of these seeds breaks a promise under these rules."""
+    return any(promise in found for seed in seeds for found in run([seed], rules).breaches.values())
 
 
 def fingerprint(seed: int) -> str:
