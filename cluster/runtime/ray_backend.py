@@ -108,6 +108,7 @@ class RayBackend:
         self._reaper = start_reaper(self.temp_dir)
         self._started_ray = True
         _print_nothing_of_ray()
+        ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # as the environment says, which Ray reads on import
         with marked(self.temp_dir), _same_sigterm_handler():
             ray.init(address="local", include_dashboard=False, _temp_dir=self.temp_dir, **QUIET)
 

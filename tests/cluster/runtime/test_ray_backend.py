@@ -97,3 +97,17 @@ def test_a_head_that_is_frozen_is_ended_before_anything_waits_for_it(
     monkeypatch.setattr(running, "_head_answers", lambda: False)
     running.stop(grace=5.0)
     assert order == ["processes end", "shutdown", "processes end"]
+
+
+def test_a_ray_that_was_imported_early_is_on_loopback_too(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    private, seen = backend.ray._private, []
+    monkeypatch.setattr(private.ray_constants, "ENABLE_RAY_CLUSTER", True)  # as without our setting on import
+    monkeypatch.setattr(private.worker, "print_to_stdstream", private.worker.print_to_stdstream)
+    monkeypatch.setattr(backend, "start_reaper", lambda folder: None)
+    monkeypatch.setattr(backend.ray, "init", lambda **options: seen.append(private.services.get_node_ip_address()))
+    running = backend.RayBackend("info", "")
+    try:
+        running._start_ray()
+    finally:
+        backend.shutil.rmtree(backend.run_folder_of(running.temp_dir))
+    assert seen == ["127.0.0.1"]
