@@ -260,16 +260,16 @@ RULES = {
     "restarted without the pinned version": Rule(Broken(replica=PretendsToHold), "no mix"),
     "answers with the newest version": Rule(Broken(replica=AnswersWithNewest), "no mix"),
     "late unload obeyed": Rule(Broken(orders=TakesLateOrders), "receipts", "quiet", seeds=600),
-    "no fencing": Rule(Broken(registry=Unfenced), "fencing", "storm"),
+    "no fencing": Rule(Broken(registry=Unfenced), "fencing", "storm", seeds=600),
     "fencing taken for refusal": Rule(Broken(transactions=TellsOfFencing), "refused changes nothing", "storm"),
     "router goes backwards": Rule(Broken(router=GoesBackwards, orders=BelievesOldUpdates), "routers only go forward"),
-    "old updates believed": Rule(Broken(orders=BelievesOldUpdates), "no request fails", "quiet"),
+    "old updates believed": Rule(Broken(orders=BelievesOldUpdates), "what is recalled is offered", "quiet"),
     "orders of a replaced controller obeyed": Rule(Broken(orders=ObeysAnybody), "members obey the newest", "storm"),
     "silence of the disk taken for refusal": Rule(
         Broken(executor=TakesSilenceForRefusal), "no request fails", "one replica lost"
     ),
     "several things at once at a member": Rule(
-        Broken(executor=AllAtOnce, orders=TakesLateOrders), "what is recalled is offered"
+        Broken(executor=AllAtOnce, orders=TakesLateOrders), "receipts", "quiet", seeds=600
     ),
     "unloaded while it is offered": Rule(Broken(reconciler=ForgetsOffers), "no request fails", "quiet"),
     "offered before it is loaded": Rule(Broken(reconciler=OffersEarly), "no request fails", "quiet"),
@@ -278,7 +278,7 @@ RULES = {
         Broken(health=TellsBeforeItHasAsked), "no request fails", "controller lost"
     ),
     "reports of the time of an unload believed": Rule(
-        Broken(executor=BelievesReportsOnTheWay), "no request fails", "quiet"
+        Broken(executor=BelievesReportsOnTheWay), "no request fails", "quiet", seeds=600
     ),
     "committed over another swap": Rule(Broken(transactions=CommitsOverOthers), "no update is lost", seeds=600),
     "what a declaration has brought is forgotten": Rule(Broken(transactions=ForgetsDeclarations), "no third state"),
