@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -44,6 +45,16 @@ def settle() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def take_turns_often() -> None:
+    """Let threads that run Python take turns every 0.2 ms, in place of 5 ms.
+
+    gRPC's asyncio layer takes four turns of its event loop to accept a call, and each may wait for the thread that has
+    Python's lock. With one that is busy four fifths of the time, 1,500 calls a second were refused after 211 ms (p50),
+    and after 2 to 27 ms with 0.2 ms (2 cores that others used too, 2026-11-27).
+    """
+    sys.setswitchinterval(0.0002)
 
 
 def yield_to_serving() -> None:

@@ -36,7 +36,14 @@ from ..control.opening import Opening
 from ..control.orders import Order, Orders
 from ..control.ports import ControllerState, StateSettings
 from ..machine.logs import configure_logs
-from ..machine.process_tuning import give_memory_back, let_go, settle, trim_memory, yield_to_serving
+from ..machine.process_tuning import (
+    give_memory_back,
+    let_go,
+    settle,
+    take_turns_often,
+    trim_memory,
+    yield_to_serving,
+)
 from .ray_ports import Packed, RayControlPort, RayReplicaPort, RayRouterPort
 from .ray_transport import RayTransport, packed_reply, responds, unpacked_call
 from .router_process import RouterService, ServiceSettings
@@ -147,6 +154,7 @@ class RouterActor:
     def __init__(self, settings: ServiceSettings, logs: LogSettings, channel: ChannelSettings | None) -> None:
         configure_logs("router", logs.level, logs.path)
         torch.set_num_threads(1)
+        take_turns_often()
         self._handles: dict[str, Any] = {}
         self._transport = RayTransport() if channel is None else ChannelTransport(channel.secret, self._responds)
         self._trimmed = 0.0

@@ -65,10 +65,20 @@ class _Pace:
     ahead: float = 0.0
     base: float = math.inf
     ended: float = 0.0
+    gap: float = 0.0
+    _busy: float = 0.0
+    _answers: int = 0
+    _counting: bool = False
 
     def wait(self) -> float:
-        """The seconds that another call would wait for those in flight: what is beyond `base` grows with them."""
-        return (self.seconds - self.base) * self.in_flight / self.ahead if self.ahead else 0.0
+        """The seconds that another call would wait for those in flight.
+
+        What calls took beyond `base` grows with those in flight; and while calls wait, `gap` is the time between the
+        ends of two. Neither alone: a burst makes the first calls of it slow, and a layer with little to do has gaps.
+        """
+        if not self.gap:
+            return 0.0
+        return self.in_flight * min(self.gap, max(0.0, self.seconds - self.base) / self.ahead)
 
     def learn(self, seconds: float, ahead: int, now: float) -> None:
         """Take a call that took `seconds`, with `ahead` in flight when it began, itself included."""
@@ -76,6 +86,12 @@ class _Pace:
         self.base = min(seconds, self.base * (1.0 + growth))
         self.seconds += SMOOTHING * (seconds - self.seconds) if self.ahead else seconds
         self.ahead += SMOOTHING * (ahead - self.ahead) if self.ahead else ahead
+        if self._counting:
+            self._busy += now - self.ended
+            self._answers += 1
+        self._counting = self.in_flight > 1  # from an end to the next one, as long as a call waits or is computed
+        if self._busy >= GAP_SECONDS:
+            self.gap, self._busy, self._answers = self._busy / self._answers, 0.0, 0
         self.ended = now
 
 
@@ -88,6 +104,9 @@ DEADLINE_SHARE = 0.25
 SMOOTHING = 0.1
 BASE_GROWTH = 0.05
 """How fast the quickest call is forgotten, per second, or where calls are slow per twenty of them."""
+
+GAP_SECONDS = 0.1
+"""The time over which the ends of calls are counted; before, nothing is known and nothing refused."""
 
 MAX_CALLS = 32_768
 """Calls of all layers in flight."""
@@ -135,7 +154,7 @@ class CallAdmission:
     def ended(self, layer: str, ahead: int, seconds: float | None, now: float) -> None:
         """Count a call that found `ahead` others as over; `seconds` is how long it took, None if that says nothing."""
         pace = self._paces[layer]
-        pace.in_flight -= 1
-        self.calls -= 1
         if seconds is not None:
             pace.learn(seconds, ahead + 1, now)
+        pace.in_flight -= 1
+        self.calls -= 1
