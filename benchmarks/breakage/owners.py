@@ -23,8 +23,17 @@ FLIPPED_BYTES = 8
 SWAPS = 5
 
 
-def damaged_registry() -> Seen:
+def flipped_bytes() -> Seen:
     """Eight bytes of the registry, or of its log, flip after the whole cluster was killed."""
+    return _damaged(0.9, FLIPPED_BYTES)
+
+
+def overwritten_half() -> Seen:
+    """Half of the registry is lost."""
+    return _damaged(0.25, None)
+
+
+def _damaged(place: float, count: int | None) -> Seen:
     seen = Seen()
     with chaos_mesh("damage", **SHAPE) as mesh:
         folder = Path(mesh.settings["state_dir"])
@@ -39,7 +48,7 @@ def damaged_registry() -> Seen:
         shutil.rmtree(folder)
         crashed.rename(folder)
         stored = _weights(folder)
-        seen.note(f"{FLIPPED_BYTES} bytes flipped in {_flip(folder)}, acknowledged epoch {max(mesh.ledger.epochs)}")
+        seen.note(f"{_flip(folder, place, count)}, acknowledged epoch {max(mesh.ledger.epochs)}")
         _restart(mesh, seen)
         lost = stored - _weights(folder)
         seen.note(f"{len(lost)} of {len(stored)} weights files deleted", not lost)
@@ -51,15 +60,16 @@ def _weights(folder: Path) -> set[str]:
     return {hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*.safetensors")}
 
 
-def _flip(folder: Path) -> str:
-    """Flip bytes in the log, or in the database where everything is in there already."""
+def _flip(folder: Path, place: float, count: int | None) -> str:
+    """Flip bytes, or half of all, from a place on in the log, or in the database where everything is in there."""
     log = folder / "registry.sqlite-wal"
     file = log if log.exists() and log.stat().st_size else folder / "registry.sqlite"
     content = bytearray(file.read_bytes())
-    at = int(len(content) * 0.9)
-    content[at : at + FLIPPED_BYTES] = bytes(byte ^ 255 for byte in content[at : at + FLIPPED_BYTES])
+    at = int(len(content) * place)
+    end = at + (count or len(content) // 2)
+    content[at:end] = bytes(byte ^ 255 for byte in content[at:end])
     file.write_bytes(content)
-    return file.name
+    return f"{end - at} bytes flipped in {file.name}"
 
 
 def _restart(mesh: Mesh, seen: Seen) -> None:
@@ -110,9 +120,9 @@ def two_owners() -> Seen:
     return seen
 
 
+UNDAMAGED = "no version undone in silence, nothing deleted; repair brings all back"
 SCENARIOS = (
-    Scenario(
-        "damaged registry", "no version undone in silence, nothing deleted; repair brings all back", damaged_registry
-    ),
+    Scenario("bytes flipped", UNDAMAGED, flipped_bytes),
+    Scenario("half of the registry", UNDAMAGED, overwritten_half),
     Scenario("two owners", "the second is refused and names the first, which serves on", two_owners),
 )
