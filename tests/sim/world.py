@@ -260,7 +260,7 @@ class World:
             process.cut_off = False
         self.clock.run(CALM)
         self.clients.close_leases()
-        self.clock.run(CALM + 8.0)
+        self.clock.run(CALM + 16.0)
         self.checker.at_the_end()
 
 

@@ -362,6 +362,23 @@ def test_two_swaps_of_one_expert_race(tmp_path: Path, monkeypatch: pytest.Monkey
     run(tmp_path, monkeypatch, story)
 
 
+def test_a_swap_is_committed_only_over_what_it_was_prepared_to_replace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(world: World) -> None:
+        before = await world.declare(layer())
+        after = await world.declare(layer("torch:tanh"))
+        await world.until(lambda: world.replicas.holds("l/e0#0") == {(E0, after[E0])})
+        transactions, change = world.controller.transactions, {E0: Change(version=before[E0])}
+        transactions.prepare(SwapRequest(swap_id="late", changes=change, timeout=5.0))
+        quick = await swapped(world, SwapRequest(swap_id="quick", changes=change, timeout=5.0))
+        with pytest.raises(Aborted, match=f"{E0}: expected {after[E0]}, found {before[E0]}"):
+            transactions.commit("late", {E0: before[E0]})
+        assert transactions.registry.current().number == quick.epoch  # type: ignore[union-attr]
+
+    run(tmp_path, monkeypatch, story)
+
+
 def test_turns_follow_in_quick_succession_only_while_a_swap_drains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
