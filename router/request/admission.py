@@ -98,7 +98,7 @@ class _Pace:
 ALWAYS = 16
 """While fewer calls of a layer are in flight, none is refused: so a layer that had been slow shows that it is not."""
 
-DEADLINE_SHARE = 0.25
+DEADLINE_SHARE = 0.5
 """A call may be expected to wait for this share of its remaining time; the rest is for the call itself."""
 
 SMOOTHING = 0.1

@@ -141,7 +141,7 @@ def test_a_burst_is_let_in_as_far_as_its_deadline_allows() -> None:
         server.arrive(1.5, 60.0)
     assert not server.refused
     for _ in range(10_000):
-        server.arrive(1.5, 60.0)
+        server.arrive(1.5, 30.0)
     assert server.refused
 
 
