@@ -43,11 +43,13 @@ def full() -> Seen:
 
 
 def read_only() -> Seen:
-    """The disk turns read-only, and comes back."""
-    return _on_a_bad_disk(
-        lambda disk: _mount("mount", "-o", "remount,ro", str(disk)),
-        lambda disk: _mount("mount", "-o", "remount,rw", str(disk)),
-    )
+    """The disk turns read-only for whatever is opened from now on, and comes back."""
+
+    def turn(disk: Path) -> None:
+        _mount("mount", "--bind", str(disk), str(disk))  # the file system itself has files open for writing
+        _mount("mount", "-o", "remount,bind,ro", str(disk))
+
+    return _on_a_bad_disk(turn, lambda disk: _mount("umount", str(disk)))
 
 
 def _on_a_bad_disk(break_it: Change, mend_it: Change) -> Seen:
