@@ -176,11 +176,11 @@ def test_a_server_that_goes_away_while_it_receives_is_unavailable(kind: type) ->
             streams, arrived = front.gateway.streams, 0
             read = streams._read
 
-            async def slow(context: Any) -> bytes | None:
+            async def slow(*given: Any) -> bytes | None:
                 nonlocal arrived
                 arrived += 1
                 await asyncio.sleep(100 if arrived == 4 else 0)
-                return await read(context)
+                return await read(*given)
 
             streams._read = slow  # type: ignore[method-assign]
             call = asyncio.ensure_future(client("forward", "l", np.ones((64, MIB // 4), np.float32)))
