@@ -14,11 +14,12 @@ import psutil
 from benchmarks.chaos.figures import judged
 from benchmarks.chaos.mesh import chaos_mesh, processes
 
-from .half_sent import HalfSent
-from .overload import CALL
+from .overload import CALL, mib
+from .raw_http2 import RawConnection
 from .scenario import Scenario, Seen
 
 CONNECTIONS = 60
+STREAM = 1
 MESSAGE_BYTES = 60 << 20
 ALLOWED_MIB = 512
 GROUP = Path("/sys/fs/cgroup/memory/expertmesh-breakage")
@@ -31,24 +32,24 @@ def half_messages() -> Seen:
     with chaos_mesh("half-sent", experts=2, replicas=1) as mesh:
         (router,) = processes("RouterActor")
         seen.note("the router has 3 GiB" if _confine(router) else "no memory group could be made here")
-        before = _mib(router)
-        host, _, port = mesh.cluster.endpoint.rpartition(":")
-        peers: list[HalfSent] = []
+        before = mib(router)
+        port = int(mesh.cluster.endpoint.rpartition(":")[2])
+        peers: list[RawConnection] = []
+        taken = 0
         with mesh.load(rate=50.0) as load:
             most = before
             for _ in range(CONNECTIONS):
                 with suppress(OSError):
-                    peers.append(HalfSent(host, int(port), CALL, MESSAGE_BYTES))
-                    peers[-1].send(3.0)
-                most = max(most, _mib(router))
+                    peers.append(RawConnection(port, patience=0.1))
+                    taken += peers[-1].half_a_message(STREAM, CALL, MESSAGE_BYTES)
+                most = max(most, mib(router))
             for _ in range(5):
                 time.sleep(1)
                 for peer in peers:
-                    peer.listen(0.0)
-                most = max(most, _mib(router))
-        sent = sum(peer.sent for peer in peers) / 2**20
-        still = sum(not peer.closed for peer in peers)
-        seen.note(f"{len(peers)} connections, {sent:.0f} MiB taken without a token, {still} still open")
+                    peer.listen()
+                most = max(most, mib(router))
+        refused = sum(peer.closed or STREAM in peer.ended for peer in peers)
+        seen.note(f"{len(peers)} connections, {taken / 2**20:.0f} MiB taken without a token, {refused} of them refused")
         seen.note(f"router's memory {before:.0f} -> {most:.0f} MiB", most - before <= ALLOWED_MIB)
         seen.note("the router lives on", router.is_running())
         for peer in peers:
@@ -73,10 +74,6 @@ def _confine(process: psutil.Process) -> bool:
 def _release() -> None:
     with suppress(OSError):
         GROUP.rmdir()
-
-
-def _mib(process: psutil.Process) -> float:
-    return float(process.memory_info().rss) / 2**20
 
 
 SCENARIOS = (

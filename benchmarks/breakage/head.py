@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import psutil
 from benchmarks.home import own_home
 
 from expertmesh import Client, errors
+from expertmesh.cluster.runtime.ray_reaper import MARKER
 
 from .scenario import Scenario, Seen
 
@@ -29,6 +31,8 @@ layers:
 """
 START_SECONDS = 120.0
 NOTICED_SECONDS = 30.0
+SECONDS = 15.0
+"""Within which the owner has to end."""
 
 
 def killed() -> Seen:
@@ -45,14 +49,14 @@ def killed() -> Seen:
             )
         try:
             _wait_ready(owner, output)
-            gcs = _child(owner, "gcs_server")
+            gcs, folder_of_ray = _child(owner, "gcs_server"), _ray_folder(folder)
             killed_at = time.monotonic()
             os.kill(gcs, signal.SIGKILL)
             try:
                 status = owner.wait(NOTICED_SECONDS)
-                seen.note(
-                    f"the owner ended with status {status} after {time.monotonic() - killed_at:.1f} s", status != 0
-                )
+                took = time.monotonic() - killed_at
+                good = status != 0 and took <= SECONDS
+                seen.note(f"the owner ended with status {status} after {took:.1f} s", good)
             except subprocess.TimeoutExpired:
                 seen.note(f"the owner runs on {NOTICED_SECONDS:g} s later", False)
                 seen.note(f"health: {_health()}", False)
@@ -60,11 +64,7 @@ def killed() -> Seen:
             seen.note(f"its last line: {last[:140]}", "Traceback" not in output.read_text())
         finally:
             _end(owner)
-        left = [
-            process
-            for process in psutil.process_iter(["cmdline"])
-            if str(folder) in " ".join(process.info["cmdline"] or [])
-        ]
+        left = [process.pid for process in psutil.process_iter() if folder_of_ray in _marks(process)]
         seen.note(f"{len(left)} processes left", not left)
     return seen
 
@@ -83,9 +83,15 @@ def _child(owner: subprocess.Popen[bytes], word: str) -> int:
     return next(child.pid for child in children if word in " ".join(child.cmdline()))
 
 
-def _command(process: psutil.Process) -> str:
+def _ray_folder(home: Path) -> str:
+    """The folder that marks all processes of the cluster's own Ray."""
+    return str(json.loads((home / "run" / "headless.json").read_text())["ray_temp_dir"])
+
+
+def _marks(process: psutil.Process) -> str:
+    """What tells a process of that Ray: its command line, and the mark in its environment."""
     try:
-        return " ".join(process.cmdline())
+        return f"{process.environ().get(MARKER)} {' '.join(process.cmdline())}"
     except psutil.Error:
         return ""
 

@@ -8,8 +8,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from benchmarks.breakage.raw_http2 import RawConnection
 from helpers.front import METADATA, TOKEN, opened
-from helpers.http2 import RawConnection
 from helpers.waiting import run_async, until
 
 from expertmesh.cluster.gateway.gateway import CallInfo
