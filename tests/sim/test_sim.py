@@ -35,7 +35,7 @@ def test_the_worlds_were_worth_looking_at(tally: Tally) -> None:
     least = {
         "answered": 10_000,
         "committed": 800,
-        "acknowledged": 800,
+        "acknowledged": 650,  # an epoch that is asked for by number holds up swaps, which are then Aborted
         "overlapped a flip": 2000,
         "refused Aborted": 500,
         "refused FailedPrecondition": 100,
