@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -38,6 +39,8 @@ MAX_ATTEMPTS = 3
 MAX_DEATHS = 2
 CHECK_SECONDS = 0.025
 """How often messages in flight are compared with the pace of their replicas."""
+ASK_SECONDS = 0.5
+"""How often at most a late replica is asked whether its process runs."""
 
 
 class Fanout:
@@ -250,33 +253,51 @@ class Fanout:
                 now - message.started, message.rows, min(job.work.deadline for job in message.jobs) - message.started
             ):
                 self._hedge(lane)
+            if lane.in_flight and lane.in_flight[0].late and now - lane.asked >= ASK_SECONDS:
+                self._ask(lane)
         busy = any(lane.in_flight for lane in self._lanes.values())
         self._check = loop.call_later(CHECK_SECONDS, self._check_lanes) if busy else None
 
     def _hedge(self, lane: Lane) -> None:
         """Send the work of a late replica to other ones as well, where any are, and choose it less from now on."""
-        elsewhere = self._with_another(lane, lane.in_flight)
-        if not elsewhere or not self._budget.take():
+        name = lane.replica.id
+        works = (job.work for message in lane.in_flight for job in message.jobs if not job.finished)
+        if not any(self._view.has_other(work.versions, {name}) for work in works) or not self._budget.take():
             return
-        self._view.late(lane.replica.id)
+        self._view.late(name)
         for message in lane.in_flight:
             message.late = True
         computing = lane.in_flight[0]
-        task = asyncio.get_running_loop().create_task(self._hedge_unless_it_responds(lane, computing))
-        self._asking.add(task)
-        task.add_done_callback(self._asking.discard)
-        self._send_elsewhere(lane, [job for job in elsewhere if computing not in job.messages])
+        behind = [job for job in self._with_another(lane, lane.in_flight) if computing not in job.messages]
+        self._ask(lane)
+        self._send_elsewhere(lane, behind)
+
+    def _ask(self, lane: Lane) -> None:
+        """Ask a late replica whether its process runs, if another one could do what it computes."""
+        if self._with_another(lane, lane.in_flight[:1]):
+            lane.asked = math.inf  # until it is known
+            task = asyncio.get_running_loop().create_task(self._hedge_unless_it_responds(lane, lane.in_flight[0]))
+            self._asking.add(task)
+            task.add_done_callback(self._asking.discard)
 
     async def _hedge_unless_it_responds(self, lane: Lane, computing: Message) -> None:
         """What a process that runs is computing goes to no other: it would take as long there, or hang there too."""
-        if not await self._transport.responds(lane.replica) and computing in lane.in_flight:
+        responds = await self._transport.responds(lane.replica)
+        lane.asked = asyncio.get_running_loop().time()
+        if not responds and computing in lane.in_flight:
             self._send_elsewhere(lane, self._with_another(lane, [computing]))
 
     def _with_another(self, lane: Lane, messages: Iterable[Message]) -> list[Job]:
-        """The unfinished jobs of messages to a replica that another one could do."""
+        """The unfinished jobs of messages to a replica that another one could do, and that none was given as well."""
         jobs = {id(job): job for message in messages for job in message.jobs if not job.finished}
-        exclude = {lane.replica.id}
-        return [job for job in jobs.values() if self._view.has_other(job.work.versions, {*exclude, *job.tried})]
+        name = lane.replica.id
+        return [
+            job
+            for job in jobs.values()
+            if len(job.messages) == 1
+            and job.replica_id in (None, name)
+            and self._view.has_other(job.work.versions, {name, *job.tried})
+        ]
 
     def _send_elsewhere(self, lane: Lane, sent: Iterable[Job]) -> None:
         """Send jobs of a late replica, and what still waits for it, to other ones."""
@@ -284,7 +305,7 @@ class Fanout:
             if job.finished:
                 continue
             self._uncount(job)
-            if job.messages:
+            if any(message.replica is lane.replica for message in job.messages):
                 self._telemetry.hedges += 1
             else:
                 job.tried.discard(lane.replica.id)  # it was never sent, and may have to wait here again

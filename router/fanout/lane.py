@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -48,11 +49,15 @@ class Message:
 
 @dataclass(eq=False)
 class Lane:
-    """The jobs that wait for a replica, and the messages in flight to it, oldest first."""
+    """The jobs that wait for a replica, and the messages in flight to it, oldest first.
+
+    `asked` is when it was last asked whether it runs, in event-loop time; infinite while it is being asked.
+    """
 
     replica: Replica
     waiting: FairQueue[Job] = field(default_factory=FairQueue)
     in_flight: list[Message] = field(default_factory=list)
+    asked: float = -math.inf
 
     def take(self) -> list[Job]:
         """Take the jobs of the next message: clients in turns, up to the row and part limits, no cancelled jobs.

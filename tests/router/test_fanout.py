@@ -646,6 +646,41 @@ def test_where_the_second_replica_dies_the_answer_of_the_late_one_is_awaited(imp
     run_async(main())
 
 
+def test_what_hangs_two_replicas_goes_to_no_third_which_gets_the_other_work(impatient: None) -> None:
+    async def main() -> None:
+        mesh = fanout_of("r", "s", "t")
+        job = mesh.submit("l/a", 1)
+        await asyncio.sleep(0.02)
+        hung = {sent.replica for sent in mesh.wire.open()}
+        assert len(hung) == len(mesh.wire.sent) == 2
+        (well,) = {"r", "s", "t"} - hung
+        assert {mesh.view.choose([("l/a", V)]).id for _ in range(20)} == {well}
+        mesh.wire.open()[1].answer()
+        assert torch.equal(await job, X[[1]] * 2)
+
+    run_async(main())
+
+
+def test_a_late_replica_that_responds_and_freezes_later_is_asked_again(
+    impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(module, "ASK_SECONDS", 0.0, raising=False)
+        mesh = fanout_of("r", "s")
+        mesh.wire.responding = {"r", "s"}
+        job = mesh.submit()
+        await asyncio.sleep(0.02)
+        (slow,) = mesh.wire.open()
+        mesh.wire.responding.clear()
+        await asyncio.sleep(0.02)
+        assert len(mesh.wire.open()) == 2
+        (other,) = (sent for sent in mesh.wire.open() if sent is not slow)
+        other.answer()
+        assert torch.equal(await job, X[[0]] * 2)
+
+    run_async(main())
+
+
 def test_a_replica_that_is_no_more_hands_its_rows_on() -> None:
     async def main() -> None:
         mesh = fanout_of("r", "s")
