@@ -340,8 +340,11 @@ class Fanout:
             return
         self._telemetry.errors[job.work.experts[0][0]] += 1
         self._uncount(job)
-        if job.messages:
-            return  # another replica computes it already
+        again = job.deaths < MAX_DEATHS and job.attempts < MAX_ATTEMPTS
+        if any(not message.late for message in job.messages) or (
+            job.messages and not (again and self._view.has_other(job.work.versions, job.tried))
+        ):
+            return  # another replica computes it already, or nobody but a late one can
         if job.deaths >= MAX_DEATHS:
             self._finish(job, _deadly(job.work))
         elif job.attempts >= MAX_ATTEMPTS:

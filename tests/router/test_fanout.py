@@ -661,6 +661,25 @@ def test_what_hangs_two_replicas_goes_to_no_third_which_gets_the_other_work(impa
     run_async(main())
 
 
+@pytest.mark.parametrize("reply", [Died(), Unavailable("lost"), None])
+def test_where_the_second_replica_is_lost_a_third_is_asked_and_not_the_late_one_awaited(
+    impatient: None, reply: Died | Unavailable | None
+) -> None:
+    async def main() -> None:
+        mesh = fanout_of("r", "s", "t")
+        job = mesh.submit()
+        await until(lambda: len(mesh.wire.open()) == 2)
+        hedge = mesh.wire.open()[1]
+        hedge.answer(PartFailure("VersionGone", "not here")) if reply is None else hedge.tell(reply)
+        await settle()
+        late, third = mesh.wire.open()
+        assert {late.replica, hedge.replica, third.replica} == {"r", "s", "t"}
+        third.answer()
+        assert torch.equal(await job, X[[0]] * 2)
+
+    run_async(main())
+
+
 def test_a_late_replica_that_responds_and_freezes_later_is_asked_again(
     impatient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
