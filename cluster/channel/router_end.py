@@ -68,7 +68,8 @@ class ChannelTransport:
         for name, channel in list(self._channels.items()):
             replica = current.get(name)
             if replica is None or replica.incarnation != channel.replica.incarnation or channel.closed:
-                channel.close(Unavailable("the replica was replaced; retry"))
+                ended = replica is not None and replica.incarnation != channel.replica.incarnation
+                channel.close(Unavailable("the replica was replaced; retry"), died=ended)
                 del self._channels[name]
         for name, replica in current.items():
             if name not in self._channels:
@@ -137,8 +138,11 @@ class Channel:
         else:
             self._early.pop(attempt, None)
 
-    def close(self, why: ExpertMeshError) -> None:
-        """Close the connection and fail all calls in flight on it with `why`; idempotent."""
+    def close(self, why: ExpertMeshError, *, died: bool = False) -> None:
+        """Close the connection and fail all calls in flight on it; idempotent.
+
+        They get `why`, and Died where the replica's process `died` after they were sent.
+        """
         if self.closed:
             return
         self.closed = True
@@ -149,7 +153,7 @@ class Channel:
             self._framed.close()
         pending, self._pending = self._pending, {}
         for done in pending.values():
-            self._loop.call_soon(done, Died() if self._open else Unavailable(why.message))
+            self._loop.call_soon(done, Died() if died and self._open else Unavailable(why.message))
         if not self._opened.done():
             self._opened.set_result(None)
 
@@ -194,7 +198,8 @@ class Channel:
     def _broken(self, error: Exception) -> None:
         name = self.replica.id
         log.warning("lost the connection to a replica: %s", error, extra={"replica": name})
-        self.close(Unavailable("the connection to the replica was closed; retry"))
+        died = isinstance(error, (Unavailable, ConnectionError))  # closed by the other end, as when a process ends
+        self.close(Unavailable(f"the connection to the replica was closed ({error}); retry"), died=died)
         self._lost(self.replica)
 
     def _take(self, frame: Frame) -> None:
