@@ -44,6 +44,9 @@ PING_SECONDS = 2.0
 HEAD_SILENT_SECONDS = 30.0
 """How long Ray's head may not answer; after 60 s Ray would end this process."""
 
+FROZEN_SECONDS = 10.0
+"""How long the head may not answer before `stop` takes it for frozen."""
+
 SHUTDOWN_SECONDS = 20.0
 GROUPS = {"compute": 1, "stage": 1, "control": 2}
 ALWAYS_RESTART = {"max_restarts": -1, "max_task_retries": 0}
@@ -133,6 +136,17 @@ class RayBackend:
             if silent > HEAD_SILENT_SECONDS:
                 return f"the head of its Ray has not answered for {silent:.0f} s"
         return None
+
+    def _is_lost(self) -> bool:
+        """Whether Ray is lost, or its head is silent for several seconds: one that is late may only be busy."""
+        began = time.monotonic()
+        while self.lost() is None:
+            if self._head_answered >= began:
+                return False
+            if time.monotonic() - began > FROZEN_SECONDS:
+                return True
+            time.sleep(0.1)
+        return True
 
     def _head_answers(self) -> bool:
         worker: Any = ray._private.worker
@@ -226,7 +240,7 @@ class RayBackend:
 
         A Ray that is lost, or whose head is frozen, is not asked for anything first: it might never answer.
         """
-        lost = self._router is not None and (self.lost() is not None or not self._head_answers())
+        lost = self._router is not None and self._is_lost()
         if lost and self.temp_dir is not None:
             end_marked_processes(self.temp_dir)
         if self._router is not None and not lost:

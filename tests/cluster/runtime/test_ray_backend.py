@@ -5,8 +5,10 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,10 +95,38 @@ def test_a_head_that_is_frozen_is_ended_before_anything_waits_for_it(
     monkeypatch.setattr(backend, "fetched", lambda *_: pytest.fail("an actor was asked"))
     running = backend.RayBackend("info", "")
     running._router, running._started_ray, running.temp_dir = object(), True, str(tmp_path / "ray")
-    monkeypatch.setattr(running, "lost", lambda: None)
+    monkeypatch.setattr(backend, "FROZEN_SECONDS", 0.5)
+    monkeypatch.setattr(backend.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(backend.ray._private.worker, "_global_node", SimpleNamespace(all_processes={}))
     monkeypatch.setattr(running, "_head_answers", lambda: False)
     running.stop(grace=5.0)
     assert order == ["processes end", "shutdown", "processes end"]
+
+
+def test_a_head_that_is_late_leaves_calls_in_flight_their_grace(
+    backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(backend, "end_marked_processes", lambda folder: order.append("processes end"))
+    monkeypatch.setattr(backend.ray, "shutdown", lambda: order.append("shutdown"))
+    monkeypatch.setattr(backend.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(backend.ray, "kill", lambda *_, **__: order.append("router ends"))
+    monkeypatch.setattr(backend.ray._private.worker, "_global_node", SimpleNamespace(all_processes={}))
+    monkeypatch.setattr(backend, "fetched", lambda *_: order.append("router drains"))
+    running = backend.RayBackend("info", "")
+    running._started_ray, running.temp_dir = True, str(tmp_path / "ray")
+    running._router = SimpleNamespace(stop=SimpleNamespace(remote=lambda grace: None))
+    asked = []
+
+    def answers_late() -> bool:
+        asked.append(1)
+        if len(asked) > 2:
+            running._head_answered = time.monotonic()
+        return len(asked) > 2
+
+    monkeypatch.setattr(running, "_head_answers", answers_late)
+    running.stop(grace=5.0)
+    assert order == ["router drains", "router ends", "shutdown", "processes end"]
 
 
 def test_a_ray_that_was_imported_early_is_on_loopback_too(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
