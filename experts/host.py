@@ -24,14 +24,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Overdue:
-    """An expert that has not returned: how long it computes, and how long beyond the deadline of its call (seconds)."""
+    """An expert that has not returned: for how long, and how long beyond the deadline of its call (seconds).
+
+    Or one that is `staging`: a new version whose constructor or trial has not returned.
+    """
 
     expert: str
     seconds: float
     beyond: float
+    staging: bool = False
 
     def __str__(self) -> str:
-        return f"{self.expert} has not returned for {self.seconds:.0f} s, {self.beyond:.0f} s beyond its deadline"
+        who = f"the new version of {self.expert}" if self.staging else self.expert
+        return f"{who} has not returned for {self.seconds:.0f} s, {self.beyond:.0f} s beyond its deadline"
 
 
 class ExpertHost:
@@ -48,6 +53,7 @@ class ExpertHost:
         self._receipts: dict[tuple[str, str], Receipt] = {}
         self._lock = threading.Lock()
         self._computing: tuple[str, float, float] | None = None
+        self._staging: tuple[str, float, float] | None = None
 
     def stage(self, proposal: Proposal, replaces: str | None = None, mode: str = "double") -> Receipt:
         """Build and verify a version beside the serving ones, and compare it with the one it replaces, if loaded.
@@ -64,7 +70,11 @@ class ExpertHost:
             siblings = (held for key, held in list(self._slots.items()) if key[0].partition("/")[0] == layer)
             old.served = next((held.served for held in siblings if held.served is not None), None)
         place = "cpu" if mode == "staged_cpu" else self.device
-        function, receipt = stage(proposal, old, incarnation=self.incarnation, device=place)
+        self._staging = (proposal.id, time.monotonic(), proposal.timeout)
+        try:
+            function, receipt = stage(proposal, old, incarnation=self.incarnation, device=place)
+        finally:
+            self._staging = None
         key = (receipt.id, receipt.version)
         with self._lock:
             self._slots[key] = function
@@ -104,16 +114,17 @@ class ExpertHost:
         )
 
     def overdue(self, seconds: float) -> Overdue | None:
-        """The expert that computes now, if that takes `seconds` more than the deadline of its call allows.
+        """The expert that computes or is staged now, if that takes `seconds` more than its deadline allows.
 
-        Safe to call from another thread. Calls without a deadline are never overdue.
+        Safe to call from another thread. What has no deadline is never overdue.
         """
-        computing = self._computing
-        if computing is None:
-            return None
-        expert, began, timeout = computing
-        taken = time.monotonic() - began
-        return Overdue(expert, taken, taken - timeout) if taken - timeout > seconds else None
+        for running, staging in ((self._computing, False), (self._staging, True)):
+            if running is not None:
+                expert, began, timeout = running
+                taken = time.monotonic() - began
+                if taken - timeout > seconds:
+                    return Overdue(expert, taken, taken - timeout, staging)
+        return None
 
     @torch.inference_mode()
     def compute(self, call: ExpertCall) -> ExpertReply:

@@ -8,6 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from ...experts.errors import (
@@ -213,7 +214,8 @@ class Executor:
         if member == ROUTER:
             staged = self._router.stage(self.order(), candidate)
         else:
-            staged = self._replicas.stage(self.order(), member, self.handles.get(member), candidate)
+            limited = replace(candidate, timeout=timeout)  # the replica, too, must know when it hangs
+            staged = self._replicas.stage(self.order(), member, self.handles.get(member), limited)
         return await asyncio.wait_for(staged, timeout)
 
     async def _commit(self, action: CommitSwap) -> None:

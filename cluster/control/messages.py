@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,8 @@ class Candidate:
     An expert has `expert`, whose weights are the file `weights`; a gate has `gate`. `input` and `output` are the rows
     of the layer. `replaces` is the version that it is compared with. `tensor_digest`, where it is known, is what a
     receipt has to name. An `uploaded` file of weights is moved into the version's folder. `names_code`: it was asked
-    for by its code, and not by weights for what serves. `note` is for people.
+    for by its code, and not by weights for what serves. `note` is for people. A member may take `timeout` seconds to
+    stage it.
     """
 
     id: str
@@ -63,6 +65,7 @@ class Candidate:
     uploaded: bool = False
     names_code: bool = False
     tensor_digest: str | None = None
+    timeout: float = math.inf
 
 
 def proposal_of(candidate: Candidate) -> Proposal:
@@ -79,6 +82,7 @@ def proposal_of(candidate: Candidate) -> Proposal:
         policy=candidate.policy,
         recipe=candidate.origin.get("recipe", 1),
         names_code=candidate.names_code,
+        timeout=candidate.timeout,
     )
 
 

@@ -67,8 +67,8 @@ STDERR = 2
 class ExpertActor:
     """Runs one replica, of one expert or of a pack, on the device that Ray assigned. It starts without versions.
 
-    An expert that computes `hang_seconds` beyond the deadline of its call, or keeps every thread from running for so
-    long, ends the process, and Ray starts another.
+    An expert that computes `hang_seconds` beyond the deadline of its call, takes so long beyond its time to be staged,
+    or keeps every thread from running for so long, ends the process, and Ray starts another.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -45,7 +46,8 @@ class Proposal:
 
     `weights` is a safetensors file or tensors by name, `sha256` that of the file, `version` the expected name of the
     version, if known. `input` and `output` are the specs of the layer's rows. `recipe` says how it is made;
-    `names_code` that its code was asked for, which must then be that of its file.
+    `names_code` that its code was asked for, which must then be that of its file. After `timeout` seconds nobody waits
+    for it any more.
     """
 
     id: str
@@ -59,6 +61,7 @@ class Proposal:
     policy: Policy = field(default_factory=Policy)
     recipe: int = RECIPE
     names_code: bool = False
+    timeout: float = math.inf
 
 
 @dataclass(frozen=True)

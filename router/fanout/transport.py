@@ -109,10 +109,12 @@ class LocalTransport:
 def report_of(replica_id: str, host: ExpertHost, cure: str, **where: Any) -> Replica:
     """What a replica whose host is in this process says of itself; `where` are fields that say where that is.
 
-    `cure` says what ends an expert that does not return; until then the replica is not chosen.
+    `cure` says what ends an expert that does not return; until then the replica is not chosen. It serves on while it is
+    only a new version that does not return.
     """
     overdue = host.overdue(HUNG_SECONDS)
-    state, problem = (READY, "") if overdue is None else ("hung", f"{overdue}: {cure}")
+    state = READY if overdue is None or overdue.staging else "hung"
+    problem = "" if overdue is None else f"{overdue}: {cure}"
     known: dict[str, Any] = {"incarnation": host.incarnation, "holds": host.holds(), "pid": os.getpid()}
     return Replica(replica_id, state=state, problem=problem, **known, **where)
 

@@ -18,6 +18,9 @@ from expertmesh.experts.errors import ConfigError, ExpertMeshError, NotFound, Sp
 from expertmesh.experts.host import ExpertHost
 from expertmesh.experts.protocol import ExpertCall, Part, PartFailure, PartialSum
 from expertmesh.experts.spec import Expert, TensorSpec
+from expertmesh.experts.staging.stage import Proposal
+from expertmesh.router.fanout.replica_view import READY
+from expertmesh.router.fanout.transport import report_of
 
 ROWS = torch.arange(12.0).reshape(3, 4)
 FAILING = {
@@ -213,3 +216,31 @@ def test_experts_come_and_go_while_others_compute() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_new_version_that_does_not_return_is_overdue_and_the_others_serve_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("expertmesh.router.fanout.transport.HUNG_SECONDS", 0.0)
+    tried, let_go = threading.Event(), threading.Event()
+
+    def hangs(rows: Tensor) -> Tensor:
+        tried.set()
+        let_go.wait(30)
+        return rows
+
+    host, versions = host_of(a="torch:sin")
+    expert = Expert.from_function(hangs)
+    proposal = Proposal(id="l/b", counter=1, expert=expert, input=TensorSpec((4,)), timeout=0.0)
+    thread = threading.Thread(target=host.stage, args=(proposal,))
+    thread.start()
+    try:
+        assert tried.wait(30)
+        report = report_of("r", host, "its process is ended")
+        assert report.state == READY
+        assert report.problem.startswith("the new version of l/b has not returned")
+        assert host.overdue(60.0) is None
+        (answer,) = host.compute(call(("a", versions["a"], [0]))).outputs
+        assert torch.equal(tensor_of(answer), ROWS[:1].sin())
+    finally:
+        let_go.set()
+        thread.join()
+    assert host.overdue(0.0) is None

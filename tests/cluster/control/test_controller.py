@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +126,7 @@ class FakeReplicas:
         if candidate.expert is not None and candidate.expert.factory in self.deadly:
             self.deaths += 1
             self.down.add(name)
+        assert candidate.timeout < math.inf
         return self._host(name).stage(proposal_of(candidate), candidate.replaces)
 
     async def unload(self, order: Order, name: str, handle: Any, id: str, version: str) -> None:
