@@ -10,6 +10,7 @@ import asyncio
 import functools
 import inspect
 import os
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -20,6 +21,7 @@ import grpc
 
 from ...experts.errors import DeadlineExceeded, ExpertMeshError, FailedPrecondition
 from ..rpc.channel_options import MAX_IN_FLIGHT, MAX_MESSAGE_BYTES, client_options
+from ..rpc.methods import SERVICE
 from ..rpc.status import from_status
 from ..rpc.streams import MAX_REQUEST_BYTES, Streamed
 from ..rpc.swaps import Lease
@@ -28,6 +30,14 @@ from .endpoint import Endpoint, resolve
 from .retry import Answer, Attempt, Flow, Pause, RetryPolicy, Step, Work, drive, drive_async
 from .sending import new_retries
 from .stream import exchange, exchange_async
+
+if sys.version_info >= (3, 11):
+    from asyncio import timeout as deadline
+else:
+    from async_timeout import timeout as deadline
+
+LAYER_CALLS = (f"/{SERVICE}/Call", f"/{SERVICE}/CallStream")
+"""The calls of which an `AsyncClient` has a bounded number in flight; all others are sent at once."""
 
 CUT_OFF = ("Socket closed", "Connection reset", "GOAWAY")
 """What gRPC says, among others, when a client without TLS speaks to a port with TLS."""
@@ -275,21 +285,35 @@ class AsyncClient(_Connected):
             return None
         if isinstance(step, Work):
             return await asyncio.to_thread(step.action)
-        asked = time.monotonic()
         try:
-            async with self._in_flight:
+            if step.method not in LAYER_CALLS:
+                return await self._attempt(step, step.timeout)
+            asked = time.monotonic()
+            if not await self._take_turn(step.timeout):
+                return DeadlineExceeded(
+                    f"{MAX_IN_FLIGHT} calls of this client are in flight: this one was not sent in time"
+                )
+            try:
                 return await self._attempt(step, step.timeout - (time.monotonic() - asked))
+            finally:
+                self._in_flight.release()
         except grpc.RpcError as error:
             return self._translate(error)
         except grpc.aio.UsageError:  # gRPC's error if another task closes the channel before the call begins
             self._check_open()
             raise
 
+    async def _take_turn(self, timeout: float) -> bool:
+        """Wait until few enough calls are in flight, `timeout` seconds at most; whether the call may be sent."""
+        if not self._in_flight.locked():
+            return await self._in_flight.acquire()
+        try:
+            async with deadline(timeout):
+                return await self._in_flight.acquire()
+        except (TimeoutError, asyncio.TimeoutError):
+            return False
+
     async def _attempt(self, step: Attempt, timeout: float) -> Answer:
-        if timeout <= 0:
-            return DeadlineExceeded(
-                f"{MAX_IN_FLIGHT} calls of this client are in flight: this one was not sent in time"
-            )
         if isinstance(step.payload, Streamed):
             stream = self._connection().stream_stream(step.method)
             return await exchange_async(stream(timeout=timeout, metadata=step.metadata), step.payload)

@@ -107,12 +107,16 @@ def test_a_client_keeps_what_is_too_much_at_once_to_itself(monkeypatch: pytest.M
             front.hold = asyncio.Event()
             held = [asyncio.ensure_future(client.forward("l", X)) for _ in range(8)]
             await until(lambda: front.inside == 8)
-            waits = asyncio.ensure_future(client.forward("l", X, timeout=0.05))
-            await asyncio.sleep(0.1)
+            with pytest.raises(DeadlineExceeded, match="8 calls of this client are in flight"):
+                await client.forward("l", X, timeout=0.05)
+            with pytest.raises(DeadlineExceeded, match="8 calls of this client are in flight"):
+                await client.forward("l", X, timeout=0.05, stream=True)
+            assert await client.health("l") == "SERVING"
+            assert (await client.status())["state"] == "serving"
+            assert front.inside == 8
             front.hold.set()
             await asyncio.gather(*held)
-            with pytest.raises(DeadlineExceeded, match="8 calls of this client are in flight"):
-                await waits
+            np.testing.assert_array_equal(await client.forward("l", X), np.abs(X))
 
     run_async(main())
 
