@@ -35,6 +35,9 @@ MAX_RECEIVING = 64
 MAX_STREAMS = 256
 """How many streams may be in flight: each may be receiving a chunk beyond what it has announced."""
 
+LEAST_RATE = 256 * 1024
+"""Bytes per second that a stream averages in each direction, after its first `stall_seconds`, or it is ended."""
+
 Read = Callable[[], Awaitable[Any]]
 """Reads the next message of a call: bytes, or an object other than bytes at the end."""
 
@@ -43,12 +46,18 @@ Read = Callable[[], Awaitable[Any]]
 class StreamLimits:
     """The maximum bytes of one streamed request or reply, of all streams in flight, and of all other requests.
 
-    `stall_seconds` is how long one message, or one chunk of a stream, may take to arrive.
+    The streams of one token together may have half of all, or one request of the allowed size if that is more.
+    `stall_seconds` is how long one message, or one chunk of a stream, may take to arrive or to be accepted.
     """
 
     max_request_bytes: int = MAX_REQUEST_BYTES
     max_stream_bytes: int = 2 * MAX_REQUEST_BYTES
     stall_seconds: float = 10.0
+
+    @property
+    def max_token_bytes(self) -> int:
+        """The maximum bytes of the streams of one token."""
+        return max(self.max_request_bytes, self.max_stream_bytes // 2)
 
 
 class StreamContext(Protocol):
@@ -64,6 +73,13 @@ class StreamContext(Protocol):
         """Send a message when the flow control allows it."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Stream:
+    """One stream of a caller."""
+
+    caller: str
+
+
 class StreamedCalls:
     """Serves calls whose requests and replies are streams of chunks, with a bound on the memory of all streams.
 
@@ -74,7 +90,7 @@ class StreamedCalls:
     def __init__(self, limits: StreamLimits, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
         self._limits = limits
         self._max_message_bytes = max_message_bytes
-        self._reserved: dict[object, int] = {}
+        self._reserved: dict[_Stream, int] = {}
         self._messages = 0
         self._receiving: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MAX_RECEIVING))
 
@@ -120,10 +136,10 @@ class StreamedCalls:
 
         Raises InvalidRequest, DataLoss, TooLarge, Overloaded, DeadlineExceeded, and the errors of `answer`.
         """
-        stream = object()
+        stream = _Stream(caller)
         try:
             async with deadline(timeout):  # in the call's own task: gRPC handles its errors on cancellation
-                await self._serve(stream, context, caller, answer)
+                await self._serve(stream, context, answer)
         except ExpertMeshError:  # DeadlineExceeded is a TimeoutError too
             raise
         except (TimeoutError, asyncio.TimeoutError):
@@ -133,12 +149,11 @@ class StreamedCalls:
 
     async def _serve(
         self,
-        stream: object,
+        stream: _Stream,
         context: StreamContext,
-        caller: str,
         answer: Callable[[Frame], Awaitable[list[Buffer]]],
     ) -> None:
-        opening, frame = await self._receive(stream, context, caller)
+        opening, frame = await self._receive(stream, context)
         parts = await answer(frame)
         del frame  # free it before the reply is written
         total = sum(len(part) for part in parts)
@@ -150,11 +165,18 @@ class StreamedCalls:
             )
         self._reserved[stream] = total  # replaces the request, which is freed
         chunk = min(CHUNK_BYTES, opening.chunk, self._max_message_bytes)
+        slowest = self._slowest()
         for message in Streamed(parts, chunk).messages():
-            await context.write(message)
+            seconds = max(0.0, min(slowest - _now(), self._limits.stall_seconds))
+            try:
+                async with deadline(seconds):
+                    await context.write(message)
+            except (TimeoutError, asyncio.TimeoutError):
+                raise DeadlineExceeded("the reply was not read, or too slowly, before it was complete") from None
+            slowest += len(message) / LEAST_RATE
 
-    async def _receive(self, stream: object, context: StreamContext, caller: str) -> tuple[Opening, Frame]:
-        async with self._receiving[caller]:
+    async def _receive(self, stream: _Stream, context: StreamContext) -> tuple[Opening, Frame]:
+        async with self._receiving[stream.caller]:
             opening = read_opening(await self._read(context.read) or b"")
         self._reserve(stream, opening.total)
         try:
@@ -162,12 +184,15 @@ class StreamedCalls:
         except MemoryError:
             raise Overloaded(f"the machine cannot allocate {opening.total} bytes", retry_after=RETRY_AFTER) from None
         await context.send_initial_metadata((ADMITTED,))
-        # It may take as long as full chunks would: one that comes in small ones does not hold its memory longer.
-        seconds = self._limits.stall_seconds * (1 + opening.total / CHUNK_BYTES)
-        slowest = asyncio.get_running_loop().time() + seconds
-        while (message := await self._read(context.read, slowest - asyncio.get_running_loop().time())) is not None:
+        slowest = self._slowest()
+        while (message := await self._read(context.read, slowest - _now())) is not None:
             assembly.take(message)
+            slowest += len(message) / LEAST_RATE
         return opening, decode(assembly.finish(), max_bytes=self._limits.max_request_bytes)
+
+    def _slowest(self) -> float:
+        """When a stream that begins now is ended, unless bytes come; each gives it more time, by `LEAST_RATE`."""
+        return _now() + self._limits.stall_seconds
 
     async def _read(self, read: Read, timeout: float = math.inf) -> bytes | None:
         """The next message, or None at the end."""
@@ -181,7 +206,7 @@ class StreamedCalls:
             ) from None
         return message if isinstance(message, bytes) else None
 
-    def _reserve(self, stream: object, total: int) -> None:
+    def _reserve(self, stream: _Stream, total: int) -> None:
         limits = self._limits
         if total > limits.max_request_bytes:
             raise TooLarge(
@@ -198,4 +223,16 @@ class StreamedCalls:
                 f"{limits.max_stream_bytes} that max_stream_bytes allows; try again in a moment",
                 retry_after=RETRY_AFTER,
             )
+        own = sum(held for other, held in self._reserved.items() if other.caller == stream.caller)
+        if own + total > limits.max_token_bytes:
+            raise Overloaded(
+                f"no room for {total} more bytes: the streams of this token hold {own} of the "
+                f"{limits.max_token_bytes} that one token may of max_stream_bytes; try again in a moment",
+                retry_after=RETRY_AFTER,
+            )
         self._reserved[stream] = total
+
+
+def _now() -> float:
+    """Monotonic seconds of the event loop."""
+    return asyncio.get_running_loop().time()

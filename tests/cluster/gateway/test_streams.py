@@ -13,16 +13,17 @@ import torch
 from helpers.front import TOKEN, Front, opened, raw_stream
 from helpers.waiting import run_async, until
 
+from expertmesh.cluster.gateway import streams as streams_module
 from expertmesh.cluster.gateway.authorise import TokenTable
 from expertmesh.cluster.gateway.frames import one_message, reply_parts
 from expertmesh.cluster.gateway.gateway import CallInfo, Gateway, GatewaySettings
-from expertmesh.cluster.gateway.streams import StreamedCalls, StreamLimits
+from expertmesh.cluster.gateway.streams import LEAST_RATE, StreamedCalls, StreamLimits
 from expertmesh.cluster.machine.tokens import token_digest
 from expertmesh.cluster.rpc.methods import Role
 from expertmesh.cluster.rpc.status import ERROR_KEY, REQUEST_ID_KEY, RETRY_AFTER_KEY
 from expertmesh.cluster.rpc.streams import ADMITTED, Opening, Streamed, StreamedAnswer
 from expertmesh.experts import wire
-from expertmesh.experts.errors import DeadlineExceeded, Overloaded, TooLarge
+from expertmesh.experts.errors import DataLoss, DeadlineExceeded, InvalidRequest, Overloaded, TooLarge
 from expertmesh.experts.protocol import CallSummary
 from expertmesh.experts.spec import Expert
 from expertmesh.router.request.answer import ForwardReply
@@ -95,7 +96,7 @@ def test_what_all_streams_hold_is_bounded_and_given_back() -> None:
             return bytes(1000)
 
         opening = Opening(total=1000).encode()
-        first = [asyncio.ensure_future(calls.serve(Context(opening, wait), "me", 10.0, answering())) for _ in "ab"]
+        first = [asyncio.ensure_future(calls.serve(Context(opening, wait), me, 10.0, answering())) for me in "ab"]
         await until(lambda: calls.reserved == 2000)
         with pytest.raises(Overloaded, match="2 streams hold 2000 of the 2500 that max_stream_bytes") as caught:
             await calls.serve(Context(Opening(total=501).encode()), "me", 10.0, answering())
@@ -166,20 +167,90 @@ def test_a_silent_stream_is_ended(sent: int) -> None:
     run_async(main())
 
 
-def test_a_stream_that_trickles_is_ended() -> None:
+def test_one_token_may_hold_half_of_what_all_streams_may_or_one_request() -> None:
+    limits = [StreamLimits(max_request_bytes=1000, max_stream_bytes=most) for most in (1000, 1500, 2500)]
+    assert [each.max_token_bytes for each in limits] == [1000, 1000, 1250]
+
     async def main() -> None:
-        calls, sent = StreamedCalls(StreamLimits(stall_seconds=0.05)), 0
+        calls, go = StreamedCalls(limits[2]), asyncio.Event()
+
+        async def wait() -> bytes:
+            await go.wait()
+            return bytes(1000)
+
+        first = asyncio.ensure_future(calls.serve(Context(Opening(total=1000).encode(), wait), "a", 10.0, answering()))
+        await until(lambda: calls.reserved == 1000)
+        with pytest.raises(Overloaded, match="of this token hold 1000 of the 1250"):
+            await calls.serve(Context(Opening(total=251).encode()), "a", 10.0, answering())
+        with pytest.raises(DataLoss, match="ended after 0 of"):  # another token is let in
+            await calls.serve(Context(Opening(total=1000).encode()), "b", 10.0, answering())
+        go.set()
+        with pytest.raises(InvalidRequest, match="magic"):
+            await first
+        with pytest.raises(DataLoss, match="ended after 0 of"):
+            await calls.serve(Context(Opening(total=1000).encode()), "a", 10.0, answering())
+
+    run_async(main())
+
+
+@pytest.mark.parametrize("total", [MIB, 1024 * MIB])
+def test_a_stream_that_trickles_is_ended_however_much_it_has_announced(
+    total: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = [0.0]
+    monkeypatch.setattr(streams_module, "_now", lambda: seconds[0])
+
+    async def main() -> None:
+        calls, sent = StreamedCalls(StreamLimits()), 0
 
         async def trickle() -> bytes:
             nonlocal sent
-            await asyncio.sleep(0.01)
+            seconds[0] += 9.0
             sent += 1
+            await asyncio.sleep(0)
             return b"x"
 
-        context = Context(Opening(total=MIB).encode(), *[trickle] * 10_000)
+        context = Context(Opening(total=total).encode(), *[trickle] * 1000)
         with pytest.raises(DeadlineExceeded, match="or too slow"):
             await calls.serve(context, "me", 60.0, answering())
-        assert (calls.reserved, sent < 1000) == (0, True)
+        assert (calls.reserved, sent < 4) == (0, True)
+
+    run_async(main())
+
+
+def test_a_stream_may_be_as_slow_as_the_least_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = [0.0]
+    monkeypatch.setattr(streams_module, "_now", lambda: seconds[0])
+
+    async def main() -> None:
+        frame = wire.encode("call", {"layer": "l"}, {"x": wire.WireTensor.from_numpy(np.zeros((MIB, 8), np.float32))})
+
+        def slow(part: bytes) -> Callable[[], Awaitable[bytes]]:
+            async def read() -> bytes:
+                seconds[0] += len(part) / LEAST_RATE
+                return part
+
+            return read
+
+        opening, *parts = streamed(frame)
+        context = Context(opening, *map(slow, parts))
+        await StreamedCalls(StreamLimits()).serve(context, "me", 60.0, answering())
+        assert seconds[0] > 100.0
+        assert received(context.written).kind == "reply"
+
+    run_async(main())
+
+
+def test_a_reply_that_nobody_reads_is_given_up() -> None:
+    async def main() -> None:
+        class Deaf(Context):
+            async def write(self, message: bytes) -> None:
+                await asyncio.sleep(100)
+
+        calls = StreamedCalls(StreamLimits(stall_seconds=0.02))
+        with pytest.raises(DeadlineExceeded, match="the reply was not read"):
+            await calls.serve(Deaf(*streamed()), "me", 10.0, answering())
+        assert calls.reserved == 0
 
     run_async(main())
 
@@ -284,10 +355,10 @@ def test_40_streams_that_announce_a_gibibyte_and_send_nothing() -> None:
             for stream in streams:
                 await stream.write(Opening(total=1024 * MIB).encode())
             answers = asyncio.gather(*(refusal(stream) for stream in streams))
-            await until(lambda: len(front.gateway.streams) == 2)
+            await until(lambda: len(front.gateway.streams) == 1)
             np.testing.assert_array_equal(await client.forward("l", X), np.abs(X))
             codes = await answers
-            assert sorted(code for code, _ in codes) == ["DEADLINE_EXCEEDED"] * 2 + ["RESOURCE_EXHAUSTED"] * 38
+            assert sorted(code for code, _ in codes) == ["DEADLINE_EXCEEDED"] + ["RESOURCE_EXHAUSTED"] * 39
             assert {trailers[RETRY_AFTER_KEY] for code, trailers in codes if code == "RESOURCE_EXHAUSTED"} == {"1000"}
             np.testing.assert_array_equal(await client.forward("l", X, stream=True), np.abs(X))
             assert len(front.gateway.streams) == 0

@@ -144,7 +144,7 @@ def test_1500_mutated_streams_and_valid_calls_between_them() -> None:
 @pytest.mark.parametrize("sent", [0, 1, 20])
 def test_40_streams_that_stop_in_the_middle_hold_no_memory_that_they_have_not_sent(sent: int) -> None:
     async def main() -> None:
-        limits = StreamLimits(max_stream_bytes=40 * 2**28, stall_seconds=1.0)
+        limits = StreamLimits(max_stream_bytes=80 * 2**28, stall_seconds=1.0)
         process = psutil.Process(os.getpid())
         async with opened(limits=limits) as front, front.channel() as channel, front.client() as client:
             await check_valid_calls(client)
