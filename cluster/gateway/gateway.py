@@ -127,7 +127,7 @@ class Gateway:
         self._check_draining(method)
         if method == "Call":
             self._check_wait(call.layer, call)
-        request = await self.streams.one_message(read, caller.id, self._seconds(call))
+        request = await self.streams.one_message(read, caller.id, self._seconds(call), of_layer=method == "Call")
         with self.streams.holding(len(request)):
             return await self._unary[method](request, caller, call)
 
@@ -158,7 +158,7 @@ class Gateway:
     async def watch(self, read: Read, call: CallInfo) -> AsyncIterator[bytes]:
         """Yield the health of a service now, and at every change. Raises Unauthenticated or PermissionDenied."""
         caller = self.authorise("Watch", call.token)
-        request = await self.streams.one_message(read, caller.id, self.settings.default_timeout)
+        request = await self.streams.one_message(read, caller.id, self.settings.default_timeout, of_layer=False)
         service, last = health.decode_request(request), None
         while True:
             changed, now = self._changed, self.health_of(service)
@@ -247,8 +247,7 @@ class Gateway:
         layer, x = frame.meta.get("layer"), frame.tensors.get("x")
         if not isinstance(layer, str) or not self._has_layer(layer):
             return ""
-        if layer != call.layer:
-            self._check_wait(layer, call)
+        self._check_wait(layer, call)  # again, for others were let in while it was received
         try:
             self._router.admission.check(layer, max(1, x.shape[0]) if x is not None and x.shape else 1)
         except (Overloaded, TooLarge) as error:

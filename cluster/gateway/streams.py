@@ -2,7 +2,7 @@
 
 No gRPC here. A call is refused early if its announced length exceeds a limit, alone or together with other requests.
 A message on its way takes memory before anybody knows its size: so each token may have only a few on their way at a
-time, the others wait, and one that does not arrive whole in time is given up.
+time, the others wait while those arrive, and one that does not arrive whole in time is given up.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import asyncio
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,7 +30,10 @@ RETRY_AFTER = 1.0
 """Seconds after which a client may retry a call that was refused for lack of memory."""
 
 MAX_RECEIVING = 64
-"""How many messages of one token are received at a time."""
+"""How many calls of layers, and how many messages of other methods, are received of one token at a time."""
+
+SLOT_SECONDS = 1.0
+"""How long a message waits to be received while none of those before it arrives."""
 
 MAX_STREAMS = 256
 """How many streams may be in flight: each may be receiving a chunk beyond what it has announced."""
@@ -92,7 +95,7 @@ class StreamedCalls:
         self._max_message_bytes = max_message_bytes
         self._reserved: dict[_Stream, int] = {}
         self._messages = 0
-        self._receiving: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MAX_RECEIVING))
+        self._receiving: defaultdict[tuple[str, bool], _Slots] = defaultdict(_Slots)
 
     @property
     def reserved(self) -> int:
@@ -103,10 +106,14 @@ class StreamedCalls:
         """The number of admitted streams in flight."""
         return len(self._reserved)
 
-    async def one_message(self, read: Read, caller: str, timeout: float) -> bytes:
-        """Receive a request of one message, within `timeout` seconds. Raises InvalidRequest or DeadlineExceeded."""
-        async with self._receiving[caller]:
-            message = await self._read(read, timeout)
+    async def one_message(self, read: Read, caller: str, timeout: float, *, of_layer: bool = True) -> bytes:
+        """Receive a request of one message, within `timeout` seconds; calls of layers hold up no other method.
+
+        Raises InvalidRequest, DeadlineExceeded, or Overloaded if too many messages are half-sent.
+        """
+        end = _now() + timeout
+        async with self._receiving[caller, of_layer].one(timeout):
+            message = await self._read(read, end - _now())
         if message is None:
             raise InvalidRequest("the call ended before its message was sent")
         return message
@@ -176,7 +183,7 @@ class StreamedCalls:
             slowest += len(message) / LEAST_RATE
 
     async def _receive(self, stream: _Stream, context: StreamContext) -> tuple[Opening, Frame]:
-        async with self._receiving[stream.caller]:
+        async with self._receiving[stream.caller, True].one(math.inf):  # the whole stream has a deadline
             opening = read_opening(await self._read(context.read) or b"")
         self._reserve(stream, opening.total)
         try:
@@ -231,6 +238,42 @@ class StreamedCalls:
                 retry_after=RETRY_AFTER,
             )
         self._reserved[stream] = total
+
+
+class _Slots:
+    """Lets `MAX_RECEIVING` messages be received at a time; `given_back` counts those that were, or were given up."""
+
+    def __init__(self) -> None:
+        self._free = asyncio.Semaphore(MAX_RECEIVING)
+        self._given_back = 0
+
+    @asynccontextmanager
+    async def one(self, timeout: float) -> AsyncIterator[None]:
+        """Hold a slot. Raises Overloaded after `timeout` seconds, or once none was given back for `SLOT_SECONDS`."""
+        end = _now() + timeout
+        while not await self._acquire(min(SLOT_SECONDS, end - _now())):
+            pass
+        try:
+            yield
+        finally:
+            self._given_back += 1
+            self._free.release()
+
+    async def _acquire(self, seconds: float) -> bool:
+        """Whether a slot was had in time; False if others were given back meanwhile."""
+        if not self._free.locked():
+            return await self._free.acquire()
+        before = self._given_back
+        try:
+            async with deadline(max(0.0, seconds)):
+                return await self._free.acquire()
+        except (TimeoutError, asyncio.TimeoutError):
+            if seconds >= SLOT_SECONDS and self._given_back > before:
+                return False
+            raise Overloaded(
+                f"{MAX_RECEIVING} messages of this token are being received already: try again in a moment",
+                retry_after=RETRY_AFTER,
+            ) from None
 
 
 def _now() -> float:

@@ -69,6 +69,23 @@ def test_a_call_that_would_wait_too_long_is_refused_and_says_when_to_come_again(
     run_async(main())
 
 
+def test_a_call_is_refused_if_others_were_let_in_while_it_was_received() -> None:
+    async def main() -> None:
+        async with opened() as front:
+            front.gateway._run = never_run
+
+            async def late() -> bytes:
+                overloaded(front)
+                return FRAME
+
+            call = CallInfo(request_id="r", token=TOKEN, layer="l", deadline=front.gateway._clock() + 1.0)
+            with pytest.raises(Overloaded, match="calls of layer l are in flight"):
+                await front.gateway.unary("Call", late, call)
+            assert front.mesh.router.telemetry.requests["l", "RESOURCE_EXHAUSTED"] == 1
+
+    run_async(main())
+
+
 def test_what_does_not_fit_into_the_rows_in_flight_is_refused_without_asking_the_router() -> None:
     async def main() -> None:
         async with opened() as front:

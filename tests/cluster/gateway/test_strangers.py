@@ -12,6 +12,7 @@ from benchmarks.breakage.raw_http2 import RawConnection
 from helpers.front import METADATA, TOKEN, opened
 from helpers.waiting import run_async, until
 
+from expertmesh.cluster.gateway import streams as streams_module
 from expertmesh.cluster.gateway.gateway import CallInfo
 from expertmesh.cluster.gateway.streams import MAX_RECEIVING, StreamedCalls, StreamLimits
 from expertmesh.cluster.rpc import channel_options
@@ -137,6 +138,51 @@ def test_only_so_many_messages_of_one_token_are_received_at_a_time() -> None:
         assert reading == MAX_RECEIVING
         go.set()
         assert await asyncio.gather(*waiting) == [b"x"] * (MAX_RECEIVING + 9)
+
+    run_async(main())
+
+
+def test_half_sent_calls_hold_up_no_other_method_and_what_waits_for_them_is_told_to_come_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(streams_module, "SLOT_SECONDS", 0.05)
+
+    async def main() -> None:
+        async with opened() as front, front.client() as client:
+            go = asyncio.Event()
+
+            async def half_sent() -> bytes:
+                await go.wait()
+                return b"x"
+
+            call = CallInfo(request_id="r", token=TOKEN)
+            calls = [asyncio.ensure_future(front.gateway.unary("Call", half_sent, call)) for _ in range(MAX_RECEIVING)]
+            await asyncio.sleep(0)
+            assert (await client.status())["state"] == "serving"
+            assert await client.health("l") == "SERVING"
+            for stream in (False, True):
+                with pytest.raises(Overloaded, match="64 messages of this token are being received") as caught:
+                    await client.forward("l", X, stream=stream)
+                assert caught.value.retry_after > 0
+            go.set()
+            assert {type(end) for end in await asyncio.gather(*calls, return_exceptions=True)} == {InvalidRequest}
+            np.testing.assert_array_equal(await client.forward("l", X), X)
+
+    run_async(main())
+
+
+def test_a_message_waits_as_long_as_those_before_it_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams_module, "SLOT_SECONDS", 0.05)
+
+    async def main() -> None:
+        calls = StreamedCalls(StreamLimits())
+
+        async def slow() -> bytes:
+            await asyncio.sleep(0.02)
+            return b"x"
+
+        waiting = [calls.one_message(slow, "a", 60.0) for _ in range(20 * MAX_RECEIVING)]
+        assert await asyncio.gather(*waiting) == [b"x"] * (20 * MAX_RECEIVING)
 
     run_async(main())
 
