@@ -172,13 +172,13 @@ def test_half_sent_calls_hold_up_no_other_method_and_what_waits_for_them_is_told
 
 
 def test_a_message_waits_as_long_as_those_before_it_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams_module, "SLOT_SECONDS", 0.05)
+    monkeypatch.setattr(streams_module, "SLOT_SECONDS", 0.5)
 
     async def main() -> None:
         calls = StreamedCalls(StreamLimits())
 
         async def slow() -> bytes:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
             return b"x"
 
         waiting = [calls.one_message(slow, "a", 60.0) for _ in range(20 * MAX_RECEIVING)]
