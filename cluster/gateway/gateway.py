@@ -168,18 +168,17 @@ class Gateway:
             await changed.wait()
 
     def health_of(self, service: str) -> ServingStatus:
-        """The health of the server ("" or the service's name), or of a layer, which serves while its experts do."""
+        """The health of a layer, which serves while its experts do, or of all ("" or the service's name)."""
         if service in ("", SERVICE):
             return self.state
         if not self._has_layer(service):
             return ServingStatus.SERVICE_UNKNOWN
-        return self.state if self._router.serves(service) else ServingStatus.NOT_SERVING
+        return _serving_if(not self._draining and self._router.serves(service))
 
     @property
     def state(self) -> ServingStatus:
-        """SERVING if there are layers and the gateway is not draining, else NOT_SERVING."""
-        serving = not self._draining and self._router.epochs.number > 0
-        return ServingStatus.SERVING if serving else ServingStatus.NOT_SERVING
+        """SERVING if there are layers, all can answer, and the gateway is not draining, else NOT_SERVING."""
+        return _serving_if(not self._draining and self._router.epochs.number > 0 and self._router.serves())
 
     def drain(self) -> None:
         """Report NOT_SERVING and refuse new calls; accepted calls still finish."""
@@ -292,6 +291,10 @@ class Gateway:
 
     async def _check(self, request: bytes, caller: Caller, call: CallInfo) -> bytes:
         return health.encode_response(self.health_of(health.decode_request(request)))
+
+
+def _serving_if(serves: bool) -> ServingStatus:
+    return ServingStatus.SERVING if serves else ServingStatus.NOT_SERVING
 
 
 def _forget_frames(error: BaseException) -> None:

@@ -103,12 +103,15 @@ class Router:
         """The layer of the current epoch with this name. Raises NotFound, or Unavailable before the first epoch."""
         return _layer(self.epochs.current, name)
 
-    def serves(self, name: str) -> bool:
-        """Whether a layer of the current epoch has replicas that can answer now.
+    def serves(self, name: str | None = None) -> bool:
+        """Whether a layer of the current epoch, or each one if `name` is None, has replicas that can answer now.
 
         It needs one of every shared expert, and of every expert, or of any if a policy covers for the others.
         """
         epoch = self.epochs.current
+        return all(self._serves(epoch, layer) for layer in ([name] if name is not None else epoch.layers))
+
+    def _serves(self, epoch: Epoch, name: str) -> bool:
         layer = _layer(epoch, name)
         alive = {id: self.view.serves(id, epoch.versions[id]) for id in layer.everyone_by_id}
         needed = all if layer.on_missing == "error" else any

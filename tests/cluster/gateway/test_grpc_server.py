@@ -23,6 +23,7 @@ from expertmesh.cluster.gateway.grpc_server import GrpcServer
 from expertmesh.cluster.machine.tokens import new_token, token_digest
 from expertmesh.cluster.rpc import health
 from expertmesh.cluster.rpc.channel_options import client_options
+from expertmesh.cluster.rpc.documents import decode_document
 from expertmesh.cluster.rpc.health import ServingStatus, decode_response, encode_request
 from expertmesh.cluster.rpc.methods import SERVICE, Role
 from expertmesh.cluster.rpc.status import ERROR_KEY, REQUEST_ID_KEY, RETRY_AFTER_KEY
@@ -53,6 +54,10 @@ class Served:
         metadata = {key: options.pop(key) for key in list(options) if key.startswith("x_")}
         frame = wire.encode("call", {"layer": "l", **options}, {"x": wire.WireTensor.from_numpy(x)})
         return wire.decode(await self.send(f"/{SERVICE}/Call", frame, timeout, **metadata))
+
+    async def state(self) -> str:
+        status = wire.decode(await self.send(f"/{SERVICE}/Status", wire.encode("status", {})))
+        return str(decode_document(status, "status")["state"])
 
     async def health(self, service: str = "") -> ServingStatus:
         return decode_response(await self.send(health.CHECK, encode_request(service)))
@@ -229,9 +234,11 @@ def test_it_serves_once_there_are_layers_and_who_watches_is_told() -> None:
             (name,) = served.mesh.hosts
             served.mesh.report(served.mesh.replica(name, state="restarting"))
             assert await served.health("l") == ServingStatus.NOT_SERVING
-            assert await served.health() == ServingStatus.SERVING
+            assert await served.health() == await served.health(SERVICE) == ServingStatus.NOT_SERVING
+            assert await served.state() == "not_serving"
             served.mesh.report()
-            assert await served.health("l") == ServingStatus.SERVING
+            assert await served.health() == await served.health("l") == ServingStatus.SERVING
+            assert await served.state() == "serving"
             served.mesh.router.adopt(Epoch(2, {}, {}))
             served.gateway.notify()  # nothing that this watcher watches has changed
             served.gateway.drain()
