@@ -23,7 +23,7 @@ MAX_RECEIVED_BYTES = 4 * 1024 * 1024 + 64 * 1024
 """The largest message that the server receives, 4 MiB and a header; larger requests are sent in chunks."""
 WINDOW_BYTES = 65_535
 MAX_CONNECTIONS = 1024
-MAX_STREAMS = 4096
+MAX_CALLS_ON_CONNECTION = 4096
 """Calls in flight on one connection."""
 MAX_IN_FLIGHT = 2048
 """Calls that one of our clients has in flight: what is more waits there, where the server would refuse it."""
@@ -58,7 +58,7 @@ def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES, *, port_held: boo
         ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
         ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
         ("grpc.max_connection_idle_ms", IDLE_MS),
-        ("grpc.max_concurrent_streams", MAX_STREAMS),
+        ("grpc.max_concurrent_streams", MAX_CALLS_ON_CONNECTION),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
         ("grpc.server.max_pending_requests", MAX_PENDING),
         ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING),
