@@ -90,8 +90,8 @@ class Calls(Sending):
         gate may choose another expert where two scores are close.
 
         `stream=True` sends the request in chunks and accepts the reply in chunks, as a reply above `max_message_bytes`
-        requires; None does so for requests above a quarter of that limit. Do not change arrays that are streamed before
-        the call ends. `timeout` is in seconds. `request_id` names the call in logs; None generates one.
+        requires; None does so for requests above a quarter of that limit, or above 4 MiB. Do not change arrays that are
+        streamed before the call ends. `timeout` is in seconds. `request_id` names the call in logs; None generates one.
 
         Raises InvalidRequest, NotFound, TooLarge, Overloaded, Unavailable, DeadlineExceeded, FailedPrecondition (also
         for an epoch that is no longer retained), Unauthenticated or PermissionDenied. Calls that fail with Unavailable

@@ -103,8 +103,8 @@ class _Connected:
         most 3 attempts per call.
 
         `max_message_bytes` bounds one gRPC message, `max_request_bytes` a request or reply in chunks. Requests above a
-        quarter of `max_message_bytes` are sent in chunks by default. `payload_dtype` "float16" or "bfloat16" sends
-        float32 rows in half the bytes, as `call` explains.
+        quarter of `max_message_bytes`, or above 4 MiB, are sent in chunks by default. `payload_dtype` "float16" or
+        "bfloat16" sends float32 rows in half the bytes, as `call` explains.
 
         Raises NotFound, InvalidRequest, FailedPrecondition, or Unauthenticated if there is no token.
         """

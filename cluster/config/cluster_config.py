@@ -81,14 +81,15 @@ class ClusterConfig:
     `hang_seconds` is how long an expert may compute beyond the deadline of its call; then its process is ended and
     started again.
 
-    `max_message_bytes` bounds one gRPC message. Larger messages are sent in chunks, up to `max_request_bytes` for one
-    request or reply, and up to `max_stream_bytes` for all streams in flight together.
+    `max_message_bytes` bounds one gRPC message, of a request at most 4 MiB. What is larger is sent in chunks, up to
+    `max_request_bytes` for one request or reply, and up to `max_stream_bytes` for all streams in flight together.
 
-    `state_dir` stores versions and epochs, by default in a folder with the cluster's name. `retain_epochs` is the
-    number of epochs before the current one that calls and rollbacks can still use. `max_upload_bytes` bounds one upload
-    of weights, `max_uploads_bytes` all uploads that are not part of a version yet, and `upload_rate` the bytes per
-    second of an upload while requests are served. `allowed_factories` are the factories that an admin may swap in over
-    the network, by default those of `layers`.
+    `state_dir` stores versions and epochs. By default it is a folder with the cluster's name, but for `Cluster.start`
+    without a `name`, which keeps nothing for the next start. `retain_epochs` is the number of epochs before the current
+    one that calls and rollbacks can still use. `max_upload_bytes` bounds one upload of weights, `max_uploads_bytes` all
+    uploads that are not part of a version yet, and `upload_rate` the bytes per second of an upload while requests are
+    served. `allowed_factories` are the factories that an admin may swap in over the network, by default those of
+    `layers`.
 
     Raises a ConfigError that lists every mistake.
 

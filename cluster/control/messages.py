@@ -136,8 +136,9 @@ class SwapRequest:
     """A swap that is asked for: all changes at once, or none. `expect` is compared with the current versions.
 
     `timeout` bounds staging, in seconds. With `dry_run` everything up to the commit is done, and then undone. With
-    `declares` the ids that are not declared any more leave the epoch, and those `by_name` were asked for. Where all ids
-    are `renewed` and none is another than before, nothing is committed. `note` is for people.
+    `declares` it brings what the owner declares, and those `by_name` were asked for; ids that are not declared any more
+    stay in the epoch. Where all ids are `renewed` and none is another than before, nothing is committed. `note` is for
+    people.
     """
 
     swap_id: str
