@@ -73,6 +73,7 @@ class RayBackend:
         self._router: Any = None
         self._controller: Any = None
         self._started_ray = False
+        self._patched: list[tuple[Any, str, Any]] = []
         self._reaper: subprocess.Popen[bytes] | None = None
         self._direct = direct
         self._channel: ChannelSettings | None = None
@@ -110,8 +111,8 @@ class RayBackend:
         self.temp_dir = str(new_run_folder() / "ray")  # Ray lets every user into its folder, but not into that above
         self._reaper = start_reaper(self.temp_dir)
         self._started_ray = True
-        _print_nothing_of_ray()
-        ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # as the environment says, which Ray reads on import
+        self._patch(ray._private.worker, "print_to_stdstream", _logged)
+        self._patch(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", False)  # as the environment says; read on import
         with marked(self.temp_dir), _same_sigterm_handler():
             ray.init(address="local", include_dashboard=False, _temp_dir=self.temp_dir, **QUIET)
 
@@ -119,8 +120,13 @@ class RayBackend:
         deadline = time.monotonic() + timeout
         host, port = reachable(address, timeout)
         self._started_ray = True
-        _print_nothing_of_ray()
+        self._patch(ray._private.worker, "print_to_stdstream", _logged)
         within(max(1.0, deadline - time.monotonic()), lambda: ray.init(address=f"{host}:{port}", **QUIET))
+
+    def _patch(self, module: Any, name: str, value: Any) -> None:
+        """Set a variable of Ray's until `stop`: what the program does with Ray later is its own."""
+        self._patched.append((module, name, getattr(module, name)))
+        setattr(module, name, value)
 
     def lost(self) -> str | None:
         """Why the Ray of this cluster will not serve it any more, or None."""
@@ -253,6 +259,8 @@ class RayBackend:
         if self._started_ray:
             _quietly(lambda: within(SHUTDOWN_SECONDS, ray.shutdown) if lost else ray.shutdown())
             self._started_ray = False
+        while self._patched:
+            setattr(*self._patched.pop())
         if self._channel is not None:
             shutil.rmtree(folder_of(self._channel.run), ignore_errors=True)
         if self.temp_dir is not None:
@@ -313,15 +321,11 @@ def within(seconds: float, action: Callable[[], T]) -> T:
         raise FailedPrecondition(f"Ray did not answer within {seconds:.0f} s: is `address` the head of one?") from None
 
 
-def _print_nothing_of_ray() -> None:
+def _logged(data: Mapping[str, Any], ignore_prefix: bool) -> None:
     """Log what Ray tells this process, such as that a worker was killed; it would print that on standard output."""
-
-    def logged(data: Mapping[str, Any], ignore_prefix: bool) -> None:
-        text = "\n".join(map(str, data.get("lines", ())))
-        log.warning("Ray: %s", text.partition("\n")[0])  # what follows may be pages of state
-        log.debug("Ray: %s", text)
-
-    ray._private.worker.print_to_stdstream = logged
+    text = "\n".join(map(str, data.get("lines", ())))
+    log.warning("Ray: %s", text.partition("\n")[0])  # what follows may be pages of state
+    log.debug("Ray: %s", text)
 
 
 @contextmanager

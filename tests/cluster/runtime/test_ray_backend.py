@@ -47,11 +47,8 @@ def test_what_ray_never_ends_is_left_behind(backend: Any) -> None:
 def test_what_ray_tells_is_logged_and_not_printed(
     backend: Any, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = backend.ray._private.worker
-    monkeypatch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)
     monkeypatch.setattr(backend.logging.getLogger("expertmesh"), "propagate", True)
-    backend._print_nothing_of_ray()
-    worker.print_to_stdstream({"lines": ["a worker was killed\nstate"], "pid": "raylet", "is_err": False}, False)
+    backend._logged({"lines": ["a worker was killed\nstate"], "pid": "raylet", "is_err": False}, False)
     assert capsys.readouterr().out == ""
     assert {record.getMessage() for record in caplog.records if record.levelname == "WARNING"} == {
         "Ray: a worker was killed"
@@ -129,15 +126,20 @@ def test_a_head_that_is_late_leaves_calls_in_flight_their_grace(
     assert order == ["router drains", "router ends", "shutdown", "processes end"]
 
 
-def test_a_ray_that_was_imported_early_is_on_loopback_too(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_that_was_imported_early_is_on_loopback_too_and_as_before_afterwards(
+    backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     private, seen = backend.ray._private, []
     monkeypatch.setattr(private.ray_constants, "ENABLE_RAY_CLUSTER", True)  # as without our setting on import
-    monkeypatch.setattr(private.worker, "print_to_stdstream", private.worker.print_to_stdstream)
+    prints = private.worker.print_to_stdstream
     monkeypatch.setattr(backend, "start_reaper", lambda folder: None)
     monkeypatch.setattr(backend.ray, "init", lambda **options: seen.append(private.services.get_node_ip_address()))
     running = backend.RayBackend("info", "")
     try:
         running._start_ray()
+        assert private.worker.print_to_stdstream is not prints
     finally:
-        backend.shutil.rmtree(backend.run_folder_of(running.temp_dir))
+        running.stop(0.0)
     assert seen == ["127.0.0.1"]
+    assert private.ray_constants.ENABLE_RAY_CLUSTER  # what the program does with Ray afterwards is its own
+    assert private.worker.print_to_stdstream is prints
