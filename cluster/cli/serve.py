@@ -76,7 +76,8 @@ def serve(
     interrupt = Interrupt()
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with Cluster.start(config=config, progress=interrupt.checked(_print_progress), redeclare=redeclare) as cluster:
+        progress = interrupt.checked(_print_progress)
+        with Cluster.start(config=config, name=config.name, progress=progress, redeclare=redeclare) as cluster:
             interrupt.check()
             _print_ready(config, cluster)
             cluster.wait()

@@ -64,6 +64,8 @@ class Cluster:
         self.endpoint = ""
         self.metrics_endpoint = ""
         self._say = progress or (lambda message: None)
+        self._tell: Progress = progress or (lambda message: warnings.warn(message, stacklevel=4))
+        self._told_not_kept = keeps_state or progress is not None
         self._name_lock: NameLock | None = None
         self._state_lock: StateLock | None = None
         self._ports: FrontPorts | None = None
@@ -94,10 +96,11 @@ class Cluster:
     ) -> Cluster:
         """Start a cluster with these layers; returns once every replica is ready and the gateway serves.
 
-        With a `name`, a `state_dir` or a `config` its versions and epochs are kept for the next start; without, they
-        last until the cluster stops, and `progress` is told so. A version that was swapped in serves on after a
-        restart, also where the declaration was edited meanwhile; `progress` is told which. `redeclare` has the ids
-        ("news/e3", "news/gate") that follow their declaration anyway.
+        With a `name` or a `state_dir` its versions and epochs are kept for the next start; without, they last until
+        the cluster stops, of which `progress` is told, or a warning at the first replacement. A version that was
+        swapped in serves on after a restart, also where the declaration was edited meanwhile; `progress` is told
+        which, or else a warning says so. `redeclare` has the ids ("news/e3", "news/gate") that follow their
+        declaration anyway.
 
         `overrides` are settings of ClusterConfig, such as name, port, transport or address ("auto" joins a Ray that
         runs). Whatever fails, nothing is left running.
@@ -108,8 +111,8 @@ class Cluster:
         """
         if layers is not None:
             overrides["layers"] = tuple(layers)
-        kept = config is not None or not overrides.keys().isdisjoint(("name", "state_dir"))
         whole = ClusterConfig(**overrides) if config is None else replace(config, **overrides)
+        kept = "name" in overrides or whole.name != ClusterConfig.name or whole.state_dir is not None
         cluster = cls(whole, progress, keeps_state=kept)
         try:
             cluster._start(frozenset(redeclare))
@@ -123,8 +126,12 @@ class Cluster:
     def from_config(
         cls, path: str | os.PathLike[str], *, progress: Progress | None = None, **overrides: Any
     ) -> Cluster:
-        """Start the cluster described by a YAML file. Raises ConfigError that lists every mistake as file:line."""
-        return cls.start(config=load_config(path, overrides), progress=progress)
+        """Start the cluster described by a YAML file, which keeps its versions for the next start under its name.
+
+        Raises ConfigError that lists every mistake as file:line.
+        """
+        config = load_config(path, overrides)
+        return cls.start(config=config, name=config.name, progress=progress)
 
     def __enter__(self) -> Cluster:
         return self
@@ -194,6 +201,9 @@ class Cluster:
         if version == serves:
             message = f"{expert_id} was replaced by what it already is: {version} serves on, and nothing has changed"
             warnings.warn(message, stacklevel=2)
+        elif not self._told_not_kept:
+            self._told_not_kept = True
+            warnings.warn(NOT_KEPT, stacklevel=2)
         return version
 
     def stop(self, grace: float = STOP_GRACE) -> None:
@@ -283,8 +293,10 @@ class Cluster:
         self._replicas = {replica.id: replica.expert_ids for replica in planned}
         self._needs = {replica.id: needs(replica) for replica in planned}
         self._declare(max(1.0, deadline - time.monotonic()), redeclare, renewed=redeclare)
-        for line in resumed(backend.state()) if self._keeps_state else [NOT_KEPT]:
-            self._say(line)
+        for line in resumed(backend.state()) if self._keeps_state else []:
+            self._tell(line)
+        if not self._keeps_state:
+            self._say(NOT_KEPT)
         self._supervisor.start()
         self._say(f"serving on {self.endpoint}")
 

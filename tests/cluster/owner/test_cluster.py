@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from helpers.waiting import eventually
 
 from expertmesh import Client, Cluster, Expert, FailedPrecondition, Layer, errors, gates
+from expertmesh.cluster.config.cluster_config import ClusterConfig
 from expertmesh.cluster.machine.run_files import passing_state_path
 from expertmesh.cluster.owner import cluster as module
 
@@ -118,6 +120,28 @@ def test_a_program_that_names_no_state_keeps_none_and_is_told_so(own_home: Path)
             cluster.replace("news/sin", Expert("numpy:cos"), allow_unverified=True)
     assert len([line for line in said if "give it a name or a state_dir" in line]) == 2
     assert not list(own_home.rglob("registry.sqlite"))
+
+
+def test_a_configuration_without_a_name_keeps_no_versions_and_one_warning_says_so(own_home: Path) -> None:
+    config = ClusterConfig(layers=(layer("news"),), transport="local", port=0)
+    with Cluster.start(config=config) as cluster:
+        with pytest.warns(UserWarning, match="give it a name or a state_dir"):
+            cluster.replace("news/sin", Expert("numpy:cos"), allow_unverified=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            cluster.replace("news/sin", Expert("numpy:tan"), allow_unverified=True)
+    assert not list(own_home.rglob("registry.sqlite"))
+
+
+def test_a_start_without_progress_warns_of_what_it_resumes(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"transport": "local", "port": 0, "state_dir": tmp_path / "state"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with Cluster.start([layer("news")], **options) as cluster:
+            cluster.replace("news/sin", Expert("numpy:cos"), allow_unverified=True)
+    with pytest.warns(UserWarning, match="resumed epoch 2") as caught:
+        Cluster.start([layer("news")], **options).stop()
+    assert {warning.filename for warning in caught} == {__file__}
 
 
 def test_what_a_dead_cluster_without_state_has_left_is_cleared(own_home: Path) -> None:
