@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +18,7 @@ from ...experts.spec import is_import_string
 from ...experts.weights.inspect import LIMITS
 from ...experts.wire import MAX_FRAME_BYTES
 from ...router.mixture.layer import Layer, check_name
+from ..machine.ports import is_loopback
 from ..machine.tokens import check_digest
 from ..rpc.methods import Role
 from ..rpc.streams import MAX_REQUEST_BYTES
@@ -144,14 +144,6 @@ def allowed_factories(config: ClusterConfig) -> tuple[str, ...]:
         return config.allowed_factories
     factories = {expert.factory for layer in config.layers for expert in layer.everyone.values()}
     return tuple(sorted(factory for factory in factories if factory is not None))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address to listen on is reachable only from this machine."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def _broken_rules(values: Mapping[str, Any]) -> Iterator[tuple[Keys, str]]:

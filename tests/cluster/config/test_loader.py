@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from expertmesh.cluster.config import yaml_file
-from expertmesh.cluster.config.cluster_config import allowed_factories, is_loopback
+from expertmesh.cluster.config.cluster_config import allowed_factories
 from expertmesh.cluster.config.loader import ClusterConfig, TokenEntry, load_config, parse_override
 from expertmesh.cluster.rpc.methods import Role
 from expertmesh.experts.errors import ConfigError
@@ -462,15 +462,6 @@ def test_a_host_beyond_loopback_is_allowed_with_tls(tmp_path: Path) -> None:
 
 def test_a_digest_does_not_show() -> None:
     assert DIGEST not in repr(TokenEntry(role=Role.READER, sha256=DIGEST))
-
-
-@pytest.mark.parametrize(
-    ("host", "loopback"),
-    [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("[::1]", True), ("localhost", True), ("0.0.0.0", False),
-     ("::", False), ("10.0.0.1", False), ("example.org", False), ("localhost.example.org", False)],
-)  # fmt: skip
-def test_loopback_is_told_from_the_rest(host: str, loopback: bool) -> None:
-    assert is_loopback(host) is loopback
 
 
 def test_a_module_beside_the_file_is_found_here_and_by_child_processes(

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from expertmesh.cluster.machine.ports import hold_port, is_free
+from expertmesh.cluster.machine.ports import hold_port, is_free, is_loopback
 from expertmesh.experts.errors import FailedPrecondition
 
 NOBODY = 65534
@@ -77,3 +77,12 @@ def test_a_port_can_be_held_again_while_closed_connections_linger() -> None:
         with socket.create_connection(("127.0.0.1", port)):
             server.accept()[0].close()  # who closes first keeps the connection for a minute, in TIME_WAIT
     hold_port("127.0.0.1", port, "port").close()
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("[::1]", True), ("localhost", True), ("0.0.0.0", False),
+     ("::", False), ("10.0.0.1", False), ("example.org", False), ("localhost.example.org", False)],
+)  # fmt: skip
+def test_loopback_is_told_from_the_rest(host: str, loopback: bool) -> None:
+    assert is_loopback(host) is loopback
