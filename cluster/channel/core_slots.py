@@ -3,7 +3,7 @@
 Processes that all wake up for one batch would compete for caches and time slices. A slot is a lock on a file in a
 folder that the processes share; the kernel releases it when its holder dies. Waiting processes queue on one more lock,
 roughly in order of arrival, and the head of the queue takes the next free slot. Who holds up the others may be stopped
-(SIGSTOP) or hang, so nobody waits for long: without a slot, a process computes all the same.
+(SIGSTOP) or hang, so nobody waits long for a queue that stands still: without a slot, a process computes all the same.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import time
 import weakref
 from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 
 RECHECK_MS = 20
 """How often to check for the slot of a holder that died, in milliseconds: nothing signals that."""
 
 
 PATIENCE_SECONDS = 1.0
-"""How long to wait in the queue, and how long for a core."""
+"""How long to wait in a queue that stands still, and at its head for a core."""
 
 
 class CoreSlots:
@@ -63,16 +64,28 @@ class CoreSlots:
                 if self._poll.poll(RECHECK_MS):
                     os.read(self._released, 4096)
             self._patience = PATIENCE_SECONDS
+            with suppress(OSError):  # the disk is full, or turned read-only
+                os.pwrite(
+                    self._queue, time.monotonic_ns().to_bytes(8, "big"), 0
+                )  # whoever waits sees that the queue moves
         finally:
             fcntl.flock(self._queue, fcntl.LOCK_UN)
         return waited
 
     def _queued(self) -> bool:
-        """Wait for the head of the queue; returns False if it does not move."""
-        if self._turn is not None and self._turn.given_up and self._turn.is_alive():
+        """Wait for the head of the queue; returns False if the queue does not move."""
+        if self._turn is None:
+            self._turn = _Turn(self._queue)
+        if self._turn.given_up:
             return False  # an earlier wait still lasts
-        self._turn = _Turn(self._queue)
-        return self._turn.came(PATIENCE_SECONDS)
+        self._turn.ask()
+        before = b""
+        while not self._turn.came(PATIENCE_SECONDS):
+            now = os.pread(self._queue, 8, 0)
+            if now == before:
+                return not self._turn.give_up()
+            before = now
+        return True
 
     def give_back(self) -> None:
         """Give the core back; idempotent."""
@@ -86,6 +99,8 @@ class CoreSlots:
     def close(self) -> None:
         """Give the core back and close the files; idempotent."""
         self.give_back()
+        if self._turn is not None:
+            self._turn.end()
         self._forget()
 
     def _forget(self) -> None:
@@ -101,31 +116,49 @@ class CoreSlots:
 
 
 class _Turn(threading.Thread):
-    """Waits for a lock in a thread, since such a wait cannot be bounded; given up, it lets the lock go again."""
+    """Waits for a lock in a thread, since such a wait cannot be bounded; given up, it lets the lock go again.
+
+    The thread lasts, and waits each time that it is asked to.
+    """
 
     def __init__(self, file: int) -> None:
         super().__init__(name="expertmesh-core-queue", daemon=True)
         self._file = file
+        self._asked: SimpleQueue[bool] = SimpleQueue()
         self._came = threading.Event()
         self._deciding = threading.Lock()
         self.given_up = False
         self.start()
 
     def run(self) -> None:
-        with suppress(OSError):  # it was closed meanwhile
-            fcntl.flock(self._file, fcntl.LOCK_EX)
-            with self._deciding:
-                if self.given_up:
-                    fcntl.flock(self._file, fcntl.LOCK_UN)
-                else:
-                    self._came.set()
+        while self._asked.get():
+            with suppress(OSError):  # it was closed meanwhile
+                fcntl.flock(self._file, fcntl.LOCK_EX)
+                with self._deciding:
+                    if self.given_up:
+                        fcntl.flock(self._file, fcntl.LOCK_UN)
+                        self.given_up = False
+                    else:
+                        self._came.set()
+
+    def ask(self) -> None:
+        """Begin to wait for the lock."""
+        self._came.clear()
+        self._asked.put(True)
 
     def came(self, seconds: float) -> bool:
-        """Wait until the lock is held; returns whether it is."""
-        if not self._came.wait(seconds):
-            with self._deciding:
-                self.given_up = not self._came.is_set()
-        return not self.given_up
+        """Wait for as long until the lock is held; returns whether it is."""
+        return self._came.wait(seconds)
+
+    def give_up(self) -> bool:
+        """Wait no more; returns False if the lock is held after all."""
+        with self._deciding:
+            self.given_up = not self._came.is_set()
+        return self.given_up
+
+    def end(self) -> None:
+        """End the thread when it waits no more."""
+        self._asked.put(False)
 
 
 def _locked(file: int) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.waiting import eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -187,13 +188,40 @@ def test_who_is_frozen_at_the_head_of_the_queue_holds_up_nobody_for_long(
         assert other._held is None
         other.give_back()
     fcntl.flock(frozen._queue, fcntl.LOCK_UN)
-    assert other._turn is not None
-    other._turn.join(30)  # which lets the lock go again
+    eventually(lambda: other._turn is not None and not other._turn.given_up, 30, "the lock is let go again")
     assert not other.take()
     assert other._held is not None
     assert not frozen.take()
     for gate in (frozen, other):
         gate.close()
+
+
+def test_a_long_queue_that_moves_is_waited_for_and_each_process_waits_in_one_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core_slots, "PATIENCE_SECONDS", 0.5)
+    gates = [CoreSlots(tmp_path, 1) for _ in range(12)]  # the last of which wait for more than a second
+    held: list[bool] = []
+    turns: set[object] = set()
+
+    def compute(gate: CoreSlots) -> None:
+        for _ in range(2):
+            gate.take()
+            held.append(gate._held is not None)
+            turns.add(gate._turn)
+            threading.Event().wait(0.1)
+            gate.give_back()
+
+    threads = [threading.Thread(target=compute, args=(gate,), daemon=True) for gate in gates]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert held == [True] * 24
+    assert len(turns - {None}) <= len(gates)
+    for gate in gates:
+        gate.close()
+    eventually(lambda: not any(turn.is_alive() for turn in turns if isinstance(turn, threading.Thread)), 30, "ended")
 
 
 def test_who_is_frozen_with_a_core_holds_up_nobody_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
