@@ -39,6 +39,7 @@ class RowFunction:
 
     Floating-point rows are cast to the dtype that the expert declares, else to that of the module's first parameter
     whose dtype rows can have: weights in 8 bits say nothing of rows. `served` are the rows that it answered last.
+    One thread calls it at a time, since it may answer in a buffer of its own: a version is probed while it serves.
     """
 
     def __init__(self, function: Callable[[Any], Any], expert: Expert, device: torch.device) -> None:
@@ -48,6 +49,7 @@ class RowFunction:
         self.function = function
         self.served: TensorSpec | None = None
         self._served: tuple[torch.Size, torch.dtype] | None = None
+        self._calling = threading.Lock()
         self._numpy = (expert.framework or _framework_of(function)) == "numpy"
         self._dtype = _floating_dtype(self.module, expert)
 
@@ -56,8 +58,9 @@ class RowFunction:
         given, rows = rows, rows.to(self.device)
         if self._dtype is not None and rows.is_floating_point():
             rows = rows.to(self._dtype)
-        result = self._call_numpy(rows) if self._numpy else self.function(rows)
-        answer = own_rows(result, rows.shape[0], self.device)
+        with self._calling:
+            result = self._call_numpy(rows) if self._numpy else self.function(rows)
+            answer = own_rows(result, rows.shape[0], self.device)
         if (given.shape[1:], given.dtype) != self._served:
             self._served = given.shape[1:], given.dtype
             self.served = TensorSpec(tuple(given.shape[1:]), DTYPE_NAMES.get(given.dtype))
@@ -81,7 +84,7 @@ class RowFunction:
         """Move the expert to another device."""
         function = self.function.to(device) if isinstance(self.function, nn.Module) else self.function
         moved = RowFunction(function, self.expert, device)
-        moved.served = self.served
+        moved.served, moved._calling = self.served, self._calling
         return moved
 
     def state(self) -> dict[str, Tensor]:

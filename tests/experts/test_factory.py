@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from expertmesh.experts.construct import factory
 from expertmesh.experts.construct.factory import RowFunction, build, locate
 from expertmesh.experts.errors import ConfigError, ExpertFailed, NotFound, SpecMismatch
 from expertmesh.experts.spec import Expert, TensorSpec
@@ -197,3 +199,35 @@ def test_rows_are_not_written_into() -> None:
     function: RowFunction = build(Expert("helpers.samples:Affine", kwargs={"scale": 3.0}))
     function(x)
     assert torch.equal(x, ROWS)
+
+
+BUFFER = torch.zeros(2, 4)
+
+
+def doubles_in_place(rows: torch.Tensor) -> torch.Tensor:
+    return torch.mul(rows, 2, out=BUFFER)
+
+
+def test_who_is_answered_from_a_buffer_gets_no_rows_of_a_call_from_another_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where a version is probed while it serves; here the second call comes, for certain, before the copy."""
+    serving = build(Expert.from_function(doubles_in_place))
+    copy, probed = factory.own_rows, threading.Event()
+
+    def probe() -> None:
+        serving.on(torch.device("cpu"))(ROWS * 100)
+        probed.set()
+
+    probing = threading.Thread(target=probe)
+
+    def copied_later(*result: Any) -> torch.Tensor:
+        if threading.current_thread() is not probing:
+            probing.start()
+            probed.wait(0.3)
+        return copy(*result)
+
+    monkeypatch.setattr(factory, "own_rows", copied_later)
+    assert torch.equal(serving(ROWS), ROWS * 2)
+    probing.join(30)
+    assert probed.is_set()
