@@ -78,7 +78,8 @@ class Answer:
         handle, rows = self.routed.handle(), (self.routed.start, self.routed.stop)
         experts = handle.experts()
         shared = tuple(position for position in self.batch.assignment.work if position >= len(self.layer.experts))
-        self._raise_uncovered(await self.batch.wait(experts + shared), shared)
+        failed = await self.batch.wait(experts + shared)
+        self._raise_uncovered(failed, shared)
         answers, added_up = self.batch.answers, self.batch.assignment.sums
         with torch.inference_mode():
             answered_N = answers.answered(experts)
@@ -87,9 +88,12 @@ class Answer:
         with torch.inference_mode():
             if outputs is None:
                 outputs = self._no_outputs(handle.num_rows if added_up else handle.num_pairs, fallback_T)
-            combined = self._combine(
-                handle, outputs, added_up, answered_N, fallback_T, answers.shared_rows(shared, *rows)
-            )
+            shared_T = answers.shared_rows(shared, *rows)
+            try:
+                combined = self._combine(handle, outputs, added_up, answered_N, fallback_T, shared_T)
+            except Unavailable as error:
+                voteless = self.layer.combine == "vote" and bool(outputs.isfinite().all())
+                raise (None if failed or voteless else _rows_to_blame(self.request.x)) or error from None
             return self._reply(handle, experts, combined, used_fallback=fallback_T is not None)
 
     def _raise_uncovered(self, failed: dict[int, ExpertMeshError], shared: tuple[int, ...]) -> None:
@@ -146,24 +150,21 @@ class Answer:
     ) -> Combined:
         x = self.request.x
         floating = x.is_floating_point() and outputs.is_floating_point()
-        try:
-            return combine(
-                handle,
-                outputs,
-                added_up=added_up,
-                answered_N=answered_N,
-                method=self.layer.combine,
-                on_missing=self.policy,
-                max_lost_mass=self.max_lost_mass,
-                names=self.layer.expert_ids,
-                on_dropped=self.layer.on_dropped,
-                x_T=x,
-                fallback_T=fallback_T,
-                shared_T=shared_T,
-                out_dtype=x.dtype if floating else None,
-            )
-        except Unavailable as error:
-            raise _rows_to_blame(x) or error from None
+        return combine(
+            handle,
+            outputs,
+            added_up=added_up,
+            answered_N=answered_N,
+            method=self.layer.combine,
+            on_missing=self.policy,
+            max_lost_mass=self.max_lost_mass,
+            names=self.layer.expert_ids,
+            on_dropped=self.layer.on_dropped,
+            x_T=x,
+            fallback_T=fallback_T,
+            shared_T=shared_T,
+            out_dtype=x.dtype if floating else None,
+        )
 
     def _reply(
         self,

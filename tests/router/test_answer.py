@@ -346,6 +346,18 @@ def test_nan_of_the_caller_is_the_callers_mistake() -> None:
     run_async(main())
 
 
+@pytest.mark.parametrize("policy", ["renormalize", "residual"])
+def test_large_rows_are_not_to_blame_where_an_expert_gave_no_answer(policy: str) -> None:
+    layer = layer_of(["good", "raises"], gate=gates.Fixed([0.5, 0.5]), on_missing=policy)
+
+    async def main() -> None:
+        async with RouterInProcess(layer) as mesh:
+            with pytest.raises(Unavailable, match="lost"):
+                await mesh.ask(torch.full((1, D), 300.0, dtype=torch.float16), max_lost_mass=0.1)
+
+    run_async(main())
+
+
 def test_shared_experts_take_part_in_every_answer_and_no_policy_covers_them() -> None:
     def layer(shared: str) -> Layer:
         (function,) = functions_of([shared])
