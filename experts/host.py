@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 import uuid
@@ -168,13 +169,11 @@ class ExpertHost:
         except ExpertMeshError as error:
             return PartFailure("ExpertFailed", f"{part.expert}: {error}")
         except BaseException as error:  # an expert is foreign code and may raise anything, also a panic of Rust
-            if floats := function.floats_only(
-                rows_N
-            ):  # not before it raised: some, as an embedding, take whole numbers
+            log.exception("expert raised", extra={"expert": part.expert, "version": part.version})
+            if _about_dtypes(error) and (floats := function.floats_only(rows_N)):
                 given = str(rows_N.dtype).removeprefix("torch.")
                 message = f"{part.expert} computes in {floats} and refuses rows of {given}: send floating-point rows"
                 return PartFailure("SpecMismatch", message)
-            log.exception("expert raised", extra={"expert": part.expert, "version": part.version})
             return PartFailure(
                 "ExpertFailed", f"{part.expert} raised {type(error).__name__}; see the log of its replica"
             )
@@ -186,3 +185,13 @@ class ExpertHost:
         placed = {at: to_device(out, self.device) for at, out in answers.items() if at in summed}
         placed.update(zip(apart, to_host_all([answers[at] for at in apart]), strict=True))
         return [placed.get(at, out) for at, out in enumerate(outputs)]
+
+
+def _about_dtypes(error: BaseException) -> bool:
+    """Whether an expert's error says that it cannot compute with the dtype of its rows."""
+    if not isinstance(error, (TypeError, RuntimeError)):
+        return False
+    try:
+        return re.search(r"\bd?types?\b|not implemented for '", str(error)) is not None
+    except BaseException:  # noqa: BLE001 (what makes the message is foreign code, too)
+        return False

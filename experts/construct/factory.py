@@ -50,6 +50,7 @@ class RowFunction:
         self.served: TensorSpec | None = None
         self._served: tuple[torch.Size, torch.dtype] | None = None
         self._calling = threading.Lock()
+        self._whole = False  # whether it has answered rows of whole numbers
         self._numpy = (expert.framework or _framework_of(function)) == "numpy"
         self._dtype = _floating_dtype(self.module, expert)
 
@@ -63,12 +64,13 @@ class RowFunction:
             answer = own_rows(result, rows.shape[0], self.device)
         if (given.shape[1:], given.dtype) != self._served:
             self._served = given.shape[1:], given.dtype
+            self._whole = self._whole or not given.is_floating_point()
             self.served = TensorSpec(tuple(given.shape[1:]), DTYPE_NAMES.get(given.dtype))
         return answer
 
     def floats_only(self, rows: Tensor) -> str:
         """The floating-point dtype that the expert computes in, if that may be why it refuses `rows`; else ""."""
-        if rows.is_floating_point():
+        if rows.is_floating_point() or self._whole:
             return ""
         if self._dtype is not None:
             return DTYPE_NAMES.get(self._dtype, "")
@@ -84,7 +86,7 @@ class RowFunction:
         """Move the expert to another device."""
         function = self.function.to(device) if isinstance(self.function, nn.Module) else self.function
         moved = RowFunction(function, self.expert, device)
-        moved.served, moved._calling = self.served, self._calling
+        moved.served, moved._calling, moved._whole = self.served, self._calling, self._whole
         return moved
 
     def state(self) -> dict[str, Tensor]:

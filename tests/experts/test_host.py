@@ -244,3 +244,23 @@ def test_a_new_version_that_does_not_return_is_overdue_and_the_others_serve_on(m
         let_go.set()
         thread.join()
     assert host.overdue(0.0) is None
+
+
+def test_whole_numbers_are_refused_only_where_the_error_says_so_and_none_were_answered_and_it_is_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    host = ExpertHost()
+    linear = load(host, "linear", Expert("torch.nn:Linear", args=(4, 2))).version
+    embedding = load(host, "embedding", Expert("torch.nn:Embedding", args=(5, 2))).version
+
+    def answer(name: str, version: str, rows: Tensor) -> Any:
+        return host.compute(call((name, version, [0]), rows=rows)).outputs[0]
+
+    for _ in range(2):
+        outside = answer("embedding", embedding, torch.tensor([[5, 1]]))
+        assert outside == PartFailure("ExpertFailed", "embedding raised IndexError; see the log of its replica")
+        assert tensor_of(answer("embedding", embedding, torch.tensor([[4, 1]]))).shape == (1, 2, 2)
+    caplog.clear()
+    refused = answer("linear", linear, ROWS.long())
+    assert (refused.error, "refuses rows of int64" in refused.message) == ("SpecMismatch", True)
+    assert [record.message for record in caplog.records] == ["expert raised"]
