@@ -229,12 +229,11 @@ class SwapTransactions:
         request = self._requests[swap_id]
         for record in self._written.get(swap_id, ()):
             self.registry.add_version(record)
-        changes: dict[str, str | None] = dict(versions)
         declared: dict[str, str] = {}
         if request.declares:
             digests = self._declarations[swap_id]  # as prepared: the owner may have declared something else since
             declared = {id: digests[id] for id in request.changes}
-        epoch = self.registry.commit(swap_id, changes, expect=self.expected(swap_id), declared=declared)
+        epoch = self.registry.commit(swap_id, versions, expect=self.expected(swap_id), declared=declared)
         return epoch.number, epoch.versions
 
     def expected(self, swap_id: str) -> dict[str, str | None]:

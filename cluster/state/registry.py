@@ -136,19 +136,18 @@ class Registry:
     def commit(
         self,
         swap_id: str,
-        changes: Mapping[str, str | None],
+        changes: Mapping[str, str],
         *,
         expect: Mapping[str, str | None],
         declared: Mapping[str, str] | None = None,
     ) -> EpochRecord:
         """Create the next epoch from the current one and `changes`. Once this returns, the swap cannot be undone.
 
-        A change to None removes an id; an expected None says that the id is not there. `declared` are digests of what
-        the configuration declares, by id, and are written down with the epoch. The same swap a second time gets the
-        epoch that it made.
+        An expected None says that the id is not there. `declared` are digests of what the configuration declares, by
+        id, and are written down with the epoch. The same swap a second time gets the epoch that it made.
 
         Raises Aborted, with nothing changed, if the current epoch is not as expected or the swap was aborted; NotFound
-        for a version that is not registered, an id to remove that does not exist, or a swap that was not begun;
+        for a version that is not registered, or a swap that was not begun;
         FailedPrecondition if the swap has committed other changes. After Unavailable the outcome is unknown until a
         repeated `commit`, or `end_swap`, returns.
         """
@@ -161,7 +160,7 @@ class Registry:
         self,
         db: sqlite3.Connection,
         swap_id: str,
-        changes: Mapping[str, str | None],
+        changes: Mapping[str, str],
         expect: Mapping[str, str | None],
         declared: Mapping[str, str],
     ) -> EpochRecord:

@@ -120,11 +120,10 @@ def add_epoch(db: Database, epoch: EpochRecord) -> None:
     db.execute("UPDATE swaps SET state = ?, ended = ?, epoch = ? WHERE swap_id = ?", ended)
 
 
-def set_outcome(db: Database, swap_id: str, versions: Mapping[str, str], changes: Mapping[str, str | None]) -> None:
+def set_outcome(db: Database, swap_id: str, versions: Mapping[str, str], changes: Mapping[str, str]) -> None:
     """Write down what a swap has replaced by what, which outlives its epoch."""
     before = {id: versions.get(id, "") for id in changes}
-    after = {id: version for id, version in changes.items() if version is not None}
-    db.execute("INSERT INTO outcomes VALUES (?, ?, ?)", (swap_id, to_json(before, "before"), to_json(after, "after")))
+    db.execute("INSERT INTO outcomes VALUES (?, ?, ?)", (swap_id, to_json(before, "before"), to_json(changes, "after")))
 
 
 def set_declared(db: Database, digests: Mapping[str, str]) -> None:
@@ -144,18 +143,12 @@ def check_expected(expect: Mapping[str, str | None], versions: Mapping[str, str]
             )
 
 
-def changed(db: Database, versions: Mapping[str, str], changes: Mapping[str, str | None]) -> dict[str, str]:
-    """Apply changes to a map. Raises NotFound for a version that is not registered, or a unknown id to remove."""
-    result = dict(versions)
-    for id, version in changes.items():
-        if version is not None:
-            result[id] = find_version(db, id, version).version
-        elif result.pop(id, None) is None:
-            raise NotFound(f"{id} cannot be removed: the current epoch does not have it")
-    return result
+def changed(db: Database, versions: Mapping[str, str], changes: Mapping[str, str]) -> dict[str, str]:
+    """Apply changes to a map. Raises NotFound for a version that is not registered."""
+    return {**versions, **{id: find_version(db, id, version).version for id, version in changes.items()}}
 
 
-def made_before(db: Database, swap: SwapRecord, changes: Mapping[str, str | None]) -> EpochRecord:
+def made_before(db: Database, swap: SwapRecord, changes: Mapping[str, str]) -> EpochRecord:
     """The epoch of a committed swap. Raises FailedPrecondition if the swap made other changes."""
     epoch = find_epoch(db, swap.epoch or 0)
     if any(epoch.versions.get(id) != version for id, version in changes.items()):

@@ -46,15 +46,13 @@ class Model:
     def current(self) -> dict[str, str]:
         return dict(self.epochs[-1].versions) if self.epochs else {}
 
-    def refusal(self, swap_id: str, changes: dict[str, str | None], expect: dict[str, str | None]) -> type | None:
+    def refusal(self, swap_id: str, changes: dict[str, str], expect: dict[str, str | None]) -> type | None:
         """The error that a commit should raise, for a swap that has not committed yet."""
         if self.swaps[swap_id].state == "aborted":
             return Aborted
         if any(self.current.get(id) != version for id, version in expect.items()):
             return Aborted
-        gone = [id for id, version in changes.items() if version is None and id not in self.current]
-        unknown = [id for id, version in changes.items() if version and (id, version) not in self.versions]
-        return NotFound if gone or unknown else None
+        return None if changes.items() <= self.versions.keys() else NotFound
 
     def collect(self, retain: int, in_use: set[Key]) -> list[VersionRecord]:
         self.epochs = self.epochs[-(retain + 1) :]
@@ -134,9 +132,7 @@ class RegistryMachine(RuleBasedStateMachine):
     @rule(random=st.randoms(use_true_random=False))
     def commit(self, random: random.Random) -> None:
         picked = [self.pick(random) for _ in range(random.randint(0, 2))]
-        changes: dict[str, str | None] = {made.id: made.version for made in picked}
-        if random.random() < 0.2:
-            changes[random.choice(IDS)] = None
+        changes: dict[str, str] = {made.id: made.version for made in picked}
         expect: dict[str, str | None] = {id: self.model.current.get(id) for id in IDS if random.random() < 0.5}
         if random.random() < 0.2:
             expect[random.choice(IDS)] = random.choice([self.pick(random).version, None])
@@ -146,7 +142,7 @@ class RegistryMachine(RuleBasedStateMachine):
     def model_commit(
         self,
         swap_id: str,
-        changes: dict[str, str | None],
+        changes: dict[str, str],
         expect: dict[str, str | None],
         declared: dict[str, str],
     ) -> None:
@@ -161,13 +157,13 @@ class RegistryMachine(RuleBasedStateMachine):
             return
         epoch = self.registry.commit(swap_id, changes, expect=expect, declared=declared)
         self.model.declared |= declared
-        after = {id: version for id, version in (self.model.current | changes).items() if version is not None}
+        after = self.model.current | changes
         number = self.model.epochs[-1].number + 1 if self.model.epochs else 1
         assert epoch == EpochRecord(number=number, versions=after, created=1.5, swap_id=swap_id)
         self.model.epochs.append(epoch)
         swap.state, swap.made = "committed", epoch
 
-    def commit_again(self, swap_id: str, made: EpochRecord, changes: dict[str, str | None]) -> None:
+    def commit_again(self, swap_id: str, made: EpochRecord, changes: dict[str, str]) -> None:
         same = all(made.versions.get(id) == version for id, version in changes.items())
         if same and made in self.model.epochs:
             again = self.registry.commit(swap_id, changes, expect={"news/e3": "whatever"}, declared={E3: "cc"})
