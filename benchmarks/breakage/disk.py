@@ -30,6 +30,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         _mount("umount", "--lazy", str(folder))
+        folder.rmdir()
 
 
 def full() -> Seen:

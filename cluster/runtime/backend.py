@@ -22,7 +22,7 @@ class Backend(Protocol):
     temp_dir: str | None
 
     def start(self, address: str | None, timeout: float) -> None:
-        """Prepare the backend within `timeout` seconds. Raises FailedPrecondition or ConfigError."""
+        """Prepare the backend; `timeout` bounds joining a Ray, in seconds. Raises FailedPrecondition or ConfigError."""
 
     def lost(self) -> str | None:
         """Why the processes of the cluster will not serve any more, or None."""
