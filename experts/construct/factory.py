@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, FailedPrecondition
+from ..errors import ConfigError, FailedPrecondition, Unavailable
 from ..identity.canonical import canonical
 from ..spec import FLOATING, Expert, TensorSpec
 from ..tensors import DTYPE_NAMES, torch_dtype
@@ -54,14 +54,21 @@ class RowFunction:
         self._numpy = (expert.framework or _framework_of(function)) == "numpy"
         self._dtype = _floating_dtype(self.module, expert)
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Compute rows [n, ...]. Raises ExpertFailed for a result that `own_rows` refuses."""
+    def __call__(self, rows: Tensor, patience: float = -1.0) -> Tensor:
+        """Compute rows [n, ...]. Raises ExpertFailed for a result that `own_rows` refuses.
+
+        Raises Unavailable if another thread calls it for longer than `patience` seconds; by default it is waited for.
+        """
         given, rows = rows, rows.to(self.device)
         if self._dtype is not None and rows.is_floating_point():
             rows = rows.to(self._dtype)
-        with self._calling:
+        if not self._calling.acquire(timeout=patience):
+            raise Unavailable("it computes other rows all the while")
+        try:
             result = self._call_numpy(rows) if self._numpy else self.function(rows)
             answer = own_rows(result, rows.shape[0], self.device)
+        finally:
+            self._calling.release()
         if (given.shape[1:], given.dtype) != self._served:
             self._served = given.shape[1:], given.dtype
             self._whole = self._whole or not given.is_floating_point()

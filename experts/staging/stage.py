@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..construct.factory import RowFunction, build, check_unchanged, with_own_copy
 from ..construct.probe import complete
-from ..errors import ExpertMeshError, FailedPrecondition, SpecMismatch
+from ..errors import ExpertMeshError, FailedPrecondition, SpecMismatch, Unavailable
 from ..identity.canonical import canonical
 from ..identity.code_digest import RECIPE, difference, examined
 from ..identity.version_name import expert_digest, version_name
@@ -269,10 +269,14 @@ def _compared(
     elif old is None:
         probe(function, golden, proposal.output)
         found = _Comparison(None, "no version serves that it could be compared with")
-    elif declared or proposal.policy.max_drift is not None:
-        found = _Comparison(probe_drift(function, old, golden, proposal.output))
     else:
-        found = _compared_as_served(proposal, function, old, golden, known)
+        try:
+            if declared or proposal.policy.max_drift is not None:
+                found = _Comparison(probe_drift(function, old, golden, proposal.output))
+            else:
+                found = _compared_as_served(proposal, function, old, golden, known)
+        except Unavailable:  # the new one has answered: what serves may take long, or hang
+            found = _Comparison(None, "the serving version computed other rows all the while")
     check_drift(found.drift, proposal.policy)
     return found
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..construct.factory import RowFunction
-from ..errors import ConfigError, DataLoss, ExpertMeshError, FailedPrecondition
+from ..errors import ConfigError, DataLoss, ExpertMeshError, FailedPrecondition, Unavailable
 from ..spec import ANY, FLOATING, TensorSpec, is_number
 from ..tensors import dtype_name, torch_dtype
 from ..weights.files import tensor_digests
@@ -21,6 +21,8 @@ from ..weights.inspect import not_finite, same_infinities
 log = logging.getLogger(__name__)
 
 GOLDEN_SEED = 0
+PATIENCE_SECONDS = 2.0
+"""How long a version that serves may compute other rows before it is compared without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +123,8 @@ def probe_drift(new: RowFunction, old: RowFunction, rows: Tensor, output: Tensor
     answer = probe(new, rows, output)
     try:
         before = _answer(old, rows)
+    except Unavailable:
+        raise
     except ExpertMeshError as error:
         raise FailedPrecondition(f"the serving version cannot be compared: {error.message}") from error
     _check_rows(answer, TensorSpec(tuple(before.shape[1:]), dtype_name(before.dtype)), "the version it replaces")
@@ -142,7 +146,8 @@ def probe_drift(new: RowFunction, old: RowFunction, rows: Tensor, output: Tensor
 def probe(function: RowFunction, rows: Tensor, output: TensorSpec = ANY) -> Tensor:
     """The answer of an expert to probe rows, on the CPU.
 
-    Raises FailedPrecondition if it raises, or its shape or dtype differs from its declaration or `output`.
+    Raises FailedPrecondition if it raises, or its shape or dtype differs from its declaration or `output`; Unavailable
+    if it computes other rows all the while.
     """
     answer = _answer(function, rows)
     _check_rows(answer, function.expert.output, "its declaration")
@@ -175,8 +180,8 @@ def check_drift(drift: float | None, policy: Policy) -> None:
 def _answer(function: RowFunction, rows: Tensor) -> Tensor:
     try:
         with torch.inference_mode():
-            return function(rows.clone()).cpu()
-    except (MemoryError, torch.OutOfMemoryError):
+            return function(rows.clone(), PATIENCE_SECONDS).cpu()
+    except (MemoryError, torch.OutOfMemoryError, Unavailable):
         raise
     except ExpertMeshError as error:
         raise FailedPrecondition(f"it fails on probe rows: {error.message}") from error

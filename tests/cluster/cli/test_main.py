@@ -81,7 +81,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         metrics_endpoint = "http://127.0.0.1:9090/metrics"
 
         @classmethod
-        def start(cls, *, config: Any, progress: Any, redeclare: Any) -> FakeCluster:
+        def start(cls, *, config: Any, name: str, progress: Any, redeclare: Any) -> FakeCluster:
+            assert name == config.name  # so that versions are kept
             events.append(config)
             progress("starting")
             for number in SWALLOWED:
