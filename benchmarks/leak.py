@@ -66,7 +66,7 @@ def own() -> tuple[int, int, int]:
     """Of this process: open descriptors without, and only, the connections that Ray's core keeps open; threads.
 
     Those are connections between driver and head of a Ray that was shut down: TCP, closed at both ends (seen with
-    strace, Ray 2.60). Ray alone keeps them too, at most `KEPT_BY_RAY` for each start: more would be ours. Our own clients
+    strace, Ray 2.60). Ray alone keeps them too, at most `KEPT_BY_RAY` for each start: more would be ours. Our clients
     come by Unix sockets.
     """
     ours = theirs = 0
