@@ -19,6 +19,7 @@ from expertmesh import AsyncClient, Client, Cluster, Expert, Layer, TensorSpec, 
 
 pytestmark = pytest.mark.ray
 SLEEP = 0.1
+LONG = 4096.0
 
 
 class Conv(nn.Module):
@@ -50,8 +51,8 @@ def squared(rows: np.ndarray) -> np.ndarray:
 
 
 def sleepy(rows: Tensor) -> Tensor:
-    """An expert that takes a tenth of a second, however many rows."""
-    threading.Event().wait(SLEEP)
+    """An expert that takes a tenth of a second, however many rows; fifty times as long for rows of `LONG`."""
+    threading.Event().wait(SLEEP * (50 if bool((rows == LONG).any()) else 1))
     return rows + 1
 
 
@@ -199,7 +200,7 @@ def test_waiting_rows_travel_together(client: Client) -> None:
 
 def test_a_slow_expert_delays_only_those_who_need_it(client: Client) -> None:
     with ThreadPoolExecutor(1) as thread:
-        slow = thread.submit(client.forward, "slow", np.ones((1, 2), dtype=np.float32))
+        slow = thread.submit(client.forward, "slow", np.full((1, 2), LONG, dtype=np.float32))
         for _ in range(5):
             client.forward("s1", np.ones(3))
         assert not slow.done()
