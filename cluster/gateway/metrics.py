@@ -52,8 +52,12 @@ class RouterCollector:
             "rows_carried", "Rows sent to replicas, by transport path.", "way", self._router.transport.carried
         )
         yield _counter("layer_batches", "Batches that a layer's gate routed.", "layer", counted.batches)
-        yield CounterMetricFamily("expertmesh_retries", "Rows sent again to another replica.", value=counted.retries)
-        yield CounterMetricFamily("expertmesh_hedges", "Rows sent to a second replica as well.", value=counted.hedges)
+        yield CounterMetricFamily(
+            "expertmesh_retries", "Pieces of work sent again to another replica.", value=counted.retries
+        )
+        yield CounterMetricFamily(
+            "expertmesh_hedges", "Pieces of work sent to a second replica as well.", value=counted.hedges
+        )
         requests = CounterMetricFamily("expertmesh_requests", "Requests by status code.", labels=["layer", "code"])
         for (layer, code), value in list(counted.requests.items()):
             requests.add_metric([layer, code], value)

@@ -17,7 +17,7 @@ RECALL_SECONDS = 30.0
 """How long at least an epoch that a request named stays loaded."""
 
 MAX_RECALLED = 4
-"""How many epochs that requests named are loaded at a time: each may be a copy of all experts."""
+"""How many epochs requests may have loaded within `RECALL_SECONDS`: each may be a copy of all experts."""
 
 Recall = Callable[[int], Awaitable[None]]
 """Loads a kept epoch again. Raises FailedPrecondition, NotFound or Unavailable."""

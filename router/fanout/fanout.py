@@ -3,8 +3,8 @@
 Every replica has a lane with at most `WINDOW` messages in flight. Work that arrives meanwhile waits and goes together
 in the next message. So a slow expert delays only the requests that need it, and waiting work can still be dropped.
 
-If a replica is late, its work is sent to another one as well, and the first answer counts. If it dies, its work is sent
-again, but not a third time where two replicas died while they computed it.
+If a replica is late, its work is sent to another one as well, and the first answer counts; what it is computing only if
+its process does not respond. If it dies, its work is sent again, unless two replicas died while they computed it.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Job:
 
 @dataclass(eq=False)
 class Message:
-    """Jobs in flight together; `rows` counts also those of messages in front of it. A `late` one was sent again."""
+    """Jobs in flight together; `rows` counts also those of messages in front of it. A `late` one is past its bound."""
 
     replica: Replica
     jobs: list[Job]
