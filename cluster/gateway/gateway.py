@@ -234,8 +234,8 @@ class Gateway:
         layer = layer or self._admission.only_layer()
         try:
             self._admission.check(layer, self._seconds(call))
-        except Overloaded as error:
-            self._router.telemetry.requests[layer, error.code] += 1
+        except Overloaded as error:  # the name is the caller's own word: metrics count only layers that there are
+            self._router.telemetry.requests[layer if self._has_layer(layer) else "", error.code] += 1
             raise
 
     def _check_layer(self, frame: Frame, call: CallInfo) -> str:

@@ -17,6 +17,7 @@ from expertmesh.cluster.rpc.status import RETRY_AFTER_KEY, to_status
 from expertmesh.experts import wire
 from expertmesh.experts.errors import DeadlineExceeded, Overloaded
 from expertmesh.experts.spec import Expert
+from expertmesh.router.request import admission
 from expertmesh.router.request.admission import ALWAYS
 
 X = np.arange(-3, 3, dtype=np.float32).reshape(2, 3)
@@ -25,17 +26,17 @@ FRAME = wire.encode("call", {"layer": "l"}, {"x": wire.WireTensor.from_numpy(X)}
 
 def overloaded(front: Front) -> None:
     """Let the gateway believe that calls of the layer wait for each other, a second each."""
-    admission = front.gateway._admission
+    calls = front.gateway._admission
     for number in range(1000):
         for _ in range(number % 40):
-            admission.began("l")
-        admission.ended("l", number % 40, 1.0 + number % 40, float(number))
+            calls.began("l")
+        calls.ended("l", number % 40, 1.0 + number % 40, float(number))
         for _ in range(number % 40 - 1):
-            admission.ended("l", 0, None, float(number))
+            calls.ended("l", 0, None, float(number))
         if not number % 40:
-            admission.began("l")
-    while admission.calls < ALWAYS:
-        admission.began("l")
+            calls.began("l")
+    while calls.calls < ALWAYS:
+        calls.began("l")
 
 
 async def never() -> Any:
@@ -49,6 +50,19 @@ async def at_once() -> Any:
 def never_run(work: Any) -> Any:
     work.close()
     raise AssertionError("the router was asked")
+
+
+def test_names_that_callers_make_up_are_not_counted_as_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(admission, "MAX_CALLS", 0)
+        async with opened() as front:
+            for layer in ("l", "made up", "made up too"):
+                with pytest.raises(Overloaded):
+                    await front.gateway.unary("Call", never, CallInfo(request_id="r", token=TOKEN, layer=layer))
+            counted = front.gateway._router.telemetry.requests
+            assert {layer: number for (layer, _), number in counted.items()} == {"l": 1, "": 2}
+
+    run_async(main())
 
 
 @pytest.mark.parametrize(("layer", "read"), [("l", never), ("", never), ("none", at_once), ("other", at_once)])
