@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from ...experts.errors import ExpertMeshError, InvalidRequest, Unauthenticated
@@ -105,7 +106,8 @@ class ChannelServer:
         if self._stopping:
             return
         self._stopping = True
-        self._waker.send(b"x")
+        with suppress(OSError):  # the thread has ended already, and has closed it
+            self._waker.send(b"x")
         if self._thread.is_alive():
             self._thread.join(timeout=STALL_SECONDS)
 

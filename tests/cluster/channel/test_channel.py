@@ -457,6 +457,8 @@ def test_a_thread_that_ends_is_a_replica_that_has_failed(tmp_path: Path, monkeyp
         await until(lambda: router.lost)
         assert told == ["its channel ended with MemoryError"]
         router.transport.close()
+        made.server._thread.join(20)
+        made.server.close()  # what would wake the thread is closed
 
     run_async(main())
 
