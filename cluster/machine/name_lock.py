@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from ...experts.errors import DataLoss, FailedPrecondition, NotFound
-from .run_files import RunFile, home, lock_path, run_path, socket_path, token_path
+from .run_files import RunFile, home, lock_path, run_path, socket_paths, token_path
 from .temp_folder import run_folder_of
 
 
@@ -69,12 +69,12 @@ def lock_name(name: str) -> NameLock:
 
 
 def clear(name: str, run_file: RunFile | None) -> None:
-    """Remove the run file, the token file, the socket and the temporary Ray folder of a dead cluster."""
+    """Remove the run file, the token file, the sockets and the temporary Ray folder of a dead cluster."""
     if run_file is not None and run_file.ray_temp_dir is not None:
         folder = run_folder_of(run_file.ray_temp_dir)
         if may_be_removed(folder):
             shutil.rmtree(folder, ignore_errors=True)
-    for path in (run_path(name), token_path(name), socket_path(name)):
+    for path in (run_path(name), token_path(name), *socket_paths(name)):
         path.unlink(missing_ok=True)
 
 

@@ -1,8 +1,9 @@
 """The files of a cluster name on this machine: run file, token file, socket, and lock.
 
-home()/run/<name>.json    endpoint, token file, process and temporary folder of the cluster with that name
+home()/run/<name>.json    endpoints, token file, process and temporary folder of the cluster with that name
 home()/run/<name>.token   its tokens
-home()/run/<name>.sock    the socket for clients of the same user
+home()/run/<name>.sock    the socket of its first router for clients of the same user
+home()/run/<name>~1.sock  that of its second router, and so on
 home()/run/<name>.state   versions and epochs of a cluster that keeps none for its next start; removed when it stops
 home()/run/<name>.lock    held as long as the process of the cluster lives
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,10 @@ DEFAULT_NAME = "default"
 class RunFile:
     """The run file of a cluster of this user that is running, or has died without clean-up.
 
-    `started` is the start time of process `pid`; it tells a later process with the same id apart.
+    `endpoints`, `sockets` and `metrics_endpoints` have an entry for each router, in the same order; `endpoint`,
+    `socket` and `metrics_endpoint` are the first of each. A socket is "" where the router is on another machine;
+    without metrics there are no `metrics_endpoints`. `started` is the start time of process `pid`; it tells a later
+    process with the same id apart.
     """
 
     name: str
@@ -39,6 +43,14 @@ class RunFile:
     metrics_endpoint: str | None = None
     ray_temp_dir: str | None = None
     socket: str | None = None
+    endpoints: list[str] = field(default_factory=list)
+    sockets: list[str] = field(default_factory=list)
+    metrics_endpoints: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for many, one in (("endpoints", "endpoint"), ("sockets", "socket"), ("metrics_endpoints", "metrics_endpoint")):
+            if not getattr(self, many) and getattr(self, one):  # an earlier version wrote of its only router
+                object.__setattr__(self, many, [getattr(self, one)])
 
     @classmethod
     def of_this_process(cls, name: str, endpoint: str, version: str, **more: Any) -> RunFile:
@@ -66,8 +78,8 @@ class RunFile:
         write_private(run_path(self.name), json.dumps(asdict(self), indent=1))
 
     def remove(self) -> None:
-        """Remove the run file, the token file and the socket when the cluster stops."""
-        for path in (run_path(self.name), Path(self.token_path), socket_path(self.name)):
+        """Remove the run file, the token file and the sockets when the cluster stops."""
+        for path in (run_path(self.name), Path(self.token_path), *socket_paths(self.name)):
             path.unlink(missing_ok=True)
 
     def is_stale(self) -> bool:
@@ -95,9 +107,16 @@ def token_path(name: str) -> Path:
     return _in_run(name, "token")
 
 
-def socket_path(name: str) -> Path:
-    """The socket of a cluster name."""
-    return _in_run(name, "sock")
+def socket_path(name: str, number: int = 0) -> Path:
+    """The socket of a router of a cluster name: its first, or that of a higher `number`."""
+    first = _in_run(name, "sock")
+    return first if number == 0 else first.with_name(f"{name}~{number}.sock")  # no cluster has a name with ~
+
+
+def socket_paths(name: str) -> list[Path]:
+    """The sockets of all routers that a cluster of this name has, or has left."""
+    first = socket_path(name)
+    return [first, *sorted(first.parent.glob(f"{name}~*.sock"))]
 
 
 def lock_path(name: str) -> Path:
@@ -146,10 +165,10 @@ def find(name: str | None = None) -> RunFile:
 
 
 def find_endpoint(endpoint: str) -> RunFile | None:
-    """This user's running cluster that listens at `endpoint` on this machine, or None."""
+    """This user's running cluster that has a router at `endpoint`, or None."""
     address = _address(endpoint)
     running = (run for run in list_all() if not run.is_stale())
-    return next((run for run in running if _address(run.endpoint) == address), None)
+    return next((run for run in running if address in map(_address, run.endpoints)), None)
 
 
 def _folder() -> Path:

@@ -149,6 +149,36 @@ def test_the_cluster_of_an_endpoint_is_found() -> None:
     assert find_endpoint("127.0.0.1:5003") is None
 
 
+def test_a_cluster_is_found_at_each_of_its_routers() -> None:
+    several = make("a", "127.0.0.1:5001", endpoints=["127.0.0.1:5001", "127.0.0.1:5002"])
+    several.write()
+    assert find_endpoint("127.0.0.1:5002") == find_endpoint("127.0.0.1:5001") == several
+    assert find_endpoint("127.0.0.1:5003") is None
+
+
+def test_the_run_file_of_an_earlier_version_has_one_router() -> None:
+    written = make(metrics_endpoint="http://127.0.0.1:9/metrics", socket="/run/default.sock")
+    written.write()
+    values = json.loads(run_path("default").read_text())
+    for later in ("endpoints", "sockets", "metrics_endpoints"):
+        del values[later]
+    run_path("default").write_text(json.dumps(values))
+    run = RunFile.read("default")
+    assert (run.endpoints, run.sockets) == (["127.0.0.1:50051"], ["/run/default.sock"])
+    assert run.metrics_endpoints == ["http://127.0.0.1:9/metrics"]
+
+
+def test_the_sockets_of_all_routers_go_with_the_run_file() -> None:
+    made = make("x")
+    made.write()
+    sockets = [socket_path("x", number) for number in range(12)]
+    assert len({*sockets}) == 12
+    for path in sockets:
+        path.touch()
+    made.remove()
+    assert not any(path.exists() for path in sockets)
+
+
 def test_a_second_claim_is_refused_and_says_who_holds_the_name() -> None:
     with lock_name("x"):
         make("x").write()
@@ -205,11 +235,14 @@ def test_a_claim_clears_what_a_dead_cluster_left(tmp_path: Path) -> None:
     (rays / "session").mkdir(parents=True)
     dead("x", ray_temp_dir=str(rays)).write()
     create_token_file(token_path("x"))
-    socket_path("x").touch()
+    sockets, foreign = [socket_path("x", number) for number in range(3)], socket_path("x.1", 1)
+    for path in (*sockets, foreign):
+        path.touch()
     make("y").write()
     with lock_name("x"):
         assert not rays.exists()
-        assert not socket_path("x").exists()
+        assert not any(path.exists() for path in sockets)
+        assert foreign.exists()
         assert not run_path("x").exists()
         assert not token_path("x").exists()
         assert run_path("y").exists()
