@@ -1,8 +1,10 @@
 """The replica's end of the channel: one thread that reads calls, computes them one at a time, and replies.
 
-It reads all sockets between two computations, so queued calls that were cancelled or expired are never computed. A
-peer that violates the protocol, stops reading or does not authenticate in time is closed, without effect on the others.
-If the thread ends by an error all the same, the replica has failed, and its process is told.
+It reads all sockets between two computations, so queued calls that were cancelled or expired are never computed.
+Routers take turns: a call of each is computed before a second one of any. What waits here is bounded, however many
+routers there are: beyond `MOST_QUEUED_ROWS` none is read, and what it sends stays with it. A peer that violates the
+protocol, stops reading or does not authenticate in time is closed, without effect on the others. If the thread ends by
+an error all the same, the replica has failed, and its process is told.
 """
 
 from __future__ import annotations
@@ -41,6 +43,9 @@ from .messages import (
 
 CREDITS = 4
 """How many calls a router may have in flight to one replica; a connection that sends more is closed."""
+
+MOST_QUEUED_ROWS = 65_536
+"""While as many rows wait here nothing more is read; as many as one router has in flight at most."""
 
 STRANGERS = 64
 STRANGER_BYTES = 4096
@@ -83,6 +88,7 @@ class ChannelServer:
         self._failed = failed
         self._selector = selectors.DefaultSelector()
         self._peers: deque[_Peer] = deque()
+        self._passed: deque[_Peer] = deque()
         self._listener: socket.socket | None = None
         self._path: Path | None = None
         self._waker, self._woken = socket.socketpair()
@@ -110,6 +116,10 @@ class ChannelServer:
             self._waker.send(b"x")
         if self._thread.is_alive():
             self._thread.join(timeout=STALL_SECONDS)
+
+    def queued_rows(self) -> int:
+        """The rows of the calls that wait to be computed."""
+        return sum(int(call.rows.shape[0]) for peer in self._peers for call, _ in peer.waiting)
 
     def _begin(self, listener: socket.socket, address: str) -> None:
         listener.listen(STRANGERS)
@@ -142,7 +152,10 @@ class ChannelServer:
             self._woken.close()
 
     def _turn(self, timeout: float) -> None:
-        """Handle socket events, and close stalled or unauthenticated peers."""
+        """Handle socket events, first of the peers that were passed over, and close stalled or unauthenticated ones."""
+        passed, self._passed = self._passed, deque()
+        for peer in passed:
+            self._ready(peer, selectors.EVENT_READ)
         for key, mask in self._selector.select(timeout):
             key.data(mask)
         now = time.monotonic()
@@ -175,14 +188,26 @@ class ChannelServer:
             if mask & selectors.EVENT_WRITE and peer.framed.flush():
                 self._selector.modify(peer.framed, selectors.EVENT_READ, self._selector.get_key(peer.framed).data)
             if mask & selectors.EVENT_READ:
-                for data in peer.framed.receive():
-                    self._take(peer, decode(data, max_bytes=MAX_MESSAGE_BYTES))
+                self._read(peer)
         except Unauthenticated as error:
             self._drop(peer, "refused", error.message)
         except InvalidRequest as error:
             self._drop(peer, "malformed", error.message)
         except (ExpertMeshError, OSError) as error:  # the peer disconnected, or announced an invalid length
             self._drop(peer, "closed", str(error))
+
+    def _read(self, peer: _Peer) -> None:
+        """Read a peer while there is room for its calls; if there is none, it is the first to be read later."""
+        if self._may_read(peer):
+            for data in peer.framed.receive():
+                self._take(peer, decode(data, max_bytes=MAX_MESSAGE_BYTES))
+                if not self._may_read(peer):
+                    return
+        elif peer not in self._passed:
+            self._passed.append(peer)
+
+    def _may_read(self, peer: _Peer) -> bool:
+        return not peer.authenticated or self.queued_rows() < MOST_QUEUED_ROWS
 
     def _take(self, peer: _Peer, frame: Frame) -> None:
         if not peer.authenticated:
@@ -272,6 +297,8 @@ class ChannelServer:
     def _close(self, peer: _Peer) -> None:
         self._selector.unregister(peer.framed)
         self._peers.remove(peer)
+        if peer in self._passed:
+            self._passed.remove(peer)
         peer.waiting.clear()
         peer.framed.close()
 

@@ -300,6 +300,42 @@ def test_more_calls_than_credits_close_the_connection(tmp_path: Path) -> None:
         assert is_closed(greedy)
 
 
+def test_what_waits_is_bounded_and_routers_take_turns_however_many_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most, routers, rows = 10, 6, 3
+    monkeypatch.setattr(module, "MOST_QUEUED_ROWS", most)
+    computed: list[int] = []
+    queued: list[int] = []
+
+    def counting(x: Tensor) -> Tensor:
+        HELD.wait(30)
+        computed.append(int(x[0, 0]))
+        queued.append(made.server.queued_rows())
+        return x
+
+    HELD.clear()
+    made = Served(tmp_path, expert=Expert.from_function(counting))
+    try:
+        stuck = known(made)
+        stuck.sendall(b"".join(encode_call(made.call()))[:-1])  # a router that stops in the middle of a message
+        known_routers = [known(made) for _ in range(routers)]
+        for number, router in enumerate(known_routers):
+            for attempt in range(CREDITS):
+                router.sendall(b"".join(encode_call(made.call(attempt, torch.full((rows, 4), float(number))))))
+        HELD.set()
+        for router in known_routers:
+            assert {read(router).meta["attempt"] for _ in range(CREDITS)} == set(range(CREDITS))
+    finally:
+        HELD.set()
+        made.server.close()
+    assert max(queued) < most + rows  # and not all that was sent
+    assert len(computed) == routers * CREDITS
+    for turn in range(1, CREDITS):  # nobody has two calls more computed than another
+        sofar = [computed[: turn * routers].count(number) for number in range(routers)]
+        assert max(sofar) - min(sofar) <= 1, computed
+
+
 @pytest.mark.parametrize(
     "call",
     [
