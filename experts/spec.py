@@ -1,4 +1,4 @@
-"""The declaration of an expert, and the shapes and dtypes of its rows."""
+"""The declaration of an expert, what scales it, and the shapes and dtypes of its rows."""
 
 from __future__ import annotations
 
@@ -65,6 +65,39 @@ ANY = TensorSpec()
 """Rows of any shape and dtype."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Autoscale:
+    """Between how many replicas an expert, or a pack, is scaled by its load.
+
+    More replicas are started once rows have waited longer than `target_queue_ms` milliseconds for `up_after` seconds:
+    in proportion to the excess, and at most twice as many. One is ended once rows have waited at most half of that for
+    `down_after` seconds, and the others can do the work.
+
+    Raises ConfigError for an invalid declaration.
+
+    >>> Expert("numpy:sin", autoscale=Autoscale(max=4)).autoscale.target_queue_ms
+    50.0
+    """
+
+    max: int
+    min: int = 1
+    target_queue_ms: float = 50.0
+    up_after: float = 5.0
+    down_after: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("min", "max"):
+            count = getattr(self, name)
+            if type(count) is not int or count < 1:
+                raise ConfigError(f"autoscale: {name} must be a whole number of at least 1, not {count!r}")
+        if self.min > self.max:
+            raise ConfigError(f"autoscale: min is {self.min} and max {self.max}: min must not be above max")
+        for name in ("target_queue_ms", "up_after", "down_after"):
+            value = getattr(self, name)
+            if not (is_number(value) and 0 < value < math.inf):
+                raise ConfigError(f"autoscale: {name} must be a number above 0, not {value!r}")
+
+
 @dataclass(frozen=True)
 class Expert:
     """A function from rows [n, ...] to rows [n, ...], and where and how often it runs.
@@ -75,7 +108,8 @@ class Expert:
     same in every process: random numbers of torch, numpy and Python are seeded by the declaration and the expert's id.
 
     `num_gpus`, `num_cpus` and `resources` are reserved in Ray by each replica; `replicas` is the number of copies;
-    experts of one layer with the same `pack` name share one actor per replica. `runtime_env` is Ray's (code and
+    experts of one layer with the same `pack` name share one actor per replica. With `autoscale` the number of copies
+    follows the load, from `replicas` on, or from its `min` if that is more. `runtime_env` is Ray's (code and
     packages on other nodes). `input` and `output` declare the rows; undeclared specs are probed. `framework` is the
     type of the function's rows, "torch" or "numpy"; by default numpy for functions of numpy and scipy.
 
@@ -96,6 +130,7 @@ class Expert:
     num_cpus: float | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
     replicas: int = 1
+    autoscale: Autoscale | None = None
     pack: str | None = None
     runtime_env: Mapping[str, Any] | None = None
     input: TensorSpec = ANY
@@ -122,6 +157,8 @@ class Expert:
             object.__setattr__(self, name, _plain(getattr(self, name)))
         if type(self.replicas) is not int or self.replicas < 1:
             raise ConfigError(f"replicas must be a whole number of at least 1, not {self.replicas!r}")
+        if self.autoscale is not None:
+            self._check_autoscale(self.autoscale)
         for name in ("num_gpus", "num_cpus"):
             value = getattr(self, name)
             if value is not None and not (is_number(value) and 0 <= value < math.inf):
@@ -130,6 +167,13 @@ class Expert:
             raise ConfigError(f"num_gpus above 1 must be whole, not {self.num_gpus}")
         if self.framework not in (None, "torch", "numpy"):
             raise ConfigError(f'framework must be "torch" or "numpy", not {self.framework!r}')
+
+    def _check_autoscale(self, rule: Autoscale) -> None:
+        if not isinstance(rule, Autoscale):
+            raise ConfigError(f"autoscale must be an expertmesh.Autoscale, not {type(rule).__name__}")
+        if self.replicas > rule.max:
+            raise ConfigError(f"replicas is {self.replicas}, and autoscale allows {rule.max}: lower it, or raise max")
+        object.__setattr__(self, "replicas", max(self.replicas, rule.min))
 
     @classmethod
     def from_module(cls, module: Any, **options: Any) -> Expert:
@@ -151,10 +195,10 @@ class Expert:
         return self.live is not None
 
     def placement(self) -> tuple[object, ...]:
-        """The settings that decide where an actor of this expert may run; equal for all experts of a pack."""
+        """The settings that decide where and how often an actor of this expert runs; equal in a pack."""
         resources = tuple(sorted(self.resources.items()))
         environment = json.dumps(self.runtime_env, sort_keys=True, default=str)
-        return (self.num_gpus, self.num_cpus, resources, self.replicas, environment)
+        return (self.num_gpus, self.num_cpus, resources, self.replicas, self.autoscale, environment)
 
     def with_specs(self, input: TensorSpec, output: TensorSpec) -> Expert:
         """A copy with these specs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ...experts.construct.factory import locate, seeded
 from ...experts.construct.probe import check_rows, check_weights, without_weights
 from ...experts.errors import ConfigError, ExpertMeshError
 from ...experts.identity.canonical import canonical
-from ...experts.spec import Expert, TensorSpec
+from ...experts.spec import Autoscale, Expert, TensorSpec
 from ...experts.suggestion import suggestion
 from ...experts.weights.files import load_into, load_tensors
 from ...router import gates
@@ -43,6 +43,7 @@ class DeclarationReader:
         self._readers: Readers = {
             "input": lambda declared: _read(TensorSpec(), declared, "input"),
             "output": lambda declared: _read(TensorSpec(), declared, "output"),
+            "autoscale": _autoscale,
             "capacity": _capacity,
             "weights": self._weights,
             "runtime_env": self.runtime_env,
@@ -188,3 +189,15 @@ def _capacity(declared: object) -> Capacity:
     if as_map(declared, "capacity").get("factor") is None:
         raise ConfigError("a capacity needs a factor, as in `capacity: {factor: 1.25}`")
     return _read(Capacity(factor=1.0), declared, "capacity")
+
+
+def _autoscale(declared: object) -> Autoscale:
+    entries, wrong = as_map(declared, "autoscale"), Mistakes()
+    for key, value in entries.items():
+        with wrong.at(key):
+            check_key(key, [item.name for item in fields(Autoscale)], "the autoscale")
+            typed(Autoscale, key, value)
+    wrong.raise_if_any()
+    if "max" not in entries:
+        raise ConfigError("an autoscale needs the most replicas, as in `autoscale: {min: 1, max: 4}`")
+    return Autoscale(**entries)

@@ -46,7 +46,7 @@ def plan_layer(layer: Layer) -> tuple[PlannedReplica, ...]:
         first = next(iter(experts.values()))
         if any(expert.placement() != first.placement() for expert in experts.values()):
             raise ConfigError(
-                f"{group}: experts of one pack share an actor, so their resources and replicas must agree"
+                f"{group}: experts of one pack share an actor, so their resources, replicas and autoscale must agree"
             )
         planned += [PlannedReplica(f"{group}#{copy}", experts) for copy in range(first.replicas)]
     return tuple(planned)

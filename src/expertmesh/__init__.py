@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .cluster.config.loader import ClusterConfig
     from .cluster.owner.cluster import Cluster
     from .cluster.rpc.swaps import Lease, SwapOutcome
-    from .experts.spec import Expert, TensorSpec
+    from .experts.spec import Autoscale, Expert, TensorSpec
     from .router import gates
     from .router.mixture.layer import Layer
 
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "AsyncClient": "cluster.client.client",
+    "Autoscale": "experts.spec",
     "Client": "cluster.client.client",
     "Cluster": "cluster.owner.cluster",
     "ClusterConfig": "cluster.config.loader",
@@ -61,6 +62,7 @@ _MODULES = {
 __all__ = [
     "Aborted",
     "AsyncClient",
+    "Autoscale",
     "Client",
     "Cluster",
     "ClusterConfig",

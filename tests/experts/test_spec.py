@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertmesh.experts.errors import ConfigError, SpecMismatch
-from expertmesh.experts.spec import ANY, FLOATING, Expert, TensorSpec
+from expertmesh.experts.spec import ANY, FLOATING, Autoscale, Expert, TensorSpec
 from expertmesh.experts.wire import ITEM_SIZES
 
 shapes = st.none() | st.lists(st.integers(0, 9), max_size=3).map(tuple)
@@ -128,6 +128,7 @@ def test_numbers_of_numpy_are_taken_as_those_of_python() -> None:
         {"num_gpus": 1},
         {"num_cpus": 2},
         {"replicas": 2},
+        {"autoscale": Autoscale(max=2)},
         {"resources": {"tpu": 1}},
         {"runtime_env": {"env_vars": {"A": "1"}}},
     ],
@@ -141,3 +142,28 @@ def test_placement_does_not_depend_on_the_order_of_what_is_asked_for() -> None:
     one = Expert("torch:sin", resources={"a": 1, "b": 2}, runtime_env={"x": 1, "y": 2})
     other = Expert("torch:sin", resources={"b": 2, "a": 1}, runtime_env={"y": 2, "x": 1})
     assert one.placement() == other.placement()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"max": 0}, "max must be a whole number of at least 1, not 0"),
+        ({"max": True}, "max must be a whole number"),
+        ({"max": 2, "min": 3}, "min must not be above max"),
+        ({"max": 2, "target_queue_ms": 0}, "target_queue_ms must be a number above 0"),
+        ({"max": 2, "up_after": float("nan")}, "up_after must be"),
+        ({"max": 2, "down_after": float("inf")}, "down_after must be"),
+    ],
+)
+def test_a_wrong_autoscale_is_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Autoscale(**wrong)
+
+
+def test_replicas_start_within_what_autoscale_allows() -> None:
+    assert Expert("torch:sin", autoscale=Autoscale(min=2, max=4)).replicas == 2
+    assert Expert("torch:sin", replicas=3, autoscale=Autoscale(min=2, max=4)).replicas == 3
+    with pytest.raises(ConfigError, match="replicas is 5, and autoscale allows 4"):
+        Expert("torch:sin", replicas=5, autoscale=Autoscale(max=4))
+    with pytest.raises(ConfigError, match=r"an expertmesh\.Autoscale, not dict"):
+        Expert("torch:sin", autoscale={"max": 4})  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ ERRORS = [
     "Unauthenticated", "Unavailable", "VersionGone",
 ]  # fmt: skip
 CLIENT = ["AsyncClient", "Client", "Lease", "Reply", "SwapOutcome"]
-CLUSTER = ["Cluster", "ClusterConfig", "Expert", "Layer", "TensorSpec", "gates"]
+CLUSTER = ["Autoscale", "Cluster", "ClusterConfig", "Expert", "Layer", "TensorSpec", "gates"]
 SURFACE = sorted([*ERRORS, *CLIENT, *CLUSTER, "__version__", "errors"])
 
 

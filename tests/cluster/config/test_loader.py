@@ -18,7 +18,7 @@ from expertmesh.cluster.config.cluster_config import allowed_factories
 from expertmesh.cluster.config.loader import ClusterConfig, TokenEntry, load_config, parse_override
 from expertmesh.cluster.rpc.methods import Role
 from expertmesh.experts.errors import ConfigError
-from expertmesh.experts.spec import Expert, TensorSpec
+from expertmesh.experts.spec import Autoscale, Expert, TensorSpec
 from expertmesh.experts.weights.files import save_module
 from expertmesh.router import gates
 from expertmesh.router.mixture.layer import Layer
@@ -115,6 +115,7 @@ layers:
         kwargs: {{in_features: 4, out_features: 2}}
         weights: e0.safetensors
         replicas: 2
+        autoscale: {{min: 2, max: 4, target_queue_ms: 25, up_after: 1.5, down_after: 30}}
         num_cpus: 0.1
         resources: {{disk: 1}}
         pack: a
@@ -140,6 +141,7 @@ layers:
     assert (expert.input, expert.output) == (TensorSpec((4,), "float32"), TensorSpec((2,)))
     assert expert.runtime_env == {"working_dir": str(tmp_path / "code"), "env_vars": {"A": "b"}}
     assert (expert.replicas, expert.num_cpus, expert.resources, expert.pack) == (2, 0.1, {"disk": 1}, "a")
+    assert expert.autoscale == Autoscale(min=2, max=4, target_queue_ms=25, up_after=1.5, down_after=30)
 
 
 def test_the_command_line_wins_over_the_environment_over_the_file(tmp_path: Path) -> None:
@@ -238,6 +240,26 @@ WRONG = {
     "a resource that is no number": (layer(expert='{factory: "torch:sin", resources: {a: b}}'), r":4: resource a must"),
     "a spec that is no shape": (layer(expert='{factory: "torch:sin", input: {shape: 4}}'), r":4: shape must be a list"),
     "a dtype that is unknown": (layer(expert='{factory: "torch:sin", input: {dtype: fp32}}'), r":4: dtype 'fp32'"),
+    "an autoscale without a most": (
+        layer(expert='{factory: "torch:sin", autoscale: {min: 1}}'),
+        r"^mesh.yaml:4: an autoscale needs the most replicas",
+    ),
+    "an autoscale whose most is no number": (
+        layer(expert='{factory: "torch:sin", autoscale: {max: x}}'),
+        r"^mesh.yaml:4: max must be a whole number, not 'x'",
+    ),
+    "an autoscale with a wrong key": (
+        layer(expert='{factory: "torch:sin", autoscale: {max: 2, up_afer: 1}}'),
+        r"^mesh.yaml:4: .*'up_afer' \(did you mean 'up_after'\?\)",
+    ),
+    "an autoscale upside down": (
+        layer(expert='{factory: "torch:sin", autoscale: {min: 3, max: 2}}'),
+        r"^mesh.yaml:4: autoscale: min is 3 and max 2",
+    ),
+    "more replicas than autoscale allows": (
+        layer(expert='{factory: "torch:sin", replicas: 3, autoscale: {max: 2}}'),
+        r"^mesh.yaml:4: replicas is 3, and autoscale allows 2",
+    ),
     "a layer's name": (layer().replace(" x:", " a b:"), r"^mesh.yaml:2: layer name 'a b' must be"),
     "an expert's name": (layer().replace("{e:", "{a b:"), r"^mesh.yaml:4: expert name 'a b' must be"),
     "a fallback that is no expert": (layer(more='on_missing: "fallback:f"'), r"^mesh.yaml:5: .*'f' is not one of"),
