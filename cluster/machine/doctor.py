@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .facts import Machine
+from .run_files import RunFile
 
 State = Literal["ok", "warn", "fail"]
 
@@ -111,8 +112,12 @@ def _gpus(machine: Machine) -> Check:
 
 
 def _clusters(machine: Machine) -> Iterator[Check]:
-    running = [f"{cluster.name} at {cluster.endpoint} (pid {cluster.pid})" for cluster in machine.clusters]
+    running = [f"{run.name} at {' and '.join(run.endpoints)} (pid {run.pid})" for run in machine.clusters]
     yield Check("clusters", "ok", ", ".join(running) or "none running")
+    for cluster in machine.clusters:
+        for endpoint in (endpoint for endpoint in cluster.endpoints if endpoint in machine.silent):
+            mend = f"a router that ended is started again within seconds: see `expertmesh status --name {cluster.name}`"
+            yield Check("router", "warn", f"{endpoint} of {cluster.name} does not listen", mend)
     for cluster in machine.stale:
         mend = f"run `expertmesh down --name {cluster.name}` to clean up, or start it again"
         yield Check("stale cluster", "warn", f"{cluster.name} (pid {cluster.pid}) died without cleaning up", mend)
@@ -121,10 +126,14 @@ def _clusters(machine: Machine) -> Iterator[Check]:
 def _port(machine: Machine) -> Check:
     if machine.port_free:
         return Check("port", "ok", f"{machine.port} is free")
-    owners = [cluster for cluster in machine.clusters if cluster.endpoint.endswith(f":{machine.port}")]
+    owners = [cluster for cluster in machine.clusters if _has_port(cluster, machine.port)]
     if owners:
         return Check("port", "ok", f"{machine.port} is used by cluster {owners[0].name}")
     return Check("port", "warn", f"{machine.port} is in use", "start with `--port 0` (any free port) or another number")
+
+
+def _has_port(cluster: RunFile, port: int) -> bool:
+    return any(endpoint.endswith(f":{port}") for endpoint in cluster.endpoints)
 
 
 def _ray(machine: Machine) -> Check:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from ...experts.staging.machine_memory import memory_bytes, read_text
-from .ports import is_free, is_loopback
+from .ports import is_free, is_loopback, listens
 from .run_files import RunFile, list_all
 
 SHARED_MEMORY = "/dev/shm"
@@ -24,7 +24,8 @@ RAY_SERVERS = ("gcs_server", "raylet")
 class Machine:
     """Facts about this machine. Sizes are in bytes; None means unknown.
 
-    `open_to_others` are the processes of Ray, with their ports, that other machines can reach.
+    `open_to_others` are the processes of Ray, with their ports, that other machines can reach. `silent` are the
+    endpoints of running clusters where nothing listens.
     """
 
     python: tuple[int, ...]
@@ -40,12 +41,14 @@ class Machine:
     port_free: bool
     ray: tuple[str, ...]
     open_to_others: tuple[str, ...] = ()
+    silent: tuple[str, ...] = ()
 
 
 def look(packages: Iterable[str], port: int) -> Machine:
     """Collect the facts of this machine; nothing is imported, started or changed."""
     clusters = list_all()
     stale = tuple(cluster for cluster in clusters if cluster.is_stale())
+    running = tuple(cluster for cluster in clusters if cluster not in stale)
     memory, free = memory_bytes()
     return Machine(
         python=tuple(sys.version_info[:3]),
@@ -55,12 +58,13 @@ def look(packages: Iterable[str], port: int) -> Machine:
         memory_free=free,
         shared_memory=psutil.disk_usage(SHARED_MEMORY).total if Path(SHARED_MEMORY).is_dir() else None,
         gpus=gpus(),
-        clusters=tuple(cluster for cluster in clusters if cluster not in stale),
+        clusters=running,
         stale=stale,
         port=port,
         port_free=is_free("127.0.0.1", port),
         ray=ray_processes(),
         open_to_others=open_to_others(),
+        silent=tuple(endpoint for run in running for endpoint in run.endpoints if not listens(endpoint)),
     )
 
 

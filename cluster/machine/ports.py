@@ -10,6 +10,7 @@ from contextlib import suppress
 from ...experts.errors import FailedPrecondition
 
 PORT_TRIES = 50
+LISTENS_SECONDS = 0.5
 
 
 def family_of(host: str) -> socket.AddressFamily:
@@ -45,6 +46,16 @@ def is_free(host: str, port: int) -> bool:
     with suppress(OSError):
         return _bound(host, port, reuse=True) >= 0
     return False
+
+
+def listens(endpoint: str) -> bool:
+    """Whether something accepts a connection at "host:port", within half a second."""
+    host, _, port = endpoint.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=LISTENS_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def hold_port(host: str, port: int, what: str) -> socket.socket:

@@ -36,6 +36,7 @@ GOOD = Machine(
 CLUSTER_X = RunFile(
     name="x", endpoint="127.0.0.1:50051", token_path="/t", pid=1, started=1, version="0.1.0", ray_temp_dir="/tmp/x"
 )
+TWO_ROUTERS = replace(CLUSTER_X, endpoints=["127.0.0.1:50050", "127.0.0.1:50051"])
 
 
 def found(machine: Machine, name: str) -> list[Check]:
@@ -61,6 +62,8 @@ def test_a_good_machine_has_nothing_to_mend() -> None:
         ("stale cluster", {"stale": (CLUSTER_X,)}, "warn"),
         ("port", {"port_free": False}, "warn"),
         ("port", {"port_free": False, "clusters": (CLUSTER_X,)}, "ok"),
+        ("port", {"port_free": False, "clusters": (TWO_ROUTERS,)}, "ok"),
+        ("router", {"clusters": (TWO_ROUTERS,), "silent": ("127.0.0.1:50051",)}, "warn"),
         ("other ray", {"ray": ("pid 7, logs /tmp/ray/s",)}, "warn"),
         ("other ray", {"ray": ("pid 7, logs /tmp/x/s",), "clusters": (CLUSTER_X,)}, "ok"),
         ("other ray", {"ray": ("pid 7, logs /tmp/x2/s",), "clusters": (CLUSTER_X,)}, "warn"),
@@ -72,6 +75,19 @@ def test_what_is_wrong_is_judged_and_says_how_to_mend_it(name: str, change: dict
     (check,) = found(replace(GOOD, **change), name)  # type: ignore[arg-type]
     assert check.state == state
     assert bool(check.mend) == (state != "ok")
+
+
+def test_all_routers_of_a_cluster_are_told_and_one_that_does_not_listen(own_home: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # and does not listen, as its owner does for a router that restarts
+        endpoints = [f"127.0.0.1:{one.getsockname()[1]}" for one in (server, held)]
+        RunFile.of_this_process("x", endpoints[0], "0.1.0", endpoints=endpoints).write()
+        machine = look((), 50051)
+    assert machine.silent == (endpoints[1],)
+    (clusters,) = found(machine, "clusters")
+    assert clusters.found.startswith(f"x at {endpoints[0]} and {endpoints[1]} (pid ")
+    (router,) = found(machine, "router")
+    assert (router.state, router.found) == ("warn", f"{endpoints[1]} of x does not listen")
 
 
 @pytest.mark.parametrize("package", PACKAGES)
