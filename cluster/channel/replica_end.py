@@ -68,6 +68,7 @@ class _Peer:
 class ChannelServer:
     """Serves a host to routers that know the secret. `counted` counts calls and closed connections by outcome.
 
+    `address` is where it listens, and `tcp_address` where it does so for routers on other nodes as well.
     `failed` is called with the reason if the thread ends by itself: nothing is served from then on.
     """
 
@@ -81,6 +82,7 @@ class ChannelServer:
     ) -> None:
         self.counted: Counter[str] = Counter()
         self.address = ""
+        self.tcp_address = ""
         self._host = host
         self._replica_id = replica_id
         self._secret = secret
@@ -89,23 +91,27 @@ class ChannelServer:
         self._selector = selectors.DefaultSelector()
         self._peers: deque[_Peer] = deque()
         self._passed: deque[_Peer] = deque()
-        self._listener: socket.socket | None = None
+        self._listeners: list[socket.socket] = []
         self._path: Path | None = None
         self._waker, self._woken = socket.socketpair()
+        self._selector.register(self._woken, selectors.EVENT_READ, lambda mask: None)
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="expertmesh-channel", daemon=True)
 
-    def listen_unix(self, path: Path) -> None:
-        """Start to serve on a Unix socket, in a folder private to this user."""
+    def listen_unix(self, path: Path, *, also_on: str = "") -> None:
+        """Start to serve on a Unix socket, in a folder private to this user, and also on a free port of a host."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(str(path))
         self._path = path
-        self._begin(listener, f"unix:{path}")
+        self.address = self._listen(listener, f"unix:{path}")
+        if also_on:
+            self.tcp_address = self._listen_tcp(also_on)
+        self._thread.start()
 
     def listen_tcp(self, host: str) -> None:
         """Start to serve on a free port of an address that other nodes can reach."""
-        listener = socket.create_server((host, 0), family=family_of(host))
-        self._begin(listener, f"tcp:{host}:{listener.getsockname()[1]}")
+        self.address = self._listen_tcp(host)
+        self._thread.start()
 
     def close(self) -> None:
         """Close every connection and end the thread after its current computation; idempotent."""
@@ -121,13 +127,16 @@ class ChannelServer:
         """The rows of the calls that wait to be computed."""
         return sum(int(call.rows.shape[0]) for peer in self._peers for call, _ in peer.waiting)
 
-    def _begin(self, listener: socket.socket, address: str) -> None:
+    def _listen_tcp(self, host: str) -> str:
+        listener = socket.create_server((host, 0), family=family_of(host))
+        return self._listen(listener, f"tcp:{host}:{listener.getsockname()[1]}")
+
+    def _listen(self, listener: socket.socket, address: str) -> str:
         listener.listen(STRANGERS)
         listener.setblocking(False)
-        self._listener, self.address = listener, address
-        self._selector.register(listener, selectors.EVENT_READ, self._accept)
-        self._selector.register(self._woken, selectors.EVENT_READ, lambda mask: None)
-        self._thread.start()
+        self._listeners.append(listener)
+        self._selector.register(listener, selectors.EVENT_READ, lambda mask: self._accept(listener))
+        return address
 
     def _run(self) -> None:
         try:
@@ -143,8 +152,8 @@ class ChannelServer:
         finally:
             for peer in list(self._peers):
                 self._close(peer)
-            if self._listener is not None:
-                self._listener.close()
+            for listener in self._listeners:
+                listener.close()
             if self._path is not None:
                 self._path.unlink(missing_ok=True)
             self._selector.close()
@@ -166,10 +175,10 @@ class ChannelServer:
             elif stalled:
                 self._drop(peer, "stalled", "it did not read its replies in time")
 
-    def _accept(self, mask: int) -> None:
-        while self._listener is not None:
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
             try:
-                connection, _ = self._listener.accept()
+                connection, _ = listener.accept()
             except OSError:  # the backlog is empty, or the peer disconnected
                 return
             strangers = [peer for peer in self._peers if not peer.authenticated]

@@ -13,6 +13,7 @@ import secrets
 import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from functools import partial
 
 from ...experts.errors import ExpertMeshError, InvalidRequest, Unauthenticated, Unavailable
@@ -41,11 +42,17 @@ log = logging.getLogger(__name__)
 class ChannelTransport:
     """Carries messages over direct sockets. Belongs to one event loop."""
 
-    def __init__(self, secret: bytes, responds: Callable[[str], Awaitable[bool]] | None = None) -> None:
-        """`responds` asks a replica, by its id and not over a channel, whether its process runs; None takes it to."""
+    def __init__(
+        self, secret: bytes, responds: Callable[[str], Awaitable[bool]] | None = None, *, node: str = ""
+    ) -> None:
+        """`responds` asks a replica, by its id and not over a channel, whether its process runs; None takes it to.
+
+        `node` is where the router is, in the words of `Replica.node`.
+        """
         self.carried: Counter[str] = Counter()
         self._secret = secret
         self._responds = responds
+        self._node = node
         self._channels: dict[str, Channel] = {}
         self._connecting: set[asyncio.Task[None]] = set()
 
@@ -73,10 +80,15 @@ class ChannelTransport:
                 del self._channels[name]
         for name, replica in current.items():
             if name not in self._channels:
-                self._channels[name] = channel = Channel(replica, self._secret, lost)
+                self._channels[name] = channel = Channel(self._from_here(replica), self._secret, lost)
                 task = asyncio.get_running_loop().create_task(channel.connect())
                 self._connecting.add(task)
                 task.add_done_callback(self._connecting.discard)
+
+    def _from_here(self, replica: Replica) -> Replica:
+        """The replica with the address that this node reaches."""
+        away = replica.tcp_address and replica.node != self._node
+        return replace(replica, address=replica.tcp_address) if away else replica
 
     def close(self) -> None:
         """Close every connection; idempotent."""

@@ -15,15 +15,17 @@ from .run_folder import folder_of, hold, sweep
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelSettings:
-    """The secret of a cluster's run, the node of its router, and the folder of its sockets on a node.
+    """The secret of a cluster's run, the node of its routers, and the folder of its sockets on a node.
 
-    With `folder` None it is one in the node's folder for temporary files, named after `run`.
+    With `folder` None it is one in the node's folder for temporary files, named after `run`. `spread` routers may be on
+    any node, and `router_node` is that of the first.
     """
 
     secret: bytes = field(repr=False)
     run: str
     router_node: str
     folder: str | None = None
+    spread: bool = False
 
 
 def open_channel(
@@ -36,6 +38,8 @@ def open_channel(
 ) -> ChannelServer:
     """Serve a host on `node` with the IP address `address`: over a Unix socket on the router's node, else over TCP.
 
+    Where routers are spread it is both, on every node.
+
     Experts on the CPU share as many slots as the node has cores. `failed` is called with the reason if the channel ends
     by itself. Raises FailedPrecondition or OSError.
     """
@@ -47,8 +51,9 @@ def open_channel(
     hold(folder)  # for as long as this process lives
     slots = CoreSlots(folder, cores()) if host.device == "cpu" else None
     server = ChannelServer(host, replica_id, settings.secret, slots, failed)
-    if node == settings.router_node:
-        server.listen_unix(socket_path(folder, replica_id, host.incarnation))
+    if settings.spread or node == settings.router_node:
+        path = socket_path(folder, replica_id, host.incarnation)
+        server.listen_unix(path, also_on=address if settings.spread else "")
     else:
         server.listen_tcp(address)
     return server

@@ -22,7 +22,8 @@ class Replica:
 
     `state` is "ready", or why it is not chosen: "starting", "restarting", "waiting" (no node has what it reserves),
     "unresponsive", "hung" (an expert does not return) or, after a failure, "suspect"; `problem` says more. `address` is
-    where its channel listens, empty if it has none.
+    where its channel listens, empty if it has none, and `tcp_address` where it does so for routers on other nodes, if
+    not there.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Replica:
     device: str = "cpu"
     problem: str = ""
     address: str = ""
+    tcp_address: str = ""
 
 
 @dataclass

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,26 @@ def test_rows_come_back_computed_and_the_way_is_counted(served: Served) -> None:
         kind = served.server.address.partition(":")[0]
         assert router.transport.carried == {kind: 3 + 5000 + 3 + 3}
         router.transport.close()
+
+    run_async(main())
+
+
+def test_routers_on_the_node_of_a_replica_reach_it_by_its_socket_and_others_over_tcp(tmp_path: Path) -> None:
+    async def main() -> None:
+        made = Served(tmp_path)
+        server = ChannelServer(made.host, "r", SECRET)
+        server.listen_unix(tmp_path / "both", also_on="127.0.0.1")
+        both = replace(made.replica(), address=server.address, tcp_address=server.tcp_address, node="10.0.0.1/ab")
+        for node, way in (("10.0.0.1/ab", "unix"), ("10.0.0.2/cd", "tcp")):
+            router = Router(both)
+            router.transport = ChannelTransport(SECRET, node=node)
+            router.refresh()
+            assert torch.equal(await router.ask(made.call()), ROWS.sin())
+            assert router.transport.carried == {way: 3}
+            router.transport.close()
+        server.close()
+        made.server.close()
+        assert not list(tmp_path.iterdir())
 
     run_async(main())
 
