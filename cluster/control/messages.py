@@ -13,6 +13,7 @@ from ...experts.spec import ANY, Expert, TensorSpec
 from ...experts.staging.stage import Proposal
 from ...experts.staging.verify import Policy
 from ...router.fanout.replica_view import Replica
+from ...router.fanout.telemetry import ReplicaLoad
 from ...router.gates import Gate
 from ...router.mixture.layer import Layer
 
@@ -103,13 +104,17 @@ class RouterUpdate:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterReport:
-    """What a router says of itself: what it was told, its epoch and pins, and the gates that it holds."""
+    """What a router says of itself: what it was told, its epoch and pins, the gates that it holds, and what it counted.
+
+    `loads` are by replica, for those to which it sends.
+    """
 
     incarnation: str
     revision: int
     epoch: int
     oldest_pinned: int
     gates: frozenset[tuple[str, str]]
+    loads: Mapping[str, ReplicaLoad] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

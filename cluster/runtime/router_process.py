@@ -176,6 +176,7 @@ class RouterService:
             epoch=self.router.epochs.number,
             oldest_pinned=self.router.epochs.oldest_pinned(),
             gates=frozenset(self._gates),
+            loads=self.router.fanout.loads(),
         )
 
     def _take(self, update: RouterUpdate) -> None:

@@ -30,7 +30,7 @@ from .lane import Job, Lane, Message
 from .lateness import HedgeBudget, Pace
 from .message import Place, build_call
 from .replica_view import GONE, View
-from .telemetry import Telemetry
+from .telemetry import ReplicaLoad, Telemetry
 from .transport import Died, Transport, sending_error
 from .work import Work, assign
 
@@ -122,6 +122,11 @@ class Fanout:
         # Iterate over copies: the metrics page reads this from another thread.
         return {name: sum(job.work.size for job in lane.waiting.items()) for name, lane in list(self._lanes.items())}
 
+    def loads(self) -> dict[str, ReplicaLoad]:
+        """What each replica was given, and what waits for it."""
+        now, load = asyncio.get_running_loop().time(), self._telemetry.replica_load
+        return {name: load(name, *lane.waits(now)) for name, lane in self._lanes.items()}
+
     def _enqueue(self, job: Job) -> None:
         try:
             replica = self._view.choose(job.work.versions, exclude=job.tried)
@@ -132,7 +137,7 @@ class Fanout:
         lane = self._lanes.get(name)
         if lane is None:
             lane = self._lanes[name] = Lane(replica)
-        lane.waiting.put(job.work.client, job)
+        lane.put(job, asyncio.get_running_loop().time())
         job.tried.add(name)
         job.replica_id = name
         self._view.sent(name, job.work.size)
@@ -175,7 +180,9 @@ class Fanout:
         self._budget.sent()
         if self._check is None:
             self._check = loop.call_later(CHECK_SECONDS, self._check_lanes)
-        self._telemetry.messages[lane.replica.id] += 1
+        rows = message.rows - ahead
+        waited = sum(job.work.size * (message.started - job.since) for job in jobs)
+        self._telemetry.count_message(lane.replica.id, rows, waited)
         self._telemetry.copied += 0 if call.rows is works[0].x else call.rows.nbytes
 
     def _returned(self, lane: Lane, message: Message, reply: ExpertReply | ExpertMeshError | Died) -> None:
@@ -196,7 +203,8 @@ class Fanout:
         else:
             seconds = asyncio.get_running_loop().time() - message.started
             self._paces[lane.replica.experts].took(seconds, message.rows)
-            self._telemetry.add_message_seconds(lane.replica.id, reply.queued, reply.computed)
+            rows = sum(job.work.size for job in message.jobs)
+            self._telemetry.add_message_seconds(lane.replica.id, rows, reply.queued, reply.computed)
             for job, place in zip(message.jobs, message.places, strict=True):
                 self._deliver(job, _answer(reply, place), seconds)
 

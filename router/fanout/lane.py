@@ -21,12 +21,13 @@ class Job:
     """One piece of work; `done` gets its answer or error, once.
 
     `attempts` counts the messages that it went into, of which `messages` are in flight, and `deaths` the replicas that
-    died while they computed it.
+    died while they computed it. It waits for its replica since `since`, in event-loop time.
     """
 
     work: Work
     done: Callable[[Result], None]
     finished: bool = False
+    since: float = 0.0
     attempts: int = 0
     deaths: int = 0
     tried: set[str] = field(default_factory=set)
@@ -58,6 +59,16 @@ class Lane:
     waiting: FairQueue[Job] = field(default_factory=FairQueue)
     in_flight: list[Message] = field(default_factory=list)
     asked: float = -math.inf
+
+    def put(self, job: Job, now: float) -> None:
+        """Let a job wait for the replica, from `now` on."""
+        job.since = now
+        self.waiting.put(job.work.client, job)
+
+    def waits(self, now: float) -> tuple[int, float]:
+        """The rows that wait, and how long all of them together have waited so far, in seconds."""
+        jobs = [job for job in self.waiting.items() if not job.finished]
+        return sum(job.work.size for job in jobs), sum(job.work.size * (now - job.since) for job in jobs)
 
     def take(self) -> list[Job]:
         """Take the jobs of the next message: clients in turns, up to the row and part limits, no cancelled jobs.

@@ -24,12 +24,27 @@ class Histogram:
         self.total += seconds
 
 
+@dataclass(frozen=True)
+class ReplicaLoad:
+    """What a router gave a replica, since the router's start.
+
+    `rows` were sent to it and `waiting` are to follow. Together they have waited for `waited` seconds, so that a row
+    that waits for 2 s counts 2, in the router or the replica. `computing` is the seconds that the replica computed.
+    """
+
+    rows: int = 0
+    waiting: int = 0
+    waited: float = 0.0
+    computing: float = 0.0
+
+
 @dataclass
 class Telemetry:
     """Counts since the start of this router.
 
     By expert id: `rows`, `errors`, `gate_mass` and `expert_latency` (from sending to the answer). By replica id:
-    `messages`, and the seconds that they were `queued` and `computing` there. By (layer, code): `requests`. By layer:
+    `messages` and `rows_sent`, the seconds that messages were `queued` and `computing` there, and those that rows have
+    `waited`, all together, before they were computed. By (layer, code): `requests`. By layer:
     `request_latency`, and `batches` that went through the gate. `retries`: pieces of work that were sent again,
     `hedges`: that were sent to a second replica because the first was late.
     `copied`: bytes of rows that were copied on their way, apart from copies by the kernel.
@@ -39,6 +54,8 @@ class Telemetry:
     errors: Counter[str] = field(default_factory=Counter)
     gate_mass: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     messages: Counter[str] = field(default_factory=Counter)
+    rows_sent: Counter[str] = field(default_factory=Counter)
+    waited: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     queued: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     computing: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     retries: int = 0
@@ -59,10 +76,22 @@ class Telemetry:
         for position, weight in mass.items():
             self.gate_mass[experts[position]] += weight
 
-    def add_message_seconds(self, replica: str, queued: float, computed: float) -> None:
-        """Add the seconds that a message waited in a replica and was computed."""
+    def count_message(self, replica: str, rows: int, waited: float) -> None:
+        """Count a message to a replica, and the seconds that its rows have waited for it, all together."""
+        self.messages[replica] += 1
+        self.rows_sent[replica] += rows
+        self.waited[replica] += waited
+
+    def add_message_seconds(self, replica: str, rows: int, queued: float, computed: float) -> None:
+        """Add the seconds that a message of some rows waited in a replica and was computed."""
         self.queued[replica] += queued
+        self.waited[replica] += rows * queued
         self.computing[replica] += computed
+
+    def replica_load(self, replica: str, waiting: int, waited: float) -> ReplicaLoad:
+        """The load of a replica, for which rows are waiting that have waited so long, all together."""
+        total = self.waited[replica] + waited
+        return ReplicaLoad(self.rows_sent[replica], waiting, total, self.computing[replica])
 
     def count_answer(self, expert: str, rows: int, seconds: float) -> None:
         """Count the rows of one answer of an expert, and its latency."""

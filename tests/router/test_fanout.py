@@ -189,6 +189,33 @@ def test_what_comes_while_the_window_is_full_waits_and_goes_in_one_message() -> 
     run_async(main())
 
 
+def test_how_long_rows_waited_is_counted_in_the_router_and_in_the_replica() -> None:
+    async def main() -> None:
+        mesh = fanout_of("r", "idle")
+        mesh.replicas.pop("idle")
+        mesh.report()
+        jobs = []
+        for rows in ((0,), (1,), (2, 3)):
+            jobs.append(mesh.submit("l/a", *rows))
+            await settle()
+        assert len(mesh.wire.open()) == WINDOW == 2
+        mesh.jobs[jobs[2]].since -= 50.0  # as if it had come so long ago
+        load = mesh.fanout.loads()["r"]
+        assert (load.rows, load.waiting, load.computing) == (2, 2, 0.0)
+        assert load.waited == pytest.approx(100.0, abs=5.0)
+        mesh.wire.sent[0].tell(ExpertReply("1", tuple(mesh.wire.sent[0].outputs()), queued=0.5, computed=0.25))
+        await settle()
+        mesh.wire.sent[2].tell(ExpertReply("1", tuple(mesh.wire.sent[2].outputs()), queued=20.0, computed=0.5))
+        mesh.wire.sent[1].answer()
+        await settle()
+        load = mesh.fanout.loads()["r"]
+        assert (load.rows, load.waiting, load.computing) == (4, 0, 0.75)
+        assert load.waited == pytest.approx(140.5, abs=5.0)
+        assert mesh.fanout.loads().keys() == {"r"}
+
+    run_async(main())
+
+
 def test_experts_of_a_pack_get_each_row_once() -> None:
     async def main() -> None:
         mesh = fanout_of("pack", "other", experts=("l/a", "l/b", "l/c"))

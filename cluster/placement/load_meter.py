@@ -1,0 +1,66 @@
+"""The load of each group of replicas, from what routers count."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ...router.fanout.telemetry import ReplicaLoad
+
+SMOOTHING_SECONDS = 2.0
+"""How fast an average follows what is measured."""
+
+
+@dataclass
+class _Group:
+    """What was counted since the last measure, what waits, and the averages."""
+
+    rows: int = 0
+    waited: float = 0.0
+    computing: float = 0.0
+    waiting: dict[tuple[str, str], int] = field(default_factory=dict)
+    queue_ms: float = 0.0
+    busy: float = 0.0
+
+
+class LoadMeter:
+    """Averages over the last seconds, of all routers together; a group is what the replicas "news/e3#0" ... are of.
+
+    The wait of a group is that of a row, in the router and in the replica, before it is computed: what all rows have
+    waited since the last measure, by the rows that were sent meanwhile. While nothing is sent, rows that wait have
+    waited at least since then.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[str, Mapping[str, ReplicaLoad]]] = {}
+        self._groups: defaultdict[str, _Group] = defaultdict(_Group)
+        self._at: float | None = None
+
+    def reported(self, router: str, incarnation: str, loads: Mapping[str, ReplicaLoad]) -> None:
+        """Take what an incarnation of a router has counted since its start, by replica; the first report is ignored."""
+        known, last = self._last.get(router, ("", {}))
+        self._last[router] = incarnation, loads
+        for replica, load in loads.items() if known == incarnation else ():
+            group, before = self._groups[replica.rpartition("#")[0]], last.get(replica, load)
+            group.rows += load.rows - before.rows
+            group.waited += max(0.0, load.waited - before.waited)  # less, where rows that waited were dropped
+            group.computing += load.computing - before.computing
+            group.waiting[router, replica] = load.waiting
+
+    def measure(self, now: float, groups: Iterable[str]) -> dict[str, tuple[float, float]]:
+        """For each group, how many milliseconds a row waits, and how many replicas compute, at a time in seconds."""
+        elapsed = 0.0 if self._at is None else now - self._at
+        self._at = now
+        known, self._groups = self._groups, defaultdict(_Group)
+        share = 1 - math.exp(-elapsed / SMOOTHING_SECONDS)
+        for name in groups:
+            group = self._groups[name] = known[name]
+            rows = group.rows or sum(group.waiting.values())
+            group.queue_ms += share * (1000 * group.waited / max(rows, 1) - group.queue_ms)
+            group.busy += share * ((group.computing / elapsed if elapsed else 0.0) - group.busy)
+            group.computing = 0.0
+            if group.rows or not rows:
+                group.rows, group.waited = 0, 0.0
+        return {name: (group.queue_ms, group.busy) for name, group in self._groups.items()}
