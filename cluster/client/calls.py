@@ -143,6 +143,8 @@ class Calls(Sending):
         request = health.encode_request(service)
         once = replace(self.retries, policy=RetryPolicy(attempts=1))
         answer = yield from self._send(once, health.CHECK, request, timeout, self.new_id())
+        if isinstance(answer, Frame):
+            raise DataLoss("the health reply is a frame")
         try:
             return health.decode_response(bytes(answer)).name
         except InvalidRequest as error:

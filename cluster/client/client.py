@@ -7,15 +7,11 @@ polls one queue for all loops of a process, and complains about several.
 from __future__ import annotations
 
 import asyncio
-import functools
-import inspect
 import os
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import grpc
 
@@ -24,10 +20,10 @@ from ..rpc.channel_options import MAX_IN_FLIGHT, MAX_MESSAGE_BYTES, client_optio
 from ..rpc.methods import SERVICE
 from ..rpc.status import from_status
 from ..rpc.streams import MAX_REQUEST_BYTES, Streamed
-from ..rpc.swaps import Lease
 from .calls import Calls
 from .endpoint import Endpoint, resolve
-from .retry import Answer, Attempt, Flow, Pause, RetryPolicy, Step, Work, drive, drive_async
+from .methods import AwaitingMethods, BlockingMethods
+from .retry import Answer, Attempt, Pause, RetryPolicy, Step, Work
 from .sending import new_retries
 from .stream import exchange, exchange_async
 
@@ -41,41 +37,6 @@ LAYER_CALLS = (f"/{SERVICE}/Call", f"/{SERVICE}/CallStream")
 
 CUT_OFF = ("Socket closed", "Connection reset", "GOAWAY")
 """What gRPC says, among others, when a client without TLS speaks to a port with TLS."""
-
-P = ParamSpec("P")
-T = TypeVar("T")
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def _blocking(flow: Callable[Concatenate[Calls, P], Flow[T]]) -> Callable[Concatenate[Client, P], T]:
-    """Turn a flow of `Calls` into a method of `Client`."""
-
-    @functools.wraps(flow)
-    def method(client: Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return drive(flow(client._calls, *args, **kwargs), client._perform)
-
-    return _described(method, flow)
-
-
-def _awaiting(
-    flow: Callable[Concatenate[Calls, P], Flow[T]],
-) -> Callable[Concatenate[AsyncClient, P], Awaitable[T]]:
-    """Turn a flow of `Calls` into a method of `AsyncClient`."""
-
-    @functools.wraps(flow)
-    async def method(client: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await drive_async(flow(client._calls, *args, **kwargs), client._perform)
-
-    return _described(method, flow)
-
-
-def _described(method: Method, flow: Callable[..., Flow[Any]]) -> Method:
-    """The method with the signature of its flow, and the flow's result as its return type."""
-    signature = inspect.signature(flow)
-    result = str(signature.return_annotation).removeprefix("Flow[").removesuffix("]")
-    vars(method)["__signature__"] = signature.replace(return_annotation=result)
-    method.__annotations__ = {**flow.__annotations__, "return": result}
-    return method
 
 
 class _Connected:
@@ -155,7 +116,7 @@ class _Connected:
         return from_status(error.code().name, text, error.trailing_metadata() or ())
 
 
-class Client(_Connected):
+class Client(BlockingMethods, _Connected):
     """A blocking client of one cluster. Threads may share it; it reconnects automatically.
 
     Example:
@@ -166,32 +127,6 @@ class Client(_Connected):
     """
 
     _sleep = staticmethod(time.sleep)
-
-    forward = _blocking(Calls.forward)
-    call = _blocking(Calls.call)
-    status = _blocking(Calls.status)
-    drain = _blocking(Calls.drain)
-    health = _blocking(Calls.health)
-    swap = _blocking(Calls.swap)
-    rollback = _blocking(Calls.rollback)
-    history = _blocking(Calls.history)
-    swap_progress = _blocking(Calls.swap_progress)
-    leases = _blocking(Calls.leases)
-    end_lease = _blocking(Calls.end_lease)
-
-    @contextmanager
-    def pin(self, ttl: float = 30.0) -> Iterator[Lease]:
-        """Lease the current epoch for several calls: `with client.pin() as lease: client.call("news", x, pin=lease)`.
-
-        The lease ends with the block, `ttl` seconds (at most 60) after its last use, or 10 seconds after a swap has
-        replaced the epoch. Raises the errors of a call.
-        """
-        lease = drive(self._calls.lease(ttl), self._perform)
-        try:
-            yield lease
-        finally:
-            with suppress(ExpertMeshError):  # it expires anyway
-                drive(self._calls.give_back(lease), self._perform)
 
     def close(self) -> None:
         """Close the connection; calls in flight fail with an error. Closing twice is harmless."""
@@ -229,7 +164,7 @@ class Client(_Connected):
             raise
 
 
-class AsyncClient(_Connected):
+class AsyncClient(AwaitingMethods, _Connected):
     """An asyncio client of one cluster, with the methods of `Client` as coroutines. It belongs to one event loop.
 
     Example:
@@ -240,28 +175,6 @@ class AsyncClient(_Connected):
     _loop: asyncio.AbstractEventLoop | None = None
 
     _sleep = staticmethod(asyncio.sleep)
-
-    forward = _awaiting(Calls.forward)
-    call = _awaiting(Calls.call)
-    status = _awaiting(Calls.status)
-    drain = _awaiting(Calls.drain)
-    health = _awaiting(Calls.health)
-    swap = _awaiting(Calls.swap)
-    rollback = _awaiting(Calls.rollback)
-    history = _awaiting(Calls.history)
-    swap_progress = _awaiting(Calls.swap_progress)
-    leases = _awaiting(Calls.leases)
-    end_lease = _awaiting(Calls.end_lease)
-
-    @asynccontextmanager
-    async def pin(self, ttl: float = 30.0) -> AsyncIterator[Lease]:
-        """Lease the current epoch for several calls, as `Client.pin` does: `async with client.pin() as lease: ...`."""
-        lease = await drive_async(self._calls.lease(ttl), self._perform)
-        try:
-            yield lease
-        finally:
-            with suppress(ExpertMeshError):  # it expires anyway
-                await drive_async(self._calls.give_back(lease), self._perform)
 
     async def close(self) -> None:
         """Close the connection; calls in flight are cancelled. Closing twice is harmless."""

@@ -1,8 +1,8 @@
 """One call as a flow without I/O: which attempts to make, how long to pause between them, when to give up.
 
-A flow is a generator. It yields an `Attempt` and receives the reply's bytes or the error; it yields `Work` and receives
-its result; it yields a `Pause` and receives None. It returns the call's result or raises. The driver of the flow owns
-the socket, the threads and the sleep.
+A flow is a generator. It yields an `Attempt` and receives the reply or the error; it yields `Work` and receives its
+result; it yields a `Pause` and receives None. It returns the call's result or raises. The driver of the flow owns the
+socket, the threads and the sleep. A frame that is sent as it is, within a process, is answered by a frame.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ...experts.errors import DeadlineExceeded, ExpertMeshError, Unavailable
-from ...experts.wire import Buffer
+from ...experts.wire import Buffer, Frame
 from ..rpc.streams import Streamed
 
 T = TypeVar("T")
+Payload = bytes | Streamed | Frame
+Received = Buffer | Frame
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Attempt:
     """Send `payload`, one message or a stream of them, to `method` once, within `timeout` seconds."""
 
     method: str
-    payload: bytes | Streamed = field(repr=False)
+    payload: Payload = field(repr=False)
     timeout: float
     metadata: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
@@ -44,7 +46,7 @@ class Work:
 
 
 Step = Attempt | Pause | Work
-Answer = Buffer | ExpertMeshError | None
+Answer = Received | ExpertMeshError | None
 Flow = Generator[Step, Answer, T]
 
 
@@ -124,11 +126,11 @@ class Retries:
     def attempts(
         self,
         method: str,
-        payload: bytes | Streamed,
+        payload: Payload,
         *,
         timeout: float,
         metadata: tuple[tuple[str, str], ...] = (),
-    ) -> Flow[Buffer]:
+    ) -> Flow[Received]:
         """Retry until an answer or an error other than Unavailable comes, or attempts, budget or `timeout` run out.
 
         Raises the last error, or DeadlineExceeded.
@@ -141,7 +143,7 @@ class Retries:
             if remaining <= 0:
                 raise DeadlineExceeded(f"no answer within {timeout:g} s")
             answer = yield Attempt(method, payload, remaining, metadata)
-            if isinstance(answer, (bytes, memoryview)):
+            if isinstance(answer, (bytes, memoryview, Frame)):
                 return answer
             if answer is None:
                 raise ExpertMeshError("an attempt ended without an answer")

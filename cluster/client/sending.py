@@ -17,7 +17,7 @@ from ..rpc.status import LAYER_KEY, REQUEST_ID_KEY, is_request_id
 from ..rpc.streams import MAX_REQUEST_BYTES, Streamed
 from .half_precision import check_payload_dtype
 from .requests import check_timeout
-from .retry import Flow, Retries, RetryBudget, RetryPolicy
+from .retry import Flow, Payload, Received, Retries, RetryBudget, RetryPolicy
 from .seen_epoch import SeenEpoch
 
 STREAM_SHARE = 4
@@ -89,7 +89,7 @@ class Sending:
         streamed = Streamed.of(parts, max_message_bytes=self.max_message_bytes, most=self.max_request_bytes)
         method = f"/{SERVICE}/CallStream"
         answer = yield from self._send(self.retries, method, streamed, timeout, request_id, meta["layer"])
-        return _decoded(answer, self.max_request_bytes, request_id)
+        return decoded(answer, self.max_request_bytes, request_id)
 
     def _ask_once(
         self, method: str, parts: list[Buffer], timeout: float | None, request_id: Any, layer: str = ""
@@ -108,17 +108,17 @@ class Sending:
             )
         payload = b"".join(parts)
         answer = yield from self._send(self.retries, f"/{SERVICE}/{method}", payload, timeout, request_id, layer)
-        return _decoded(answer, self.max_message_bytes, request_id)
+        return decoded(answer, self.max_message_bytes, request_id)
 
     def _send(
         self,
         retries: Retries,
         method: str,
-        payload: bytes | Streamed,
+        payload: Payload,
         timeout: float | None,
         request_id: Any,
         layer: str = "",
-    ) -> Flow[Buffer]:
+    ) -> Flow[Received]:
         """Send one request; naming its `layer` beside the frame lets a server refuse it before receiving it."""
         if not is_request_id(request_id):
             raise InvalidRequest("request_id must be 1 to 128 letters, digits, or any of . _ : / -")
@@ -135,7 +135,10 @@ class Sending:
             raise
 
 
-def _decoded(answer: Buffer, most: int, request_id: Any) -> Frame:
+def decoded(answer: Received, most: int, request_id: Any) -> Frame:
+    """The frame of a reply. Raises DataLoss."""
+    if isinstance(answer, Frame):
+        return answer
     try:
         return decode(answer, max_bytes=most)
     except InvalidRequest as error:

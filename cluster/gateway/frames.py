@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -46,8 +46,8 @@ def forward_request(frame: Frame, request_id: str, timeout: float, client: str) 
     )
 
 
-def reply_parts(reply: ForwardReply) -> list[Buffer]:
-    """The buffers of a reply frame, without `lost_mass` if nothing was lost. No tensor is copied."""
+def reply_frame(reply: ForwardReply) -> Frame:
+    """The frame of a reply, without `lost_mass` if nothing was lost. It shares the memory of the reply's tensors."""
     tensors: dict[str, Tensor | None] = {
         "output": reply.output,
         "lost_mass": reply.lost_mass if reply.summary.degraded else None,
@@ -55,7 +55,13 @@ def reply_parts(reply: ForwardReply) -> list[Buffer]:
         "weights": reply.weights,
     }
     wired: dict[str, WireTensor] = {name: to_wire(tensor) for name, tensor in tensors.items() if tensor is not None}
-    return encode_parts("reply", asdict(reply.summary), wired)
+    return Frame("reply", dict(vars(reply.summary)), wired)
+
+
+def reply_parts(reply: ForwardReply) -> list[Buffer]:
+    """The buffers of a reply frame. No tensor is copied."""
+    frame = reply_frame(reply)
+    return encode_parts(frame.kind, frame.meta, frame.tensors)
 
 
 def one_message(parts: Sequence[Buffer], max_message_bytes: int) -> bytes:

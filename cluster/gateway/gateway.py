@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 from ...experts.errors import DeadlineExceeded, ExpertMeshError, InvalidRequest, Overloaded, TooLarge, Unavailable
 from ...experts.wire import Buffer, Frame, decode
 from ...router.request.admission import CallAdmission
+from ...router.request.answer import ForwardReply
 from ...router.request.forward import Router
 from ..machine.tokens import token_digest
 from ..rpc import health
@@ -22,7 +23,7 @@ from ..rpc.documents import encode_document
 from ..rpc.health import ServingStatus
 from ..rpc.methods import SERVICE
 from .authorise import Caller, TokenTable
-from .frames import forward_request, one_message, reply_parts
+from .frames import forward_request, one_message, reply_frame, reply_parts
 from .streams import Read, StreamContext, StreamedCalls, StreamLimits
 from .swaps import FrameHandler
 
@@ -143,12 +144,23 @@ class Gateway:
 
     async def answer(self, frame: Frame, call: CallInfo) -> list[Buffer]:
         """Answer an authorised call with the buffers of its reply frame. Raises an ExpertMeshError."""
+        return await self._answered(frame, call, reply_parts)
+
+    async def exchange(self, frame: Frame, call: CallInfo) -> Frame:
+        """Answer a call of this process with its reply frame, which shares memory with the reply's tensors.
+
+        The frame of the call must not change until then. Raises an ExpertMeshError.
+        """
+        self._check_draining("Call")
+        return await self._answered(frame, call, reply_frame)
+
+    async def _answered(self, frame: Frame, call: CallInfo, made: Callable[[ForwardReply], T]) -> T:
         layer = self._check_layer(frame, call)
         started, ahead, took = self._clock(), self._admission.began(layer), None
         try:
-            parts = await self._run(self._forward(frame, call, self._seconds(call)))
+            answer = await self._run(self._forward(frame, call, self._seconds(call), made))
             took = self._clock() - started
-            return parts
+            return answer
         except DeadlineExceeded:
             took = self._clock() - started
             raise
@@ -260,7 +272,7 @@ class Gateway:
     def _seconds(self, call: CallInfo) -> float:
         return self.settings.default_timeout if call.deadline is None else max(0.0, call.deadline - self._clock())
 
-    async def _forward(self, frame: Frame, call: CallInfo, timeout: float) -> list[Buffer]:
+    async def _forward(self, frame: Frame, call: CallInfo, timeout: float, made: Callable[[ForwardReply], T]) -> T:
         forward = forward_request(frame, call.request_id, timeout, call.client)
         request_id = forward.options.request_id or call.request_id
         started = time.perf_counter()
@@ -272,7 +284,7 @@ class Gateway:
         if log.isEnabledFor(logging.DEBUG):
             seconds = time.perf_counter() - started
             log.debug("call", extra={"request_id": request_id, "layer": forward.options.layer, "seconds": seconds})
-        return reply_parts(reply)
+        return made(reply)
 
     async def _get_status(self, request: bytes, caller: Caller, call: CallInfo) -> bytes:
         _expect(decode(request), "status")

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from ...experts.errors import (
     DataLoss,
     ExpertMeshError,
+    FailedPrecondition,
     InvalidRequest,
     PermissionDenied,
     TooLarge,
@@ -58,14 +59,15 @@ Call = Callable[..., Awaitable[Any]]
 class SwapMethods:
     """Answers the methods that change or list versions, or lease epochs.
 
-    `call` runs a function in the router's thread, `busy` returns whether the router is serving requests.
+    `call` runs a function in the router's thread, `busy` returns whether the router is serving requests. `uploads` is
+    None where the state folder is on another machine.
     `allowed_factories` are the factories that an admin may name over the network.
     """
 
     def __init__(
         self,
         control: ControlPort,
-        uploads: Uploads,
+        uploads: Uploads | None,
         epochs: Epochs,
         leases: Leases,
         call: Call,
@@ -96,7 +98,7 @@ class SwapMethods:
 
     def tidy(self) -> None:
         """Drop abandoned uploads, from time to time."""
-        if self._uploads.is_untidy():
+        if self._uploads is not None and self._uploads.is_untidy():
             asyncio.get_running_loop().run_in_executor(self._disk, self._uploads.tidy)
 
     def close(self) -> None:
@@ -105,14 +107,17 @@ class SwapMethods:
 
     async def upload(self, frame: Frame, caller: Caller) -> bytes:
         """Write a chunk of an upload; while requests are served, delay the answer to throttle the client."""
+        uploads = self._uploads
+        if uploads is None:
+            raise FailedPrecondition("the cluster's state is on another machine: swap weights through a Client")
         chunk = _record(UploadChunk, frame, "upload", tensors=(DATA,))
         tensor = frame.tensors[DATA]
         if tensor.dtype != "uint8" or len(tensor.shape) != 1:
             raise InvalidRequest("a chunk must be a one-dimensional tensor `data` of dtype uint8")
         loop = asyncio.get_running_loop()
-        state = await loop.run_in_executor(self._disk, self._uploads.write, chunk, tensor.data)
+        state = await loop.run_in_executor(self._disk, uploads.write, chunk, tensor.data)
         if self._busy():
-            await asyncio.sleep(len(tensor.data) / self._uploads.limits.upload_rate)
+            await asyncio.sleep(len(tensor.data) / uploads.limits.upload_rate)
         return encode_document("uploaded", asdict(state))
 
     async def swap(self, frame: Frame, caller: Caller) -> bytes:
@@ -174,7 +179,7 @@ class SwapMethods:
     async def _drop_uploads(self, uploads: Iterable[Any]) -> None:
         loop = asyncio.get_running_loop()
         for upload_id in uploads:
-            if is_upload_id(upload_id):
+            if self._uploads is not None and is_upload_id(upload_id):
                 await loop.run_in_executor(self._disk, self._uploads.discard, upload_id)
 
     def _finished(self, work: asyncio.Future[SwapResult]) -> None:

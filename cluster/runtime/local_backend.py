@@ -19,7 +19,8 @@ from ..control.orders import Order
 from ..control.ports import ControllerState, StateSettings
 from ..machine.logs import configure_logs
 from ..placement.plan import PlannedReplica
-from .router_process import RouterService, ServiceSettings
+from .listening import ListeningService
+from .router_process import ServiceSettings
 
 T = TypeVar("T")
 CALL_TIMEOUT = 60.0
@@ -37,13 +38,17 @@ class LocalBackend:
         self._thread = threading.Thread(target=self._loop.run_forever, name="expertmesh-local", daemon=True)
         self._transport = LocalTransport()
         self._hosts: dict[str, ExpertHost] = {}
-        self._service: RouterService | None = None
+        self._service: ListeningService | None = None
         self._controller: Controller | None = None
         self._turns: asyncio.Future[None] | None = None
 
     def start(self, address: str | None, timeout: float) -> None:
         """Start the event loop."""
         self._thread.start()
+
+    def place(self) -> dict[str, str]:
+        """Empty: other processes cannot reach it."""
+        return {}
 
     def lost(self) -> str | None:
         """Always None: what ends this process ends its owner."""
@@ -58,7 +63,7 @@ class LocalBackend:
 
     async def _start_front(self, settings: ServiceSettings, state: StateSettings) -> tuple[int, int | None]:
         control = _ControlPort()
-        self._service = RouterService(settings, self._transport, control)
+        self._service = ListeningService(settings, self._transport, control)
         self._controller = control.controller = open_controller(state, self._service, _ReplicaPort(self._hosts))
         ports = await self._service.start()
         self._turns = asyncio.ensure_future(self._controller.run())

@@ -44,9 +44,10 @@ from ..machine.process_tuning import (
     trim_memory,
     yield_to_serving,
 )
+from .listening import ListeningService
 from .ray_ports import Packed, RayControlPort, RayReplicaPort, RayRouterPort
 from .ray_transport import RayTransport, packed_reply, responds, unpacked_call
-from .router_process import RouterService, ServiceSettings
+from .router_process import ServiceSettings
 
 
 @dataclass(frozen=True)
@@ -159,15 +160,15 @@ class RouterActor:
         self._transport = RayTransport() if channel is None else ChannelTransport(channel.secret, self._responds)
         self._trimmed = 0.0
         self._control = RayControlPort()
-        self._opened: RouterService | ExpertMeshError
+        self._opened: ListeningService | ExpertMeshError
         try:
-            self._opened = RouterService(settings, self._transport, self._control)
+            self._opened = ListeningService(settings, self._transport, self._control)
         except ExpertMeshError as error:
             self._opened = error
         self._ports: tuple[int, int | None] | None = None
 
     @property
-    def _service(self) -> RouterService:
+    def _service(self) -> ListeningService:
         if isinstance(self._opened, ExpertMeshError):
             raise self._opened
         return self._opened

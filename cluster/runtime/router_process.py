@@ -1,4 +1,7 @@
-"""The router's process, without Ray: the gateway on this event loop, the router on another in its own thread."""
+"""A router that follows the controller, without Ray: its requests and changes come through a gateway.
+
+The router has an event loop in a thread of its own; the gateway is on the loop of whoever uses it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ...experts.errors import ConfigError, ExpertMeshError, FailedPrecondition, Unavailable
+from ...experts.errors import ConfigError, ExpertMeshError, FailedPrecondition
 from ...experts.identity.version_name import gate_digest, version_name
 from ...experts.spec import ANY
 from ...experts.staging.stage import Receipt
@@ -29,8 +32,6 @@ from ..control.orders import Order, Orders
 from ..control.ports import ControlPort
 from ..gateway.authorise import TokenTable
 from ..gateway.gateway import Gateway, GatewaySettings
-from ..gateway.grpc_server import GrpcServer
-from ..gateway.metrics import MetricsServer
 from ..gateway.swaps import SwapMethods
 from ..rpc.methods import Role
 from ..state.uploads import UploadLimits, Uploads
@@ -47,9 +48,9 @@ class ServiceSettings:
     """The settings of a router's process: addresses, tokens and limits.
 
     The metrics page has the TLS of the gateway, unless `metrics_host` is loopback. The owner holds its port or not, as
-    the gateway's.
-    `tokens` are (sha256, role, expiry in seconds since 1970 or None). Uploads go to `state_dir`, which the controller
-    shares. `allowed_factories` are those that an admin may name over the network.
+    the gateway's. `tokens` are (sha256, role, expiry in seconds since 1970 or None). Uploads go to `state_dir`, which
+    the controller shares; where that is None, none is taken. `allowed_factories` are those that an admin
+    may name over the network.
     """
 
     name: str
@@ -58,7 +59,7 @@ class ServiceSettings:
     metrics_host: str = "127.0.0.1"
     tokens: tuple[tuple[str, Role, float | None], ...]
     max_rows_in_flight: int
-    state_dir: str
+    state_dir: str | None
     uploads: UploadLimits = field(default_factory=UploadLimits)
     allowed_factories: tuple[str, ...] = ()
 
@@ -75,7 +76,8 @@ class RouterService:
         self._tokens = TokenTable()
         for digest, role, expires in settings.tokens:
             self._tokens.add(digest, role, expires)
-        uploads = Uploads(VersionStore(settings.state_dir), settings.uploads)
+        state_dir = settings.state_dir
+        uploads = None if state_dir is None else Uploads(VersionStore(state_dir), settings.uploads)
         self.swaps = SwapMethods(
             control,
             uploads,
@@ -87,8 +89,6 @@ class RouterService:
         )
         handlers = self.swaps.handlers()
         self.gateway = Gateway(self.router, self._tokens, settings.gateway, self.status, handlers, run=self._thread.run)
-        self._server = GrpcServer(self.gateway)
-        self._metrics: MetricsServer | None = None
         self._revision = 0
         self._layers: dict[str, Layer] = {}
         self._gates: dict[tuple[str, str], Gate] = {}
@@ -96,27 +96,18 @@ class RouterService:
         self._broken: Mapping[str, str] = {}
         self._orders = Orders()
 
-    async def start(self) -> tuple[int, int | None]:
-        """Start to listen; returns the ports of gateway and metrics page."""
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop of the router's thread."""
+        return self._thread.loop
+
+    def begin(self) -> None:
+        """Begin to serve, on the running event loop: what the router asks of the controller is sent from there."""
         here = asyncio.get_running_loop()
         self.router.pinning.recall = lambda number: elsewhere(here, self.control.recall(number, RECALL_SECONDS))
-        port = await self._server.start()
-        metrics_port = self._settings.metrics_port
-        if metrics_port is not None:
-            host, gateway = self._settings.metrics_host, self._settings.gateway
-            held, tls = gateway.port_held, gateway.tls
-            try:
-                self._metrics = MetricsServer(self.router, self._tokens, host, metrics_port, port_held=held, tls=tls)
-            except OSError as error:
-                raise Unavailable(f"cannot listen on metrics_port {metrics_port}: {error.strerror}") from None
-        return port, self._metrics.port if self._metrics else None
 
-    async def stop(self, grace: float = 0.0) -> None:
-        """Drain, then close everything; idempotent."""
-        await self._server.stop(grace)
-        if self._metrics is not None:
-            self._metrics.stop()
-            self._metrics = None
+    def close(self) -> None:
+        """End the router's thread, not from there, and close everything; idempotent."""
         self._thread.close()
         self.swaps.close()
 

@@ -21,13 +21,15 @@ class RouterThread:
 
     def __init__(self, router: Router) -> None:
         self.router = router
-        self._loop = asyncio.new_event_loop()
+        self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._main, name="expertmesh-router", daemon=True)
         self._thread.start()
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the router's loop; cancelling the caller cancels it."""
-        return await elsewhere(self._loop, work)
+        if asyncio.get_running_loop() is self.loop:
+            return await work
+        return await elsewhere(self.loop, work)
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function on the router's loop."""
@@ -40,23 +42,23 @@ class RouterThread:
     def close(self) -> None:
         """Disconnect from every replica and end the thread; idempotent."""
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._end)
+            self.loop.call_soon_threadsafe(self._end)
             self._thread.join()
 
     def _main(self) -> None:
-        asyncio.set_event_loop(self._loop)
+        asyncio.set_event_loop(self.loop)
         try:
-            self._loop.run_forever()
+            self.loop.run_forever()
         finally:
-            tasks = asyncio.all_tasks(self._loop)
+            tasks = asyncio.all_tasks(self.loop)
             for task in tasks:
                 task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-            self._loop.close()
+            self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            self.loop.close()
 
     def _end(self) -> None:
         self.router.transport.close()
-        self._loop.stop()
+        self.loop.stop()
 
 
 def elsewhere(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> asyncio.Future[T]:

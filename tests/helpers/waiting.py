@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -20,6 +21,16 @@ def run_async(main: Coroutine[Any, Any, None], seconds: float = 100.0) -> None:
         assert not broken, broken
 
     asyncio.run(asyncio.wait_for(guarded(), seconds))
+
+
+def on_a_loop(story: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    """Make a test of a coroutine function without arguments, run by `run_async`."""
+
+    @functools.wraps(story)
+    def test() -> None:
+        run_async(story())
+
+    return test
 
 
 async def settle() -> None:

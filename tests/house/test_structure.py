@@ -26,11 +26,11 @@ ORDER = (  # a folder, or a file beside the folders, imports only from its own a
     "experts/chaos", "experts/host",
     "router/gates", "router/mixture", "router/epochs", "router/fanout", "router/request",
     "cluster/rpc", "cluster/machine", "cluster/client", "cluster/placement", "cluster/config", "cluster/state",
-    "cluster/control", "cluster/channel", "cluster/gateway", "cluster/runtime", "cluster/owner",
-    "cluster/bench", "cluster/demo", "cluster/cli",
+    "cluster/control", "cluster/channel", "cluster/gateway", "cluster/runtime", "cluster/attach",
+    "cluster/owner", "cluster/bench", "cluster/demo", "cluster/cli",
 )  # fmt: skip
 FENCES = {  # who alone may import what
-    "ray": ("cluster/runtime/ray_actors.py", "cluster/runtime/ray_backend.py", "cluster/runtime/ray_ports.py"),
+    "ray": tuple(f"cluster/runtime/ray_{name}.py" for name in ("actors", "attach", "backend", "ports")),
     "grpc": ("cluster/gateway/grpc_server.py", "cluster/client/client.py"),
     "msgpack": ("experts/wire.py",),
     "sqlite3": ("cluster/state/registry.py",),

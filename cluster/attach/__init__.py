@@ -1,0 +1,1 @@
+"""A router in a caller's own process: it joins a running cluster, follows its controller, and answers calls here."""
