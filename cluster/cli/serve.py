@@ -33,6 +33,12 @@ from ..owner.cluster import Cluster
     help="Port of the Prometheus metrics; 0 picks a free one.",
 )
 @click.option(
+    "--routers",
+    type=int,
+    show_default="that in MESH, or 1",
+    help="Number of routers, each with the next port and metrics port.",
+)
+@click.option(
     "--redeclare",
     multiple=True,
     metavar="ID",
@@ -46,6 +52,7 @@ def serve(
     host: str | None,
     port: int | None,
     metrics_port: int | None,
+    routers: int | None,
     redeclare: tuple[str, ...],
     settings: tuple[str, ...],
 ) -> None:
@@ -67,9 +74,10 @@ def serve(
     Examples:
       expertmesh serve mesh.yaml
       expertmesh serve mesh.yaml --port 0 --set layers.waves.experts.sin.replicas=2
+      expertmesh serve mesh.yaml --port 50051 --routers 2
       expertmesh serve mesh.yaml --redeclare waves/sin
     """
-    options = {"name": name, "host": host, "port": port, "metrics_port": metrics_port}
+    options = {"name": name, "host": host, "port": port, "metrics_port": metrics_port, "routers": routers}
     overrides = dict(map(parse_override, settings))
     overrides.update((key, value) for key, value in options.items() if value is not None)
     config = load_config(mesh, overrides)
@@ -123,9 +131,11 @@ def _print_progress(message: str) -> None:
 
 def _print_ready(config: ClusterConfig, cluster: Cluster) -> None:
     click.echo(f"cluster {config.name} is ready")
-    click.echo(f"  endpoint  {cluster.endpoint}")
-    if cluster.metrics_endpoint:
-        click.echo(f"  metrics   {cluster.metrics_endpoint}")
+    for endpoint in cluster.endpoints:
+        click.echo(f"  endpoint  {endpoint}")
+    for page in cluster.metrics_endpoints:
+        click.echo(f"  metrics   {page}")
     click.echo(f"  tokens    {token_path(config.name)} (clients of this user find them)")
-    click.echo(f'  call it   Client("{cluster.endpoint}").forward("{config.layers[0].name}", rows)')
+    called = repr(cluster.endpoints) if len(cluster.endpoints) > 1 else f'"{cluster.endpoint}"'
+    click.echo(f'  call it   Client({called}).forward("{config.layers[0].name}", rows)')
     click.echo(f"  stop it   Ctrl-C, or expertmesh down --name {config.name}")

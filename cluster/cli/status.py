@@ -12,6 +12,7 @@ from .connect import cluster_options, connect
 from .output import new_console, new_table, output_option, print_json
 
 _COLUMNS = ("expert", "version", "rows", "errors", "replica", "node", "pid", "device", "state")
+_ROUTER_COLUMNS = ("router", "endpoint", "node", "pid", "epoch", "rows in flight", "pins by epoch", "leases", "state")
 _ROUTER_COUNTERS = {
     "requests": "requests",
     "failed_requests": "failed",
@@ -67,6 +68,10 @@ def _print_tables(document: Mapping[str, Any]) -> None:
         for id, problem in _problems(layer).items():
             click.echo(f"{id}: {problem}")
     click.echo()
+    routers = document.get("routers") or {}
+    if len(routers) > 1:
+        console.print(new_table(None, _ROUTER_COLUMNS, _router_rows(routers)))
+        click.echo()
     for line in (*_router_lines(document.get("router") or {}), *_controller_lines(document.get("controller") or {})):
         click.echo(line)
 
@@ -90,12 +95,23 @@ def _problems(layer: Mapping[str, Any]) -> dict[str, str]:
     return {str(replica.get("id")): str(replica["problem"]) for replica in replicas if replica.get("problem")}
 
 
+def _router_rows(routers: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[object, ...]]:
+    """A row for each router. Of one that is silent it is what was last heard."""
+    for name, router in routers.items():
+        pid, pins = router.get("pid"), router.get("pins") or {}
+        place = (router.get("endpoint") or None, router.get("node") or None, None if pid is None else str(pid))
+        pinned = ", ".join(f"{epoch} ({count:,})" for epoch, count in pins.items()) or None
+        counts = (router.get("epoch"), router.get("rows_in_flight"), pinned, router.get("leases"))
+        yield (name, *place, *counts, router.get("state"))
+
+
 def _router_lines(router: Mapping[str, Any]) -> Iterator[str]:
-    """The router's counters since its start; counters by layer, replica or epoch only where there are any."""
+    """The counters since its start of the router that answered; by layer, replica or epoch only where there are any."""
     if not router:
         return
+    name = f" {router['name']}" if "name" in router else ""
     counters = [f"{router.get(key, 0):,} {label}" for key, label in _ROUTER_COUNTERS.items()]
-    yield f"router: pid {router.get('pid')}, {', '.join(counters)}"
+    yield f"router{name}: pid {router.get('pid')}, {', '.join(counters)}"
     for key, label in _ROUTER_BREAKDOWNS.items():
         if counts := router.get(key):
             yield f"  {label}: {', '.join(f'{name} ({count:,})' for name, count in counts.items())}"

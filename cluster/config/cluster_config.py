@@ -25,6 +25,9 @@ from ..rpc.streams import MAX_REQUEST_BYTES
 from .document import Keys, Mistakes
 from .records import typed
 
+MOST_ROUTERS = 256
+LAST_PORT = 65535
+
 
 def _whole(least: int, most: int, more: str = "") -> Any:
     return Field(ge=least, le=most, description=f"a whole number from {least} to {most}{more}")
@@ -73,9 +76,11 @@ class ClusterConfig:
     """All settings of a cluster.
 
     `port` 0 and `metrics_port` 0 take any free port; `metrics_port` None serves no metrics. `host` and `metrics_host`
-    are the addresses to listen on: any but loopback requires `tls_cert` and `tls_key`. `transport` is "channel"
-    (expert actors, rows over direct sockets), "ray" (expert actors, rows over Ray calls) or "local" (experts in the
-    router's process). `address` joins a Ray cluster ("auto" or its address); by default a new one is started.
+    are the addresses to listen on: any but loopback requires `tls_cert` and `tls_key`. `routers` is how many processes
+    answer calls: each has ports of its own, which are `port`, `port` + 1 and so on, and so for `metrics_port`. They are
+    spread over the nodes of Ray, unless `host` is loopback: then all are on the owner's. `transport` is "channel"
+    (expert actors, rows over direct sockets), "ray" (expert actors, rows over Ray calls) or "local" (experts and
+    routers in this process). `address` joins a Ray cluster ("auto" or its address); by default a new one is started.
     `runtime_env` is Ray's runtime environment for all experts. Times are in seconds.
 
     `hang_seconds` is how long an expert may compute beyond the deadline of its call; then its process is ended and
@@ -100,9 +105,10 @@ class ClusterConfig:
 
     name: str = "default"
     host: Annotated[str, _HOST] = "127.0.0.1"
-    port: Annotated[int, _whole(0, 65535)] = 50051
+    port: Annotated[int, _whole(0, LAST_PORT)] = 50051
     metrics_host: Annotated[str, _HOST] = "127.0.0.1"
-    metrics_port: Annotated[int | None, _whole(0, 65535, ", or null for no metrics")] = 0
+    metrics_port: Annotated[int | None, _whole(0, LAST_PORT, ", or null for no metrics")] = 0
+    routers: Annotated[int, _whole(1, MOST_ROUTERS)] = 1
     transport: Annotated[str, _one_of("channel", "ray", "local")] = "channel"
     address: Annotated[str | None, _ADDRESS] = None
     layers: Annotated[tuple[InstanceOf[Layer], ...], _LAYERS] = ()
@@ -164,10 +170,21 @@ def _broken_rules(values: Mapping[str, Any]) -> Iterator[tuple[Keys, str]]:
         yield from _environments(values.get("runtime_env"), values.get("layers", ()))
     if {"host", "metrics_host", "tls_cert", "tls_key"} <= values.keys():
         yield from _broken_tls_rules(values)
+    yield from _broken_port_rules(values)
     for least, most in pairwise(("max_message_bytes", "max_request_bytes", "max_stream_bytes")):
         if values.get(least, 0) > values.get(most, math.inf):
             sizes = f"{most} ({values[most]}) is less than {least} ({values[least]})"
             yield (most,), f"{sizes}: raise {most} or lower {least}"
+
+
+def _broken_port_rules(values: Mapping[str, Any]) -> Iterator[tuple[Keys, str]]:
+    """Each router has the next port; where two of a machine meet, the start is refused."""
+    routers = values.get("routers", 1)
+    for setting in ("port", "metrics_port"):
+        first = values.get(setting)
+        if first and first + routers - 1 > LAST_PORT:
+            ports = f"{setting} {first} leaves no port for the last of {routers} routers"
+            yield (setting,), f"{ports}: use at most {LAST_PORT - routers + 1}, or 0 for any free ones"
 
 
 def _environments(of_all: object, layers: Iterable[Layer]) -> Iterator[tuple[Keys, str]]:

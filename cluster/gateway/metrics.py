@@ -1,4 +1,7 @@
-"""The metrics page: the router's counters in Prometheus format, for requests with a token."""
+"""The metrics page: the router's counters in Prometheus format, for requests with a token.
+
+Each router has a page of its own, so a family needs no label for the router: `expertmesh_router_info` names it.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +37,11 @@ CONNECTION_SECONDS = 10.0
 
 
 class RouterCollector:
-    """Converts a router's telemetry to metric families at each scrape."""
+    """Converts a router's telemetry to metric families at each scrape. `name` tells it from the cluster's others."""
 
-    def __init__(self, router: Router) -> None:
+    def __init__(self, router: Router, name: str) -> None:
         self._router = router
+        self._name = name
 
     def collect(self) -> Iterator[Metric]:
         """All metric families, in the interface of prometheus_client."""
@@ -69,6 +73,7 @@ class RouterCollector:
         yield _gauge("replica_rows_in_flight", "Rows in flight.", "replica", self._router.view.rows_in_flight())
         yield _gauge("layer_rows_in_flight", "Admitted rows in flight.", "layer", self._router.admission.by_layer())
         yield GaugeMetricFamily("expertmesh_epoch", "The current epoch.", value=self._router.epochs.number)
+        yield _gauge("router_info", "The name of the router whose page this is.", "router", {self._name: 1.0})
 
 
 class MetricsServer:
@@ -85,11 +90,12 @@ class MetricsServer:
         host: str,
         port: int,
         *,
+        name: str = "router-0",
         port_held: bool = False,
         tls: tuple[bytes, bytes] | None = None,
     ) -> None:
         registry = CollectorRegistry()
-        registry.register(RouterCollector(router))
+        registry.register(RouterCollector(router, name))
         context = None if tls is None or is_loopback(host) else _tls_context(*tls)
         self._server = _Server(host, port, port_held, context)
         self._server.set_app(_guarded(make_wsgi_app(registry), tokens))

@@ -11,14 +11,13 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from ...experts.errors import ConfigError, ExpertMeshError, NotFound, Unavailable
-from ...experts.package_version import version
 from ...experts.spec import Expert, check_expert
 from ...router.mixture.layer import Layer
 from ..config.cluster_config import ClusterConfig
@@ -28,12 +27,13 @@ from ..control.messages import Desired
 from ..control.ports import StateSettings
 from ..machine.logs import log_file, rotate
 from ..machine.name_lock import NameLock, lock_name
-from ..machine.run_files import RunFile, passing_state_path, socket_path, state_path
+from ..machine.run_files import RunFile, passing_state_path, state_path
 from ..placement.capacity import Resources, needs, unplaceable
 from ..placement.plan import PlannedReplica, plan_layer
 from ..runtime.backend import Backend, open_backend
+from ..runtime.places import Place
 from ..state.state_lock import StateLock, hold_state
-from .front import FrontPorts, endpoint, metrics_endpoint, service_settings
+from .front import FrontPorts, router_settings, run_file
 from .resumed import NOT_KEPT, resumed
 
 Progress = Callable[[str], None]
@@ -48,7 +48,8 @@ log = logging.getLogger(__name__)
 class Cluster:
     """A running cluster, owned by this process; created by `Cluster.start` or `Cluster.from_config`.
 
-    Clients connect to `endpoint`; `metrics_endpoint` is the URL of the metrics page ("" when off).
+    Clients connect to any of `endpoints`, one for each router. `metrics_endpoints` are the URLs of their metrics pages,
+    none when off. `endpoint` and `metrics_endpoint` are the first of each, or "".
 
     Example:
         experts = {"sin": Expert("numpy:sin"), "cos": Expert("numpy:cos")}
@@ -62,7 +63,9 @@ class Cluster:
         self.config = config
         self._keeps_state = keeps_state
         self.endpoint = ""
+        self.endpoints: list[str] = []
         self.metrics_endpoint = ""
+        self.metrics_endpoints: list[str] = []
         self._say = progress or (lambda message: None)
         self._tell: Progress = progress or (lambda message: warnings.warn(message, stacklevel=4))
         self._told_not_kept = keeps_state or progress is not None
@@ -102,8 +105,8 @@ class Cluster:
         which, or else a warning says so. `redeclare` has the ids ("news/e3", "news/gate") that follow their
         declaration anyway.
 
-        `overrides` are settings of ClusterConfig, such as name, port, transport or address ("auto" joins a Ray that
-        runs). Whatever fails, nothing is left running.
+        `overrides` are settings of ClusterConfig, such as name, port, routers, transport or address ("auto" joins a Ray
+        that runs). Whatever fails, nothing is left running.
 
         Raises ConfigError, SpecMismatch, NotFound or DataLoss for what is wrong with the layers, NotFound for an id of
         `redeclare` that is not declared, FailedPrecondition
@@ -146,11 +149,12 @@ class Cluster:
         return f"Cluster(name={self.config.name!r}, endpoint={self.endpoint!r}, layers={shown}, {state})"
 
     def status(self) -> dict[str, Any]:
-        """The controller's view: {"name", "endpoint", "epoch", "versions": {id: ...}, "replicas": {id: {...}}}."""
+        """The controller's view: name, endpoint, endpoints, epoch, "versions": {id: ...}, "replicas": {id: {...}}."""
         state = self._running().state()
         return {
             "name": self.config.name,
             "endpoint": self.endpoint,
+            "endpoints": list(self.endpoints),
             "epoch": state.epoch,
             "versions": dict(state.versions),
             "replicas": {
@@ -282,12 +286,11 @@ class Cluster:
         backend.start(config.address, config.start_timeout)
         if problem := unplaceable(planned, backend.nodes()):
             raise ConfigError(problem)
-        settings = service_settings(config, self._ports, self._state_dir())
+        routers = router_settings(config, self._ports, self._state_dir())
         for replica in planned:
             backend.start_replica(replica)
         state = StateSettings(state_dir=str(self._state_dir()), retain_epochs=config.retain_epochs)
-        ports = backend.start_front(settings, state, max(1.0, deadline - time.monotonic()))
-        self._announce(*ports)
+        self._announce(backend.start_front(routers, state, max(1.0, deadline - time.monotonic())))
         self._wait_for(planned, deadline)
         self._say("loading and verifying experts")
         self._replicas = {replica.id: replica.expert_ids for replica in planned}
@@ -298,7 +301,7 @@ class Cluster:
         if not self._keeps_state:
             self._say(NOT_KEPT)
         self._supervisor.start()
-        self._say(f"serving on {self.endpoint}")
+        self._say(f"serving on {', '.join(self.endpoints)}")
 
     def _state_dir(self) -> Path:
         if not self._keeps_state:
@@ -310,19 +313,11 @@ class Cluster:
         if not self._keeps_state:
             shutil.rmtree(self._state_dir(), ignore_errors=True)
 
-    def _announce(self, port: int, metrics_port: int | None) -> None:
-        self.endpoint = endpoint(self.config, port)
-        self.metrics_endpoint = metrics_endpoint(self.config, metrics_port)
-        temp_dir = self._running().temp_dir
-        self._run_file = RunFile.of_this_process(
-            self.config.name,
-            self.endpoint,
-            version(),
-            metrics_endpoint=self.metrics_endpoint or None,
-            ray_temp_dir=temp_dir,
-            socket=str(socket_path(self.config.name)),
-        )
-        self._run_file.write()
+    def _announce(self, places: Sequence[Place]) -> None:
+        self._run_file = run = run_file(self.config, places, self._running().temp_dir)
+        self.endpoint, self.endpoints = run.endpoint, list(run.endpoints)
+        self.metrics_endpoint, self.metrics_endpoints = run.metrics_endpoint or "", list(run.metrics_endpoints)
+        run.write()
 
     def _wait_for(self, planned: list[PlannedReplica], deadline: float) -> None:
         for number, replica in enumerate(planned, start=1):

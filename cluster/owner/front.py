@@ -1,39 +1,45 @@
-"""Where a cluster listens: the ports that its owner chooses and holds, and the settings of the router's process."""
+"""Where a cluster listens: the ports that its owner chooses and holds, its routers' settings, and its run file."""
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from ...experts.package_version import version
 from ..config.cluster_config import ClusterConfig, allowed_factories
 from ..gateway.gateway import GatewaySettings
 from ..gateway.streams import StreamLimits
-from ..machine.ports import check_port, free_port, hold_port, is_loopback, with_port
-from ..machine.run_files import socket_path, token_path
+from ..machine.ports import check_port, free_port, hold_port
+from ..machine.run_files import RunFile, socket_path, token_path
 from ..machine.tokens import create_token_file, token_digest
 from ..rpc.methods import Role
+from ..runtime.places import Place
 from ..runtime.router_process import ServiceSettings
 from ..state.uploads import UploadLimits
 
-_HERE = {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}
-"""The address for clients on this machine when a server listens on all addresses."""
-
 
 class FrontPorts:
-    """The ports of gateway and metrics page, chosen here so that a restarted router listens on the same ones.
+    """The ports of gateways and metrics pages, chosen here so that a restarted router listens on the same ones.
 
-    They are held for the processes of this user, as those of a Ray that the owner starts are. `metrics_port` is None
-    without a metrics page. Raises FailedPrecondition for a port in use.
+    They are held for the processes of this user, as those of a Ray that the owner starts are. Each router has one of
+    `ports` and one of `metrics_ports`, which are None without metrics pages. Raises FailedPrecondition for a port in
+    use.
     """
 
     def __init__(self, config: ClusterConfig) -> None:
         self._holders: list[socket.socket] = []
         self._joins = config.address is not None
-        self.metrics_port: int | None = None
+        self.ports: list[int] = []
+        self.metrics_ports: list[int | None] = []
         try:
-            self.port = self._take("port", config.host, config.port)
-            if config.metrics_port is not None:
-                self.metrics_port = self._take("metrics_port", config.metrics_host, config.metrics_port)
+            for number in range(config.routers):
+                self.ports.append(self._take("port", number, config.host, config.port))
+                metrics_port = config.metrics_port
+                if metrics_port is not None:
+                    metrics_port = self._take("metrics_port", number, config.metrics_host, metrics_port)
+                self.metrics_ports.append(metrics_port)
         except BaseException:
             self.close()
             raise
@@ -48,29 +54,54 @@ class FrontPorts:
         while self._holders:
             self._holders.pop().close()
 
-    def _take(self, setting: str, host: str, port: int) -> int:
+    def _take(self, setting: str, number: int, host: str, first: int) -> int:
+        what = setting if number == 0 else f"{setting} of {router_name(number)}"
+        port = first and first + number
         if self._joins:
-            check_port(host, port, setting)
-            return port or free_port(host)
-        self._holders.append(hold_port(host, port, setting))
+            check_port(host, port, what)
+            return port or self._other(free_port(host), host)
+        self._holders.append(hold_port(host, port, what))
         return int(self._holders[-1].getsockname()[1])
 
-
-def endpoint(config: ClusterConfig, port: int) -> str:
-    """The address of the gateway for clients on this machine: "host:port"."""
-    return with_port(_HERE.get(config.host, config.host), port)
-
-
-def metrics_endpoint(config: ClusterConfig, port: int | None) -> str:
-    """The URL of the metrics page for this machine, "" without one."""
-    if port is None:
-        return ""
-    scheme = "http" if is_loopback(config.metrics_host) else "https"
-    return f"{scheme}://{with_port(_HERE.get(config.metrics_host, config.metrics_host), port)}/metrics"
+    def _other(self, port: int, host: str) -> int:
+        """A free port that no other router was given: these are not held."""
+        while port in (*self.ports, *self.metrics_ports):
+            port = free_port(host)
+        return port
 
 
-def service_settings(config: ClusterConfig, ports: FrontPorts, state_dir: Path) -> ServiceSettings:
-    """The settings of the router's process. Writes the token file of the cluster's name, with new tokens."""
+def router_name(number: int) -> str:
+    """The name of a router that the owner starts, counted from 0."""
+    return f"router-{number}"
+
+
+def router_settings(config: ClusterConfig, ports: FrontPorts, state_dir: Path) -> dict[str, ServiceSettings]:
+    """The settings of every router's process, by its name. Writes the token file of the cluster, with new tokens."""
+    shared = _shared_settings(config, ports.held, state_dir)
+    settings = {}
+    for number, (port, metrics_port) in enumerate(zip(ports.ports, ports.metrics_ports, strict=True)):
+        gateway = replace(shared.gateway, port=port, socket=str(socket_path(config.name, number)))
+        name = router_name(number)
+        settings[name] = replace(shared, router=name, gateway=gateway, metrics_port=metrics_port)
+    return settings
+
+
+def run_file(config: ClusterConfig, places: Sequence[Place], ray_temp_dir: str | None) -> RunFile:
+    """The run file of a cluster whose routers listen at these places."""
+    return RunFile.of_this_process(
+        config.name,
+        places[0].endpoint,
+        version(),
+        metrics_endpoint=places[0].metrics_endpoint or None,
+        ray_temp_dir=ray_temp_dir,
+        socket=places[0].socket,
+        endpoints=[place.endpoint for place in places],
+        sockets=[place.socket for place in places],
+        metrics_endpoints=[place.metrics_endpoint for place in places if place.metrics_endpoint],
+    )
+
+
+def _shared_settings(config: ClusterConfig, ports_held: bool, state_dir: Path) -> ServiceSettings:
     own = [(token_digest(token), role, None) for role, token in create_token_file(token_path(config.name)).items()]
     configured = [(entry.sha256, entry.role, entry.expires) for entry in config.tokens]
     tokens: tuple[tuple[str, Role, float | None], ...] = (*own, *configured)
@@ -79,9 +110,7 @@ def service_settings(config: ClusterConfig, ports: FrontPorts, state_dir: Path) 
         tls = (config.tls_key.read_bytes(), config.tls_cert.read_bytes())
     gateway = GatewaySettings(
         host=config.host,
-        port=ports.port,
-        port_held=ports.held,
-        socket=str(socket_path(config.name)),
+        port_held=ports_held,
         max_message_bytes=config.max_message_bytes,
         streams=StreamLimits(max_request_bytes=config.max_request_bytes, max_stream_bytes=config.max_stream_bytes),
         default_timeout=config.default_timeout,
@@ -90,7 +119,7 @@ def service_settings(config: ClusterConfig, ports: FrontPorts, state_dir: Path) 
     return ServiceSettings(
         name=config.name,
         gateway=gateway,
-        metrics_port=ports.metrics_port,
+        metrics_port=None,
         metrics_host=config.metrics_host,
         tokens=tokens,
         max_rows_in_flight=config.max_rows_in_flight,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ...router.fanout.replica_view import Replica
@@ -9,9 +10,11 @@ from ..config.cluster_config import ClusterConfig
 from ..control.messages import Desired
 from ..control.ports import ControllerState, StateSettings
 from ..machine.logs import log_file
+from ..machine.ports import is_loopback
 from ..placement.capacity import Resources
 from ..placement.plan import PlannedReplica
 from .local_backend import LocalBackend
+from .places import Place
 from .ray_environment import load_backend
 from .router_process import ServiceSettings
 
@@ -30,8 +33,8 @@ class Backend(Protocol):
     def nodes(self) -> list[Resources] | None:
         """What each node has to reserve; None where nothing is reserved."""
 
-    def start_front(self, settings: ServiceSettings, state: StateSettings, timeout: float) -> tuple[int, int | None]:
-        """Start router and controller; returns the ports of gateway and metrics page."""
+    def start_front(self, routers: Mapping[str, ServiceSettings], state: StateSettings, timeout: float) -> list[Place]:
+        """Start the routers, each with its settings by name, and the controller; returns where they listen."""
 
     def start_replica(self, planned: PlannedReplica) -> None:
         """Start a replica."""
@@ -63,6 +66,7 @@ def open_backend(config: ClusterConfig) -> Backend:
         path,
         config.runtime_env,
         direct=config.transport == "channel",
+        spread=config.routers > 1 and not is_loopback(config.host),
         hang_seconds=config.hang_seconds,
     )
     return backend

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ...experts.errors import Unavailable
 from ...router.fanout.transport import Transport
 from ..control.ports import ControlPort
@@ -25,9 +27,13 @@ class ListeningService(RouterService):
         metrics_port = self._settings.metrics_port
         if metrics_port is not None:
             host, gateway = self._settings.metrics_host, self._settings.gateway
-            held, tls = gateway.port_held, gateway.tls
+            options: dict[str, Any] = {
+                "name": self._settings.router,
+                "port_held": gateway.port_held,
+                "tls": gateway.tls,
+            }
             try:
-                self._metrics = MetricsServer(self.router, self._tokens, host, metrics_port, port_held=held, tls=tls)
+                self._metrics = MetricsServer(self.router, self._tokens, host, metrics_port, **options)
             except OSError as error:
                 raise Unavailable(f"cannot listen on metrics_port {metrics_port}: {error.strerror}") from None
         return port, self._metrics.port if self._metrics else None

@@ -20,6 +20,7 @@ from ..control.ports import ControllerState, StateSettings
 from ..machine.logs import configure_logs
 from ..placement.plan import PlannedReplica
 from .listening import ListeningService
+from .places import Place, place_of
 from .router_process import ServiceSettings
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class LocalBackend:
         self._thread = threading.Thread(target=self._loop.run_forever, name="expertmesh-local", daemon=True)
         self._transport = LocalTransport()
         self._hosts: dict[str, ExpertHost] = {}
-        self._service: ListeningService | None = None
+        self._services: dict[str, ListeningService] = {}
         self._controller: Controller | None = None
         self._turns: asyncio.Future[None] | None = None
 
@@ -57,17 +58,18 @@ class LocalBackend:
     def nodes(self) -> None:
         """None: a single process reserves nothing."""
 
-    def start_front(self, settings: ServiceSettings, state: StateSettings, timeout: float) -> tuple[int, int | None]:
-        """Start router and controller; returns the ports of gateway and metrics page."""
-        return self._await(self._start_front(settings, state), timeout)
+    def start_front(self, routers: Mapping[str, ServiceSettings], state: StateSettings, timeout: float) -> list[Place]:
+        """Start the routers and the controller; returns where each router listens."""
+        return self._await(self._start_front(routers, state), timeout)
 
-    async def _start_front(self, settings: ServiceSettings, state: StateSettings) -> tuple[int, int | None]:
+    async def _start_front(self, routers: Mapping[str, ServiceSettings], state: StateSettings) -> list[Place]:
         control = _ControlPort()
-        self._service = ListeningService(settings, self._transport, control)
-        self._controller = control.controller = open_controller(state, self._service, _ReplicaPort(self._hosts))
-        ports = await self._service.start()
+        self._services = {name: ListeningService(own, self._transport, control) for name, own in routers.items()}
+        first = next(iter(self._services.values()))
+        self._controller = control.controller = open_controller(state, first, _ReplicaPort(self._hosts))
+        places = [place_of(own, *await self._services[name].start()) for name, own in routers.items()]
         self._turns = asyncio.ensure_future(self._controller.run())
-        return ports
+        return places
 
     def start_replica(self, planned: PlannedReplica) -> None:
         """Create the host of a replica."""
@@ -109,8 +111,7 @@ class LocalBackend:
     async def _stop(self, grace: float) -> None:
         if self._turns is not None:
             self._turns.cancel()
-        if self._service is not None:
-            await self._service.stop(grace)
+        await asyncio.gather(*(service.stop(grace) for service in self._services.values()))
         if self._controller is not None:
             self._controller.close()
 

@@ -45,6 +45,7 @@ from ..machine.process_tuning import (
     yield_to_serving,
 )
 from .listening import ListeningService
+from .places import Place, away_from_owner, place_of
 from .ray_ports import Packed, RayControlPort, RayReplicaPort, RayRouterPort
 from .ray_transport import RayTransport, packed_reply, responds, unpacked_call
 from .router_process import ServiceSettings
@@ -138,10 +139,11 @@ class ExpertActor:
         """This replica's experts, node, device, address and loaded versions; raises Fenced where a controller asks."""
         if order is not None:
             self._orders.check(order)
-        address = "" if self._channel is None else self._channel.address
+        channel = self._channel
+        addresses = {} if channel is None else {"address": channel.address, "tcp_address": channel.tcp_address}
         device = _device_name(self._host.device)
         cure = f"its process is ended {self._hang_seconds:g} s beyond the deadline"
-        where = {"experts": self._experts, "node": _node(), "device": device, "address": address}
+        where = {"experts": self._experts, "node": _node(), "device": device, **addresses}
         return report_of(self._id, self._host, cure, **where)
 
 
@@ -152,12 +154,21 @@ class RouterActor:
     the actor died.
     """
 
-    def __init__(self, settings: ServiceSettings, logs: LogSettings, channel: ChannelSettings | None) -> None:
-        configure_logs("router", logs.level, logs.path)
+    def __init__(
+        self, settings: ServiceSettings, logs: LogSettings, channel: ChannelSettings | None, owners_node: str
+    ) -> None:
+        configure_logs(settings.router, logs.level, logs.path)
         torch.set_num_threads(1)
         take_turns_often()
+        address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        away = ray.get_runtime_context().get_node_id() != owners_node
+        if away:
+            settings = away_from_owner(settings, address)
+        self._settings, self._address = settings, address if away else None
         self._handles: dict[str, Any] = {}
-        self._transport = RayTransport() if channel is None else ChannelTransport(channel.secret, self._responds)
+        self._transport: RayTransport | ChannelTransport = RayTransport()
+        if channel is not None:
+            self._transport = ChannelTransport(channel.secret, self._responds, node=_node())
         self._trimmed = 0.0
         self._control = RayControlPort()
         self._opened: ListeningService | ExpertMeshError
@@ -165,7 +176,7 @@ class RouterActor:
             self._opened = ListeningService(settings, self._transport, self._control)
         except ExpertMeshError as error:
             self._opened = error
-        self._ports: tuple[int, int | None] | None = None
+        self._place: Place | None = None
 
     @property
     def _service(self) -> ListeningService:
@@ -173,12 +184,12 @@ class RouterActor:
             raise self._opened
         return self._opened
 
-    async def start(self) -> tuple[int, int | None]:
-        """Start to listen; idempotent. Returns the ports of gateway and metrics page."""
-        if self._ports is None:
-            self._ports = await self._service.start()
+    async def start(self) -> Place:
+        """Start to listen; idempotent. Returns where."""
+        if self._place is None:
+            self._place = place_of(self._settings, *await self._service.start(), self._address)
             settle()
-        return self._ports
+        return self._place
 
     async def declare(self, controller: Any, desired: Desired) -> None:
         """Take newer declared layers, and the handles of replicas and controller."""

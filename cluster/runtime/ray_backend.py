@@ -7,17 +7,14 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as TookTooLong
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray._private.runtime_env.py_modules import upload_py_modules_if_needed
@@ -32,7 +29,9 @@ from ..control.ports import ControllerState, StateSettings
 from ..machine.temp_folder import new_run_folder, run_folder_of
 from ..placement.capacity import Resources
 from ..placement.plan import PlannedReplica
+from .places import Place
 from .ray_actors import ControllerActor, ExpertActor, LogSettings, RouterActor
+from .ray_environment import reachable, within
 from .ray_ports import fetched, last_lines, nodes
 from .ray_reaper import end_marked_processes, marked, start_reaper
 from .router_process import ServiceSettings
@@ -50,7 +49,6 @@ FROZEN_SECONDS = 10.0
 SHUTDOWN_SECONDS = 20.0
 GROUPS = {"compute": 1, "stage": 1, "control": 2}
 ALWAYS_RESTART = {"max_restarts": -1, "max_task_retries": 0}
-T = TypeVar("T")
 
 
 class RayBackend:
@@ -63,14 +61,19 @@ class RayBackend:
         runtime_env: Mapping[str, Any] | None = None,
         *,
         direct: bool = True,
+        spread: bool = False,
         hang_seconds: float = 60.0,
     ) -> None:
-        """Rows travel over the direct channel, or over Ray's calls if not `direct`."""
+        """Rows travel over the direct channel, or over Ray's calls if not `direct`.
+
+        Routers but the first are `spread` over the nodes, or are all on this one.
+        """
+        self._spread = spread
         self._hang_seconds = hang_seconds
         self._logs = LogSettings(log_level, log_path)
         self._runtime_env = dict(runtime_env or {})
         self._replicas: dict[str, Any] = {}
-        self._router: Any = None
+        self._routers: dict[str, Any] = {}
         self._controller: Any = None
         self._started_ray = False
         self._patched: list[tuple[Any, str, Any]] = []
@@ -105,6 +108,7 @@ class RayBackend:
                 run=secrets.token_hex(6),
                 router_node=ray.get_runtime_context().get_node_id(),
                 folder=None if self.temp_dir is None else str(Path(self.temp_dir) / "channel"),
+                spread=self._spread,
             )
 
     def _start_ray(self) -> None:
@@ -118,7 +122,7 @@ class RayBackend:
 
     def _join_ray(self, address: str, timeout: float) -> None:
         deadline = time.monotonic() + timeout
-        host, port = reachable(address, timeout)
+        host, port = reachable(ray._private.services.canonicalize_bootstrap_address(address) or address, timeout)
         self._started_ray = True
         self._patch(ray._private.worker, "print_to_stdstream", _logged)
         within(max(1.0, deadline - time.monotonic()), lambda: ray.init(address=f"{host}:{port}", **QUIET))
@@ -167,13 +171,21 @@ class RayBackend:
         """What each node of the Ray cluster has to reserve."""
         return nodes()
 
-    def start_front(self, settings: ServiceSettings, state: StateSettings, timeout: float) -> tuple[int, int | None]:
-        """Start router and controller on this node; returns the ports of gateway and metrics page."""
+    def start_front(self, routers: Mapping[str, ServiceSettings], state: StateSettings, timeout: float) -> list[Place]:
+        """Start the routers and the controller; returns where each router listens.
+
+        Controller and first router are on this node, whose address clients use.
+        """
+        owners_node = ray.get_runtime_context().get_node_id()
         options = {"num_cpus": 0, "max_concurrency": 1000, **self._here(), **ALWAYS_RESTART}
-        self._router = ray.remote(RouterActor).options(**options).remote(settings, self._logs, self._channel)
+        for name, settings in routers.items():
+            first = not self._routers
+            places = options if first or not self._spread else {**options, "scheduling_strategy": "SPREAD"}
+            actor = ray.remote(RouterActor).options(**places)
+            self._routers[name] = actor.remote(settings, self._logs, self._channel, owners_node)
         self._controller = ray.remote(ControllerActor).options(**options).remote(state, self._logs)
-        ports: tuple[int, int | None] = fetched(self._router.start.remote(), timeout)
-        return ports
+        listening: list[Place] = fetched([actor.start.remote() for actor in self._routers.values()], timeout)
+        return listening
 
     def start_replica(self, planned: PlannedReplica) -> None:
         """Start the actor of a replica, without waiting for it."""
@@ -223,7 +235,7 @@ class RayBackend:
         Raises the controller's errors, ConfigError for a live object that cannot be sent, and Unavailable if the
         controller does not answer in time.
         """
-        controller, router = self._controller, self._router
+        controller, router = self._controller, next(iter(self._routers.values()))
 
         def send() -> Any:
             try:
@@ -242,20 +254,21 @@ class RayBackend:
         return state
 
     def stop(self, grace: float) -> None:
-        """Drain the router, kill every actor, shut down Ray if it was started here, and remove its folder.
+        """Drain all routers, kill every actor, shut down Ray if it was started here, and remove its folder.
 
         A Ray that is lost, or whose head is frozen, is not asked for anything first: it might never answer.
         """
-        lost = self._router is not None and self._is_lost()
+        lost = bool(self._routers) and self._is_lost()
         if lost and self.temp_dir is not None:
             end_marked_processes(self.temp_dir)
-        if self._router is not None and not lost:
-            _quietly(lambda: fetched(self._router.stop.remote(grace), grace + CALL_TIMEOUT))
-        for actor in (self._controller, self._router, *self._replicas.values()):
+        if self._routers and not lost:
+            _quietly(lambda: self._drain(grace))
+        for actor in (self._controller, *self._routers.values(), *self._replicas.values()):
             if actor is not None and not lost and ray.is_initialized():
                 _quietly(lambda actor=actor: ray.kill(actor, no_restart=True))  # type: ignore[misc]
         self._replicas.clear()
-        self._router = self._controller = None
+        self._routers.clear()
+        self._controller = None
         if self._started_ray:
             _quietly(lambda: within(SHUTDOWN_SECONDS, ray.shutdown) if lost else ray.shutdown())
             self._started_ray = False
@@ -271,6 +284,11 @@ class RayBackend:
             self._reaper.communicate()
             self._reaper = None
 
+    def _drain(self, grace: float) -> None:
+        """Have every router end what it has accepted, at once; one that is dead or frozen holds up no other."""
+        ended = [actor.stop.remote(grace) for actor in self._routers.values()]
+        ray.wait(ended, num_returns=len(ended), timeout=grace + CALL_TIMEOUT)
+
     def _here(self) -> dict[str, Any]:
         """Options that place an actor on this node, whose address clients use."""
         node_id = ray.get_runtime_context().get_node_id()
@@ -279,46 +297,6 @@ class RayBackend:
 
 
 QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
-
-
-def reachable(address: str, timeout: float) -> tuple[str, int]:
-    """Host and port of a Ray cluster, "auto" or an address, once it accepts a connection.
-
-    Ray itself tries for many minutes. Raises FailedPrecondition, and Ray's errors for "auto".
-    """
-    found = ray._private.services.canonicalize_bootstrap_address(address)
-    host, _, port = (found or address).rpartition(":")
-    if not host or not port.isdigit():
-        raise FailedPrecondition(f'address {address!r} must be "auto", or host:port of the head of a Ray cluster')
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout).close()
-    except OSError as error:
-        reason = f"no answer within {timeout:.0f} s" if isinstance(error, TimeoutError) else error.strerror or error
-        raise FailedPrecondition(
-            f"address {address!r}: there is no Ray at {host}:{port} ({reason}); set it to the head of a running Ray "
-            "cluster, or leave it out to start a private one"
-        ) from None
-    return host, int(port)
-
-
-def within(seconds: float, action: Callable[[], T]) -> T:
-    """Run an action of Ray that knows no time limit, in a thread that is left behind when `seconds` are over.
-
-    Raises what the action raises, and FailedPrecondition when it takes longer.
-    """
-    outcome: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(action())
-        except BaseException as error:  # noqa: BLE001 (raised below, in the caller's thread)
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, name="expertmesh-ray", daemon=True).start()
-    try:
-        return outcome.result(seconds)
-    except TookTooLong:
-        raise FailedPrecondition(f"Ray did not answer within {seconds:.0f} s: is `address` the head of one?") from None
 
 
 def _logged(data: Mapping[str, Any], ignore_prefix: bool) -> None:

@@ -1,17 +1,23 @@
-"""Environment variables that Ray reads on import, and so must be set before it. Does not import Ray."""
+"""What comes before Ray: the environment that it reads on import, and whether one is reached. Does not import Ray."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import secrets
+import socket
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as TookTooLong
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ...experts.errors import FailedPrecondition
 from ..machine.run_files import home
 
+T = TypeVar("T")
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_timeout_ms_task_wait_for_death_info": "20",  # a killed actor is reported after 0.4 s instead of 1.4 s
@@ -52,3 +58,42 @@ def _token_file() -> Path:
     with os.fdopen(descriptor, "w", encoding="ascii") as file:
         file.write(secrets.token_hex(32))
     return path
+
+
+def reachable(address: str, timeout: float) -> tuple[str, int]:
+    """Host and port of a Ray cluster's address, once it accepts a connection.
+
+    Ray itself tries for many minutes. Raises FailedPrecondition.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise FailedPrecondition(f'address {address!r} must be "auto", or host:port of the head of a Ray cluster')
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout).close()
+    except OSError as error:
+        reason = f"no answer within {timeout:.0f} s" if isinstance(error, TimeoutError) else error.strerror or error
+        raise FailedPrecondition(
+            f"address {address!r}: there is no Ray at {host}:{port} ({reason}); set it to the head of a running Ray "
+            "cluster, or leave it out to start a private one"
+        ) from None
+    return host, int(port)
+
+
+def within(seconds: float, action: Callable[[], T]) -> T:
+    """Run an action of Ray that knows no time limit, in a thread that is left behind when `seconds` are over.
+
+    Raises what the action raises, and FailedPrecondition when it takes longer.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(action())
+        except BaseException as error:  # noqa: BLE001 (raised below, in the caller's thread)
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="expertmesh-ray", daemon=True).start()
+    try:
+        return outcome.result(seconds)
+    except TookTooLong:
+        raise FailedPrecondition(f"Ray did not answer within {seconds:.0f} s: is `address` the head of one?") from None

@@ -49,11 +49,12 @@ class ServiceSettings:
 
     The metrics page has the TLS of the gateway, unless `metrics_host` is loopback. The owner holds its port or not, as
     the gateway's. `tokens` are (sha256, role, expiry in seconds since 1970 or None). Uploads go to `state_dir`, which
-    the controller shares; where that is None, none is taken. `allowed_factories` are those that an admin
-    may name over the network.
+    the controller shares; where that is None, none is taken. `allowed_factories` are those that an admin may name over
+    the network. `router` is the name of this one among the routers of the cluster.
     """
 
     name: str
+    router: str = "router-0"
     gateway: GatewaySettings
     metrics_port: int | None
     metrics_host: str = "127.0.0.1"
@@ -230,6 +231,7 @@ class RouterService:
             "not_declared": _not_declared(self._layers, epochs.current.versions if epochs.number else {}),
             "layers": {name: self._layer(layer) for name, layer in layers.items()},
             "router": {
+                "name": self._settings.router,
                 "pid": os.getpid(),
                 "incarnation": self.incarnation,
                 "rows_in_flight": self.router.admission.rows,

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
+from ...experts.errors import Unavailable
 from ...router.request.forward import Router
 
 P = ParamSpec("P")
@@ -62,5 +63,12 @@ class RouterThread:
 
 
 def elsewhere(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> asyncio.Future[T]:
-    """Run a coroutine on another event loop; cancelling the future here cancels it there."""
-    return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))
+    """Run a coroutine on another event loop; cancelling the future here cancels it there.
+
+    Raises Unavailable if that loop has ended.
+    """
+    try:
+        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))
+    except RuntimeError:
+        work.close()
+        raise Unavailable("the router has stopped") from None

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from click.testing import CliRunner, Result
@@ -78,7 +78,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     class FakeCluster:
         endpoint = "127.0.0.1:50051"
-        metrics_endpoint = "http://127.0.0.1:9090/metrics"
+        endpoints: ClassVar[list[str]] = [endpoint, "127.0.0.1:50052"]
+        metrics_endpoints = ("http://127.0.0.1:9090/metrics",)
 
         @classmethod
         def start(cls, *, config: Any, name: str, progress: Any, redeclare: Any) -> FakeCluster:
@@ -241,6 +242,25 @@ def test_status_is_a_table_for_people_and_json_for_machines(monkeypatch: pytest.
     assert json.loads(run("status", "-o", "json").output) == STATUS
 
 
+def test_status_has_a_line_for_each_of_several_routers(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = {
+        "endpoint": "127.0.0.1:50051", "node": "10.0.0.1/ab", "pid": 7, "epoch": 3, "rows_in_flight": 8,
+        "pins": {"3": 2}, "leases": 1, "state": "ready",
+    }  # fmt: skip
+    routers = {"router-0": first, "router-1": {"endpoint": "127.0.0.1:50052", "state": "restarting"}}
+    document = {**STATUS, "router": {**STATUS["router"], "name": "router-0"}, "routers": routers}
+    monkeypatch.setattr(connect, "Client", fake_client(document))
+    lines = run("status").output.splitlines()
+    (head,) = [number for number, line in enumerate(lines) if line.split()[:2] == ["router", "endpoint"]]
+    assert lines[head + 1].split() == [
+        "router-0", "127.0.0.1:50051", "10.0.0.1/ab", "7", "3", "8", "3", "(2)", "1", "ready",
+    ]  # fmt: skip
+    assert lines[head + 2].split() == ["router-1", "127.0.0.1:50052", "-", "-", "-", "-", "-", "-", "restarting"]
+    assert lines[head + 4].startswith("router router-0: pid 7, 1,234 requests")
+    monkeypatch.setattr(connect, "Client", fake_client({**document, "routers": {"router-0": first}}))
+    assert not [line for line in run("status").output.splitlines() if line.startswith("router-0")]
+
+
 def test_status_of_a_cluster_that_does_not_answer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connect, "Client", fake_client(Unavailable("the server cannot be reached")))
     result = run("status")
@@ -248,13 +268,18 @@ def test_status_of_a_cluster_that_does_not_answer_fails(monkeypatch: pytest.Monk
 
 
 def test_serve_starts_prints_the_endpoint_and_waits(launched: list[Any], tmp_path: Path) -> None:
-    result = run("serve", str(mesh(tmp_path)), "--name", "x", "--port", "0", "--set", "log_level=debug")
+    options = ("--name", "x", "--port", "0", "--routers", "2", "--set", "log_level=debug")
+    result = run("serve", str(mesh(tmp_path)), *options)
     assert result.exit_code == 0, result.output
     config = launched[0]
-    assert (config.name, config.port, config.log_level) == ("x", 0, "debug")
+    assert (config.name, config.port, config.routers, config.log_level) == ("x", 0, 2, "debug")
     assert launched[1:] == ["waited", "stopped"]
     assert str(token_path("x")) in result.stdout
-    assert 'Client("127.0.0.1:50051").forward("w", rows)' in result.stdout
+    assert "Client(['127.0.0.1:50051', '127.0.0.1:50052']).forward(\"w\", rows)" in result.stdout
+    assert [line.split() for line in result.stdout.splitlines() if "endpoint" in line] == [
+        ["endpoint", "127.0.0.1:50051"],
+        ["endpoint", "127.0.0.1:50052"],
+    ]
     assert "starting" in result.stderr
 
 

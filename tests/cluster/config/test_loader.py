@@ -373,6 +373,17 @@ layers:
     assert "plain function" in found[1]
 
 
+def test_every_router_needs_a_port_of_its_own(tmp_path: Path) -> None:
+    assert (load(tmp_path, WAVES).routers, load(tmp_path, "routers: 3\n" + WAVES).routers) == (1, 3)
+    assert load(tmp_path, WAVES, EXPERTMESH_ROUTERS="2", EXPERTMESH_PORT="65534").port == 65534
+    wrong = mistakes_in(tmp_path, "routers: 3\nport: 65534\nmetrics_port: 65535\n" + WAVES)
+    too_many = "leaves no port for the last of 3 routers: use at most 65533, or 0 for any free ones"
+    assert wrong == [f"mesh.yaml:2: port 65534 {too_many}", f"mesh.yaml:3: metrics_port 65535 {too_many}"]
+    assert mistakes_in(tmp_path, "routers: 0\nport: 65535\n" + WAVES) == [
+        "mesh.yaml:1: routers must be a whole number from 1 to 256, not 0"
+    ]
+
+
 def test_of_two_settings_that_exclude_each_other_the_second_is_told(tmp_path: Path) -> None:
     (found,) = mistakes_in(tmp_path, layer(more="combine: vote\n    on_missing: residual"))
     assert re.match(r"mesh\.yaml:6: .*'residual' has no meaning for combine 'vote'", found)

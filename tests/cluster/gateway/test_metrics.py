@@ -230,7 +230,7 @@ def test_rows_that_wait_are_told() -> None:
                     await asyncio.sleep(0)
                 for _ in range(5):
                     await asyncio.sleep(0)
-            found = {family.name: family for family in RouterCollector(mesh.router).collect()}
+            found = {family.name: family for family in RouterCollector(mesh.router, "router-0").collect()}
             assert figures(found["expertmesh_replica_rows_in_flight"], "replica") == {"l/e#0": 12.0}
             assert 0 < figures(found["expertmesh_replica_queued_rows"], "replica")["l/e#0"] <= 6.0
             assert figures(found["expertmesh_layer_rows_in_flight"], "layer") == {"l": 12.0}
@@ -262,7 +262,7 @@ def test_the_page_can_be_read_at_any_moment(quick_turns: None) -> None:
             def read() -> None:
                 try:
                     while not stop.is_set():
-                        assert len(list(RouterCollector(mesh.router).collect())) > 10
+                        assert len(list(RouterCollector(mesh.router, "router-0").collect())) > 10
                 except BaseException as error:  # noqa: BLE001 (told to the test's own thread)
                     wrong.append(error)
 

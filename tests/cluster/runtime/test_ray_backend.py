@@ -91,7 +91,7 @@ def test_a_head_that_is_frozen_is_ended_before_anything_waits_for_it(
     monkeypatch.setattr(backend.ray, "shutdown", lambda: order.append("shutdown"))
     monkeypatch.setattr(backend, "fetched", lambda *_: pytest.fail("an actor was asked"))
     running = backend.RayBackend("info", "")
-    running._router, running._started_ray, running.temp_dir = object(), True, str(tmp_path / "ray")
+    running._routers, running._started_ray, running.temp_dir = {"router-0": object()}, True, str(tmp_path / "ray")
     monkeypatch.setattr(backend, "FROZEN_SECONDS", 0.5)
     monkeypatch.setattr(backend.ray, "is_initialized", lambda: True)
     monkeypatch.setattr(backend.ray._private.worker, "_global_node", SimpleNamespace(all_processes={}))
@@ -107,12 +107,14 @@ def test_a_head_that_is_late_leaves_calls_in_flight_their_grace(
     monkeypatch.setattr(backend, "end_marked_processes", lambda folder: order.append("processes end"))
     monkeypatch.setattr(backend.ray, "shutdown", lambda: order.append("shutdown"))
     monkeypatch.setattr(backend.ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(backend.ray, "kill", lambda *_, **__: order.append("router ends"))
+    monkeypatch.setattr(backend.ray, "kill", lambda *_, **__: order.append("a router ends"))
+    monkeypatch.setattr(backend.ray, "wait", lambda asked, **_: order.append(" and ".join(asked)))
     monkeypatch.setattr(backend.ray._private.worker, "_global_node", SimpleNamespace(all_processes={}))
-    monkeypatch.setattr(backend, "fetched", lambda *_: order.append("router drains"))
     running = backend.RayBackend("info", "")
     running._started_ray, running.temp_dir = True, str(tmp_path / "ray")
-    running._router = SimpleNamespace(stop=SimpleNamespace(remote=lambda grace: None))
+    for name in ("a", "b"):  # asked to drain before one of them is waited for
+        stop = SimpleNamespace(remote=lambda grace, name=name: f"{name} drains")
+        running._routers[name] = SimpleNamespace(stop=stop)
     asked = []
 
     def answers_late() -> bool:
@@ -123,7 +125,7 @@ def test_a_head_that_is_late_leaves_calls_in_flight_their_grace(
 
     monkeypatch.setattr(running, "_head_answers", answers_late)
     running.stop(grace=5.0)
-    assert order == ["router drains", "router ends", "shutdown", "processes end"]
+    assert order == ["a drains and b drains", "a router ends", "a router ends", "shutdown", "processes end"]
 
 
 def test_a_ray_that_was_imported_early_is_on_loopback_too_and_as_before_afterwards(
