@@ -92,7 +92,8 @@ class RouterUpdate:
     """What a router is told every turn: the replicas, the epochs that requests may pin, and the current one.
 
     `cluster_id` is that of the registry, whose epochs these are. `broken` are the ids whose current version cannot be
-    loaded, and why.
+    loaded, and why. `routers` are the facts of every router, by name, as it last reported them, and its
+    "state".
     """
 
     replicas: tuple[Replica, ...]
@@ -100,13 +101,14 @@ class RouterUpdate:
     current: int
     cluster_id: str = ""
     broken: Mapping[str, str] = field(default_factory=dict)
+    routers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouterReport:
     """What a router says of itself: what it was told, its epoch and pins, the gates that it holds, and what it counted.
 
-    `loads` are by replica, for those to which it sends.
+    `loads` are by replica, for those to which it sends. `facts` are for the status: where it is, and what it is doing.
     """
 
     incarnation: str
@@ -115,6 +117,7 @@ class RouterReport:
     oldest_pinned: int
     gates: frozenset[tuple[str, str]]
     loads: Mapping[str, ReplicaLoad] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,10 @@ class Place:
     metrics_endpoint: str = ""
     socket: str = ""
 
+    def described(self) -> dict[str, str]:
+        """In the words of the status, which others than the owner's user read, too."""
+        return {"endpoint": self.endpoint, "metrics_endpoint": self.metrics_endpoint}
+
 
 def place_of(settings: ServiceSettings, port: int, metrics_port: int | None, address: str | None = None) -> Place:
     """Where a router with these settings listens, on these ports.

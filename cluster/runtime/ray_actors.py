@@ -188,6 +188,7 @@ class RouterActor:
         """Start to listen; idempotent. Returns where."""
         if self._place is None:
             self._place = place_of(self._settings, *await self._service.start(), self._address)
+            self._service.where = {**self._place.described(), "node": _node()}
             settle()
         return self._place
 

@@ -66,10 +66,11 @@ class ServiceSettings:
 
 
 class RouterService:
-    """Serves requests, and follows the controller."""
+    """Serves requests, and follows the controller. `where` says where it is, in the words of the status."""
 
     def __init__(self, settings: ServiceSettings, transport: Transport, control: ControlPort) -> None:
         self.incarnation = uuid.uuid4().hex
+        self.where: Mapping[str, str] = {}
         self.router = Router(transport, max_rows_in_flight=settings.max_rows_in_flight)
         self._thread = RouterThread(self.router)
         self._settings = settings
@@ -95,6 +96,7 @@ class RouterService:
         self._gates: dict[tuple[str, str], Gate] = {}
         self._heard = 0.0
         self._broken: Mapping[str, str] = {}
+        self._routers: Mapping[str, Mapping[str, Any]] = {}
         self._orders = Orders()
 
     @property
@@ -169,10 +171,11 @@ class RouterService:
             oldest_pinned=self.router.epochs.oldest_pinned(),
             gates=frozenset(self._gates),
             loads=self.router.fanout.loads(),
+            facts=self._facts(),
         )
 
     def _take(self, update: RouterUpdate) -> None:
-        self._broken = update.broken
+        self._broken, self._routers = update.broken, update.routers
         self.router.leases.drop_expired()
         self.router.update_view(update.replicas)
         known = {epoch.number for epoch in self.router.epochs.known()}
@@ -232,21 +235,38 @@ class RouterService:
             "layers": {name: self._layer(layer) for name, layer in layers.items()},
             "router": {
                 "name": self._settings.router,
-                "pid": os.getpid(),
-                "incarnation": self.incarnation,
-                "rows_in_flight": self.router.admission.rows,
-                "requests": sum(telemetry.requests.values()),
-                "failed_requests": sum(n for (_, code), n in telemetry.requests.items() if code != "OK"),
+                **self._facts(),
                 "retries": telemetry.retries,
                 "hedges": telemetry.hedges,
                 "messages": dict(telemetry.messages),
                 "batches": dict(telemetry.batches),
                 "rows_carried": dict(self.router.transport.carried),
-                "pins": {str(number): count for number, count in epochs.pins().items()},
-                "leases": len(self.router.leases),
             },
+            "routers": self._all_routers(),
             "controller": {"heard_seconds_ago": age, "state": "ok" if age is not None and age < 3.0 else "silent"},
         }
+
+    def _facts(self) -> dict[str, Any]:
+        """What the status says of this router, on whichever router it is asked for."""
+        telemetry, epochs = self.router.telemetry, self.router.epochs
+        return {
+            **self.where,
+            "pid": os.getpid(),
+            "incarnation": self.incarnation,
+            "epoch": epochs.number,
+            "rows_in_flight": self.router.admission.rows,
+            "requests": sum(telemetry.requests.values()),
+            "failed_requests": sum(n for (_, code), n in telemetry.requests.items() if code != "OK"),
+            "pins": {str(number): count for number, count in epochs.pins().items()},
+            "leases": len(self.router.leases),
+        }
+
+    def _all_routers(self) -> dict[str, dict[str, Any]]:
+        """Every router as the controller last told, and this one as it is now."""
+        own = self._settings.router
+        known = {name: dict(facts) for name, facts in self._routers.items()}
+        known[own] = {"state": "starting", **known.get(own, {}), **self._facts()}
+        return known
 
     def _layer(self, layer: Layer) -> dict[str, Any]:
         versions = self.router.epochs.current.versions
