@@ -22,7 +22,7 @@ from ..state.registry import Registry
 from ..state.version_folders import VersionStore
 from .candidates import CandidateBuilder
 from .events import Action
-from .executor import PROBE_TIMEOUT, ROUTER, Executor
+from .executor import PROBE_TIMEOUT, Executor
 from .messages import Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
 from .ports import ControllerState, ReplicaPort, RouterPort, StateSettings
 from .reconciler import Reconciler
@@ -45,7 +45,9 @@ class Controller:
         self.desired = Desired()
         self.transactions = transactions
         self.reconciler = Reconciler()
-        self.report: RouterReport | None = None
+        self.reports: dict[str, RouterReport] = {}
+        self._heard: dict[str, float] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
         self.problem = ""
         self._router = router
         self._replicas = replicas
@@ -54,7 +56,6 @@ class Controller:
         self.executor = Executor(
             self.reconciler, transactions, self._health, router, replicas, self._sync, self._background
         )
-        self._router_heard: float | None = None
         self._next_probe = 0.0
         self._turn = asyncio.Lock()
         self._drains = asyncio.Event()
@@ -75,10 +76,11 @@ class Controller:
             if desired.revision > self.desired.revision:
                 self.desired = desired
                 self.executor.handles = desired.handles
+                self.executor.routers = desired.routers
                 self._health.expect(dict(desired.replicas))
                 self.transactions.declare(desired.layers, desired.owner)
                 self.reconciler.declared = frozenset(self.transactions.builder.declared)
-                routers = [] if self.reconciler.epochs else [ROUTER]  # what it pins is not known yet
+                routers = [] if self.reconciler.epochs else [*desired.routers]  # what it pins is not known yet
                 await self.executor.perform(self.reconciler.restore(self.transactions.epochs(), routers))
             self._next_probe = 0.0
             deadline = asyncio.get_running_loop().time() + timeout
@@ -278,8 +280,10 @@ class Controller:
         return f"replica {missing[0]} has not started" if missing else ""
 
     def _at_rest(self) -> str:
-        if self.report is None or self.report.epoch < self.reconciler.current or not self.reconciler.current:
-            return "the router has not adopted the epoch"
+        for name in self.desired.routers:
+            report = self.reports.get(name)
+            if report is None or report.epoch < self.reconciler.current or not self.reconciler.current:
+                return f"{name} has not adopted the epoch"
         broken = self._broken()
         lacking = [entry for entry in self.reconciler.incomplete() if entry[1] not in broken]
         return (
@@ -327,38 +331,49 @@ class Controller:
                 current=self.reconciler.current,
                 cluster_id=self.transactions.cluster_id,
                 broken=self._broken(),
+                routers={name: {"state": "ready", **report.facts} for name, report in self.reports.items()},
             )
-            self.reconciler.router_told(ROUTER, update.epochs)
+        outcomes = await asyncio.gather(
+            *(self._sync_one(name, update) for name in self.desired.routers), return_exceptions=True
+        )
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    async def _sync_one(self, name: str, update: RouterUpdate) -> None:
+        async with self._locks.setdefault(name, asyncio.Lock()):
+            self.reconciler.router_told(name, update.epochs)
             loop = asyncio.get_running_loop()
             sent = loop.time()
-            if self._router_heard is None:
-                self._router_heard = sent
+            self._heard.setdefault(name, sent)
+            handle = self.desired.routers[name]
             try:
-                report = await self._told_router(update)
+                report = await self._told_router(name, handle, update)
                 if report.revision < self.desired.revision:
-                    await asyncio.wait_for(self._router.declare(self.desired), ROUTER_TIMEOUT)
+                    await asyncio.wait_for(self._router.declare(name, handle, self.desired), ROUTER_TIMEOUT)
                     sent = loop.time()
-                    report = await self._told_router(update)
+                    report = await self._told_router(name, handle, update)
             except (ExpertMeshError, asyncio.TimeoutError, TimeoutError):
                 self._hurry()
-                if loop.time() - self._router_heard > LEASE_SECONDS:
-                    await self.executor.perform(self.reconciler.router_lost(ROUTER))
+                if loop.time() - self._heard[name] > LEASE_SECONDS:
+                    await self.executor.perform(self.reconciler.router_lost(name))
                 raise
-            self._router_heard = sent
-            changed = self.report is not None and self.report.incarnation != report.incarnation
-            self.report = report
+            self._heard[name] = sent
+            before = self.reports.get(name)
+            changed = before is not None and before.incarnation != report.incarnation
+            self.reports[name] = report
         actions: list[Action] = []
         if changed:
-            actions += [*self.reconciler.member_lost(ROUTER), *self.reconciler.router_lost(ROUTER)]
-        if not self.executor.changed_since(ROUTER, sent):
+            actions += [*self.reconciler.member_lost(name), *self.reconciler.router_lost(name)]
+        if not self.executor.changed_since(name, sent):
             gates = frozenset(layer.gate_id for layer in self.desired.layers.values())
-            actions += self.reconciler.member_reported(ROUTER, report.incarnation, gates, report.gates)
-        actions += self.reconciler.router_reported(ROUTER, report.epoch, report.oldest_pinned, update.epochs)
+            actions += self.reconciler.member_reported(name, report.incarnation, gates, report.gates)
+        actions += self.reconciler.router_reported(name, report.epoch, report.oldest_pinned, update.epochs)
         self._hurry()
         await self.executor.perform(actions)
 
-    async def _told_router(self, update: RouterUpdate) -> RouterReport:
-        return await asyncio.wait_for(self._router.sync(self.executor.order(), update), ROUTER_TIMEOUT)
+    async def _told_router(self, name: str, handle: Any, update: RouterUpdate) -> RouterReport:
+        return await asyncio.wait_for(self._router.sync(self.executor.order(), name, handle, update), ROUTER_TIMEOUT)
 
 
 def open_controller(settings: StateSettings, router: RouterPort, replicas: ReplicaPort) -> Controller:

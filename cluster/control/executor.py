@@ -30,8 +30,6 @@ from .replica_health import Health
 from .swap_transactions import SwapTransactions
 
 log = logging.getLogger(__name__)
-ROUTER = "router"
-"""The router as a member: it holds gates."""
 COMMIT_SECONDS = 0.2
 PROBE_TIMEOUT = 2.0
 LOAD_SECONDS = 600.0
@@ -64,6 +62,7 @@ class Executor:
         self.reconciler = reconciler
         self.transactions = transactions
         self.handles: Mapping[str, Any] = {}
+        self.routers: Mapping[str, Any] = {}
         self.problem = "it is still loading"
         self.problems: dict[tuple[str, str], ExpertMeshError] = {}
         self._health = health
@@ -144,7 +143,7 @@ class Executor:
 
     async def _lives(self, member: str, incarnation: str) -> bool:
         """Whether a replica is reached right now, in this incarnation."""
-        if member == ROUTER:
+        if member in self.routers:
             return False
         try:
             probe = self._replicas.probe(self.order(), member, self.handles.get(member))
@@ -205,14 +204,14 @@ class Executor:
             self._changed[member] = loop.time()
 
     async def _unloaded_at(self, member: str, id: str, version: str) -> None:
-        if member == ROUTER:
-            await self._router.unload(self.order(), id, version)
+        if member in self.routers:
+            await self._router.unload(self.order(), member, self.routers[member], id, version)
         else:
             await self._replicas.unload(self.order(), member, self.handles.get(member), id, version)
 
     async def _staged_at(self, member: str, candidate: Candidate, timeout: float) -> Receipt:
-        if member == ROUTER:
-            staged = self._router.stage(self.order(), candidate)
+        if member in self.routers:
+            staged = self._router.stage(self.order(), member, self.routers[member], candidate)
         else:
             limited = replace(candidate, timeout=timeout)  # the replica, too, must know when it hangs
             staged = self._replicas.stage(self.order(), member, self.handles.get(member), limited)

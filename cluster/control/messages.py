@@ -36,6 +36,7 @@ class Desired:
     unverified: bool = True
     replicas: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     handles: Mapping[str, Any] = field(default_factory=dict)
+    routers: Mapping[str, Any] = field(default_factory=dict)
     needs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 

@@ -43,16 +43,16 @@ class ControllerState:
 class RouterPort(Protocol):
     """How the controller reaches the router. Every order raises Fenced where another controller has given one since."""
 
-    async def declare(self, desired: Desired) -> None:
+    async def declare(self, router: str, handle: Any, desired: Desired) -> None:
         """Hand over the declared layers."""
 
-    async def sync(self, order: Order, update: RouterUpdate) -> RouterReport:
+    async def sync(self, order: Order, router: str, handle: Any, update: RouterUpdate) -> RouterReport:
         """Hand over what is known; answers with what the router knows."""
 
-    async def stage(self, order: Order, candidate: Candidate) -> Receipt:
+    async def stage(self, order: Order, router: str, handle: Any, candidate: Candidate) -> Receipt:
         """Have a gate staged and verified."""
 
-    async def unload(self, order: Order, id: str, version: str) -> None:
+    async def unload(self, order: Order, router: str, handle: Any, id: str, version: str) -> None:
         """Have a gate forgotten."""
 
 

@@ -347,6 +347,7 @@ class Cluster:
             unverified=unverified,
             replicas=self._replicas,
             handles=backend.handles(),
+            routers=backend.routers(),
             needs=self._needs,
         )
         try:

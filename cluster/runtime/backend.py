@@ -45,6 +45,9 @@ class Backend(Protocol):
     def handles(self) -> dict[str, Any]:
         """A handle of each replica for the transport, by id."""
 
+    def routers(self) -> dict[str, Any]:
+        """A handle of each router for the controller, by name."""
+
     def declare(self, desired: Desired, timeout: float) -> dict[str, str]:
         """Have the controller load the declared layers; returns the versions that then serve."""
 

@@ -14,7 +14,7 @@ from ...experts.staging.stage import Receipt
 from ...router.fanout.replica_view import Replica
 from ...router.fanout.transport import LocalTransport, report_of
 from ..control.controller import Controller, open_controller
-from ..control.messages import Candidate, Desired, SwapRequest, SwapResult, proposal_of
+from ..control.messages import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult, proposal_of
 from ..control.orders import Order
 from ..control.ports import ControllerState, StateSettings
 from ..machine.logs import configure_logs
@@ -65,9 +65,12 @@ class LocalBackend:
     async def _start_front(self, routers: Mapping[str, ServiceSettings], state: StateSettings) -> list[Place]:
         control = _ControlPort()
         self._services = {name: ListeningService(own, self._transport, control) for name, own in routers.items()}
-        first = next(iter(self._services.values()))
-        self._controller = control.controller = open_controller(state, first, _ReplicaPort(self._hosts))
-        places = [place_of(own, *await self._services[name].start()) for name, own in routers.items()]
+        self._controller = control.controller = open_controller(state, _RouterPort(), _ReplicaPort(self._hosts))
+        places = []
+        for service, own in zip(self._services.values(), routers.values(), strict=True):
+            place = place_of(own, *await service.start())
+            service.where = {**place.described(), "node": "local"}
+            places.append(place)
         self._turns = asyncio.ensure_future(self._controller.run())
         return places
 
@@ -83,6 +86,10 @@ class LocalBackend:
     def handles(self) -> dict[str, Any]:
         """Empty: the transport holds the hosts."""
         return {}
+
+    def routers(self) -> dict[str, Any]:
+        """The router services by name."""
+        return dict(self._services)
 
     def declare(self, desired: Desired, timeout: float) -> dict[str, str]:
         """Have the controller load the declared layers; returns the versions that then serve."""
@@ -136,6 +143,22 @@ class _ControlPort:
 
     async def problem(self) -> str:
         return self.controller.problem
+
+
+class _RouterPort:
+    """The routers of this process: the handle of each is its service."""
+
+    async def declare(self, router: str, handle: ListeningService, desired: Desired) -> None:
+        await handle.declare(desired)
+
+    async def sync(self, order: Order, router: str, handle: ListeningService, update: RouterUpdate) -> RouterReport:
+        return await handle.sync(order, update)
+
+    async def stage(self, order: Order, router: str, handle: ListeningService, candidate: Candidate) -> Receipt:
+        return await handle.stage(order, candidate)
+
+    async def unload(self, order: Order, router: str, handle: ListeningService, id: str, version: str) -> None:
+        await handle.unload(order, id, version)
 
 
 class _ReplicaPort:

@@ -250,12 +250,12 @@ class ControllerActor:
         async with self._one_opens:
             return await asyncio.to_thread(self._opening.get)
 
-    async def declare(self, controller: Any, router: Any, desired: Desired, timeout: float) -> dict[str, str]:
+    async def declare(self, controller: Any, desired: Desired, timeout: float) -> dict[str, str]:
         """Load the layers that the owner declares; returns the versions that then serve.
 
         The handles come with every call, not with the constructor, whose arguments Ray may lose before a restart.
         """
-        self._router.handle, self._router.controller = router, controller
+        self._router.controller = controller
         opened = await self._controller()
         if self._turns is None:
             self._turns = asyncio.get_running_loop().create_task(opened.run())

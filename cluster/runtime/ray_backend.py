@@ -229,17 +229,21 @@ class RayBackend:
         """The actor of each replica by id, for the transport."""
         return dict(self._replicas)
 
+    def routers(self) -> dict[str, Any]:
+        """The actor of each router by name."""
+        return dict(self._routers)
+
     def declare(self, desired: Desired, timeout: float) -> dict[str, str]:
         """Have the controller load the declared layers; returns the versions that then serve.
 
         Raises the controller's errors, ConfigError for a live object that cannot be sent, and Unavailable if the
         controller does not answer in time.
         """
-        controller, router = self._controller, next(iter(self._routers.values()))
+        controller = self._controller
 
         def send() -> Any:
             try:
-                return controller.declare.remote(controller, router, desired, timeout)
+                return controller.declare.remote(controller, desired, timeout)
             except Exception as error:  # noqa: BLE001 (Ray pickles live objects here, whose code may raise anything)
                 raise _unsendable(desired) or error from None
 

@@ -34,27 +34,26 @@ Packed = tuple[np.ndarray[Any, Any], str, tuple[int, ...]]
 
 
 class RayRouterPort:
-    """Calls the router actor."""
+    """Calls the routers' actors."""
 
-    handle: Any = None
     controller: Any = None
 
-    async def declare(self, desired: Desired) -> None:
+    async def declare(self, router: str, handle: Any, desired: Desired) -> None:
         """Send the declared layers."""
         layers = {name: layer.without_live_objects() for name, layer in desired.layers.items()}
-        await awaited(self.handle.declare.remote(self.controller, replace(desired, layers=layers)))
+        await awaited(handle.declare.remote(self.controller, replace(desired, layers=layers)))
 
-    async def sync(self, order: Order, update: RouterUpdate) -> RouterReport:
+    async def sync(self, order: Order, router: str, handle: Any, update: RouterUpdate) -> RouterReport:
         """Send an update; returns the router's report."""
-        return await awaited(self.handle.sync.remote(order, update))
+        return await awaited(handle.sync.remote(order, update))
 
-    async def stage(self, order: Order, candidate: Candidate) -> Receipt:
+    async def stage(self, order: Order, router: str, handle: Any, candidate: Candidate) -> Receipt:
         """Stage a gate."""
-        return await awaited(self.handle.stage.remote(order, candidate))
+        return await awaited(handle.stage.remote(order, candidate))
 
-    async def unload(self, order: Order, id: str, version: str) -> None:
+    async def unload(self, order: Order, router: str, handle: Any, id: str, version: str) -> None:
         """Unload a gate."""
-        await awaited(self.handle.unload.remote(order, id, version))
+        await awaited(handle.unload.remote(order, id, version))
 
 
 class RayReplicaPort:
