@@ -47,6 +47,7 @@ class Controller:
         self.reconciler = Reconciler()
         self.reports: dict[str, RouterReport] = {}
         self._heard: dict[str, float] = {}
+        self._states: dict[str, str] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self.problem = ""
         self._router = router
@@ -217,12 +218,23 @@ class Controller:
             epoch=self.reconciler.current,
             versions=self.reconciler.serving(),
             replicas=self._health.replicas(),
+            routers=self.routers(),
             kept=dict(self.transactions.kept),
             broken=self._broken(),
             resumed=self.transactions.resumed,
             swapped=dict(self.transactions.swapped),
             edited=self.transactions.edited,
         )
+
+    def routers(self) -> dict[str, dict[str, Any]]:
+        """The facts of every router by name, as it last reported them, and its state."""
+        return {
+            name: {
+                **(self.reports[name].facts if name in self.reports else {}),
+                "state": self._states.get(name, "starting"),
+            }
+            for name in self.desired.routers
+        }
 
     def _broken(self) -> dict[str, str]:
         """The ids whose current version cannot be loaded, and why."""
@@ -331,7 +343,7 @@ class Controller:
                 current=self.reconciler.current,
                 cluster_id=self.transactions.cluster_id,
                 broken=self._broken(),
-                routers={name: {"state": "ready", **report.facts} for name, report in self.reports.items()},
+                routers=self.routers(),
             )
         outcomes = await asyncio.gather(
             *(self._sync_one(name, update) for name in self.desired.routers), return_exceptions=True
@@ -353,12 +365,13 @@ class Controller:
                     await asyncio.wait_for(self._router.declare(name, handle, self.desired), ROUTER_TIMEOUT)
                     sent = loop.time()
                     report = await self._told_router(name, handle, update)
-            except (ExpertMeshError, asyncio.TimeoutError, TimeoutError):
+            except (ExpertMeshError, asyncio.TimeoutError, TimeoutError) as error:
+                self._states[name] = "restarting" if isinstance(error, ExpertMeshError) else "unresponsive"
                 self._hurry()
                 if loop.time() - self._heard[name] > LEASE_SECONDS:
                     await self.executor.perform(self.reconciler.router_lost(name))
                 raise
-            self._heard[name] = sent
+            self._heard[name], self._states[name] = sent, "ready"
             before = self.reports.get(name)
             changed = before is not None and before.incarnation != report.incarnation
             self.reports[name] = report

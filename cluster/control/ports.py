@@ -24,6 +24,8 @@ class StateSettings:
 class ControllerState:
     """What the owner asks its controller about: the revision that it serves, the replicas, the current versions.
 
+    `routers` are the facts of every router by name, each with its "state".
+
     `kept` are versions that were swapped in and serve on although their declaration was edited. `broken` are the ids
     whose current version cannot be loaded, and why. `resumed` is the epoch that the registry had when it was opened, or
     0; `swapped` are the versions that were swapped in before the last declaration, `edited` the ids that it replaced.
@@ -38,6 +40,7 @@ class ControllerState:
     resumed: int = 0
     swapped: Mapping[str, str] = field(default_factory=dict)
     edited: Collection[str] = ()
+    routers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 class RouterPort(Protocol):

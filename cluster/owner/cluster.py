@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
@@ -31,9 +31,8 @@ from ..machine.run_files import RunFile, passing_state_path, state_path
 from ..placement.capacity import Resources, needs, unplaceable
 from ..placement.plan import PlannedReplica, plan_layer
 from ..runtime.backend import Backend, open_backend
-from ..runtime.places import Place
 from ..state.state_lock import StateLock, hold_state
-from .front import FrontPorts, router_settings, run_file
+from .front import FrontPorts, followed, router_settings, run_file
 from .resumed import NOT_KEPT, resumed
 
 Progress = Callable[[str], None]
@@ -149,7 +148,7 @@ class Cluster:
         return f"Cluster(name={self.config.name!r}, endpoint={self.endpoint!r}, layers={shown}, {state})"
 
     def status(self) -> dict[str, Any]:
-        """The controller's view: name, endpoint, endpoints, epoch, "versions": {id: ...}, "replicas": {id: {...}}."""
+        """The controller's view: name, endpoint, endpoints, epoch, versions by id, routers and replicas."""
         state = self._running().state()
         return {
             "name": self.config.name,
@@ -157,6 +156,7 @@ class Cluster:
             "endpoints": list(self.endpoints),
             "epoch": state.epoch,
             "versions": dict(state.versions),
+            "routers": {name: dict(router) for name, router in state.routers.items()},
             "replicas": {
                 replica.id: {
                     "state": replica.state,
@@ -290,7 +290,8 @@ class Cluster:
         for replica in planned:
             backend.start_replica(replica)
         state = StateSettings(state_dir=str(self._state_dir()), retain_epochs=config.retain_epochs)
-        self._announce(backend.start_front(routers, state, max(1.0, deadline - time.monotonic())))
+        places = backend.start_front(routers, state, max(1.0, deadline - time.monotonic()))
+        self._announce(run_file(config, places, backend.temp_dir))
         self._wait_for(planned, deadline)
         self._say("loading and verifying experts")
         self._replicas = {replica.id: replica.expert_ids for replica in planned}
@@ -313,11 +314,11 @@ class Cluster:
         if not self._keeps_state:
             shutil.rmtree(self._state_dir(), ignore_errors=True)
 
-    def _announce(self, places: Sequence[Place]) -> None:
-        self._run_file = run = run_file(self.config, places, self._running().temp_dir)
-        self.endpoint, self.endpoints = run.endpoint, list(run.endpoints)
-        self.metrics_endpoint, self.metrics_endpoints = run.metrics_endpoint or "", list(run.metrics_endpoints)
-        run.write()
+    def _announce(self, run: RunFile) -> None:
+        if run != self._run_file:
+            run.write()
+            self._run_file, self.endpoint, self.endpoints = run, run.endpoint, run.endpoints
+            self.metrics_endpoint, self.metrics_endpoints = run.metrics_endpoint or "", run.metrics_endpoints
 
     def _wait_for(self, planned: list[PlannedReplica], deadline: float) -> None:
         for number, replica in enumerate(planned, start=1):
@@ -356,7 +357,7 @@ class Cluster:
             self._desired = replace(self._desired, renewed=frozenset(), unverified=True)
 
     def _supervise(self) -> None:
-        """Send the declared layers again to a restarted controller, and end the cluster if its Ray has ended."""
+        """Tell a restarted controller what is declared, write down where routers are, and notice that Ray has ended."""
         while not self._stopping.wait(SUPERVISE_SECONDS):
             rotate(self._log_file)
             lost = self._running().lost()
@@ -366,7 +367,10 @@ class Cluster:
             if not self._change.acquire(blocking=False):
                 continue  # a change in progress sends them itself
             try:
-                if self._running().state().revision < self._desired.revision:
+                state = self._running().state()
+                if self._run_file is not None:
+                    self._announce(followed(self._run_file, state.routers))
+                if state.revision < self._desired.revision:
                     self._running().declare(self._desired, self.config.start_timeout)
             except ExpertMeshError as error:
                 log.warning("the controller is not up to date; retrying: %s", error)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ...experts.package_version import version
 from ..config.cluster_config import ClusterConfig, allowed_factories
@@ -99,6 +100,23 @@ def run_file(config: ClusterConfig, places: Sequence[Place], ray_temp_dir: str |
         sockets=[place.socket for place in places],
         metrics_endpoints=[place.metrics_endpoint for place in places if place.metrics_endpoint],
     )
+
+
+def followed(run: RunFile, routers: Mapping[str, Mapping[str, Any]]) -> RunFile:
+    """The run file with every router where it says that it is: one that has started again may be on another node.
+
+    `routers` are the facts of each by name; the first never leaves the owner's node.
+    """
+    here = routers.get(router_name(0), {}).get("node")
+    endpoints, sockets, pages = list(run.endpoints), list(run.sockets), list(run.metrics_endpoints)
+    for number in range(len(endpoints)):
+        facts = routers.get(router_name(number), {})
+        if "endpoint" in facts:
+            endpoints[number] = facts["endpoint"]
+            sockets[number] = str(socket_path(run.name, number)) if facts.get("node") == here else ""
+            if pages:
+                pages[number] = facts.get("metrics_endpoint", "")
+    return replace(run, endpoints=endpoints, sockets=sockets, metrics_endpoints=pages)
 
 
 def _shared_settings(config: ClusterConfig, ports_held: bool, state_dir: Path) -> ServiceSettings:

@@ -27,9 +27,7 @@ ROUTERS = ("router-0", "router-1", "router-2")
 def several(folder: Path, **settings: Any) -> Iterator[tuple[SwapCluster, list[Client]]]:
     """A running cluster, and a client of each of its routers."""
     with swap_cluster(folder, routers=len(ROUTERS), **settings) as running, ExitStack() as clients:
-        token = read_token(
-            token_path(NAME), Role.ADMIN
-        )  # one that is given goes to the address given
+        token = read_token(token_path(NAME), Role.ADMIN)  # one that is given goes to the address given
         yield running, [clients.enter_context(Client(one, token=token)) for one in running.cluster.endpoints]
 
 

@@ -13,7 +13,7 @@ from expertmesh import Expert, FailedPrecondition, Layer, gates
 from expertmesh.cluster.config.cluster_config import ClusterConfig
 from expertmesh.cluster.machine.ports import free_port
 from expertmesh.cluster.machine.run_files import RunFile, home, socket_path
-from expertmesh.cluster.owner.front import FrontPorts, router_settings, run_file
+from expertmesh.cluster.owner.front import FrontPorts, followed, router_settings, run_file
 from expertmesh.cluster.runtime.places import Place, away_from_owner, place_of
 
 pytestmark = pytest.mark.usefixtures("own_home")
@@ -107,3 +107,20 @@ def test_a_router_on_another_node_listens_at_the_address_of_that_node(host: str,
     assert (away.gateway.port_held, away.state_dir) == (False, None)
     here = place_of(away, 7, 8, "10.1.2.3")
     assert here == Place(endpoint=endpoint, metrics_endpoint="http://127.0.0.1:8/metrics", socket="")
+
+
+def test_the_run_file_follows_a_router_to_another_node_and_back() -> None:
+    places = [
+        Place(endpoint=f"10.0.0.1:{n}", metrics_endpoint=f"https://10.0.0.1:{n}/metrics", socket=f"{n}") for n in (7, 8)
+    ]
+    run = run_file(config(routers=2), places, None)
+    here = {"endpoint": "10.0.0.1:7", "metrics_endpoint": "https://10.0.0.1:7/metrics", "node": "10.0.0.1/a"}
+    away = {"endpoint": "10.0.0.2:8", "metrics_endpoint": "https://10.0.0.2:8/metrics", "node": "10.0.0.2/b"}
+    back = {"endpoint": "10.0.0.1:8", "metrics_endpoint": "https://10.0.0.1:8/metrics", "node": "10.0.0.1/a"}
+    assert followed(run, {}) == followed(run, {"router-0": {"state": "starting"}}) == run
+    moved = followed(run, {"router-0": here, "router-1": away})
+    assert (moved.endpoints, moved.sockets) == (["10.0.0.1:7", "10.0.0.2:8"], [str(socket_path("front")), ""])
+    assert moved.metrics_endpoints[1] == "https://10.0.0.2:8/metrics"
+    returned = followed(moved, {"router-0": here, "router-1": back})
+    assert returned.endpoints == run.endpoints
+    assert returned.sockets == [str(socket_path("front", number)) for number in (0, 1)]
