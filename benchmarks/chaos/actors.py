@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from expertmesh.cluster.control.events import StageCandidate, UnloadVersion
-from expertmesh.cluster.control.executor import ROUTER, Executor
+from expertmesh.cluster.control.executor import Executor
 from expertmesh.cluster.control.messages import SwapRequest, proposal_of
 from expertmesh.cluster.control.ports import StateSettings
 from expertmesh.cluster.control.swap_transactions import SwapTransactions
@@ -136,7 +136,7 @@ class FlipsEarly(Executor):
     """Makes the receipts of the replicas itself, and has them stage only later: so it flips before they have."""
 
     async def _stage(self, action: StageCandidate) -> None:
-        if action.member == ROUTER:
+        if action.member in self.routers:
             await super()._stage(action)
             return
         member, incarnation, swap_id, id = action.member, action.incarnation, action.swap_id, action.id

@@ -35,7 +35,9 @@ class Owner(Process):
         self._edits: Edits = (0,) * len(world.experts)
         self._before = self._edits
         self._declaring = False
-        self.desired = Desired(revision=1, layers={"l": layer(self._edits)}, replicas=world.hosts)
+        self.desired = Desired(
+            revision=1, layers={"l": layer(self._edits)}, replicas=world.hosts, routers={"router-0": None}
+        )
 
     def asked(self) -> dict[str, str]:
         """How the versions end that are declared now and were not committed as declared before."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from sim.loop import Killed
 
-from expertmesh.cluster.control.executor import ROUTER
 from expertmesh.cluster.control.messages import Candidate, Desired, RouterReport, RouterUpdate
 from expertmesh.cluster.control.orders import Order
 from expertmesh.experts.errors import ExpertMeshError, Unavailable
@@ -58,30 +57,30 @@ class Line:
 
 
 class RouterPort:
-    """The way to the router."""
+    """The way to the routers."""
 
     def __init__(self, process: ControllerProcess, line: Line) -> None:
         self._process = process
         self._line = line
 
-    async def declare(self, desired: Desired) -> None:
+    async def declare(self, router: str, handle: Any, desired: Desired) -> None:
         """Hand over the declared layers."""
-        await self._line.call(ROUTER, "declare", desired)
+        await self._line.call(router, "declare", desired)
 
-    async def sync(self, order: Order, update: RouterUpdate) -> RouterReport:
+    async def sync(self, order: Order, router: str, handle: Any, update: RouterUpdate) -> RouterReport:
         """Hand over what is known."""
         self._process.reach("sync", "before")
-        report: RouterReport = await self._line.call(ROUTER, "sync", order, update)
+        report: RouterReport = await self._line.call(router, "sync", order, update)
         self._process.reach("sync", "reported")
         return report
 
-    async def stage(self, order: Order, candidate: Candidate) -> Receipt:
+    async def stage(self, order: Order, router: str, handle: Any, candidate: Candidate) -> Receipt:
         """Have a gate staged."""
-        return await self._line.stage(order, ROUTER, candidate)
+        return await self._line.stage(order, router, candidate)
 
-    async def unload(self, order: Order, id: str, version: str) -> None:
+    async def unload(self, order: Order, router: str, handle: Any, id: str, version: str) -> None:
         """Have a gate forgotten."""
-        await self._line.unload(order, ROUTER, id, version)
+        await self._line.unload(order, router, id, version)
 
 
 class ReplicaPort:

@@ -20,7 +20,7 @@ from sim.replica import Holder, Replica
 from sim.router import Router
 
 from expertmesh.cluster.control import controller as product
-from expertmesh.cluster.control.executor import ROUTER, Executor
+from expertmesh.cluster.control.executor import Executor
 from expertmesh.cluster.control.orders import Orders
 from expertmesh.cluster.control.reconciler import Reconciler
 from expertmesh.cluster.control.replica_health import Health
@@ -32,6 +32,7 @@ CALM = 38.0
 STORM = Weather(lost=0.02, doubled=0.15, slow=0.15, delay=0.1, slow_delay=2.5, silent_death=0.3)
 CELLS_AT_ONCE = 3
 STORMY_STARTS = 0.25
+ROUTER = "router-0"
 LEASE = 8.0
 """Seconds after which a router that is not heard is given up: here it happens, and in 30 it would not."""
 

@@ -61,10 +61,10 @@ class FakeRouter:
         self.gates: set[tuple[str, str]] = set()
         self.update: RouterUpdate | None = None
 
-    async def declare(self, desired: Desired) -> None:
+    async def declare(self, router: str, handle: Any, desired: Desired) -> None:
         self.revision = desired.revision
 
-    async def sync(self, order: Order, update: RouterUpdate) -> RouterReport:
+    async def sync(self, order: Order, router: str, handle: Any, update: RouterUpdate) -> RouterReport:
         if self.lost:
             raise Unavailable("the router is restarting")
         self.syncs += 1
@@ -80,14 +80,14 @@ class FakeRouter:
             gates=frozenset(self.gates),
         )
 
-    async def stage(self, order: Order, candidate: Candidate) -> Receipt:
+    async def stage(self, order: Order, router: str, handle: Any, candidate: Candidate) -> Receipt:
         version = candidate.version or f"v{candidate.counter}-{'a' * 12}"
         self.gates.add((candidate.id, version))
         digest = version.partition("-")[2] + "0" * 52
         nothing = TensorSpec()
         return Receipt(candidate.id, version, "router", digest, digest, None, 0, 0.0, nothing, nothing)
 
-    async def unload(self, order: Order, id: str, version: str) -> None:
+    async def unload(self, order: Order, router: str, handle: Any, id: str, version: str) -> None:
         self.gates.discard((id, version))
 
 
@@ -155,7 +155,7 @@ class World:
     async def declare(self, declared: Layer) -> dict[str, str]:
         self.revision += 1
         replicas = {name: (name.partition("#")[0],) for name in self.replicas.hosts}
-        desired = Desired(revision=self.revision, layers={"l": declared}, replicas=replicas)
+        desired = Desired(revision=self.revision, layers={"l": declared}, replicas=replicas, routers={"router-0": None})
         return await self.controller.declare(desired, 5.0)
 
     async def until(self, done: Callable[[], object]) -> None:

@@ -27,8 +27,7 @@ def test_orders_of_a_replaced_controller_are_refused_and_it_says_so() -> None:
     ):
         backend = cluster._backend
         assert isinstance(backend, LocalBackend)
-        service, controller = backend._service, backend._controller
-        assert service is not None
+        service, controller = backend._services["router-0"], backend._controller
         assert controller is not None
 
         def ordered(work: Any) -> Any:
