@@ -176,6 +176,11 @@ def translated(error: RayError) -> ExpertMeshError:
     return Unavailable(f"Ray could not carry the call ({type(error).__name__}); retry")
 
 
+def actor_ended(error: ExpertMeshError) -> bool:
+    """Whether a call failed because its actor's process ended; perhaps before the call reached it, Ray does not say."""
+    return isinstance(error.__cause__, RayActorError)
+
+
 def nodes() -> list[Resources]:
     """What each node of the Ray cluster has to reserve."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]

@@ -14,8 +14,8 @@ from ...experts.errors import ExpertMeshError, Unavailable
 from ...experts.protocol import ExpertCall, ExpertReply
 from ...experts.tensors import from_bytes
 from ...router.fanout.replica_view import Replica
-from ...router.fanout.transport import Cancel, Done, Lost, in_task
-from .ray_ports import awaited, pack
+from ...router.fanout.transport import Cancel, Died, Done, Lost, in_task
+from .ray_ports import actor_ended, awaited, pack
 
 RESPONDS_SECONDS = 0.5
 
@@ -31,14 +31,19 @@ class RayTransport:
         """Call the actor."""
         return in_task(self._exchange(replica, call), done)
 
-    async def _exchange(self, replica: Replica, call: ExpertCall) -> ExpertReply:
+    async def _exchange(self, replica: Replica, call: ExpertCall) -> ExpertReply | Died:
         handle = self.handles.get(replica.id)
         if handle is None:
             raise Unavailable("the replica is gone; retry")
         self.carried["ray"] += int(call.rows.shape[0])
         tensors = {"rows": call.rows, "row_index": call.row_index, "weights": call.weights}
         packed = replace(call, **{name: _packed(tensor) for name, tensor in tensors.items()})
-        return _each(_unpacked, await awaited(handle.compute.remote(packed)))
+        try:
+            return _each(_unpacked, await awaited(handle.compute.remote(packed)))
+        except Unavailable as error:
+            if actor_ended(error):
+                return Died()
+            raise
 
     async def responds(self, replica: Replica) -> bool:
         """Whether the actor answers in its group for control, while it may compute."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...experts.errors import ExpertMeshError, SpecMismatch
+from ...experts.errors import ExpertMeshError, SpecMismatch, Unavailable
 from ..mixture.layer import Layer
 from .work import Assignment
 
@@ -29,7 +29,18 @@ class Answered:
     lost: Tensor | None = None
 
 
-Result = Answered | ExpertMeshError
+@dataclass(frozen=True)
+class DiedTogether:
+    """In place of an answer: a replica died while it computed the rows of several requests.
+
+    Each of them is to be sent alone, to none of the replicas that were `tried`. `deaths` counts those that died.
+    """
+
+    deaths: int
+    tried: frozenset[str]
+
+
+Result = Answered | ExpertMeshError | DiedTogether
 
 
 class Answers:
@@ -59,6 +70,11 @@ class Answers:
     def errors(self, experts: Sequence[int]) -> dict[int, ExpertMeshError]:
         """The errors of those of `experts` that failed."""
         return {expert: error for expert in experts if (error := self._error(expert)) is not None}
+
+    def died_together(self, experts: Sequence[int]) -> dict[int, DiedTogether]:
+        """Those of `experts` whose replica died while it computed rows of several requests."""
+        results = {expert: self._results[self._assignment.owner[expert]] for expert in experts}
+        return {expert: result for expert, result in results.items() if isinstance(result, DiedTogether)}
 
     def answered(self, experts: Sequence[int]) -> Tensor | None:
         """Bool [N], True where one of `experts` answered and its answer is not known to be lost; None if all did."""
@@ -136,7 +152,7 @@ class Answers:
         if isinstance(result, Answered):
             output = result.outputs[self._assignment.members[key].index(expert)]
             return output if isinstance(output, ExpertMeshError) else None
-        return result
+        return Unavailable("its replica died; retry") if isinstance(result, DiedTogether) else result
 
     def _pairs(self, key: int) -> Tensor:
         """The pairs of a piece of work, in its own order."""

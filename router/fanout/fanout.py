@@ -4,7 +4,8 @@ Every replica has a lane with at most `WINDOW` messages in flight. Work that arr
 in the next message. So a slow expert delays only the requests that need it, and waiting work can still be dropped.
 
 If a replica is late, its work is sent to another one as well, and the first answer counts; what it is computing only if
-its process does not respond. If it dies, its work is sent again, unless two replicas died while they computed it.
+its process does not respond. If it dies, its work is sent again, unless two replicas died while they computed it; rows
+of several requests are not sent again together, because those of one may have killed it.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ import asyncio
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 from torch import Tensor
 
-from ...experts.errors import BY_NAME, DataLoss, ExpertFailed, ExpertMeshError, Unavailable, VersionGone
-from ...experts.protocol import ExpertReply, PartFailure
+from ...experts.errors import ExpertFailed, ExpertMeshError, Unavailable, VersionGone
+from ...experts.protocol import ExpertReply
 from ..epochs.epochs import Epoch
 from ..gates import Routing
 from ..mixture.dispatch import Dispatch
 from ..mixture.layer import Layer
-from .answers import Answered, Result
+from .answers import Answered, DiedTogether, Result
 from .batch import Batch
 from .lane import Job, Lane, Message
 from .lateness import HedgeBudget, Pace
-from .message import Place, build_call
+from .message import answer_at, build_call
 from .replica_view import GONE, View
 from .telemetry import ReplicaLoad, Telemetry
 from .transport import Died, Transport, sending_error
@@ -59,15 +60,28 @@ class Fanout:
         self._asking: set[asyncio.Task[None]] = set()
 
     def start(
-        self, epoch: Epoch, layer: Layer, x: Tensor, routing: Routing, handle: Dispatch, *, deadline: float, client: str
+        self,
+        epoch: Epoch,
+        layer: Layer,
+        x: Tensor,
+        routing: Routing,
+        handle: Dispatch,
+        *,
+        deadline: float,
+        client: str,
+        merged: bool = False,
+        died: Mapping[int, DiedTogether] | None = None,
     ) -> Batch:
         """Send the rows `x` [T, ...] of a batch to the experts that `handle` names. The caller holds the batch.
 
-        `deadline` is in event-loop time; `client` sent the rows ("" for several).
+        `deadline` is in event-loop time; `client` sent the rows ("" for several), which are `merged` if they belong to
+        several requests. `died` is what became of the rows when they were sent before, by the position of the expert.
         """
-        assignment = assign(layer, epoch.versions, x, handle, deadline=deadline, client=client)
+        assignment = assign(layer, epoch.versions, x, handle, deadline=deadline, client=client, merged=merged)
         batch = Batch(epoch, layer, x, routing, handle, assignment)
-        jobs = [self.submit(work, partial(batch.answer, key)) for key, work in assignment.work.items()]
+        owner = assignment.owner
+        before = {owner[expert]: result for expert, result in (died or {}).items() if expert in owner}
+        jobs = [self.submit(work, partial(batch.answer, key), before.get(key)) for key, work in assignment.work.items()]
         if not batch.answers.complete:
             batch.cancel = partial(self._cancel_all, jobs)
         self.flush()
@@ -75,12 +89,13 @@ class Fanout:
         self._telemetry.add_gate_mass(layer.expert_ids, handle.mass())
         return batch
 
-    def submit(self, work: Work, done: Callable[[Result], None]) -> Job:
+    def submit(self, work: Work, done: Callable[[Result], None], died: DiedTogether | None = None) -> Job:
         """Send work to a replica; `done` gets the answer, or an error if no replica could do the work.
 
-        The failure of a single expert is part of the answer.
+        The failure of a single expert is part of the answer. `died` is what became of the rows when they were sent
+        together with those of others.
         """
-        job = Job(work, done)
+        job = Job(work, done) if died is None else Job(work, done, deaths=died.deaths, tried=set(died.tried))
         self._enqueue(job)
         return job
 
@@ -104,9 +119,9 @@ class Fanout:
             result = await answer
         finally:
             self.cancel(job)
-        if isinstance(result, ExpertMeshError):
-            raise result
-        return result
+        if isinstance(result, Answered):
+            return result
+        raise result if isinstance(result, ExpertMeshError) else Unavailable("its replica died; retry")
 
     def refresh(self) -> None:
         """Compare the lanes with the view: work for an incarnation that is gone or restarting is sent again."""
@@ -206,7 +221,7 @@ class Fanout:
             rows = sum(job.work.size for job in message.jobs)
             self._telemetry.add_message_seconds(lane.replica.id, rows, reply.queued, reply.computed)
             for job, place in zip(message.jobs, message.places, strict=True):
-                self._deliver(job, _answer(reply, place), seconds)
+                self._deliver(job, answer_at(place, reply), seconds)
 
     def _close(self, message: Message) -> None:
         """Remove a finished message from its lane, which has room for another."""
@@ -319,7 +334,7 @@ class Fanout:
                 job.tried.discard(lane.replica.id)  # it was never sent, and may have to wait here again
             self._enqueue(job)
 
-    def _deliver(self, job: Job, answer: Result, seconds: float) -> None:
+    def _deliver(self, job: Job, answer: Answered | ExpertMeshError, seconds: float) -> None:
         if job.finished:
             return
         if isinstance(answer, VersionGone):
@@ -359,7 +374,10 @@ class Fanout:
             self._finish(job, Unavailable(f"{job.work.experts[0][0]} did not answer: {error.message}"))
         else:
             self._telemetry.retries += 1
-            self._enqueue(job)
+            if job.deaths and job.work.merged:
+                self._finish(job, DiedTogether(job.deaths, frozenset(job.tried)))
+            else:
+                self._enqueue(job)
 
     def _uncount(self, job: Job) -> None:
         if job.replica_id is not None:
@@ -374,26 +392,3 @@ def _deadly(work: Work) -> ExpertFailed:
         f"{whose} ended its process: {MAX_DEATHS} replicas died while they computed these rows, which are not sent to "
         "another; see the log, and fix the expert"
     )
-
-
-def _answer(reply: ExpertReply, place: Place) -> Answered | ExpertMeshError:
-    """The part of a reply that belongs to one of the jobs of its message."""
-    if len(reply.outputs) != place.all_parts or len(reply.sums) != place.all_sums:
-        return DataLoss(f"a replica answered {len(reply.outputs)} of {place.all_parts} parts of a message")
-    outputs = tuple(_output(output) for output in reply.outputs[place.parts])
-    version_gone = next((output for output in outputs if isinstance(output, VersionGone)), None)
-    if version_gone is not None:  # one replica must do the whole job
-        return version_gone
-    if place.sum is None:
-        return Answered(outputs)
-    total = _output(reply.sums[place.sum])
-    if isinstance(total, ExpertMeshError):
-        failed = all(isinstance(output, ExpertMeshError) for output in outputs)
-        return Answered(outputs) if failed else total
-    return Answered(outputs, total, place.lost(reply.lost))
-
-
-def _output(output: Tensor | PartFailure | None) -> Tensor | ExpertMeshError | None:
-    if isinstance(output, PartFailure):
-        return BY_NAME.get(output.error, ExpertMeshError)(output.message)
-    return output

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...experts.protocol import ExpertCall, Part, PartialSum
+from ...experts.errors import BY_NAME, DataLoss, ExpertMeshError, VersionGone
+from ...experts.protocol import ExpertCall, ExpertReply, Part, PartFailure, PartialSum
+from .answers import Answered
 from .work import Work
 
 
@@ -66,6 +68,23 @@ def build_call(attempt: int, works: Sequence[Work], *, now: float) -> tuple[Expe
     return call, [Place(*place, all_parts=len(parts), all_sums=len(sums)) for place in places]
 
 
+def answer_at(place: Place, reply: ExpertReply) -> Answered | ExpertMeshError:
+    """The part of a reply that belongs to one piece of work of its message."""
+    if len(reply.outputs) != place.all_parts or len(reply.sums) != place.all_sums:
+        return DataLoss(f"a replica answered {len(reply.outputs)} of {place.all_parts} parts of a message")
+    outputs = tuple(_output(output) for output in reply.outputs[place.parts])
+    version_gone = next((output for output in outputs if isinstance(output, VersionGone)), None)
+    if version_gone is not None:  # one replica must do the whole job
+        return version_gone
+    if place.sum is None:
+        return Answered(outputs)
+    total = _output(reply.sums[place.sum])
+    if isinstance(total, ExpertMeshError):
+        failed = all(isinstance(output, ExpertMeshError) for output in outputs)
+        return Answered(outputs) if failed else total
+    return Answered(outputs, total, place.lost(reply.lost))
+
+
 def same_kind(one: Work, other: Work) -> bool:
     """Whether the rows of two pieces of work fit in one tensor."""
     return one.x.dtype == other.x.dtype and one.x.shape[1:] == other.x.shape[1:]
@@ -99,3 +118,9 @@ def _weights(works: Sequence[Work]) -> Tensor:
 
 def _joined(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _output(output: Tensor | PartFailure | None) -> Tensor | ExpertMeshError | None:
+    if isinstance(output, PartFailure):
+        return BY_NAME.get(output.error, ExpertMeshError)(output.message)
+    return output

@@ -119,14 +119,14 @@ def report_of(replica_id: str, host: ExpertHost, cure: str, **where: Any) -> Rep
     return Replica(replica_id, state=state, problem=problem, **known, **where)
 
 
-def in_task(exchange: Coroutine[Any, Any, ExpertReply], done: Done) -> Cancel:
+def in_task(exchange: Coroutine[Any, Any, ExpertReply | Died], done: Done) -> Cancel:
     """Implement `send` for a transport that awaits its replies: run the exchange as a task."""
     task = asyncio.get_running_loop().create_task(exchange)
     task.add_done_callback(lambda future: _deliver(future, done))
     return task.cancel
 
 
-def _deliver(future: asyncio.Future[ExpertReply], done: Done) -> None:
+def _deliver(future: asyncio.Future[Any], done: Done) -> None:
     """The border to hosts and foreign libraries: whatever they raise ends the wait of the requests."""
     if future.cancelled():
         return

@@ -33,6 +33,7 @@ class Work:
     `experts` are (id, version, number of pairs). `index_P` int64 are the positions of the pairs in `rows_R`, grouped by
     expert; None for a single expert, whose pairs are the rows. With `weights_P` (float) the replica adds the answers
     up, into one row for each of `rows_R`. `deadline` is in event-loop time; `client` sent the rows ("" for several).
+    `merged` rows come from several requests.
     """
 
     experts: tuple[tuple[str, str, int], ...]
@@ -42,6 +43,7 @@ class Work:
     weights_P: Tensor | None = None
     deadline: float = math.inf
     client: str = ""
+    merged: bool = False
 
     @property
     def versions(self) -> tuple[tuple[str, str], ...]:
@@ -77,6 +79,7 @@ def assign(
     *,
     deadline: float = math.inf,
     client: str = "",
+    merged: bool = False,
 ) -> Assignment:
     """Split a batch with rows `x` [T, ...] into work: one piece for each pack or single expert that has rows.
 
@@ -101,13 +104,14 @@ def assign(
             None if weights_N is None else weights_N[own],
             deadline,
             client,
+            merged,
         )
     members = {experts[0]: experts for experts in present}
     if x.shape[0] and layer.shared_ids:
         all_rows = torch.arange(x.shape[0])
         for position, shared in enumerate(layer.shared_ids, start=len(layer.experts)):
             part = ((shared, versions[shared], x.shape[0]),)
-            work[position] = Work(part, x, all_rows, deadline=deadline, client=client)
+            work[position] = Work(part, x, all_rows, deadline=deadline, client=client, merged=merged)
             members[position] = (position,)
     owner = {expert: key for key, experts in members.items() for expert in experts}
     return Assignment(handle, work, members, owner, sums)

@@ -34,6 +34,11 @@ class Routing:
         """Bool [T]: the rows without an expert (only capacity and expert choice produce them)."""
         return (self.indices_TK < 0).all(dim=1)
 
+    def slice(self, start: int, stop: int) -> Routing:
+        """The choices of the rows start:stop."""
+        dropped_T = None if self.dropped_T is None else self.dropped_T[start:stop]
+        return Routing(self.indices_TK[start:stop], self.weights_TK[start:stop], dropped_T)
+
 
 def join(routings: Sequence[Routing]) -> Routing:
     """Concatenate the routings of several requests into one batch; narrower ones are padded with empty choices.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +23,11 @@ from ...experts.errors import (
 )
 from ...experts.protocol import CallOptions, CallSummary
 from ...experts.tensors import dtype_name, torch_dtype
+from ..fanout.answers import DiedTogether
 from ..fanout.fanout import Fanout
 from ..fanout.work import Work
 from ..mixture.combine import Combined, combine
-from ..mixture.dispatch import Dispatch
+from ..mixture.dispatch import Dispatch, dispatch
 from ..mixture.missing import lost_pairs
 from .batching import GateRequest, Routed
 
@@ -73,12 +74,19 @@ class Answer:
         self.policy = self.layer.policy(options.on_missing or self.layer.on_missing)
         self.max_lost_mass = self.layer.max_lost_mass if options.max_lost_mass is None else options.max_lost_mass
 
+    def release(self) -> None:
+        """Release the batch."""
+        self.routed.batch.release()
+
     async def complete(self) -> ForwardReply:
         """Wait for the experts that the rows need, and combine their answers."""
         handle, rows = self.routed.handle(), (self.routed.start, self.routed.stop)
         experts = handle.experts()
         shared = tuple(position for position in self.batch.assignment.work if position >= len(self.layer.experts))
         failed = await self.batch.wait(experts + shared)
+        if failed and (died := self.batch.answers.died_together(experts + shared)):
+            self._send_alone(died)
+            return await self.complete()
         self._raise_uncovered(failed, shared)
         answers, added_up = self.batch.answers, self.batch.assignment.sums
         with torch.inference_mode():
@@ -95,6 +103,25 @@ class Answer:
                 voteless = self.layer.combine == "vote" and bool(outputs.isfinite().all())
                 raise (None if failed or voteless else _rows_to_blame(self.request.x)) or error from None
             return self._reply(handle, experts, combined, used_fallback=fallback_T is not None)
+
+    @torch.inference_mode()
+    def _send_alone(self, died: Mapping[int, DiedTogether]) -> None:
+        """Send the rows once more, in a batch of their own: those of another request may have killed the replica."""
+        merged, request = self.batch, self.gate_request
+        routing = merged.routing.slice(self.routed.start, self.routed.stop)
+        handle = dispatch(routing, len(self.layer.experts))
+        self.batch = self.fanout.start(
+            merged.epoch,
+            self.layer,
+            request.x,
+            routing,
+            handle,
+            deadline=request.deadline,
+            client=request.client,
+            died=died,
+        )
+        self.routed = Routed(self.batch, 0, request.size)
+        merged.release()
 
     def _raise_uncovered(self, failed: dict[int, ExpertMeshError], shared: tuple[int, ...]) -> None:
         """Raise the errors that the policy does not cover.

@@ -179,7 +179,8 @@ class Batching:
         clients = {request.client for request in requests}
         deadline = max(request.deadline for request in requests)
         client = clients.pop() if len(clients) == 1 else ""
-        batch = self._fanout.start(epoch, layer, x, routing, handle, deadline=deadline, client=client)
+        merged = len(requests) > 1
+        batch = self._fanout.start(epoch, layer, x, routing, handle, deadline=deadline, client=client, merged=merged)
         self._measure(batch)
         start = 0
         for waiting in taken:

@@ -138,10 +138,11 @@ class Router:
         checked = gate_request(layer, request.x, request.options, request.features, request.indices, request.weights)
         checked = replace(checked, deadline=deadline, client=request.client)
         routed = await self._batching.route(epoch, layer, checked)
+        answer = Answer(self.fanout, request, checked, routed)
         try:
-            return await Answer(self.fanout, request, checked, routed).complete()
+            return await answer.complete()
         finally:
-            routed.batch.release()
+            answer.release()
 
 
 def _layer(epoch: Epoch, name: str) -> Layer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,8 +18,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from expertmesh.experts.errors import ExpertFailed, ExpertMeshError, InvalidRequest, SpecMismatch, Unavailable
+from expertmesh.experts.protocol import ExpertCall, ExpertReply
 from expertmesh.experts.spec import Expert, TensorSpec
 from expertmesh.router import gates
+from expertmesh.router.fanout.fanout import MAX_DEATHS
+from expertmesh.router.fanout.replica_view import Replica
+from expertmesh.router.fanout.transport import Cancel, Died, Done, LocalTransport
 from expertmesh.router.gates import Routing
 from expertmesh.router.mixture.capacity import Capacity
 from expertmesh.router.mixture.combine import METHODS
@@ -395,3 +400,59 @@ def test_what_capacity_drops_is_degraded_but_nobody_is_missing() -> None:
             torch.testing.assert_close(reply.output[2:], x[2:])
 
     run_async(main())
+
+
+class Deadly(LocalTransport):
+    """Replicas whose process ends when it computes the row `poison`, with everything that is in flight to it."""
+
+    def __init__(self, poison: Tensor) -> None:
+        super().__init__()
+        self.poison = poison
+        self.dead: list[str] = []
+
+    def send(self, replica: Replica, call: ExpertCall, done: Done) -> Cancel:
+        def computed(reply: ExpertReply | ExpertMeshError | Died) -> None:
+            if replica.id not in self.dead and (call.rows == self.poison).all(dim=1).any():
+                self.dead.append(replica.id)
+            done(Died() if replica.id in self.dead else reply)
+
+        if replica.id in self.dead:
+            return asyncio.get_running_loop().call_soon(done, Unavailable("there is no connection")).cancel
+        return super().send(replica, call, computed)
+
+
+@pytest.mark.parametrize("pack", [None, "p"])
+@pytest.mark.parametrize("policy", ["error", "renormalize"])
+def test_of_requests_that_were_merged_only_the_one_that_ends_processes_fails(pack: str | None, policy: str) -> None:
+    functions = functions_of(["good"] * E)
+    experts = {f"e{n}": Expert.from_function(function, pack=pack, replicas=4) for n, function in enumerate(functions)}
+    shared = {"s": Expert.from_function(times(7.0), replicas=4)}
+    layer = Layer("l", gates.TopK(D, E, k=2), experts, shared=shared, on_missing=policy)
+    requests = [some_rows(rows, seed, torch.float32) for seed, rows in enumerate([2, 1, 3, 0, 1])]
+    deadly = 2
+    transport = Deadly(requests[deadly][1])
+
+    async def main() -> None:
+        async with RouterInProcess(layer) as mesh:
+            wanted = [await mesh.ask(x) for x in requests]
+        async with RouterInProcess(layer, transport) as mesh:
+            for name, host in mesh.hosts.items():
+                transport.add(name, host)
+            replies = await asyncio.gather(*(mesh.ask(x) for x in requests), return_exceptions=True)
+            assert mesh.router.telemetry.batches["l"] == 1 + len(requests)  # merged, then each of them alone
+            await mesh.at_rest()
+        failed = replies.pop(deadly)
+        assert isinstance(failed, ExpertFailed)
+        assert "2 replicas died while they computed these rows" in failed.message
+        for reply, undisturbed in zip(replies, wanted[:deadly] + wanted[deadly + 1 :], strict=True):
+            assert not isinstance(reply, BaseException), reply
+            torch.testing.assert_close(reply.output, undisturbed.output)
+            assert reply.summary.versions == undisturbed.summary.versions
+            assert not reply.summary.degraded
+        deaths = Counter(name.partition("#")[0] for name in transport.dead)
+        assert set(deaths.values()) == {MAX_DEATHS}
+
+    try:
+        run_async(main())
+    finally:
+        transport.close()

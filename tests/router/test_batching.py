@@ -53,7 +53,16 @@ class Bench:
         self.batching = Batching(cast(Fanout, self))
 
     def start(
-        self, epoch: Epoch, layer: Layer, x: Tensor, routing: Routing, handle: Dispatch, *, deadline: float, client: str
+        self,
+        epoch: Epoch,
+        layer: Layer,
+        x: Tensor,
+        routing: Routing,
+        handle: Dispatch,
+        *,
+        deadline: float,
+        client: str,
+        merged: bool,
     ) -> Batch:
         assignment = assign(layer, dict.fromkeys(layer.expert_ids, "v1"), x, handle)
         batch = Batch(epoch, layer, x, routing, handle, assignment)

@@ -30,7 +30,7 @@ from expertmesh.experts.protocol import ExpertCall, ExpertReply, PartFailure
 from expertmesh.router.fanout import fanout as module
 from expertmesh.router.fanout import lane as lane_module
 from expertmesh.router.fanout import lateness
-from expertmesh.router.fanout.answers import Answered
+from expertmesh.router.fanout.answers import Answered, DiedTogether
 from expertmesh.router.fanout.fanout import MAX_ATTEMPTS, MAX_DEATHS, WINDOW, Fanout, Result
 from expertmesh.router.fanout.lane import Job, Lane
 from expertmesh.router.fanout.replica_view import READY, Replica, View
@@ -545,6 +545,43 @@ def test_only_the_rows_that_kill_fail_and_not_those_that_were_sent_with_them_or_
         for row, job in zip((0, 2, 3, 4, 5), jobs, strict=True):
             assert torch.equal(job.result(), X[[row]] * 2)
         assert deaths == MAX_DEATHS
+
+    run_async(main())
+
+
+def test_rows_of_several_requests_that_a_replica_died_of_are_not_sent_together_again() -> None:
+    async def main() -> None:
+        mesh = fanout_of("r", "s", "t", "u")
+        merged = mesh.submit_work(Work((("l/a", V, 2),), X, torch.tensor([0, 1]), merged=True))
+        await settle()
+        (sent,) = mesh.wire.open()
+        sent.tell(Died())
+        await settle()
+        assert not mesh.wire.open()
+        assert await merged == DiedTogether(1, frozenset({sent.replica}))
+        results: list[Result] = []
+        mesh.fanout.submit(Work((("l/a", V, 1),), X, torch.tensor([0])), results.append, await merged)
+        await settle()
+        (second,) = mesh.wire.open()
+        assert second.replica != sent.replica
+        second.tell(Died())
+        await settle()
+        assert isinstance(results[0], ExpertFailed)
+        assert not mesh.wire.open()
+        assert set(mesh.view.rows_in_flight().values()) == {0}
+
+    run_async(main())
+
+
+def test_rows_of_several_requests_are_sent_together_again_where_no_replica_died_of_them() -> None:
+    async def main() -> None:
+        mesh = fanout_of("r", "s", "t")
+        merged = mesh.submit_work(Work((("l/a", V, 2),), X, torch.tensor([0, 1]), merged=True))
+        await settle()
+        mesh.wire.open()[0].fail(Unavailable("there is no connection"))
+        await settle()
+        mesh.wire.open()[0].answer()
+        assert torch.equal(await merged, X[:2] * 2)
 
     run_async(main())
 
