@@ -26,7 +26,7 @@ from .messages import Candidate
 from .orders import Order
 from .ports import ReplicaPort, RouterPort
 from .reconciler import Reconciler
-from .replica_health import Health
+from .replica_health import DEATHS_UNTIL_DEADLY, DeadlyVersions, Health
 from .swap_transactions import SwapTransactions
 
 log = logging.getLogger(__name__)
@@ -45,8 +45,8 @@ LASTING_SECONDS = 5.0
 class Executor:
     """Carries out actions. `handles` is how replicas are reached, `problem` the last load that failed.
 
-    `problems` are the (id, version) whose last load failed, with the error. Epochs are collected, and recalled, by one
-    who holds `collecting`. `background` are threads of the lowest priority.
+    `problems` are the (id, version) whose last load failed, with the error, and `deadly` those that end processes.
+    Epochs are collected, and recalled, by one who holds `collecting`. `background` are threads of the lowest priority.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Executor:
         self.routers: Mapping[str, Any] = {}
         self.problem = "it is still loading"
         self.problems: dict[tuple[str, str], ExpertMeshError] = {}
+        self.deadly = DeadlyVersions()
         self._health = health
         self._router = router
         self._replicas = replicas
@@ -143,16 +144,28 @@ class Executor:
 
     async def _lives(self, member: str, incarnation: str) -> bool:
         """Whether a replica is reached right now, in this incarnation."""
+        return await self._incarnation(member) == incarnation
+
+    async def _incarnation(self, member: str) -> str | None:
+        """The incarnation of a replica that is reached right now; None if it is down, empty if that is not known."""
         if member in self.routers:
-            return False
+            return ""
         try:
             probe = self._replicas.probe(self.order(), member, self.handles.get(member))
-            return (await asyncio.wait_for(probe, PROBE_TIMEOUT)).incarnation == incarnation
-        except (ExpertMeshError, asyncio.TimeoutError, TimeoutError):
-            return False
+            return (await asyncio.wait_for(probe, PROBE_TIMEOUT)).incarnation
+        except ExpertMeshError:
+            return None
+        except (asyncio.TimeoutError, TimeoutError):
+            return ""
 
     async def _load(self, action: LoadVersion) -> None:
+        if self.deadly.spared(action.member, action.id, action.version, asyncio.get_running_loop().time()):
+            self.reconciler.load_failed(action.member, action.incarnation, action.id, action.version)
+            return
+        before = await self._incarnation(action.member)
         try:
+            if before is None:
+                raise Unavailable(f"{action.member} is down")
             candidate = await asyncio.to_thread(self.transactions.recorded, action.id, action.version)
             receipt = await self._staged_at(action.member, candidate, LOAD_SECONDS)
             if receipt.version != action.version:
@@ -160,9 +173,10 @@ class Executor:
                     f"{action.id} loads as {receipt.version}, not {action.version}: its code changed"
                 )
         except ExpertMeshError as failure:
-            error = await self._cause(action, failure)
+            error = await self._cause(action, failure, before)
             self.problem = error.message
-            self.problems[action.id, action.version] = error
+            if isinstance(error, LASTING) or not isinstance(self.problems.get((action.id, action.version)), LASTING):
+                self.problems[action.id, action.version] = error
             log.warning("%s could not load %s %s: %s", action.member, action.id, action.version, error)
             failed = (action.member, action.incarnation, action.id, action.version)
             delay = LASTING_SECONDS if isinstance(error, LASTING) else 0.0
@@ -175,8 +189,11 @@ class Executor:
             self._holds(action.member, action.incarnation, action.id, action.version)
             await self.perform(self.reconciler.loaded(action.member, action.incarnation, action.id, action.version))
 
-    async def _cause(self, action: LoadVersion, failure: ExpertMeshError) -> ExpertMeshError:
-        """The damage of a stored version, where that is why it could not be loaded."""
+    async def _cause(self, action: LoadVersion, failure: ExpertMeshError, before: str | None) -> ExpertMeshError:
+        """Why a version could not be loaded: it is damaged, or it ends processes, as it did that of `before`."""
+        if isinstance(failure, Unavailable) and before and before != await self._incarnation(action.member):
+            now = asyncio.get_running_loop().time()
+            return _deadly(action) if self.deadly.died(action.member, action.id, action.version, now) else failure
         if isinstance(failure, LASTING):
             try:
                 await asyncio.to_thread(self.transactions.verify, action.id, action.version)
@@ -261,6 +278,14 @@ class Executor:
     def _holds(self, member: str, incarnation: str, id: str, version: str) -> None:
         self._changed[member] = asyncio.get_running_loop().time()
         self._health.holds(member, incarnation, id, version)
+        self.deadly.loaded(member, id, version)
+
+
+def _deadly(action: LoadVersion) -> FailedPrecondition:
+    return FailedPrecondition(
+        f"{action.id} {action.version}: {DEATHS_UNTIL_DEADLY} processes of {action.member} ended while they loaded it: "
+        "its constructor or its code ends them, or they run out of memory; see the log, and swap in another version"
+    )
 
 
 def _check_tensors(member: str, candidate: Candidate, receipt: Receipt) -> None:

@@ -1,12 +1,15 @@
-"""What probes say of a replica, and what is made of it: pure decisions, no clock and no Ray."""
+"""What probes and deaths say of a replica, and what is made of it: pure decisions, no clock and no Ray."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ...router.fanout.replica_view import READY, Replica
 
 TIMEOUTS_UNTIL_UNRESPONSIVE = 3
+DEATHS_UNTIL_DEADLY = 2
+FIRST_REST = 5.0
+LONGEST_REST = 600.0
 
 
 @dataclass(frozen=True)
@@ -79,3 +82,34 @@ class Health:
     def replicas(self) -> tuple[Replica, ...]:
         """Every replica as it is known now."""
         return tuple(self._replicas.values())
+
+
+@dataclass
+class DeadlyVersions:
+    """Versions that end the process of a replica that loads them, which takes the other experts of its pack with it.
+
+    After `DEATHS_UNTIL_DEADLY` deaths the replica is spared the version for `FIRST_REST` seconds, and after each
+    further one for twice as long, up to `LONGEST_REST`. Times are in seconds of any one clock.
+    """
+
+    _deaths: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    _rests: dict[tuple[str, str, str], tuple[float, float]] = field(default_factory=dict)
+
+    def died(self, member: str, id: str, version: str, now: float) -> bool:
+        """A replica's process ended while it loaded a version; returns whether that is the version's doing."""
+        key = (member, id, version)
+        deaths = self._deaths[key] = self._deaths.get(key, 0) + 1
+        if deaths < DEATHS_UNTIL_DEADLY:
+            return False
+        rest = min(2 * self._rests[key][0], LONGEST_REST) if key in self._rests else FIRST_REST
+        self._rests[key] = (rest, now + rest)
+        return True
+
+    def spared(self, member: str, id: str, version: str, now: float) -> bool:
+        """Whether a replica must not be asked to load a version yet."""
+        return now < self._rests.get((member, id, version), (0.0, now))[1]
+
+    def loaded(self, member: str, id: str, version: str) -> None:
+        """A replica has loaded a version: whatever ended its process before, it was not the version, or is mended."""
+        self._deaths.pop((member, id, version), None)
+        self._rests.pop((member, id, version), None)

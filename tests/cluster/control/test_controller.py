@@ -8,6 +8,7 @@ import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -123,7 +124,7 @@ class FakeReplicas:
     async def stage(self, order: Order, name: str, handle: Any, candidate: Candidate) -> Receipt:
         if self.hold_back is not None:
             await self.hold_back.wait()
-        if candidate.expert is not None and candidate.expert.factory in self.deadly:
+        if candidate.expert is not None and candidate.expert.factory in self.deadly and name not in self.down:
             self.deaths += 1
             self.down.add(name)
         assert candidate.timeout < math.inf
@@ -152,9 +153,11 @@ class World:
         settings = StateSettings(state_dir=str(self.folder / "state"), retain_epochs=2)
         return open_controller(settings, self.router, self.replicas)
 
-    async def declare(self, declared: Layer) -> dict[str, str]:
+    async def declare(
+        self, declared: Layer, packs: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    ) -> dict[str, str]:
         self.revision += 1
-        replicas = {name: (name.partition("#")[0],) for name in self.replicas.hosts}
+        replicas = {name: packs.get(name, (name.partition("#")[0],)) for name in self.replicas.hosts}
         desired = Desired(revision=self.revision, layers={"l": declared}, replicas=replicas, routers={"router-0": None})
         return await self.controller.declare(desired, 5.0)
 
@@ -277,6 +280,66 @@ def test_a_candidate_that_ends_its_replicas_is_given_up_after_the_first_death(
         for name in ("l/e0#0", "l/e0#1"):
             await world.until(lambda name=name: world.replicas.holds(name) == {(E0, before[E0])})  # type: ignore[misc]
         assert world.replicas.deaths == 1
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_a_version_that_ends_every_process_that_loads_it_leaves_the_rest_of_its_pack_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expertmesh.cluster.control.replica_health.FIRST_REST", 1e6)
+    monkeypatch.setattr("expertmesh.cluster.control.replica_health.LONGEST_REST", 1e6)
+
+    async def story(world: World) -> None:
+        pack = {"l/p#0": (E0, "l/e1")}
+        world.replicas.hosts = {"l/p#0": ExpertHost()}
+        versions = await world.declare(layer(), pack)
+        world.replicas.deadly = {"torch:sin"}
+        world.replicas.hosts["l/p#0"] = ExpertHost()
+
+        def restarted() -> bool:
+            for name in world.replicas.down:
+                world.replicas.hosts[name] = ExpertHost()
+            world.replicas.down.clear()
+            return world.replicas.holds("l/p#0") == {("l/e1", versions["l/e1"])}
+
+        await world.until(restarted)
+        for _ in range(20):
+            await world.controller.turn()
+            await asyncio.sleep(0)
+            assert restarted()
+        assert world.replicas.deaths == 2
+        broken = world.controller.state().broken
+        assert list(broken) == [E0]
+        assert broken[E0].startswith(f"{E0} {versions[E0]}: 2 processes of l/p#0 ended while they loaded it")
+        assert world.router.update is not None
+        assert world.router.update.broken == broken
+        after = await world.declare(layer("torch:tanh"), pack)
+        assert world.replicas.holds("l/p#0") == {(id, after[id]) for id in (E0, "l/e1")}
+        assert world.controller.state().broken == {}
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_a_version_that_ended_processes_is_tried_again_after_a_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expertmesh.cluster.control.replica_health.FIRST_REST", 0.0)
+
+    async def story(world: World) -> None:
+        versions = await world.declare(layer())
+        world.replicas.deadly = {"torch:sin"}
+        world.replicas.down.add("l/e0#0")
+
+        def restarted() -> None:
+            for name in world.replicas.down:
+                world.replicas.hosts[name] = ExpertHost()
+            world.replicas.down.clear()
+
+        await world.until(lambda: restarted() or E0 in world.controller.state().broken)
+        world.replicas.deadly = set()
+        await world.until(lambda: restarted() or not world.controller.state().broken)
+        assert world.replicas.holds("l/e0#0") == {(E0, versions[E0])}
 
     run(tmp_path, monkeypatch, story)
 

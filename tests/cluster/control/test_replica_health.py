@@ -7,7 +7,15 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertmesh.cluster.control.replica_health import TIMEOUTS_UNTIL_UNRESPONSIVE, Health, Probe
+from expertmesh.cluster.control.replica_health import (
+    DEATHS_UNTIL_DEADLY,
+    FIRST_REST,
+    LONGEST_REST,
+    TIMEOUTS_UNTIL_UNRESPONSIVE,
+    DeadlyVersions,
+    Health,
+    Probe,
+)
 from expertmesh.router.fanout.replica_view import READY, Replica
 
 HELD = frozenset({("l/e", "v1-a")})
@@ -135,3 +143,33 @@ def test_all_were_asked_once_each_has_answered_or_failed() -> None:
     assert not health.all_asked()
     health.expect({"r": ("l/e",)})
     assert health.all_asked()
+
+
+def test_a_version_that_ended_a_process_once_is_tried_again_at_once_and_after_that_at_growing_intervals() -> None:
+    deadly, now = DeadlyVersions(), 100.0
+    assert not deadly.died("r", "l/e", "v1-a", now)
+    assert not deadly.spared("r", "l/e", "v1-a", now)
+    for rest in (FIRST_REST, 2 * FIRST_REST, 4 * FIRST_REST):
+        assert deadly.died("r", "l/e", "v1-a", now)
+        assert deadly.spared("r", "l/e", "v1-a", now + rest - 0.1)
+        assert not deadly.spared("s", "l/e", "v1-a", now)
+        assert not deadly.spared("r", "l/f", "v1-a", now)
+        assert not deadly.spared("r", "l/e", "v2-b", now)
+        now += rest
+        assert not deadly.spared("r", "l/e", "v1-a", now)
+    for _ in range(3000):
+        assert deadly.died("r", "l/e", "v1-a", now)
+    assert not deadly.spared("r", "l/e", "v1-a", now + LONGEST_REST)
+
+
+@given(st.lists(st.sampled_from(["died", "loaded"]), max_size=12))
+def test_deaths_before_a_version_was_loaded_are_not_held_against_it(happens: list[str]) -> None:
+    deadly, deaths = DeadlyVersions(), 0
+    for what in happens:
+        if what == "died":
+            deaths += 1
+            assert deadly.died("r", "l/e", "v1-a", 0.0) == (deaths >= DEATHS_UNTIL_DEADLY)
+        else:
+            deadly.loaded("r", "l/e", "v1-a")
+            deaths = 0
+        assert deadly.spared("r", "l/e", "v1-a", 0.0) == (deaths >= DEATHS_UNTIL_DEADLY)
