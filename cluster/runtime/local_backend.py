@@ -22,6 +22,7 @@ from ..placement.plan import PlannedReplica
 from .listening import ListeningService
 from .places import Place, place_of
 from .router_process import ServiceSettings
+from .router_thread import END_SECONDS, end_tasks
 
 T = TypeVar("T")
 CALL_TIMEOUT = 60.0
@@ -36,7 +37,7 @@ class LocalBackend:
     def __init__(self, log_level: str, log_path: str) -> None:
         configure_logs("local", log_level, log_path)
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="expertmesh-local", daemon=True)
+        self._thread = threading.Thread(target=self._main, name="expertmesh-local", daemon=True)
         self._transport = LocalTransport()
         self._hosts: dict[str, ExpertHost] = {}
         self._services: dict[str, ListeningService] = {}
@@ -46,6 +47,12 @@ class LocalBackend:
     def start(self, address: str | None, timeout: float) -> None:
         """Start the event loop."""
         self._thread.start()
+
+    def _main(self) -> None:
+        try:
+            self._loop.run_forever()
+        finally:
+            end_tasks(self._loop)
 
     def place(self) -> dict[str, str]:
         """Empty: other processes cannot reach it."""
@@ -118,12 +125,17 @@ class LocalBackend:
     async def _stop(self, grace: float) -> None:
         if self._turns is not None:
             self._turns.cancel()
+            await asyncio.wait([self._turns], timeout=END_SECONDS)
         await asyncio.gather(*(service.stop(grace) for service in self._services.values()))
         if self._controller is not None:
             self._controller.close()
 
     def _await(self, work: Coroutine[Any, Any, T], timeout: float = CALL_TIMEOUT) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout)
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout)
+        except RuntimeError:
+            work.close()  # it never began: the loop is closed
+            raise
 
 
 class _ControlPort:

@@ -13,6 +13,8 @@ from typing import Any, ParamSpec, TypeVar
 from ...experts.errors import Unavailable
 from ...router.request.forward import Router
 
+END_SECONDS = 5.0
+"""How long the tasks of a loop that has stopped may take to end."""
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -23,14 +25,21 @@ class RouterThread:
     def __init__(self, router: Router) -> None:
         self.router = router
         self.loop = asyncio.new_event_loop()
+        self._lock = threading.Lock()
+        self._closed = False
         self._thread = threading.Thread(target=self._main, name="expertmesh-router", daemon=True)
         self._thread.start()
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the router's loop; cancelling the caller cancels it."""
+        """Run a coroutine on the router's loop; cancelling the caller cancels it. Raises Unavailable after `close`."""
         if asyncio.get_running_loop() is self.loop:
             return await work
-        return await elsewhere(self.loop, work)
+        with self._lock:  # or work would be handed to a loop that never runs again, and be waited for without end
+            if self._closed:
+                work.close()
+                raise Unavailable("the router has stopped; retry")
+            result = elsewhere(self.loop, work)
+        return await result
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function on the router's loop."""
@@ -51,10 +60,9 @@ class RouterThread:
         try:
             self.loop.run_forever()
         finally:
-            tasks = asyncio.all_tasks(self.loop)
-            for task in tasks:
-                task.cancel()
-            self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            with self._lock:
+                self._closed = True
+            end_tasks(self.loop)
             self.loop.close()
 
     def _end(self) -> None:
@@ -65,10 +73,27 @@ class RouterThread:
 def elsewhere(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> asyncio.Future[T]:
     """Run a coroutine on another event loop; cancelling the future here cancels it there.
 
-    Raises Unavailable if that loop has ended.
+    Raises Unavailable if that loop is closed.
     """
     try:
         return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))
     except RuntimeError:
         work.close()
-        raise Unavailable("the router has stopped") from None
+        raise Unavailable("what was asked has stopped; retry") from None
+
+
+def end_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    """Cancel the tasks of a loop that has stopped, with what was handed to it last, and let them end."""
+    loop.run_until_complete(_end_others())
+
+
+async def _end_others() -> None:
+    await asyncio.sleep(0)  # what was handed over becomes a task
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        ended, _ = await asyncio.wait(tasks, timeout=END_SECONDS)
+        for task in ended:
+            if not task.cancelled():
+                task.exception()  # or it would be logged as never retrieved
