@@ -30,6 +30,10 @@ MAX_IN_FLIGHT = 2048
 MAX_PENDING = 8192
 HANDSHAKE_MS = 10_000
 IDLE_MS = 300_000
+AGE_MS = 3_600_000
+"""After so long, give or take a tenth, a client is asked to connect anew: no connection lasts for ever."""
+AGE_GRACE_MS = 86_400_000
+"""What is in flight then may take as long as the longest call."""
 
 
 def client_options(max_message_bytes: int = MAX_MESSAGE_BYTES, *, loopback: bool = False) -> Options:
@@ -58,6 +62,8 @@ def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES, *, port_held: boo
         ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
         ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
         ("grpc.max_connection_idle_ms", IDLE_MS),
+        ("grpc.max_connection_age_ms", AGE_MS),
+        ("grpc.max_connection_age_grace_ms", AGE_GRACE_MS),
         ("grpc.max_concurrent_streams", MAX_CALLS_ON_CONNECTION),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
         ("grpc.server.max_pending_requests", MAX_PENDING),
