@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from ...experts.errors import NotFound
 from ..client.client import Client
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -35,7 +37,17 @@ def cluster_options(command: Command) -> Command:
 def connect(name: str | None, endpoint: str | None, ca_cert: Path | None, timeout: float = 30.0) -> Client:
     """A client of the selected cluster. Raises UsageError if both a name and an endpoint are given."""
     check_one(name, endpoint)
-    return Client(endpoint, name=name, timeout=timeout, ca_cert=ca_cert)
+    with advising():
+        return Client(endpoint, name=name, timeout=timeout, ca_cert=ca_cert)
+
+
+@contextmanager
+def advising() -> Iterator[None]:
+    """Add to the error for a cluster that is not found what helps on the command line."""
+    try:
+        yield
+    except NotFound as error:
+        raise NotFound(f"{error.message} (`expertmesh serve mesh.yaml` starts one, --name chooses)") from None
 
 
 def check_one(name: str | None, endpoint: str | None) -> None:

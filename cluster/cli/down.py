@@ -12,6 +12,7 @@ import click
 from ...experts.errors import DeadlineExceeded, NotFound, PermissionDenied
 from ..machine.name_lock import lock_name
 from ..machine.run_files import RunFile, find, list_all
+from .connect import advising
 
 _POLL = 0.05
 
@@ -83,7 +84,8 @@ def _running(name: str | None) -> RunFile:
     """The running cluster to stop. Raises NotFound."""
     clusters = list_all()
     if not all(cluster.is_stale() for cluster in clusters):
-        return find(name)
+        with advising():
+            return find(name)
     dead = f"; `expertmesh down --name {clusters[0].name}` removes the files of a dead one" if clusters else ""
     which = "no cluster" if name is None else f"no cluster named {name!r}"
     raise NotFound(f"{which} is running, so there is nothing to stop{dead}")

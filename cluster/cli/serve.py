@@ -9,9 +9,10 @@ from types import FrameType
 
 import click
 
+from ...experts.errors import FailedPrecondition
 from ..config.cluster_config import ClusterConfig
 from ..config.loader import load_config, parse_override
-from ..machine.run_files import token_path
+from ..machine.run_files import list_all, token_path
 from ..owner.cluster import Cluster
 
 
@@ -85,7 +86,7 @@ def serve(
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         progress = interrupt.checked(_print_progress)
-        with Cluster.start(config=config, name=config.name, progress=progress, redeclare=redeclare) as cluster:
+        with _started(config, progress, redeclare) as cluster:
             interrupt.check()
             _print_ready(config, cluster)
             cluster.wait()
@@ -93,6 +94,16 @@ def serve(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _started(config: ClusterConfig, progress: Callable[[str], None], redeclare: tuple[str, ...]) -> Cluster:
+    try:
+        return Cluster.start(config=config, name=config.name, progress=progress, redeclare=redeclare)
+    except FailedPrecondition as error:
+        if all(run.name != config.name or run.is_stale() for run in list_all()):
+            raise
+        advice = f"`expertmesh down --name {config.name}` stops it, --name chooses another"
+        raise FailedPrecondition(f"{error.message} ({advice})") from None
 
 
 class Interrupt:

@@ -53,7 +53,7 @@ class CandidateBuilder:
         except ConfigError as error:
             raise FailedPrecondition(
                 f"{id}: {version} was swapped in and does not fit the edited declaration: {error.message}. Name it in "
-                f"`redeclare` (expertmesh serve --redeclare {id}) to replace it by the declared one"
+                "`redeclare` to replace it by the declared one"
             ) from None
 
     def unknown(self, id: str) -> NotFound:

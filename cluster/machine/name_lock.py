@@ -62,8 +62,7 @@ def lock_name(name: str) -> NameLock:
         if not isinstance(error, BlockingIOError):
             raise
         raise FailedPrecondition(
-            f"cluster {name!r} is already running{_where(name)}: choose another --name, or run "
-            f"`expertmesh down --name {name}`"
+            f"cluster {name!r} is already running{_where(name)}: stop it, or choose another name"
         ) from None
     return lock
 

@@ -94,8 +94,8 @@ def free_port(host: str) -> int:
 
 def _in_use(host: str, port: int, what: str, error: OSError) -> FailedPrecondition:
     return FailedPrecondition(
-        f"{what} {host}:{port} cannot be used: {error.strerror}. Another cluster may listen there "
-        "(`expertmesh status`); choose another port, or 0 for any free one"
+        f"{what} {host}:{port} cannot be used: {error.strerror}. Another cluster may listen there: choose another "
+        "port, or 0 for any free one"
     )
 
 

@@ -159,9 +159,11 @@ def find(name: str | None = None) -> RunFile:
         return running[wanted]
     if not running:
         which = "cluster" if name is None else f"cluster {name!r}"
-        raise NotFound(f"you have no running {which} on this machine: start one with `expertmesh serve mesh.yaml`")
+        raise NotFound(
+            f"you have no running {which} on this machine: start one with Cluster.start, or from a mesh.yaml"
+        )
     which = "several running clusters" if name is None else f"no running cluster {name!r}"
-    raise NotFound(f"you have {which} on this machine: choose with --name among {', '.join(sorted(running))}")
+    raise NotFound(f"you have {which} on this machine: choose with name= among {', '.join(sorted(running))}")
 
 
 def find_endpoint(endpoint: str) -> RunFile | None:

@@ -8,7 +8,7 @@ NOT_KEPT = "versions are kept until the cluster stops: give it a name or a state
 
 
 def resumed(state: ControllerState) -> list[str]:
-    """The lines that `expertmesh serve` prints of a state folder that was there before; none for a new one."""
+    """What a start says of a state folder that was there before, line by line; nothing of a new one."""
     lines = []
     if state.resumed:
         lines.append(f"resumed epoch {state.resumed} of its state_dir")
@@ -17,7 +17,7 @@ def resumed(state: ControllerState) -> list[str]:
         lines += [f"{id} was replaced: its declaration was edited" for id in sorted(state.edited)]
     lines += [f"{id} is broken and does not serve: {why}" for id, why in sorted(state.broken.items())]
     lines += [
-        f"{id} serves {version}, which was swapped in; its edited declaration needs --redeclare {id}"
+        f"{id} serves {version}, which was swapped in; redeclare {id} to serve its edited declaration"
         for id, version in sorted(state.kept.items())
     ]
     return lines

@@ -327,7 +327,9 @@ def test_an_edited_declaration_undoes_no_swap_unless_it_is_asked_for_by_name(tmp
     assert {id: versions[id] for id in ("l/a", GATE)} == {id: swapped[id] for id in ("l/a", GATE)}
     assert not {versions[id] for id in ("l/b", "l/c")} & set(declared.values())
     for id in ("l/a", GATE):
-        assert f"{id} serves {swapped[id]}, which was swapped in; its edited declaration needs --redeclare {id}" in said
+        assert (
+            f"{id} serves {swapped[id]}, which was swapped in; redeclare {id} to serve its edited declaration" in said
+        )
     with pytest.raises(NotFound, match=r"redeclare: there is no expert or gate 'l/z'"):
         Cluster.start(config=ClusterConfig(**options), redeclare=["l/z"])
     for redeclare in (["l/a"], []):  # once is enough

@@ -181,6 +181,7 @@ def test_an_error_is_one_line_and_debug_shows_where() -> None:
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr.startswith("error: you have no running cluster on this machine")
+    assert "`expertmesh serve mesh.yaml` starts one, --name chooses" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert isinstance(run("--debug", "status").exception, NotFound)
 

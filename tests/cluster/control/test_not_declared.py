@@ -90,6 +90,6 @@ def test_a_gate_that_was_swapped_for_more_experts_says_what_to_do(tmp_path: Path
         path = tmp_path / "gate.safetensors"
         gates.Fixed([3.0, 2.0, 1.0]).save(path)
         client.swap({"a/gate": path})
-    with pytest.raises(FailedPrecondition, match=r"a/gate.*--redeclare a/gate"):
+    with pytest.raises(FailedPrecondition, match=r"a/gate.*Name it in `redeclare` to replace"):
         started(tmp_path, of(2))
     started(tmp_path, of(2), redeclare=["a/gate"]).stop()

@@ -117,7 +117,7 @@ def test_a_zombie_counts_as_gone() -> None:
 
 
 def test_find_takes_the_only_one_then_default_then_asks() -> None:
-    with pytest.raises(NotFound, match="serve"):
+    with pytest.raises(NotFound, match=r"start one with Cluster\.start"):
         find()
     make("a").write()
     assert find().name == "a"
@@ -182,7 +182,9 @@ def test_the_sockets_of_all_routers_go_with_the_run_file() -> None:
 def test_a_second_claim_is_refused_and_says_who_holds_the_name() -> None:
     with lock_name("x"):
         make("x").write()
-        with pytest.raises(FailedPrecondition, match=rf"pid {os.getpid()}, endpoint 127.0.0.1:50051.*--name x"):
+        with pytest.raises(
+            FailedPrecondition, match=rf"pid {os.getpid()}, endpoint 127.0.0.1:50051.*choose another name"
+        ):
             lock_name("x")
         with lock_name("y"):
             pass

@@ -165,7 +165,7 @@ def test_a_start_says_what_it_resumes_and_what_differs(tmp_path: Path) -> None:
         cluster.replace("news/a", Expert("numpy:cos"), allow_unverified=True)
         version = cluster.status()["versions"]["news/a"]
     assert not [line for line in said if "resumed" in line or "state_dir" in line]
-    kept = f"news/a serves {version}, which was swapped in; its edited declaration needs --redeclare news/a"
+    kept = f"news/a serves {version}, which was swapped in; redeclare news/a to serve its edited declaration"
     for declared, more in ((two, [kept]), (edited, ["news/b was replaced: its declaration was edited", kept])):
         said.clear()
         Cluster.start([declared], progress=said.append, **options).stop()

@@ -26,5 +26,5 @@ def test_every_difference_has_a_line() -> None:
         "l/a serves v2-a, which was swapped in",
         "l/c was replaced: its declaration was edited",
         "l/d is broken and does not serve: its weights differ from those stored",
-        "l/b serves v2-b, which was swapped in; its edited declaration needs --redeclare l/b",
+        "l/b serves v2-b, which was swapped in; redeclare l/b to serve its edited declaration",
     ]
