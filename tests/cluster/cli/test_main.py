@@ -20,7 +20,7 @@ from expertmesh.cluster.cli.down import stop
 from expertmesh.cluster.cli.main import cli
 from expertmesh.cluster.machine.run_files import RunFile, home, run_path, start_time, token_path
 from expertmesh.cluster.state.registry import Registry
-from expertmesh.experts.errors import DeadlineExceeded, NotFound, Unavailable
+from expertmesh.experts.errors import DeadlineExceeded, FailedPrecondition, NotFound, Unavailable
 
 pytestmark = pytest.mark.usefixtures("own_home")
 SWALLOWED: list[signal.Signals] = []
@@ -294,6 +294,22 @@ def test_a_swallowed_interrupt_still_ends_the_start(
     assert result.exit_code != 0
     assert len(launched) == 1, "neither went on nor waited"
     assert signal.getsignal(number) is before
+
+
+def test_serve_says_how_to_stop_the_cluster_that_has_the_name(
+    launched: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(**options: Any) -> None:
+        raise FailedPrecondition("something is in use")
+
+    monkeypatch.setattr(sys.modules["expertmesh.cluster.owner.cluster"].Cluster, "start", refused)
+    assert run("serve", str(mesh(tmp_path)), "--name", "x").stderr == "error: something is in use\n"
+    with sleeper() as child:
+        running(child, "x")
+        result = run("serve", str(mesh(tmp_path)), "--name", "x")
+        child.kill()
+    advice = "(`expertmesh down --name x` stops it, --name chooses another)"
+    assert result.stderr == f"error: something is in use {advice}\n"
 
 
 def test_serve_lists_every_mistake_and_starts_nothing(launched: list[Any], tmp_path: Path) -> None:
