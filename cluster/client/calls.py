@@ -251,6 +251,14 @@ class Calls(Sending):
             raise DataLoss("the history in the reply is not a list of versions")
         return versions
 
+    def declared(self, *, timeout: float | None = None) -> Flow[dict[str, Any]]:
+        """What the cluster declares, as maps by section: layers, gates, experts, their places and replicas, settings.
+
+        It is what `expertmesh apply` compares with a file. Needs the role operator.
+        """
+        frame = yield from self._ask("Declared", {}, {}, timeout, self.new_id())
+        return decode_document(frame, "declared")
+
     def swap_progress(self, swap_id: str, *, timeout: float | None = None) -> Flow[dict[str, Any]]:
         """The progress of a swap: "phase", and while staging the "receipts" so far and "needed". Raises NotFound."""
         frame = yield from self._ask("SwapProgress", {"swap_id": swap_id}, {}, timeout, self.new_id())

@@ -17,6 +17,7 @@ from typing import Any
 
 from ...experts.errors import ExpertMeshError, Fenced, Unavailable
 from ...router.fanout.replica_view import READY
+from ..config.declared_document import declared_document
 from ..machine.process_tuning import background
 from ..state.registry import Registry
 from ..state.version_folders import VersionStore
@@ -262,6 +263,15 @@ class Controller:
             }
             for record in records
         ]
+
+    def declared(self) -> dict[str, Any]:
+        """The document of what is declared; its `replicas` are those that are wanted now. Raises Unavailable."""
+        self._check_told()
+        document = declared_document(
+            self.desired.layers.values(), self.transactions.builder.digests, self.desired.settings
+        )
+        document["replicas"] = dict(Counter(replica.rpartition("#")[0] for replica in self.desired.replicas))
+        return document
 
     def progress(self, swap_id: str) -> dict[str, Any]:
         """How far a swap is: its phase, receipts there and needed. Raises NotFound for one that is not known."""

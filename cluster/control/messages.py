@@ -25,7 +25,7 @@ class Desired:
     `handles` is how the transport reaches each replica; the controller only passes it on. `redeclare` are the ids whose
     declaration replaces even a version that was swapped in. `renewed` are the ids that are built again although their
     declaration is the same, and `unverified` lets them be what could not be run. `owner` is the id of the process that
-    declares. `needs` is what each replica reserves, by Ray's names.
+    declares. `needs` is what each replica reserves, by Ray's names. `settings` are those of the cluster, as plain JSON.
     """
 
     revision: int = 0
@@ -38,6 +38,7 @@ class Desired:
     handles: Mapping[str, Any] = field(default_factory=dict)
     routers: Mapping[str, Any] = field(default_factory=dict)
     needs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,6 +87,9 @@ class ControlPort(Protocol):
     async def history(self, id: str) -> list[dict[str, Any]]:
         """The versions of an id that are kept."""
 
+    async def declared(self) -> dict[str, Any]:
+        """The document of what is declared."""
+
     async def recall(self, epoch: int, ttl: float) -> None:
         """Load an epoch that is kept."""
 

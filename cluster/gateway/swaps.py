@@ -57,7 +57,7 @@ Call = Callable[..., Awaitable[Any]]
 
 
 class SwapMethods:
-    """Answers the methods that change or list versions, or lease epochs.
+    """Answers the methods that change or list what is served, or lease epochs.
 
     `call` runs a function in the router's thread, `busy` returns whether the router is serving requests. `uploads` is
     None where the state folder is on another machine.
@@ -94,6 +94,7 @@ class SwapMethods:
             "Pin": self.pin,
             "Unpin": self.unpin,
             "Leases": self.leases,
+            "Declared": self.declared,
         }
 
     def tidy(self) -> None:
@@ -163,6 +164,11 @@ class SwapMethods:
         """All leases, so that an operator can end those that are in the way."""
         _record(NothingAsked, frame, "leases")
         return encode_document("leases", {"leases": await self._call(self._leases.documents)})
+
+    async def declared(self, frame: Frame, caller: Caller) -> bytes:
+        """The document of what the cluster declares."""
+        _record(NothingAsked, frame, "declared")
+        return encode_document("declared", await self._control.declared())
 
     async def _carry_out(self, request: SwapRequest) -> SwapResult:
         try:

@@ -21,6 +21,7 @@ from ...experts.errors import ConfigError, ExpertMeshError, NotFound, Unavailabl
 from ...experts.spec import Expert, check_expert
 from ...router.mixture.layer import Layer
 from ..config.cluster_config import ClusterConfig
+from ..config.declared_document import settings_document
 from ..config.loader import load_config
 from ..config.preflight import check_layer
 from ..control.messages import Desired
@@ -350,6 +351,7 @@ class Cluster:
             handles=backend.handles(),
             routers=backend.routers(),
             needs=self._needs,
+            settings=settings_document(self.config),
         )
         try:
             return backend.declare(self._desired, timeout)

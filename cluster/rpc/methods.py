@@ -50,6 +50,7 @@ METHODS: Mapping[str, Role] = MappingProxyType(
         "Upload": Role.OPERATOR,
         "Swap": Role.OPERATOR,
         "Leases": Role.OPERATOR,
+        "Declared": Role.OPERATOR,
     }
 )
 """The lowest role that may call each method; no role may call a method that is not listed.

@@ -150,6 +150,9 @@ class _ControlPort:
     async def history(self, id: str) -> list[dict[str, Any]]:
         return self.controller.history(id)
 
+    async def declared(self) -> dict[str, Any]:
+        return self.controller.declared()
+
     async def recall(self, epoch: int, ttl: float) -> None:
         await self.controller.recall(epoch, ttl)
 

@@ -276,6 +276,10 @@ class ControllerActor:
         """The kept versions of an id."""
         return (await self._controller()).history(id)
 
+    async def declared(self) -> dict[str, Any]:
+        """The document of what is declared."""
+        return (await self._controller()).declared()
+
     async def recall(self, epoch: int, ttl: float) -> None:
         """Load a kept epoch."""
         await (await self._controller()).recall(epoch, ttl)

@@ -123,6 +123,10 @@ class RayControlPort:
         """The kept versions of an id."""
         return await awaited(self._actor().history.remote(id), ANSWER_SECONDS)
 
+    async def declared(self) -> dict[str, Any]:
+        """The document of what is declared."""
+        return await awaited(self._actor().declared.remote(), ANSWER_SECONDS)
+
     async def recall(self, epoch: int, ttl: float) -> None:
         """Load a kept epoch."""
         await awaited(self._actor().recall.remote(epoch, ttl), ttl + ANSWER_SECONDS)

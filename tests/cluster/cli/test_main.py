@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("own_home")
 SWALLOWED: list[signal.Signals] = []
 """Signals that arrive during a start, inside code that swallows their exception."""
 
-COMMANDS = ("demo", "serve", "status", "swap", "rollback", "history", "bench", "down", "repair", "doctor")
+COMMANDS = ("demo", "serve", "status", "swap", "apply", "rollback", "history", "bench", "down", "repair", "doctor")
 STATUS: dict[str, Any] = {
     "name": "default",
     "epoch": 3,

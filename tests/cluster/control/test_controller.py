@@ -520,8 +520,23 @@ def test_a_new_controller_asks_for_patience_until_it_is_told_what_is_declared(
             await world.controller.swap(SwapRequest(swap_id="1", changes={E0: Change(version=versions[E0])}))
         with pytest.raises(Unavailable):
             world.controller.history(E0)
+        with pytest.raises(Unavailable):
+            world.controller.declared()
         await world.declare(layer())
         assert [entry["version"] for entry in world.controller.history(E0)] == [versions[E0]]
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_what_is_declared_is_told_with_the_replicas_that_are_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(world: World) -> None:
+        await world.declare(layer())
+        declared = world.controller.declared()
+        assert declared["layers"]["l"]["experts"] == ["e0", "e1"]
+        assert declared["replicas"] == {E0: 2, "l/e1": 1}
+        assert declared["experts"][E0]["digest"] == world.controller.transactions.builder.digests[E0]
 
     run(tmp_path, monkeypatch, story)
 

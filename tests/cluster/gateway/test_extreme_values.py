@@ -39,8 +39,8 @@ FIELDS: dict[str, Header] = {
         "on_missing": "error", "max_lost_mass": 0.5, "return_routing": True, "epoch": 1, "min_epoch": 0, "cluster": "",
         "pin": "p",
     },
-    "Status": {}, "Drain": {"not": "at all"}, "Leases": {}, "SwapProgress": {"swap_id": "s"}, "Pin": {"ttl": 0.001},
-    "History": {"id": "linear/a"}, "Unpin": {"pin": "p"},
+    "Status": {}, "Drain": {"not": "at all"}, "Leases": {}, "Declared": {}, "SwapProgress": {"swap_id": "s"},
+    "Pin": {"ttl": 0.001}, "History": {"id": "linear/a"}, "Unpin": {"pin": "p"},
     "Upload": {"upload_id": "0" * 32, "offset": 0, "total": 0, "sha256": EMPTY, "last": True},
 }  # fmt: skip
 FIELDS["CallStream"] = FIELDS["Call"]

@@ -252,6 +252,7 @@ PAYLOADS = {
     "History": wire.encode("history", {"id": "trig/sin"}),
     "Pin": wire.encode("pin", {"ttl": 0.001}),
     "Leases": wire.encode("leases", {}),
+    "Declared": wire.encode("declared", {}),
     "Unpin": wire.encode("unpin", {"pin": "none"}),
 }
 TESTED_ELSEWHERE = ("Call", "CallStream", "Status", "Drain")

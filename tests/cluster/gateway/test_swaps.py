@@ -70,6 +70,9 @@ class Reconciler:
     async def history(self, id: str) -> list[dict[str, Any]]:
         return [{"version": V1}]
 
+    async def declared(self) -> dict[str, Any]:
+        return {"layers": {"l": {}}}
+
     async def recall(self, epoch: int, ttl: float) -> None:
         raise AssertionError
 
@@ -317,6 +320,8 @@ def test_progress_history_and_leases(tmp_path: Path) -> None:
         assert progress == {"swap_id": "s", "phase": "staging"}
         history = await world.ask("History", wire.encode("history", {"id": "l/a"}), Role.READER)
         assert history == {"id": "l/a", "versions": [{"version": V1}]}
+        declared = await world.ask("Declared", wire.encode("declared", {}), Role.OPERATOR)
+        assert declared == {"layers": {"l": {}}}
         lease = await world.ask("Pin", wire.encode("pin", {"ttl": 5}), Role.READER)
         assert (lease["epoch"], lease["ttl"], lease["cluster"]) == (1, 5, "here")
         assert world.epochs.pins() == {1: 1}

@@ -11,10 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertmesh.cluster.config.declared_document import declared_document, settings_document
 from expertmesh.cluster.config.loader import load_config
-from expertmesh.cluster.config.preflight import check_layer
-from expertmesh.cluster.control.candidate_records import declared_digest, declared_gate_digest
+from expertmesh.cluster.owner.wanted import wanted_document
 from expertmesh.cluster.placement.change_plan import ORDER, SECTIONS, Document, Plan, plan_changes
 from expertmesh.experts.errors import Aborted, ConfigError, DataLoss
 
@@ -23,11 +21,7 @@ def document_of(folder: Path, text: str) -> Document:
     path = folder / "mesh.yaml"
     path.write_text(text, encoding="utf-8")
     path.chmod(0o600)
-    config = load_config(path, environ={})
-    layers = [check_layer(layer) for layer in config.layers]
-    digests = {layer.gate_id: declared_gate_digest(layer.gate) for layer in layers}
-    digests |= {id: declared_digest(expert) for layer in layers for id, expert in layer.everyone_by_id.items()}
-    return declared_document(layers, digests, settings_document(config))
+    return wanted_document(load_config(path, environ={}))
 
 
 def steps_of(plan: Plan) -> list[tuple[str, str]]:

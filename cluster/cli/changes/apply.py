@@ -1,0 +1,117 @@
+"""`expertmesh apply`: compares a file with a running cluster, and prints the steps from one to the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ....experts.errors import FailedPrecondition
+from ...config.loader import load_config, parse_override
+from ...owner.wanted import wanted_document
+from ...placement.change_plan import RESTART, Change, Plan, plan_changes
+from ..connect import cluster_options, connect
+from ..output import new_console, new_table, output_option, print_json
+
+_SHOWN = ("settings", "policies", "gates", "experts", "replicas", "autoscale")
+"""The sections of which a step shows the changes; the others follow from them."""
+
+
+@click.command()
+@click.argument("mesh", type=click.Path(path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Print the plan, change nothing.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override any key of the file; repeatable.")
+@cluster_options
+@output_option
+def apply(
+    mesh: Path,
+    dry_run: bool,
+    settings: tuple[str, ...],
+    name: str | None,
+    endpoint: str | None,
+    ca_cert: Path | None,
+    output: str,
+) -> None:
+    """Compare the YAML file MESH with a running cluster, and print the plan from what runs to what the file declares.
+
+    What is added comes before what uses it, and what is removed after its last use. What only a restart can change is
+    said. What was swapped in by `expertmesh swap` serves on, as long as its declaration is the same. So far a plan is
+    only printed: `--dry-run` is needed.
+
+    \b
+    Examples:
+      expertmesh apply mesh.yaml --dry-run
+      expertmesh apply mesh.yaml --dry-run --set layers.news.experts.e3.replicas=4 -o json
+    """
+    overrides = dict(map(parse_override, settings))
+    if name is not None:
+        overrides["name"] = name
+    config = load_config(mesh, overrides)
+    wanted = wanted_document(config)
+    with connect(None if endpoint else config.name, endpoint, ca_cert) as client:
+        plan = plan_changes(client.declared(), wanted)
+    _print_plan(plan, output)
+    if plan.steps and not dry_run:
+        raise FailedPrecondition("nothing was changed: a plan cannot be carried out yet; see it with --dry-run")
+
+
+def _print_plan(plan: Plan, output: str) -> None:
+    if output == "json":
+        print_json(plan.to_json())
+        return
+    rows = list(_rows(plan))
+    if rows:
+        new_console().print(new_table(None, ("step", "", "what", "runs", "wanted"), rows))
+    if plan.restarts:
+        click.echo("what needs a restart is not changed: stop the cluster and start it with the file")
+    click.echo(f"{len(plan.steps)} steps, plan {plan.digest[:12]}" if plan.steps else "nothing to do")
+
+
+def _rows(plan: Plan) -> Iterator[tuple[object, ...]]:
+    for number, step in enumerate(plan.steps, start=1):
+        lead: tuple[object, object] = (str(number), step.kind)
+        for change in step.changes:
+            if change.section in _SHOWN:
+                yield (*lead, *_cells(change))
+                lead = ("", "")
+    for change in plan.restarts:
+        yield ("-", RESTART, *_cells(change))
+
+
+def _cells(change: Change) -> tuple[str, str | None, str | None]:
+    before, after = change.before, change.after
+    if change.section == "policies":
+        before, after = _only_what_differs(before, after)
+    runs, wanted = (None if value is None else _text(change.section, value) for value in (before, after))
+    if runs == wanted:
+        wanted = f"{wanted}, with other code or tensors"
+    about = "" if change.section in ("settings", "gates", "experts") else f" {change.section}"
+    return f"{change.key}{about}", runs, wanted
+
+
+def _only_what_differs(before: Any, after: Any) -> tuple[Any, Any]:
+    if before is None or after is None:
+        return before, after
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return {key: before.get(key) for key in keys}, {key: after.get(key) for key in keys}
+
+
+def _text(section: str, value: Any) -> str:
+    if section == "gates":
+        return f"{value['type']}({_arguments(value['arguments'] or {})})"
+    if section == "experts":
+        arguments = ", ".join(filter(None, (*map(_short, value["args"]), _arguments(value["kwargs"]))))
+        return f"{value['factory'] or 'a live object'}{arguments and f'({arguments})'}"
+    return _arguments(value) if isinstance(value, dict) else str(value)
+
+
+def _arguments(named: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={_short(value)}" for key, value in named.items() if value is not None)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_short, value))}]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
