@@ -110,6 +110,12 @@ class Plan:
             document = step.carried_out(document)
         return document
 
+    def remaining(self, document: Document) -> tuple[Step, ...]:
+        """The steps that a document lacks, in order. Raises Aborted as `Step.carried_out`."""
+        left = tuple(step for step in self.steps if not step.is_done(document))
+        self.carried_out(document)
+        return left
+
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
         return {"digest": self.digest, **asdict(self)}
@@ -143,6 +149,18 @@ def plan_changes(runs: Document, wanted: Document, *, live: Collection[str] = ()
             steps[ORDER.index(kind), subject].append(change)
     ordered = (Step(ORDER[place], subject, tuple(steps[place, subject])) for place, subject in sorted(steps))
     return Plan(tuple(ordered), tuple(restarts))
+
+
+def resumed(begun: Plan | None, runs: Document, wanted: Document, *, live: Collection[str] = ()) -> Plan:
+    """The plan that was begun, where it still leads from what runs to what is wanted; else a new one."""
+    plan = plan_changes(runs, wanted, live=live)
+    if begun is None or not plan.steps:
+        return plan
+    try:
+        leads_there = not plan_changes(begun.carried_out(runs), wanted, live=live).steps
+    except Aborted:
+        return plan
+    return Plan(begun.steps, plan.restarts) if leads_there else plan
 
 
 class _Sorter:

@@ -1,4 +1,4 @@
-"""`expertmesh apply`: compares a file with a running cluster, and prints the steps from one to the other."""
+"""`expertmesh apply`: changes a running cluster to what a file declares, step by step."""
 
 from __future__ import annotations
 
@@ -11,62 +11,90 @@ import click
 from ....experts.errors import FailedPrecondition
 from ...config.loader import load_config, parse_override
 from ...owner.wanted import wanted_document
-from ...placement.change_plan import RESTART, Change, Plan, plan_changes
+from ...placement.change_plan import RESTART, Change, Plan, resumed
 from ..connect import cluster_options, connect
 from ..output import new_console, new_table, output_option, print_json
+from .carrying_out import carry_out, check_possible
+from .journal import forget, keep, last_plan
 
 _SHOWN = ("settings", "policies", "gates", "experts", "replicas", "autoscale")
 """The sections of which a step shows the changes; the others follow from them."""
 
 
 @click.command()
-@click.argument("mesh", type=click.Path(path_type=Path))
+@click.argument("mesh", type=click.Path(path_type=Path), required=False)
 @click.option("--dry-run", is_flag=True, help="Print the plan, change nothing.")
+@click.option("--undo", is_flag=True, help="Take back the last plan that was begun on the cluster.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override any key of the file; repeatable.")
 @cluster_options
 @output_option
 def apply(
-    mesh: Path,
+    mesh: Path | None,
     dry_run: bool,
+    undo: bool,
     settings: tuple[str, ...],
     name: str | None,
     endpoint: str | None,
     ca_cert: Path | None,
     output: str,
 ) -> None:
-    """Compare the YAML file MESH with a running cluster, and print the plan from what runs to what the file declares.
+    """Change a running cluster to what the YAML file MESH declares, step by step, under traffic.
 
-    What is added comes before what uses it, and what is removed after its last use. What only a restart can change is
-    said. What was swapped in by `expertmesh swap` serves on, as long as its declaration is the same. So far a plan is
-    only printed: `--dry-run` is needed.
+    First the plan is printed: what is added comes before what uses it, and what is removed after its last use. What
+    only a restart can change is said. What was swapped in by `expertmesh swap` serves on, as long as its declaration is
+    the same. A plan of which the cluster cannot make every step is not begun. After a stop in the middle, the same
+    command makes the steps that are left; --undo takes back those that were made.
 
     \b
     Examples:
       expertmesh apply mesh.yaml --dry-run
-      expertmesh apply mesh.yaml --dry-run --set layers.news.experts.e3.replicas=4 -o json
+      expertmesh apply mesh.yaml --set layers.news.experts.e3.replicas=4
+      expertmesh apply --undo
     """
-    overrides = dict(map(parse_override, settings))
-    if name is not None:
-        overrides["name"] = name
-    config = load_config(mesh, overrides)
-    wanted = wanted_document(config)
-    with connect(None if endpoint else config.name, endpoint, ca_cert) as client:
-        plan = plan_changes(client.declared(), wanted)
-    _print_plan(plan, output)
-    if plan.steps and not dry_run:
-        raise FailedPrecondition("nothing was changed: a plan cannot be carried out yet; see it with --dry-run")
+    if (mesh is None) != undo:
+        raise click.UsageError("give the file to apply, or --undo")
+    wanted = None
+    if mesh is not None:
+        overrides = dict(map(parse_override, settings))
+        config = load_config(mesh, overrides if name is None else {**overrides, "name": name})
+        name, wanted = None if endpoint else config.name, wanted_document(config)
+    with connect(name, endpoint, ca_cert) as client:
+        runs = client.declared()
+        cluster = runs["settings"]["name"]
+        begun = last_plan(cluster)
+        if wanted is not None:
+            plan = resumed(begun, runs, wanted)
+        elif begun is None:
+            raise FailedPrecondition(f"nothing to undo: you began no plan on cluster {cluster!r} from this machine")
+        else:
+            plan = begun.undone()
+        left = plan.remaining(runs)
+        _print_plan(Plan(left, plan.restarts), plan.digest, output)
+        if dry_run:
+            return
+        check_possible(left)
+        if left and not undo:
+            keep(cluster, plan)
+        carry_out(client, left, _print_progress)
+        if undo:
+            forget(cluster)
 
 
-def _print_plan(plan: Plan, output: str) -> None:
+def _print_progress(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _print_plan(plan: Plan, digest: str, output: str) -> None:
+    """Print the steps that are left of the plan with a digest."""
     if output == "json":
-        print_json(plan.to_json())
+        print_json({**plan.to_json(), "digest": digest})
         return
     rows = list(_rows(plan))
     if rows:
         new_console().print(new_table(None, ("step", "", "what", "runs", "wanted"), rows))
     if plan.restarts:
         click.echo("what needs a restart is not changed: stop the cluster and start it with the file")
-    click.echo(f"{len(plan.steps)} steps, plan {plan.digest[:12]}" if plan.steps else "nothing to do")
+    click.echo(f"{len(plan.steps)} steps, plan {digest[:12]}" if plan.steps else "nothing to do")
 
 
 def _rows(plan: Plan) -> Iterator[tuple[object, ...]]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from expertmesh.cluster.config.loader import load_config
 from expertmesh.cluster.owner.wanted import wanted_document
-from expertmesh.cluster.placement.change_plan import ORDER, SECTIONS, Document, Plan, plan_changes
+from expertmesh.cluster.placement.change_plan import ORDER, SECTIONS, Document, Plan, plan_changes, resumed
 from expertmesh.experts.errors import Aborted, ConfigError, DataLoss
 
 
@@ -154,6 +154,13 @@ def check_plan(runs: Document, wanted: Document, live: tuple[str, ...]) -> Plan:
     again = plan_changes(after, wanted, live=live)
     assert (again.steps, again.restarts) == ((), plan.restarts)
     assert plan.undone().carried_out(after) == runs
+    document = runs
+    for number, step in enumerate(plan.steps):  # stopped before any of its steps, it is continued and undone
+        assert plan.remaining(document) == plan.steps[number:]
+        assert resumed(plan, document, wanted, live=live) == plan
+        assert plan.undone().carried_out(document) == runs
+        document = step.carried_out(document)
+    assert plan.remaining(after) == ()
     assert plan.undone().undone() == Plan(plan.steps)
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
     return plan
@@ -194,6 +201,14 @@ def test_a_step_is_made_once_and_only_on_what_it_was_planned_for(tmp_path: Path)
     changed = {**two, "gates": {"a/gate": {"type": "fixed", "digest": "x"}}}
     with pytest.raises(Aborted, match=r"add_expert a: a/gate \(gates\) has changed since .*: plan again"):
         step.carried_out(changed)
+
+
+def test_a_plan_that_leads_elsewhere_is_not_continued(tmp_path: Path) -> None:
+    two, three = document_of(tmp_path, TWO), document_of(tmp_path, THREE)
+    other = document_of(tmp_path, TWO.replace("numpy:sin", "numpy:tanh"))
+    assert resumed(plan_changes(two, three), two, other) == plan_changes(two, other)
+    assert resumed(plan_changes(other, three), two, other) == plan_changes(two, other)
+    assert resumed(plan_changes(two, three), three, three) == Plan()
 
 
 def test_a_plan_that_was_altered_is_refused(tmp_path: Path) -> None:

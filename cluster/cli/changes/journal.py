@@ -1,0 +1,39 @@
+"""The last plan that was begun on each cluster, kept so that it can be continued or undone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ....experts.errors import DataLoss
+from ...machine.durable_files import private_folder, write_private
+from ...machine.run_files import home
+from ...placement.change_plan import Plan
+
+
+def journal_path(name: str) -> Path:
+    """The file of a cluster's last plan, in this user's home."""
+    return home() / "plans" / f"{name}.json"
+
+
+def last_plan(name: str) -> Plan | None:
+    """The last plan that was begun on a cluster and not undone. Raises DataLoss for a damaged file."""
+    path = journal_path(name)
+    try:
+        return Plan.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, DataLoss):
+        raise DataLoss(f"{path} is damaged: remove it; what was applied last can then not be undone") from None
+
+
+def keep(name: str, plan: Plan) -> None:
+    """Write down a plan before its first step is made."""
+    path = journal_path(name)
+    private_folder(path.parent, "EXPERTMESH_HOME")
+    write_private(path, json.dumps(plan.to_json()))
+
+
+def forget(name: str) -> None:
+    """Remove the plan of a cluster that was undone."""
+    journal_path(name).unlink(missing_ok=True)
