@@ -9,24 +9,23 @@ from dataclasses import dataclass, field
 
 from ...router.fanout.telemetry import ReplicaLoad
 
-SMOOTHING_SECONDS = 2.0
-"""How fast an average follows what is measured."""
+SMOOTHING_SECONDS = 5.0
+"""How slowly the number of busy replicas follows what is measured."""
 
 
 @dataclass
 class _Group:
-    """What was counted since the last measure, what waits, and the averages."""
+    """What was counted since the last measure, what waits, and how many replicas compute on average."""
 
     rows: int = 0
     waited: float = 0.0
     computing: float = 0.0
     waiting: dict[tuple[str, str], int] = field(default_factory=dict)
-    queue_ms: float = 0.0
     busy: float = 0.0
 
 
 class LoadMeter:
-    """Averages over the last seconds, of all routers together; a group is what the replicas "news/e3#0" ... are of.
+    """Measures all routers together; a group is what the replicas "news/e3#0", "news/e3#1" ... are of.
 
     The wait of a group is that of a row, in the router and in the replica, before it is computed: what all rows have
     waited since the last measure, by the rows that were sent meanwhile. While nothing is sent, rows that wait have
@@ -54,13 +53,14 @@ class LoadMeter:
         elapsed = 0.0 if self._at is None else now - self._at
         self._at = now
         known, self._groups = self._groups, defaultdict(_Group)
-        share = 1 - math.exp(-elapsed / SMOOTHING_SECONDS)
+        measured, share = {}, 1 - math.exp(-elapsed / SMOOTHING_SECONDS)
         for name in groups:
             group = self._groups[name] = known[name]
             rows = group.rows or sum(group.waiting.values())
-            group.queue_ms += share * (1000 * group.waited / max(rows, 1) - group.queue_ms)
             group.busy += share * ((group.computing / elapsed if elapsed else 0.0) - group.busy)
             group.computing = 0.0
+            measured[name] = (1000 * group.waited / rows if rows else 0.0, group.busy)
             if group.rows or not rows:
                 group.rows, group.waited = 0, 0.0
-        return {name: (group.queue_ms, group.busy) for name, group in self._groups.items()}
+            group.waiting = {}  # a router or replica that is gone does not report again
+        return measured

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from expertmesh.cluster.placement.load_meter import LoadMeter
 from expertmesh.router.fanout.telemetry import ReplicaLoad
 
-LONG = 1000.0  # so many seconds after a change that nothing of before is left in an average
+LONG = 1000.0  # so many seconds that nothing of before is left in an average
 
 
 def test_a_row_waits_as_long_as_all_rows_together_by_their_number() -> None:
@@ -53,17 +53,27 @@ def test_a_restarted_router_and_a_new_replica_count_from_their_first_report() ->
     assert meter.measure(LONG, ["l/e"]) == {"l/e": (0.0, 0.0)}
 
 
-def test_an_average_follows_a_peak_and_forgets_it() -> None:
+def test_rows_that_waited_for_a_replica_or_router_that_is_gone_wait_no_more() -> None:
+    meter = LoadMeter()
+    meter.measure(0.0, ["l/e"])
+    meter.reported("r", "1", {"l/e#0": ReplicaLoad(rows=1, waiting=3), "l/e#1": ReplicaLoad()})
+    meter.reported("r", "1", {"l/e#0": ReplicaLoad(rows=1, waiting=3, waited=30.0), "l/e#1": ReplicaLoad()})
+    assert meter.measure(1.0, ["l/e"])["l/e"][0] == pytest.approx(10_000)
+    meter.reported("r", "1", {"l/e#1": ReplicaLoad()})
+    assert meter.measure(2.0, ["l/e"])["l/e"][0] == 0
+
+
+def test_the_wait_is_that_of_the_last_rows_and_what_is_busy_an_average() -> None:
     meter = LoadMeter()
     meter.measure(0.0, ["l/e"])
     meter.reported("r", "1", {"l/e#0": ReplicaLoad()})
     meter.reported("r", "1", {"l/e#0": ReplicaLoad(rows=10, waited=10.0, computing=1.0)})
-    courses = [meter.measure(float(second), ["l/e"])["l/e"] for second in range(1, 10)]
-    assert 200 < courses[0][0] < 1000
-    assert 0.2 < courses[0][1] < 1.0
-    waits = [wait for wait, _ in courses]
-    assert waits == sorted(waits, reverse=True)
-    assert waits[-1] < 20
+    course = [meter.measure(float(second), ["l/e"])["l/e"] for second in range(1, 30)]
+    assert [round(wait) for wait, _ in course] == [1000] + [0] * 28
+    busy = [computes for _, computes in course]
+    assert 0.1 < busy[0] < 0.5
+    assert busy == sorted(busy, reverse=True)
+    assert busy[-1] < 0.01
 
 
 counts = st.builds(
