@@ -10,6 +10,7 @@
     ├── TooLarge                        RESOURCE_EXHAUSTED   the caller: split the request or raise the limit
     ├── Overloaded                      RESOURCE_EXHAUSTED   traffic: retry after `retry_after` seconds
     ├── Unavailable                     UNAVAILABLE          an expert or process is down or draining: retry
+    │   └── RouterUnavailable           UNAVAILABLE          this router takes no calls: another one may
     ├── DeadlineExceeded (TimeoutError) DEADLINE_EXCEEDED    the deadline passed before the answer was ready
     ├── FailedPrecondition              FAILED_PRECONDITION  the cluster's state forbids it: a retry does not help
     │   └── VersionGone                 FAILED_PRECONDITION  no replica holds the requested version
@@ -161,6 +162,17 @@ class Unavailable(ExpertMeshError):
 
     code = "UNAVAILABLE"
     retryable = True
+
+
+class RouterUnavailable(Unavailable):
+    """The router that was asked cannot be reached, or takes no calls: it is starting, draining, behind or fenced.
+
+    Clients of several routers ask another one.
+
+    Example:
+        client = Client(["10.0.0.1:50051", "10.0.0.2:50051"], ca_cert="ca.pem")
+        y = client.forward("news", x)  # raises RouterUnavailable if neither takes the call
+    """
 
 
 class DeadlineExceeded(ExpertMeshError, TimeoutError):

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from ...experts.errors import DeadlineExceeded, ExpertMeshError, InvalidRequest, Overloaded, TooLarge, Unavailable
+from ...experts.errors import DeadlineExceeded, ExpertMeshError, InvalidRequest, Overloaded, RouterUnavailable, TooLarge
 from ...experts.wire import Buffer, Frame, decode
 from ...router.request.admission import CallAdmission
 from ...router.request.answer import ForwardReply
@@ -239,7 +239,7 @@ class Gateway:
 
     def _check_draining(self, method: str) -> None:
         if self._draining and method in NOT_WHILE_DRAINING:
-            raise Unavailable(f"this cluster is draining and accepts no new {NOT_WHILE_DRAINING[method]}")
+            raise RouterUnavailable(f"this router is draining and accepts no new {NOT_WHILE_DRAINING[method]}")
 
     def _check_wait(self, layer: str, call: CallInfo) -> None:
         """Refuse a call of a layer, or of the only one that is called, that would wait too long. Raises Overloaded."""

@@ -19,9 +19,9 @@ from ...experts.errors import (
     NotFound,
     Overloaded,
     PermissionDenied,
+    RouterUnavailable,
     TooLarge,
     Unauthenticated,
-    Unavailable,
 )
 
 _TOO_LARGE = (
@@ -43,7 +43,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 Metadata = Iterable[tuple[str, "str | bytes"]]
 
 BY_CODE: dict[str, tuple[type[ExpertMeshError], str]] = {
-    "CANCELLED": (Unavailable, "the call was cut off"),
+    "CANCELLED": (RouterUnavailable, "the call was cut off"),
     "UNKNOWN": (ExpertMeshError, "the server failed without saying why"),
     "INVALID_ARGUMENT": (InvalidRequest, "the request was refused"),
     "DEADLINE_EXCEEDED": (DeadlineExceeded, "no answer before the deadline"),
@@ -57,7 +57,7 @@ BY_CODE: dict[str, tuple[type[ExpertMeshError], str]] = {
     "OUT_OF_RANGE": (InvalidRequest, "the request was refused"),
     "UNIMPLEMENTED": (FailedPrecondition, "the server does not know this method: is it an expertmesh of this version?"),
     "INTERNAL": (ExpertMeshError, "the connection or the server failed"),
-    "UNAVAILABLE": (Unavailable, "the server cannot be reached"),
+    "UNAVAILABLE": (RouterUnavailable, "the server cannot be reached"),
     "DATA_LOSS": (DataLoss, "data was lost or damaged"),
 }
 """The error for a status without an error class, which gRPC itself or a proxy created: every code but OK."""
@@ -105,7 +105,7 @@ def _cut(text: str) -> str:
 def _of_grpc(code: str, text: str) -> tuple[type[ExpertMeshError], str]:
     kind, meaning = BY_CODE.get(code, (ExpertMeshError, "the server failed"))
     if code == "INTERNAL" and text == _CUT_OFF:
-        return Unavailable, "the stream was cut off"
+        return RouterUnavailable, "the stream was cut off"
     if kind is Overloaded and "larger than max" in text:
         kind, meaning = TooLarge, _TOO_LARGE
     return kind, f"{meaning}: {text}" if text else meaning

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...experts.errors import Unavailable, VersionGone
+from ...experts.errors import RouterUnavailable, VersionGone
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Epochs:
 
     @property
     def current(self) -> Epoch:
-        """The epoch that new requests pin. Raises Unavailable before the first one is adopted."""
+        """The epoch that new requests pin. Raises RouterUnavailable before the first one is adopted."""
         if not self._current:
-            raise Unavailable("the router has not received its layers yet; retry in a moment")
+            raise RouterUnavailable("the router has not received its layers yet; retry in a moment")
         return self._known[self._current]
 
     @property
@@ -66,7 +66,7 @@ class Epochs:
     def pin(self, number: int | None = None) -> Epoch:
         """Pin an epoch for one request, by default the current one.
 
-        Raises Unavailable before the first epoch, and VersionGone for a number that is neither current nor kept.
+        Raises RouterUnavailable before the first epoch, and VersionGone for a number that is neither current nor kept.
         """
         if number is not None and not self.knows(number):
             raise VersionGone(f"epoch {number} is not loaded here; the current one is {self._current}")

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from ...experts.errors import FailedPrecondition, InvalidRequest, Overloaded, Unavailable, VersionGone
+from ...experts.errors import FailedPrecondition, InvalidRequest, Overloaded, RouterUnavailable, VersionGone
 from ...experts.protocol import CallOptions
 from .epochs import Epoch, Epochs
 from .leases import Leases
@@ -43,7 +43,7 @@ class Pinning:
         """Pin the epoch that a request with these options runs on; the caller must unpin it.
 
         Raises InvalidRequest for both an epoch and a lease, FailedPrecondition for a lease that has ended or an epoch
-        that is not kept, NotFound for an epoch that never existed, and Unavailable if the router does not catch up.
+        that is not kept, NotFound for an epoch that never existed, RouterUnavailable if the router does not catch up.
         """
         if options.epoch is not None and options.pin is not None:
             raise InvalidRequest("epoch and pin exclude each other: a lease already fixes the epoch")
@@ -99,7 +99,7 @@ class Pinning:
             try:
                 await asyncio.wait_for(adopted.wait(), deadline - asyncio.get_running_loop().time())
             except (asyncio.TimeoutError, TimeoutError):
-                raise Unavailable(
+                raise RouterUnavailable(
                     f"this router is at epoch {self._epochs.number}, the client has seen epoch {options.min_epoch}: "
                     "retry in a moment; if the cluster's state was restored from a backup, create a new client"
                 ) from None

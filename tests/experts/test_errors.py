@@ -71,4 +71,4 @@ def test_errors_are_also_what_python_calls_them() -> None:
 
 def test_what_may_be_retried() -> None:
     retryable = {name for name, kind in BY_NAME.items() if kind.retryable}
-    assert retryable == {"Overloaded", "Unavailable", "Aborted", "Fenced"}
+    assert retryable == {"Overloaded", "Unavailable", "RouterUnavailable", "Aborted", "Fenced"}

@@ -14,7 +14,7 @@ from expertmesh.experts.optional_imports import load
 ERRORS = [
     "Aborted", "ConfigError", "DataLoss", "DeadlineExceeded", "ExpertFailed", "ExpertMeshError", "FailedPrecondition",
     "Fenced", "InvalidRequest", "MissingExtra", "NotFound", "Overloaded", "PermissionDenied", "SpecMismatch",
-    "TooLarge",
+    "RouterUnavailable", "TooLarge",
     "Unauthenticated", "Unavailable", "VersionGone",
 ]  # fmt: skip
 CLIENT = ["AsyncClient", "Client", "Lease", "Reply", "SwapOutcome"]

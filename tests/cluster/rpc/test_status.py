@@ -6,7 +6,15 @@ import grpc
 import pytest
 
 from expertmesh.cluster.rpc.status import BY_CODE, MAX_TEXT_BYTES, from_status, to_status
-from expertmesh.experts.errors import BY_NAME, Aborted, ExpertMeshError, NotFound, Overloaded, TooLarge, Unavailable
+from expertmesh.experts.errors import (
+    BY_NAME,
+    Aborted,
+    ExpertMeshError,
+    NotFound,
+    Overloaded,
+    RouterUnavailable,
+    TooLarge,
+)
 
 
 def test_the_table_covers_every_status_of_grpc() -> None:
@@ -65,7 +73,7 @@ def test_grpcs_own_size_limit_is_too_large_with_the_settings_name() -> None:
 
 
 def test_a_stream_that_grpc_lost_during_a_write_is_unavailable() -> None:
-    assert type(from_status("INTERNAL", "Internal error from Core", ())) is Unavailable
+    assert type(from_status("INTERNAL", "Internal error from Core", ())) is RouterUnavailable
     assert type(from_status("INTERNAL", "something else", ())) is ExpertMeshError
 
 
