@@ -8,9 +8,10 @@ from typing import Any
 
 from ...experts.errors import ExpertMeshError
 from ...experts.wire import Frame, WireTensor
+from ..client.balance import Route
 from ..client.calls import Calls
 from ..client.methods import AwaitingMethods, BlockingMethods
-from ..client.retry import Answer, Flow, Pause, RetryPolicy, Step, Work
+from ..client.retry import Answer, Attempt, Flow, Pause, RetryPolicy, Step, Work
 from ..client.sending import new_retries
 from ..rpc.methods import SERVICE
 from .engine import Engine
@@ -27,11 +28,11 @@ class AttachedCalls(Calls):
         tensors: dict[str, WireTensor],
         stream: bool | None,
         timeout: float | None,
-        request_id: Any,
+        route: Route,
     ) -> Flow[Frame]:
         """Hand the rows over where they are; no limit of a message applies."""
         frame = Frame("call", meta, tensors)
-        answer = yield from self._send(self.retries, CALL, frame, timeout, request_id, meta["layer"])
+        answer = yield from self._send(self.retries, CALL, frame, timeout, meta["request_id"], meta["layer"], route)
         if not isinstance(answer, Frame):
             raise ExpertMeshError("a router of this process answered with bytes")
         return answer
@@ -80,12 +81,13 @@ class AttachedRouter(BlockingMethods):
         self.close()
 
     def _perform(self, step: Step) -> Answer:
-        if isinstance(step, Pause):
-            time.sleep(step.seconds)
-            return None
+        if isinstance(step, Attempt):
+            return self._engine.answer(step)
         if isinstance(step, Work):
             return step.action()
-        return self._engine.answer(step)
+        if isinstance(step, Pause):
+            time.sleep(step.seconds)
+        return None
 
 
 class AsyncAttachedRouter(AwaitingMethods):
@@ -100,9 +102,10 @@ class AsyncAttachedRouter(AwaitingMethods):
         return f"AsyncAttachedRouter({self._engine.name!r}{', closed' if self._engine.closed else ''})"
 
     async def _perform(self, step: Step) -> Answer:
-        if isinstance(step, Pause):
-            await asyncio.sleep(step.seconds)
-            return None
+        if isinstance(step, Attempt):
+            return await self._engine.answer_async(step)
         if isinstance(step, Work):
             return await asyncio.to_thread(step.action)
-        return await self._engine.answer_async(step)
+        if isinstance(step, Pause):
+            await asyncio.sleep(step.seconds)
+        return None

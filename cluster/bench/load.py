@@ -15,7 +15,7 @@ from typing import Any
 from ...experts.errors import ExpertMeshError
 from ..client.client import AsyncClient
 from ..client.reply import Reply
-from ..client.retry import Answer, Pause, Step, drive_async
+from ..client.retry import Answer, Attempt, Step, drive_async
 from .samples import INTERRUPTED, NOT_SENT, OK, Counters, Measured, Sample, counters_of
 from .schedule import arrivals, layer_order
 from .target import Target
@@ -33,17 +33,17 @@ class LoadClient(AsyncClient):
 
     async def call_counting_retries(self, layer: str, x: Any, **options: Any) -> tuple[Reply | ExpertMeshError, int]:
         """Call a layer; returns the reply or the error, and the number of retries."""
-        retries = 0
+        attempts = 0
 
         async def perform(step: Step) -> Answer:
-            nonlocal retries
-            retries += isinstance(step, Pause)
+            nonlocal attempts
+            attempts += isinstance(step, Attempt)
             return await self._perform(step)
 
         try:
-            return await drive_async(self._calls.call(layer, x, **options), perform), retries
+            return await drive_async(self._calls.call(layer, x, **options), perform), attempts - 1
         except ExpertMeshError as error:
-            return error, retries
+            return error, max(0, attempts - 1)
 
 
 @dataclass(frozen=True, kw_only=True)

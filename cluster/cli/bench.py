@@ -24,7 +24,7 @@ from ..client.endpoint import resolve
 from ..machine.process_tuning import settle
 from ..machine.tokens import read_token
 from .bench_view import LoadView, print_report, search_line, step_line
-from .connect import check_one, cluster_options
+from .connect import check_one, cluster_options, endpoints
 from .output import output_option, print_json
 
 STATUS_SECONDS = 10.0
@@ -138,9 +138,10 @@ def bench(
         file = MeshFile(name=name or file.name, layers=file.layers)
         name = file.name
     token = None if token_file is None else read_token(token_file)
-    resolve(endpoint, token=token, name=name, ca_cert=ca_cert, token_option="--token-file")  # its errors name options
-    connect = partial(LoadClient, endpoint, name=name, token=token, ca_cert=ca_cert)
-    status = look(Client(endpoint, name=name, token=token, ca_cert=ca_cert, timeout=STATUS_SECONDS))
+    routers = endpoints(endpoint)
+    resolve(routers, token=token, name=name, ca_cert=ca_cert, token_option="--token-file")  # its errors name options
+    connect = partial(LoadClient, routers, name=name, token=token, ca_cert=ca_cert)
+    status = look(Client(routers, name=name, token=token, ca_cert=ca_cert, timeout=STATUS_SECONDS))
     aims = targets(layers, status, file, width=width, dtype=dtype)
     settings = LoadSettings(seconds=load.pop("duration"), most_in_flight=load.pop("max_in_flight"), **load)
     job = Bench(connect=connect, connections=connections, targets=aims, settings=settings, slo_ms=slo_ms)
@@ -164,7 +165,7 @@ def look(client: Client) -> dict[str, Any]:
         try:
             return client.status()
         except Unavailable as error:
-            raise Unavailable(f"no cluster answers at {client.endpoint}: {error.message}") from None
+            raise Unavailable(f"no cluster answers at {', '.join(client.endpoints)}: {error.message}") from None
 
 
 def load_plotter(path: Path) -> ModuleType:

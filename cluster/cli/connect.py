@@ -23,7 +23,10 @@ def cluster_options(command: Command) -> Command:
             type=click.Path(path_type=Path),
             help="PEM file of the CA to trust; required for an --endpoint on another machine.",
         ),
-        click.option("--endpoint", help="Address of the cluster, instead of --name, such as 127.0.0.1:50051."),
+        click.option(
+            "--endpoint",
+            help="Address of a router, or of several with commas, instead of --name, such as 127.0.0.1:50051.",
+        ),
         click.option(
             "--name",
             show_default="the only one running, or `default`",
@@ -38,7 +41,7 @@ def connect(name: str | None, endpoint: str | None, ca_cert: Path | None, timeou
     """A client of the selected cluster. Raises UsageError if both a name and an endpoint are given."""
     check_one(name, endpoint)
     with advising():
-        return Client(endpoint, name=name, timeout=timeout, ca_cert=ca_cert)
+        return Client(endpoints(endpoint), name=name, timeout=timeout, ca_cert=ca_cert)
 
 
 @contextmanager
@@ -48,6 +51,11 @@ def advising() -> Iterator[None]:
         yield
     except NotFound as error:
         raise NotFound(f"{error.message} (`expertmesh serve mesh.yaml` starts one, --name chooses)") from None
+
+
+def endpoints(endpoint: str | None) -> list[str] | None:
+    """The addresses in an `--endpoint`, which commas separate."""
+    return None if endpoint is None else [address.strip() for address in endpoint.split(",")]
 
 
 def check_one(name: str | None, endpoint: str | None) -> None:

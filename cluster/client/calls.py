@@ -26,7 +26,7 @@ from ..rpc.documents import NAME, decode_document, to_tensor
 from ..rpc.swaps import Lease, SwapAsked, SwapOutcome, read_answer
 from .arrays import to_wire
 from .reply import Reply, read_reply
-from .requests import around, call_fields, expert_names, half_dtype, swap_request
+from .requests import around, call_fields, expert_names, half_dtype, pin_of, swap_request, with_unknown_outcome
 from .retry import Flow, RetryBudget, RetryPolicy
 from .sending import Sending
 from .upload import Progress, Upload, prepare, with_file_names
@@ -106,6 +106,7 @@ class Calls(Sending):
         tensor_x, kind = described["x"]
         if not tensor_x.shape:
             raise InvalidRequest("x must have a first dimension, the rows: pass a single row as x[None]")
+        lease_id, route = self._to_holder(pin.pin if isinstance(pin, Lease) else pin)
         options = CallOptions(
             layer=layer,
             request_id=self.new_id() if request_id is None else request_id,
@@ -116,11 +117,11 @@ class Calls(Sending):
             max_lost_mass=max_lost_mass,
             return_routing=return_routing,
             epoch=epoch,
-            pin=pin.pin if isinstance(pin, Lease) else pin,
+            pin=lease_id,
             **self.seen_epoch.options(),
         )
         tensors = {name: tensor for name, (tensor, _) in described.items()}
-        frame = yield from self._call(call_fields(options), tensors, stream, timeout, options.request_id)
+        frame = yield from self._call(call_fields(options), tensors, stream, timeout, route)
         reply = read_reply(frame, rows=tensor_x.shape[0], kind=kind)
         self.seen_epoch.note(reply.cluster, reply.epoch)
         return reply
@@ -131,9 +132,9 @@ class Calls(Sending):
         return decode_document(frame, "status")
 
     def drain(self, *, timeout: float | None = None) -> Flow[dict[str, Any]]:
-        """Make the cluster finish accepted calls and refuse new ones; returns its status. For operators."""
-        frame = yield from self._ask("Drain", {}, {}, timeout, self.new_id())
-        return decode_document(frame, "status")
+        """Make all routers finish accepted calls and refuse new ones; returns the status. For operators."""
+        answers = yield from self._ask_each("Drain", {}, timeout, every=True)
+        return decode_document(answers[-1][1], "status")
 
     def health(self, service: str = "", *, timeout: float | None = None) -> Flow[str]:
         """The health of a service, without retries: "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN" or "UNKNOWN".
@@ -198,10 +199,11 @@ class Calls(Sending):
         if max_drift is not None:
             policy["max_drift"] = max_drift
         request = swap_request(requested, expect, policy, mode, timeout, dry_run, swap_id)
+        one = replace(self, prefer=self.routers.best())  # it hashes uploads as they come
         try:
             for id, upload in uploads.items():
-                yield from upload.send(id, self._send_chunk, self.max_message_bytes, progress)
-            return (yield from self._swap(request))
+                yield from upload.send(id, one._send_chunk, self.max_message_bytes, progress)
+            return (yield from one._swap(request))
         except ExpertMeshError as error:
             raise with_file_names(error, uploads.values()) from None
 
@@ -266,10 +268,11 @@ class Calls(Sending):
 
     def lease(self, ttl: float = 30.0) -> Flow[Lease]:
         """Lease the current epoch."""
-        frame = yield from self._ask("Pin", {"ttl": ttl}, {}, None, self.new_id())
+        route = self.routers.route()
+        frame = yield from self._ask("Pin", {"ttl": ttl}, {}, None, self.new_id(), route)
         lease = read_answer(Lease, decode_document(frame, "lease"))
         self.seen_epoch.note(lease.cluster, lease.epoch)
-        return lease
+        return replace(lease, pin=pin_of(lease.pin, route.tried[-1].address if route.tried else ""))
 
     def give_back(self, lease: Lease) -> Flow[None]:
         """End a lease; a lease that has already ended is not an error."""
@@ -280,15 +283,21 @@ class Calls(Sending):
 
         Each tells its "pin", "epoch", "holder" (an id of the token), and in seconds its "age" and when it "ends_in".
         """
-        frame = yield from self._ask("Leases", {}, {}, timeout, self.new_id())
-        leases = decode_document(frame, "leases").get("leases")
-        if not isinstance(leases, list) or not all(isinstance(item, dict) for item in leases):
-            raise DataLoss("the reply is not a list of leases")
-        return leases
+        found: list[dict[str, Any]] = []
+        for address, frame in (yield from self._ask_each("Leases", {}, timeout)):
+            leases = decode_document(frame, "leases").get("leases")
+            if not isinstance(leases, list) or not all(isinstance(item, dict) for item in leases):
+                raise DataLoss("the reply is not a list of leases")
+            found += [item | {"pin": pin_of(str(item.get("pin")), address)} for item in leases]
+        return found
 
     def end_lease(self, pin: str, *, timeout: float | None = None) -> Flow[None]:
         """End a lease by its id, as in `leases()`; one that has already ended is not an error."""
-        yield from self._ask("Unpin", {"pin": pin}, {}, timeout, self.new_id())
+        lease_id, route = self._to_holder(pin)
+        if lease_id == pin:  # it names no router
+            yield from self._ask_each("Unpin", {"pin": pin}, timeout)
+        else:
+            yield from self._ask("Unpin", {"pin": lease_id}, {}, timeout, self.new_id(), route)
 
     def _swap(self, request: SwapAsked) -> Flow[SwapOutcome]:
         """Request a swap and retry until there is an answer; repeated requests with its id do not repeat the swap."""
@@ -300,7 +309,7 @@ class Calls(Sending):
             seconds = request.timeout + ANSWER_SECONDS
             frame = yield from patient._ask("Swap", {}, {NAME: document}, seconds, self.new_id())
         except (Unavailable, DeadlineExceeded) as error:
-            raise _open_ended(error, request.swap_id) from None
+            raise with_unknown_outcome(error, request.swap_id) from None
         outcome = SwapOutcome.from_document(decode_document(frame, "swap"))
         if outcome.committed:
             self.seen_epoch.note(outcome.cluster, outcome.epoch)
@@ -308,10 +317,3 @@ class Calls(Sending):
 
     def _send_chunk(self, fields: dict[str, Any], tensors: dict[str, WireTensor]) -> Flow[Frame]:
         return (yield from self._ask("Upload", fields, tensors, None, self.new_id()))
-
-
-def _open_ended(error: ExpertMeshError, swap_id: str) -> ExpertMeshError:
-    """The error of a swap whose outcome is unknown, with the way to learn it."""
-    error.message += f"; the outcome of swap {swap_id} is unknown: ask again with swap_id={swap_id!r}"
-    error.args = (error.message,)
-    return error

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, asdict, fields
 from typing import Any
 
-from ...experts.errors import FailedPrecondition, InvalidRequest
+from ...experts.errors import ExpertMeshError, FailedPrecondition, InvalidRequest
 from ...experts.protocol import MAX_INT, CallOptions, from_mapping
 from ...experts.spec import is_number
 from ..rpc.documents import MAX_DEPTH, is_deep, to_tensor
@@ -74,6 +74,18 @@ def swap_request(
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"the swap cannot be sent as JSON: {error}") from None
     return request
+
+
+def pin_of(lease_id: str, address: str) -> str:
+    """The id of a lease that also says which router gave it; in the router's own process that goes without saying."""
+    return f"{lease_id}@{address}" if address else lease_id
+
+
+def with_unknown_outcome(error: ExpertMeshError, swap_id: str) -> ExpertMeshError:
+    """The error of a swap whose outcome is unknown, with the way to learn it."""
+    error.message += f"; the outcome of swap {swap_id} is unknown: ask again with swap_id={swap_id!r}"
+    error.args = (error.message,)
+    return error
 
 
 def around(id: str, history: list[dict[str, Any]]) -> tuple[str, str | None]:

@@ -1,8 +1,9 @@
 """One call as a flow without I/O: which attempts to make, how long to pause between them, when to give up.
 
 A flow is a generator. It yields an `Attempt` and receives the reply or the error; it yields `Work` and receives its
-result; it yields a `Pause` and receives None. It returns the call's result or raises. The driver of the flow owns the
-socket, the threads and the sleep. A frame that is sent as it is, within a process, is answered by a frame.
+result; it yields a `Pause`, a `Beside` or a `Cut` and receives None. It returns the call's result or raises. The driver
+of the flow owns the sockets, the threads and the sleep. A frame that is sent as it is, within a process, is answered by
+a frame.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from ...experts.errors import DeadlineExceeded, ExpertMeshError, Unavailable
+from ...experts.errors import DeadlineExceeded, ExpertMeshError, RouterUnavailable, Unavailable
 from ...experts.wire import Buffer, Frame
 from ..rpc.streams import Streamed
+from .balance import Route, Target
 
 T = TypeVar("T")
 Payload = bytes | Streamed | Frame
@@ -23,11 +25,15 @@ Received = Buffer | Frame
 
 @dataclass(frozen=True)
 class Attempt:
-    """Send `payload`, one message or a stream of them, to `method` once, within `timeout` seconds."""
+    """Send `payload`, one message or a stream of them, to `method` once, within `timeout` seconds.
+
+    It goes to the router that `route` chooses when it is sent, which is told what came of it.
+    """
 
     method: str
     payload: Payload = field(repr=False)
     timeout: float
+    route: Route = field(repr=False)
     metadata: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
 
@@ -45,7 +51,21 @@ class Work:
     action: Callable[[], bytes]
 
 
-Step = Attempt | Pause | Work
+@dataclass(frozen=True)
+class Beside:
+    """Run another flow beside this one, which goes on at once; the flow's errors are nobody's."""
+
+    flow: Generator[Any, Any, None]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Close the connection to a router, if there is one: what is in flight on it fails with RouterUnavailable."""
+
+    target: Target
+
+
+Step = Attempt | Pause | Work | Beside | Cut
 Answer = Received | ExpertMeshError | None
 Flow = Generator[Step, Answer, T]
 
@@ -59,6 +79,8 @@ def drive(flow: Flow[T], perform: Callable[[Step], Answer]) -> T:
     except StopIteration as end:
         result: T = end.value
         return result
+    finally:
+        flow.close()
 
 
 async def drive_async(flow: Flow[T], perform: Callable[[Step], Awaitable[Answer]]) -> T:
@@ -70,6 +92,8 @@ async def drive_async(flow: Flow[T], perform: Callable[[Step], Awaitable[Answer]
     except StopIteration as end:
         result: T = end.value
         return result
+    finally:
+        flow.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,11 +151,16 @@ class Retries:
         self,
         method: str,
         payload: Payload,
+        route: Route,
         *,
         timeout: float,
         metadata: tuple[tuple[str, str], ...] = (),
     ) -> Flow[Received]:
         """Retry until an answer or an error other than Unavailable comes, or attempts, budget or `timeout` run out.
+
+        A call whose router cannot take it goes on to another one at once. That takes nothing from the budget: a router
+        that failed is avoided, so each failure moves only the calls that were in flight there. It is no retry either,
+        unless the router had answered before: a call may be what it died of.
 
         Raises the last error, or DeadlineExceeded.
         """
@@ -142,11 +171,15 @@ class Retries:
             remaining = deadline - self.clock()
             if remaining <= 0:
                 raise DeadlineExceeded(f"no answer within {timeout:g} s")
-            answer = yield Attempt(method, payload, remaining, metadata)
+            answer = yield Attempt(method, payload, remaining, route, metadata)
             if isinstance(answer, (bytes, memoryview, Frame)):
                 return answer
             if answer is None:
                 raise ExpertMeshError("an attempt ended without an answer")
+            if route.losses >= self.policy.attempts:
+                raise answer
+            if isinstance(answer, RouterUnavailable) and route.can_move():
+                continue
             pause = self.policy.pause(retries, self.jitter())
             if not self._may_retry(answer, retries, pause, deadline):
                 raise answer

@@ -25,10 +25,15 @@ def with_port(host: str, port: int) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether an address, with or without brackets, is reachable only from this machine."""
+    return ipaddress.ip_address(host.strip("[]")).is_loopback if is_address(host) else host == "localhost"
+
+
+def is_address(host: str) -> bool:
+    """Whether a host is an address, with or without brackets, and not a name."""
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return ipaddress.ip_address(host.strip("[]")) is not None
     except ValueError:
-        return host == "localhost"
+        return False
 
 
 def check_port(host: str, port: int, what: str) -> None:

@@ -82,6 +82,11 @@ class RunFile:
         for path in (run_path(self.name), Path(self.token_path), *socket_paths(self.name)):
             path.unlink(missing_ok=True)
 
+    def socket_of(self, endpoint: str) -> str | None:
+        """The socket of the router at one of the endpoints, however it is written; None if it has none."""
+        sockets = dict(zip(map(_address, self.endpoints), self.sockets, strict=False))
+        return sockets.get(_address(endpoint)) or None
+
     def is_stale(self) -> bool:
         """Whether the process that wrote the file has ended."""
         return start_time(self.pid) != self.started

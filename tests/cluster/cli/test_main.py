@@ -172,6 +172,15 @@ def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
     assert run("status", "--name", "a", "--endpoint", "b:1").exit_code == 2
 
 
+def test_an_endpoint_may_be_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    answering = fake_client(NotFound("nothing there"))
+    monkeypatch.setattr("expertmesh.cluster.cli.connect.Client", lambda *a, **k: asked.append(a) or answering(*a, **k))
+    for option in ("127.0.0.1:1", "127.0.0.1:1, 127.0.0.1:2"):
+        assert run("status", "--endpoint", option).exit_code == 1
+    assert asked == [(["127.0.0.1:1"],), (["127.0.0.1:1", "127.0.0.1:2"],)]
+
+
 def test_version_is_printed() -> None:
     assert run("--version").output.startswith("expertmesh, version ")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.answers import answered
 
 from expertmesh.cluster.client.calls import Calls
 from expertmesh.cluster.client.retry import Answer, Attempt, Flow, Pause, Retries, RetryBudget, RetryPolicy, Step, drive
@@ -36,8 +37,9 @@ class World:
         def perform(step: Step) -> Answer:
             if isinstance(step, Pause):
                 return None
+            assert isinstance(step, Attempt)
             self.attempts.append(step)
-            return server(step)
+            return answered(step, server)
 
         return drive(flow, perform)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.answers import answered
 
 from expertmesh.cluster.client.calls import Calls
 from expertmesh.cluster.client.retry import (
@@ -25,7 +26,7 @@ from expertmesh.cluster.client.retry import (
     Work,
     drive,
 )
-from expertmesh.cluster.client.seen_epoch import SeenEpoch
+from expertmesh.cluster.client.sending import SeenEpoch
 from expertmesh.cluster.client.upload import STALLS
 from expertmesh.cluster.rpc.documents import decode_document, encode_document
 from expertmesh.cluster.rpc.swaps import SwapOutcome, UploadChunk
@@ -98,7 +99,8 @@ class World:
         if isinstance(step, Pause):
             self.now += step.seconds
             return None
-        return self.server(step)
+        assert isinstance(step, Attempt)
+        return answered(step, self.server)
 
     def methods(self) -> list[str]:
         return [method for method, _ in self.server.asked]

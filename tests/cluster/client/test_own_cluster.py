@@ -73,7 +73,7 @@ def connected_to(run: RunFile) -> list[Callable[[], Client]]:
 def test_a_token_that_was_found_never_goes_to_whoever_has_the_port(thief: Any, way: int) -> None:
     port, heard = thief
     with start():
-        run = replace(RunFile.read(NAME), endpoint=f"127.0.0.1:{port}")
+        run = replace(RunFile.read(NAME), endpoint=f"127.0.0.1:{port}", endpoints=[f"127.0.0.1:{port}"])
         run.write()
         with connected_to(run)[way]() as client:
             np.testing.assert_allclose(client.forward("l", X), np.sin(X))
@@ -116,9 +116,27 @@ def test_a_folder_that_others_can_write_into_is_not_trusted(own_home: Path) -> N
 
 def test_a_cluster_without_a_socket_is_told() -> None:
     with start() as cluster:
-        replace(RunFile.read(NAME), socket=None, version="0.0.9").write()
+        replace(RunFile.read(NAME), socket=None, sockets=[], version="0.0.9").write()
         with pytest.raises(errors.FailedPrecondition, match=r"started by expertmesh 0\.0\.9, without a socket"):
             Client(cluster.endpoint)
+
+
+def test_every_router_of_ones_own_cluster_is_called_over_its_socket() -> None:
+    with start() as cluster:
+        run = RunFile.read(NAME)
+        second, third = "127.0.0.1:1", "10.0.0.9:50051"  # only the socket of the second is there; the third is far
+        replace(run, endpoints=[run.endpoint, second, third], sockets=[*run.sockets, *run.sockets, ""]).write()
+        with Client() as client:
+            assert client.endpoints == [cluster.endpoint, second]
+            for _ in range(4):
+                np.testing.assert_allclose(client.forward("l", X), np.sin(X))
+            assert {target.address for target in client._channels.targets} == {cluster.endpoint, second}
+        with Client([second, cluster.endpoint]) as client:
+            np.testing.assert_allclose(client.forward("l", X), np.sin(X))
+        with pytest.raises(errors.FailedPrecondition, match=r"10\.0\.0\.9:50051 is on another machine: pass ca_cert="):
+            Client(third)
+        with pytest.raises(errors.InvalidRequest, match="a client calls one cluster"):
+            Client([cluster.endpoint, "127.0.0.1:2"])
 
 
 def test_the_socket_goes_with_the_cluster(own_home: Path) -> None:

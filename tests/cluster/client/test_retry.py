@@ -6,23 +6,34 @@ import contextlib
 from collections.abc import Callable
 
 import pytest
+from helpers.answers import answered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expertmesh.cluster.client.balance import Balance, Target
 from expertmesh.cluster.client.retry import Answer, Attempt, Pause, Retries, RetryBudget, RetryPolicy, Step, drive
-from expertmesh.experts.errors import BY_NAME, DeadlineExceeded, ExpertMeshError, Unavailable
+from expertmesh.experts.errors import BY_NAME, DeadlineExceeded, ExpertMeshError, RouterUnavailable, Unavailable
 
 
 class World:
     """A client's surroundings: a clock that only moves when told, and a record of what the flow did."""
 
-    def __init__(self) -> None:
+    def __init__(self, routers: int = 1) -> None:
         self.now = 1000.0
+        targets = [Target(address=f"r{n}:1", connect_to=f"r{n}:1") for n in range(routers)]
+        self.routers = Balance(targets, lambda: self.now, shuffle=lambda targets: None)
         self.attempts: list[Attempt] = []
         self.pauses: list[float] = []
         self.retries = Retries(policy=RetryPolicy(), budget=RetryBudget(), clock=lambda: self.now, jitter=lambda: 0.0)
 
-    def call(self, server: Callable[[Attempt], Answer], *, timeout: float = 10.0, seconds: float = 0.0) -> bytes:
+    def call(
+        self,
+        server: Callable[[Attempt], Answer],
+        *,
+        timeout: float = 10.0,
+        seconds: float = 0.0,
+        only: Target | None = None,
+    ) -> bytes:
         """Make one call; `server` answers each attempt, and takes `seconds` for it."""
 
         def perform(step: Step) -> Answer:
@@ -30,11 +41,14 @@ class World:
                 self.pauses.append(step.seconds)
                 self.now += step.seconds
                 return None
+            assert isinstance(step, Attempt)
             self.attempts.append(step)
             self.now += seconds
-            return server(step)
+            return answered(step, server)
 
-        return drive(self.retries.attempts("/Call", b"payload", timeout=timeout, metadata=(("k", "v"),)), perform)
+        route = self.routers.route(only=only)
+        flow = self.retries.attempts("/Call", b"payload", route, timeout=timeout, metadata=(("k", "v"),))
+        return drive(flow, perform)
 
 
 def fine(_: Attempt) -> Answer:
@@ -63,7 +77,7 @@ def test_three_attempts_and_no_more() -> None:
     assert len(world.attempts) == 3
 
 
-@pytest.mark.parametrize("kind", [kind for kind in BY_NAME.values() if kind is not Unavailable])
+@pytest.mark.parametrize("kind", [kind for kind in BY_NAME.values() if not issubclass(kind, Unavailable)])
 def test_nothing_else_is_tried_again(kind: type[ExpertMeshError]) -> None:
     world = World()
     with pytest.raises(kind):
@@ -88,7 +102,7 @@ def test_time_used_up_by_an_attempt_is_not_tried_again() -> None:
 
 def test_a_clock_that_jumps_during_a_pause_ends_the_call() -> None:
     world = World()
-    flow = world.retries.attempts("/Call", b"", timeout=1.0)
+    flow = world.retries.attempts("/Call", b"", world.routers.route(), timeout=1.0)
     flow.send(None)
     assert isinstance(flow.send(Unavailable("down")), Pause)
     world.now += 5.0
@@ -128,3 +142,100 @@ def test_a_budget_does_not_grow_without_limit() -> None:
     for _ in range(10_000):
         budget.deposit()
     assert [budget.withdraw() for _ in range(4)] == [True, True, True, False]
+
+
+# several routers
+
+
+def here(attempt: Attempt) -> str:
+    """The router that has the attempt."""
+    return attempt.route.tried[-1].address
+
+
+def tried(world: World) -> list[str]:
+    """The routers that had the last call, in order."""
+    return [target.address for target in world.attempts[-1].route.tried]
+
+
+def lost_at(*routers: str) -> Callable[[Attempt], Answer]:
+    return lambda attempt: RouterUnavailable("lost") if here(attempt) in routers else b"answer"
+
+
+def test_a_call_goes_on_to_another_router_at_once() -> None:
+    world = World(routers=3)
+    assert world.call(lost_at("r0:1", "r1:1")) == b"answer"
+    assert tried(world) == ["r0:1", "r1:1", "r2:1"]
+    assert world.pauses == []
+
+
+def test_what_a_lost_router_had_in_flight_moves_on_whatever_the_budget() -> None:
+    world = World(routers=2)
+    while world.retries.budget.withdraw():
+        pass
+    flows = [world.retries.attempts("/Call", b"", world.routers.route(), timeout=10.0) for _ in range(100)]
+    attempts = [flow.send(None) for flow in flows]
+    taken = [attempt.route.begin().address for attempt in attempts if isinstance(attempt, Attempt)]
+    assert taken.count("r0:1") == 50
+    for flow, attempt, router in zip(flows, attempts, taken, strict=True):
+        assert isinstance(attempt, Attempt)
+        if router == "r0:1":
+            attempt.route.end(RouterUnavailable("lost"))
+            moved = flow.send(RouterUnavailable("lost"))
+            assert isinstance(moved, Attempt)
+            assert moved.route.begin().address == "r1:1"
+
+
+def test_where_every_router_is_lost_the_budget_holds() -> None:
+    world = World(routers=3)
+    lost = lost_at("r0:1", "r1:1", "r2:1")
+    for _ in range(1000):
+        with pytest.raises(RouterUnavailable):
+            world.call(lost)
+    assert len(world.attempts) <= 1100 + 3  # each router was moved from once
+
+
+def test_a_call_that_three_routers_died_of_is_not_sent_to_a_fourth() -> None:
+    world = World(routers=5)
+    for _ in range(5):
+        world.call(fine)
+    world.attempts.clear()
+    with pytest.raises(RouterUnavailable):
+        world.call(lambda attempt: RouterUnavailable("the connection was lost"))
+    assert tried(world) == ["r0:1", "r1:1", "r2:1"]
+
+
+def test_a_call_that_is_refused_goes_on_however_many_refuse() -> None:
+    world = World(routers=5)
+    for _ in range(5):
+        world.call(fine)
+    draining = RouterUnavailable("draining", request_id="r")
+    assert world.call(lambda attempt: b"answer" if here(attempt) == "r3:1" else draining) == b"answer"
+    assert world.pauses == []
+
+
+def test_a_call_for_one_router_goes_nowhere_else() -> None:
+    world = World(routers=2)
+    only = world.routers.targets[0]
+    with pytest.raises(RouterUnavailable):
+        world.call(lost_at("r0:1"), only=only)
+    assert tried(world) == ["r0:1"] * 3
+
+
+def test_an_expert_that_is_down_is_waited_for_and_then_asked_for_elsewhere() -> None:
+    world = World(routers=2)
+    answers: list[Answer] = [Unavailable("every replica is down"), b"answer"]
+    assert world.call(lambda _: answers.pop(0)) == b"answer"
+    assert tried(world) == ["r0:1", "r1:1"]
+    assert world.pauses == pytest.approx([0.1])
+
+
+def test_a_flow_that_is_given_up_counts_as_ended() -> None:
+    world = World(routers=2)
+
+    def stop(step: Step) -> Answer:
+        raise KeyboardInterrupt
+
+    flow = world.retries.attempts("/Call", b"", world.routers.route(), timeout=1.0)
+    with pytest.raises(KeyboardInterrupt):
+        drive(flow, stop)
+    assert flow.gi_frame is None
