@@ -158,6 +158,9 @@ class Balance:
         return len(self._routers) > 1 and (silent or router.failed is not None) and now >= router.check_at
 
     def _best(self, now: float, tried: Iterable[Target], prefer: Target | None) -> _Router:
+        if len(self._routers) == 1:
+            return next(iter(self._routers.values()))
+
         def order(router: _Router) -> tuple[bool, bool, bool, bool, int, int]:
             target = router.target
             rank = (router.failed is not None, target in tried, now < router.full_until, target != prefer)

@@ -9,7 +9,7 @@ from .balance import Balance, Target
 from .retry import Attempt, Beside, Cut, Flow, Pause, Work
 
 LOOK_SECONDS = 0.25
-CHECK_SECONDS = 1.0
+CHECK_SECONDS = 2.0
 """How long a router may take to answer a check, which asks for its health and computes nothing."""
 
 LOOK_UP_SECONDS = 10.0
