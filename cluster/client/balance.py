@@ -41,6 +41,13 @@ class Target:
     authority: str | None = None
 
 
+@dataclass
+class Stay:
+    """Calls that stay together: with the router `target` until it fails, and then with another one."""
+
+    target: Target | None = None
+
+
 class _Router:
     """What is known of a router.
 
@@ -104,18 +111,13 @@ class Balance:
             self._leaving = [router for router in leaving if router.in_flight]
             return [router.target for router in leaving if not router.in_flight]
 
-    def route(self, *, only: Target | None = None, prefer: Target | None = None) -> Route:
-        """The route of one call: to `only` one router, or to `prefer` unless it has failed, or to any."""
-        return Route(self, only, prefer)
+    def route(self, *, only: Target | None = None, stay: Stay | None = None) -> Route:
+        """The route of one call: to `only` one router, or to that of the calls before that `stay`, or to any."""
+        return Route(self, only, stay)
 
     def check(self, target: Target) -> Route:
         """The route of a check, which asks whether a router answers."""
         return Route(self, target, None, check=True)
-
-    def best(self) -> Target:
-        """The router that would be chosen now."""
-        with self._lock:
-            return self._best(self._clock(), (), None).target
 
     def due(self) -> list[Target]:
         """The routers to check now; each is due again only when another pause is over, or it is silent again."""
@@ -157,13 +159,14 @@ class Balance:
         silent = router.owes_since is not None and now - router.owes_since >= SILENT_SECONDS
         return len(self._routers) > 1 and (silent or router.failed is not None) and now >= router.check_at
 
-    def _best(self, now: float, tried: Iterable[Target], prefer: Target | None) -> _Router:
+    def _best(self, now: float, tried: Iterable[Target], stay: Stay | None) -> _Router:
         if len(self._routers) == 1:
             return next(iter(self._routers.values()))
 
         def order(router: _Router) -> tuple[bool, bool, bool, bool, int, int]:
             target = router.target
-            rank = (router.failed is not None, target in tried, now < router.full_until, target != prefer)
+            leaves = stay is not None and target != stay.target
+            rank = (router.failed is not None, target in tried, now < router.full_until, leaves)
             return (*rank, router.in_flight, router.chosen)
 
         return min(self._routers.values(), key=order)
@@ -175,12 +178,12 @@ class Route:
     Those are the ones that had answered before, and failed without a refusal, which would name the request.
     """
 
-    def __init__(self, balance: Balance, only: Target | None, prefer: Target | None, *, check: bool = False) -> None:
+    def __init__(self, balance: Balance, only: Target | None, stay: Stay | None, *, check: bool = False) -> None:
         self.tried: list[Target] = []
         self.losses = 0
         self._balance = balance
         self._only = only
-        self._prefer = prefer
+        self._stay = stay
         self._check = check
 
     def begin(self) -> Target:
@@ -197,6 +200,8 @@ class Route:
                 router.owes_since = now
             if not self._check:
                 balance._used_at = now
+        if self._stay is not None:
+            self._stay.target = router.target
         self.tried.append(router.target)
         return router.target
 
@@ -224,7 +229,7 @@ class Route:
 
     def _chosen(self, now: float) -> _Router:
         if self._only is None:
-            return self._balance._best(now, self.tried, self._prefer)
+            return self._balance._best(now, self.tried, self._stay)
         return self._balance._routers.get(self._only) or _Router(self._only)
 
     def _failed(self, router: _Router, now: float) -> None:

@@ -25,6 +25,7 @@ from ..rpc import health
 from ..rpc.documents import NAME, decode_document, to_tensor
 from ..rpc.swaps import Lease, SwapAsked, SwapOutcome, read_answer
 from .arrays import to_wire
+from .balance import Stay
 from .reply import Reply, read_reply
 from .requests import around, call_fields, expert_names, half_dtype, pin_of, swap_request, with_unknown_outcome
 from .retry import Flow, RetryBudget, RetryPolicy
@@ -199,7 +200,7 @@ class Calls(Sending):
         if max_drift is not None:
             policy["max_drift"] = max_drift
         request = swap_request(requested, expect, policy, mode, timeout, dry_run, swap_id)
-        one = replace(self, prefer=self.routers.best())  # it hashes uploads as they come
+        one = replace(self, stay=Stay())  # a router hashes uploads as they come
         try:
             for id, upload in uploads.items():
                 yield from upload.send(id, one._send_chunk, self.max_message_bytes, progress)

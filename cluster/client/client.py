@@ -152,7 +152,11 @@ class Client(BlockingMethods, _Connected):
         if isinstance(step, Pause):
             self._sleep(step.seconds)
         elif isinstance(step, Beside):
-            threading.Thread(target=self._run_beside, args=(step.flow,), name="expertmesh-watch", daemon=True).start()
+            thread = threading.Thread(target=self._run_beside, args=(step.flow,), name="expertmesh-watch", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # there are too many, or the interpreter ends: the call needs none
+                self._calls.routers.end_watch()
         else:
             for channel in self._channels.cut(step.target):
                 channel.close()

@@ -21,7 +21,7 @@ from ..rpc.channel_options import MAX_MESSAGE_BYTES, MAX_RECEIVED_BYTES
 from ..rpc.methods import METHODS, SERVICE, Role, new_request_id
 from ..rpc.status import LAYER_KEY, REQUEST_ID_KEY, is_request_id
 from ..rpc.streams import MAX_REQUEST_BYTES, Streamed
-from .balance import Balance, Route, Target
+from .balance import Balance, Route, Stay, Target
 from .half_precision import check_payload_dtype
 from .requests import check_timeout
 from .retry import Attempt, Beside, Flow, Payload, Received, Retries, RetryBudget, RetryPolicy
@@ -72,8 +72,8 @@ class SeenEpoch:
 class Sending:
     """Sends requests to `routers`; `timeout` is the default of its calls, in seconds.
 
-    A call carries the token of the lowest role that may make it, if `tokens` has one, else `token`. Calls go to the
-    router `prefer` unless it has failed. `look_up` is that of `Watch`.
+    A call carries the token of the lowest role that may make it, if `tokens` has one, else `token`. Calls that
+    `stay` together go to one router until it fails. `look_up` is that of `Watch`.
     """
 
     token: str = field(repr=False)
@@ -86,7 +86,7 @@ class Sending:
     new_id: Callable[[], str] = field(default=new_request_id, repr=False)
     seen_epoch: SeenEpoch = field(default_factory=SeenEpoch, repr=False)
     routers: Balance = field(default_factory=one_router, repr=False)
-    prefer: Target | None = None
+    stay: Stay | None = None
     look_up: Callable[[], list[Target]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -137,7 +137,7 @@ class Sending:
         Raises FailedPrecondition if the router is none of this client's.
         """
         if not isinstance(pin, str) or "@" not in pin:
-            return pin, self.routers.route(prefer=self.prefer)
+            return pin, self.routers.route(stay=self.stay)
         lease_id, _, address = pin.partition("@")
         targets = {target.address: target for target in self.routers.targets}
         only = next(iter(targets.values())) if len(targets) == 1 else targets.get(address)
@@ -233,7 +233,7 @@ class Sending:
             metadata += ((LAYER_KEY, layer),)
         if self._watch.is_needed and self.routers.begin_watch():
             yield Beside(self._watch.run())
-        route = self.routers.route(prefer=self.prefer) if route is None else route
+        route = self.routers.route(stay=self.stay) if route is None else route
         try:
             return (yield from retries.attempts(method, payload, route, timeout=seconds, metadata=metadata))
         except ExpertMeshError as error:

@@ -15,6 +15,7 @@ from expertmesh.cluster.client.balance import (
     WATCHED_SECONDS,
     Balance,
     Route,
+    Stay,
     Target,
 )
 from expertmesh.experts.errors import DeadlineExceeded, NotFound, Overloaded, RouterUnavailable, Unavailable
@@ -224,9 +225,11 @@ def test_a_full_router_is_left_alone_for_as_long_as_it_says() -> None:
 
 def test_what_stays_with_a_router_leaves_it_when_it_fails() -> None:
     world = World()
-    assert {world.call(prefer=B) for _ in range(5)} == {B}
+    stay = Stay()
+    world.call()
+    assert {world.call(stay=stay) for _ in range(5)} == {B}
     world.fail(B)
-    assert B not in {world.call(prefer=B) for _ in range(5)}
+    assert {world.call(stay=stay) for _ in range(5)} == {C}
 
 
 def test_routers_come_and_go_and_what_is_in_flight_ends_first() -> None:

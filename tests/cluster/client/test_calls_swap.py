@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 from helpers.answers import answered
 
+from expertmesh.cluster.client.balance import Balance, Target
 from expertmesh.cluster.client.calls import Calls
 from expertmesh.cluster.client.retry import (
     Answer,
     Attempt,
+    Beside,
     Flow,
     Pause,
     Retries,
@@ -38,6 +40,7 @@ from expertmesh.experts.errors import (
     FailedPrecondition,
     InvalidRequest,
     NotFound,
+    RouterUnavailable,
     Unavailable,
 )
 
@@ -98,6 +101,8 @@ class World:
             return step.action()
         if isinstance(step, Pause):
             self.now += step.seconds
+            return None
+        if isinstance(step, Beside):
             return None
         assert isinstance(step, Attempt)
         return answered(step, self.server)
@@ -204,6 +209,27 @@ def test_a_controller_that_restarts_is_waited_for_and_an_open_outcome_is_said(fi
     world.server.trouble = lambda method, asked: DeadlineExceeded("no answer") if method == "Swap" else None
     with pytest.raises(DeadlineExceeded, match=r"outcome of swap .* is unknown"):
         world.run(world.calls.swap({"l/a": file}, timeout=5.0))
+
+
+def test_an_upload_and_its_swap_stay_with_one_router_while_it_answers(file: Path) -> None:
+    targets = [Target(address=f"{name}:1", connect_to=f"{name}:1") for name in "abc"]
+    routers = Balance(targets, lambda: 0.0, shuffle=lambda targets: None)
+    world = World(max_message_bytes=4096 + 4000, routers=routers)
+    taken: list[str] = []
+    lost: list[str] = []
+
+    def serve(attempt: Attempt) -> Answer:
+        taken.append(attempt.route.tried[-1].address)
+        return RouterUnavailable("lost") if taken[-1] in lost else server(attempt)
+
+    server, world.server = world.server, serve  # type: ignore[assignment]
+    world.run(world.calls.swap({"l/a": file}))
+    assert taken == ["a:1"] * 4
+    taken.clear()
+    swapping = world.calls.swap({"l/a": file}, progress=lambda *told: lost.append(taken[-1]) if not lost else None)
+    world.run(swapping)
+    assert taken == ["b:1", "b:1", "c:1", "c:1", "c:1"]  # two chunks, one of them lost, and the rest elsewhere
+    assert bytes(list(server.files.values())[-1]) == file.read_bytes()
 
 
 def test_a_refusal_names_the_file_and_is_not_asked_for_again(file: Path) -> None:

@@ -23,6 +23,7 @@ from expertmesh.experts.errors import DeadlineExceeded, RouterUnavailable
 from expertmesh.router.epochs.epochs import Epoch
 
 X = np.arange(-8, 8, dtype=np.float32).reshape(4, 4)
+WATCH = "expertmesh-watch"
 ONCE = RetryPolicy(attempts=1)
 """No retries: what succeeds with it has gone on to another router at once."""
 
@@ -313,6 +314,25 @@ def test_a_name_that_cannot_be_looked_up_is_left_to_grpc(kind: Any, tmp_path: Pa
     run_async(main())
 
 
+def test_a_call_needs_no_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def start_all_but_a_watch(thread: threading.Thread) -> None:
+        if thread.name == WATCH:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def main() -> None:
+        async with fleet() as mesh, calling(Client, mesh.endpoints) as caller:
+            await caller.forward_all(4)
+            monkeypatch.undo()
+            await caller.forward()
+            assert _watches()
+
+    monkeypatch.setattr(threading.Thread, "start", start_all_but_a_watch)
+    run_async(main())
+
+
 def test_closing_a_client_ends_its_watch(kind: Any) -> None:
     async def main() -> None:
         async with fleet() as mesh:
@@ -325,4 +345,4 @@ def test_closing_a_client_ends_its_watch(kind: Any) -> None:
 
 def _watches() -> list[Any]:
     tasks = [task for task in asyncio.all_tasks() if "_run_beside" in repr(task)]
-    return [*tasks, *(thread for thread in threading.enumerate() if thread.name == "expertmesh-watch")]
+    return [*tasks, *(thread for thread in threading.enumerate() if thread.name == WATCH)]
