@@ -139,6 +139,28 @@ def test_every_router_of_ones_own_cluster_is_called_over_its_socket() -> None:
             Client([cluster.endpoint, "127.0.0.1:2"])
 
 
+def test_a_client_of_ones_own_cluster_calls_all_its_routers(pem: dict[str, Path]) -> None:
+    with start(routers=2, **pem) as cluster:
+        ways: list[dict[str, Any]] = [{}, {"endpoint": cluster.endpoints}]
+        for way in [*ways, {"endpoint": cluster.endpoints, "ca_cert": pem["tls_cert"]}]:
+            with Client(**way) as client:
+                assert client.endpoints == list(cluster.endpoints)
+                for _ in range(4):
+                    np.testing.assert_allclose(client.forward("l", X), np.sin(X))
+                assert len(client._channels.targets) == 2
+        with Client() as client:
+            with client.pin() as one, client.pin() as other:
+                assert {lease.pin.partition("@")[2] for lease in (one, other)} == {*cluster.endpoints}
+                for pin in (one, other, one.pin, other.pin):
+                    assert client.call("l", X, pin=pin).epoch == one.epoch
+                assert {lease["pin"] for lease in client.leases()} == {one.pin, other.pin}
+            assert client.leases() == []
+            client.drain()
+            for endpoint in cluster.endpoints:
+                with Client(endpoint) as of_one, pytest.raises(errors.RouterUnavailable, match="is draining"):
+                    of_one.forward("l", X)
+
+
 def test_the_socket_goes_with_the_cluster(own_home: Path) -> None:
     path = own_home / "run" / f"{NAME}.sock"
     with start():
@@ -150,7 +172,7 @@ def test_clients_of_one_user_are_told_apart() -> None:
     """The router serves its callers by turns, and on the socket they have no address."""
     seen: set[str] = set()
     with start() as cluster:
-        router = cluster._backend._service.router  # type: ignore[union-attr]
+        router = cluster._backend._services["router-0"].router  # type: ignore[union-attr]
         forward = router.forward
 
         async def counted(request: Any) -> Any:
