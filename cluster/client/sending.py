@@ -161,7 +161,8 @@ class Sending:
             return (yield from self._call_on(route, meta, tensors, stream, timeout))
         except RouterUnavailable as error:
             if "pin" in meta:
-                error.message += "; the lease belongs to this router: pin again, or name the epoch"
+                advice = "the router that gave this lease takes no calls: pin again, or name the epoch"
+                error.message = f"{advice}; {error.message}"
                 error.args = (error.message,)
             raise
 

@@ -83,7 +83,7 @@ def test_a_lease_whose_router_is_lost_says_so_and_moves_nowhere() -> None:
     lease = world.run(world.calls.lease())
     world.lost = {"a:1"}
     world.asked.clear()
-    with pytest.raises(RouterUnavailable, match="the lease belongs to this router: pin again, or name the epoch"):
+    with pytest.raises(RouterUnavailable, match="takes no calls: pin again, or name the epoch; cannot be reached"):
         world.run(world.calls.forward("l", X, pin=lease))
     assert set(world.asked) == {("a:1", "Call")}
     world.run(world.calls.lease())
