@@ -3,11 +3,12 @@
 A message is eight bytes of length, little endian, and one frame of `experts/wire.py`. The replica speaks first:
 
     replica   hello    {replica, incarnation, nonce}
-    router    prove    {nonce, proof}                     proof of the secret over both nonces and the incarnation
+    router    prove    {nonce, proof, router}             proof of the secret over both nonces and the incarnation
     replica   welcome  {proof, credits}                   the replica's proof, and how many calls may be in flight
     router    call     {attempt, timeout, parts, sums}    rows, index?, weights?
     replica   reply    {attempt, outputs, sums, failures, seconds} rows0, rows1, ... and lost?
     router    cancel   {attempt}                          the reply is no longer needed
+    replica   refused  {proof}                            the controller has given the router up; nothing follows
 
 So a router sends no row to a process that does not know the secret, or to another incarnation than the one it expects.
 Nothing is encrypted: between nodes, run the channel on a network as private as Ray's own.

@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from .messages import (
     proof,
     text_of,
 )
+from .refused import Refused
 
 CREDITS = 4
 """How many calls a router may have in flight to one replica; a connection that sends more is closed."""
@@ -61,6 +62,8 @@ class _Peer:
         self.framed = FramedSocket(tuned(connection), STRANGER_BYTES)
         self.nonce = secrets.token_hex(NONCE_BYTES)
         self.authenticated = False
+        self.router = ""
+        self.proof = ""
         self.since = now
         self.waiting: deque[tuple[ExpertCall, float]] = deque()
 
@@ -91,10 +94,11 @@ class ChannelServer:
         self._selector = selectors.DefaultSelector()
         self._peers: deque[_Peer] = deque()
         self._passed: deque[_Peer] = deque()
+        self._refused = Refused()
         self._listeners: list[socket.socket] = []
         self._path: Path | None = None
         self._waker, self._woken = socket.socketpair()
-        self._selector.register(self._woken, selectors.EVENT_READ, lambda mask: None)
+        self._selector.register(self._woken, selectors.EVENT_READ, lambda mask: self._woken.recv(4096))
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="expertmesh-channel", daemon=True)
 
@@ -122,6 +126,15 @@ class ChannelServer:
             self._waker.send(b"x")
         if self._thread.is_alive():
             self._thread.join(timeout=STALL_SECONDS)
+
+    def refuse(self, given_up: Mapping[str, str]) -> None:
+        """Serve these routers no longer: by name, their session, or "" for whichever is connected. Any thread may ask.
+
+        When this returns nothing more is sent to them; their connections are closed as soon as the thread is free.
+        """
+        self._refused.add(given_up, [peer.router for peer in list(self._peers)])
+        with suppress(OSError):
+            self._waker.send(b"x")
 
     def queued_rows(self) -> int:
         """The rows of the calls that wait to be computed."""
@@ -169,6 +182,10 @@ class ChannelServer:
             key.data(mask)
         now = time.monotonic()
         for peer in list(self._peers):
+            if peer.router in self._refused:
+                self._send(peer, message("refused", proof=peer.proof))
+                self._drop(peer, "given up", f"the controller has given up {peer.router}")
+                continue
             stalled = peer.framed.unsent and now - peer.since > STALL_SECONDS
             if not peer.authenticated and (stalled or now - peer.since > STRANGER_SECONDS):
                 self._drop(peer, "stranger", "it did not authenticate in time")
@@ -235,15 +252,17 @@ class ChannelServer:
             raise InvalidRequest(f"unexpected message of kind {frame.kind[:64]!r}")
 
     def _prove(self, peer: _Peer, frame: Frame) -> None:
-        nonce, received = text_of(frame, "prove", "nonce", "proof")
+        nonce, received, router = text_of(frame, "prove", "nonce", "proof", "router")
         nonces = (peer.nonce, nonce)
         expected = proof(self._secret, ROUTER, self._host.incarnation, nonces)
         if not hmac.compare_digest(received.encode(), expected.encode()):
             raise Unauthenticated("it does not know the secret of this cluster")
-        peer.authenticated = True
+        peer.authenticated, peer.router = True, router
+        peer.proof = proof(self._secret, REPLICA, self._host.incarnation, nonces)
+        if router in self._refused:
+            return  # it is told, and closed, with the others
         peer.framed.limit = MAX_MESSAGE_BYTES
-        own = proof(self._secret, REPLICA, self._host.incarnation, nonces)
-        self._send(peer, message("welcome", proof=own, credits=str(CREDITS)))
+        self._send(peer, message("welcome", proof=peer.proof, credits=str(CREDITS)))
 
     def _next(self) -> tuple[_Peer, ExpertCall, float] | None:
         """The next queued call, round-robin over the peers."""
@@ -274,7 +293,8 @@ class ChannelServer:
         finally:
             if self._slots is not None:
                 self._slots.give_back()
-        self._send(peer, reply)
+        if peer.router not in self._refused:
+            self._send(peer, reply)
 
     def _computed(self, call: ExpertCall, queued: float) -> list[Buffer]:
         try:

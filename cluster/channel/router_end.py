@@ -53,6 +53,8 @@ class ChannelTransport:
         self._secret = secret
         self._responds = responds
         self._node = node
+        self._router = ""
+        self._refused: Callable[[], None] = lambda: None
         self._channels: dict[str, Channel] = {}
         self._connecting: set[asyncio.Task[None]] = set()
 
@@ -69,6 +71,11 @@ class ChannelTransport:
         """Whether the process of a replica runs; its end of the channel says nothing while it computes."""
         return self._responds is None or await self._responds(replica.id)
 
+    def identify(self, router: str, refused: Callable[[], None]) -> None:
+        """Close what is open, and connect as this router from now on."""
+        self._router, self._refused = router, refused
+        self._close_all(Unavailable("this router was given up; retry"))
+
     def refresh(self, replicas: Iterable[Replica], lost: Lost) -> None:
         """Connect to every incarnation that has an address and no connection, and close outdated connections."""
         current = {replica.id: replica for replica in replicas if replica.address}
@@ -80,7 +87,8 @@ class ChannelTransport:
                 del self._channels[name]
         for name, replica in current.items():
             if name not in self._channels:
-                self._channels[name] = channel = Channel(self._from_here(replica), self._secret, lost)
+                known = self._from_here(replica)
+                self._channels[name] = channel = Channel(known, self._secret, lost, self._router, self._refused)
                 task = asyncio.get_running_loop().create_task(channel.connect())
                 self._connecting.add(task)
                 task.add_done_callback(self._connecting.discard)
@@ -92,23 +100,30 @@ class ChannelTransport:
 
     def close(self) -> None:
         """Close every connection; idempotent."""
+        self._close_all(Unavailable("the router is stopping"))
+
+    def _close_all(self, why: Unavailable) -> None:
         for task in self._connecting:
             task.cancel()
         for channel in self._channels.values():
-            channel.close(Unavailable("the router is stopping"))
+            channel.close(why)
         self._channels.clear()
 
 
 class Channel:
     """A connection to one incarnation of a replica. `kind` is "unix" or "tcp"."""
 
-    def __init__(self, replica: Replica, secret: bytes, lost: Lost) -> None:
+    def __init__(
+        self, replica: Replica, secret: bytes, lost: Lost, router: str = "", refused: Callable[[], None] = lambda: None
+    ) -> None:
         self.replica = replica
         self.closed = False
         self.late = 0
         self.kind, _, self._where = replica.address.partition(":")
         self._secret = secret
         self._lost = lost
+        self._router = router
+        self._refused = refused
         self._nonces = ("", secrets.token_hex(NONCE_BYTES))
         self._framed: FramedSocket | None = None
         self._loop = asyncio.get_running_loop()
@@ -222,13 +237,15 @@ class Channel:
                 self.late += 1  # cancelled: the rows are dropped
             else:
                 done(reply)
+        elif frame.kind == "refused" and self._nonces[0]:
+            self._check(*text_of(frame, "refused", "proof"))
+            self.close(Unavailable("this router was given up; retry"))
+            self._refused()
         elif frame.kind == "hello" and not self._nonces[0]:
             self._prove(frame)
         elif frame.kind == "welcome" and self._nonces[0] and not self._open:
             (received, _) = text_of(frame, "welcome", "proof", "credits")
-            expected = proof(self._secret, REPLICA, self.replica.incarnation, self._nonces)
-            if not hmac.compare_digest(received.encode(), expected.encode()):
-                raise Unauthenticated("the process listening there does not know the secret of this cluster")
+            self._check(received)
             self._open = True
             self._opened.set_result(None)
             early, self._early = self._early, {}
@@ -237,10 +254,15 @@ class Channel:
         else:
             raise InvalidRequest(f"unexpected message of kind {frame.kind[:64]!r}")
 
+    def _check(self, received: str) -> None:
+        expected = proof(self._secret, REPLICA, self.replica.incarnation, self._nonces)
+        if not hmac.compare_digest(received.encode(), expected.encode()):
+            raise Unauthenticated("the process listening there does not know the secret of this cluster")
+
     def _prove(self, frame: Frame) -> None:
         replica, incarnation, nonce = text_of(frame, "hello", "replica", "incarnation", "nonce")
         if (replica, incarnation) != (self.replica.id, self.replica.incarnation) or not nonce:
             raise Unavailable("another incarnation of the replica listens there")
         self._nonces = (nonce, self._nonces[1])
         own = proof(self._secret, ROUTER, incarnation, self._nonces)
-        self._write(message("prove", nonce=self._nonces[1], proof=own))
+        self._write(message("prove", nonce=self._nonces[1], proof=own, router=self._router))

@@ -13,6 +13,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from ...experts.errors import ExpertMeshError, Fenced, Unavailable
@@ -22,20 +23,18 @@ from ..machine.process_tuning import background
 from ..state.registry import Registry
 from ..state.version_folders import VersionStore
 from .candidates import CandidateBuilder
-from .events import Action
 from .executor import PROBE_TIMEOUT, Executor
-from .messages import Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
+from .messages import Desired, SwapRequest, SwapResult
 from .ports import ControllerState, ReplicaPort, RouterPort, StateSettings
 from .reconciler import Reconciler
 from .replica_health import Health, Probe
+from .routers.follow import Routers
 from .swap_transactions import SwapTransactions
 
 log = logging.getLogger(__name__)
 TURN_SECONDS = 0.5
 DRAIN_SECONDS = 0.02
-ROUTER_TIMEOUT = 5.0
 WRITER_SECONDS = 1.0
-LEASE_SECONDS = 30.0
 
 
 class Controller:
@@ -46,18 +45,14 @@ class Controller:
         self.desired = Desired()
         self.transactions = transactions
         self.reconciler = Reconciler()
-        self.reports: dict[str, RouterReport] = {}
-        self._heard: dict[str, float] = {}
-        self._states: dict[str, str] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
         self.problem = ""
-        self._router = router
         self._replicas = replicas
         self._health = Health()
         self._background = background("versions")
         self.executor = Executor(
             self.reconciler, transactions, self._health, router, replicas, self._sync, self._background
         )
+        self.routers = Routers(router, self.reconciler, self.executor, self._health, self._broken, self._hurry)
         self._next_probe = 0.0
         self._turn = asyncio.Lock()
         self._drains = asyncio.Event()
@@ -78,7 +73,7 @@ class Controller:
             if desired.revision > self.desired.revision:
                 self.desired = desired
                 self.executor.handles = desired.handles
-                self.executor.routers = desired.routers
+                self.routers.expect(desired)
                 self._health.expect(dict(desired.replicas))
                 self.transactions.declare(desired.layers, desired.owner)
                 self.reconciler.declared = frozenset(self.transactions.builder.declared)
@@ -103,8 +98,8 @@ class Controller:
         The same swap id again gives the same result. Raises what the table of swap failures says.
         """
         done = self.transactions.result_of(request.swap_id)
-        if done is not None:
-            return done
+        if done is not None and not self.transactions.is_awaited(request.swap_id):
+            return await self._flipped(done, request.timeout)
         self._check_told()
         ids = frozenset(request.changes)
         asked_before = self.transactions.is_awaited(request.swap_id)
@@ -131,6 +126,15 @@ class Controller:
             await self.executor.perform(actions)
         return await asyncio.shield(answer)
 
+    async def _flipped(self, done: SwapResult, timeout: float) -> SwapResult:
+        """The result of a swap that was committed before, once the routers have adopted it, or what it waits for."""
+        deadline = asyncio.get_running_loop().time() + timeout
+        while not self.desired.revision or self.routers.behind(done.epoch):
+            if asyncio.get_running_loop().time() > deadline:
+                return replace(done, flipped=False, pending=tuple(self.routers.behind(done.epoch)))
+            await asyncio.sleep(DRAIN_SECONDS)
+        return done
+
     async def recall(self, epoch: int, ttl: float) -> None:
         """Load the versions of an epoch that is kept, and keep them for `ttl` seconds from then on.
 
@@ -151,11 +155,19 @@ class Controller:
                 if loop.time() > deadline:
                     raise Unavailable(f"epoch {epoch} could not be loaded: {self.executor.problem}")
                 await asyncio.sleep(DRAIN_SECONDS)
-            await self._sync()
+            await self._all_told()
         except BaseException:
             self._release(epoch)
             raise
         loop.call_later(ttl, self._release, epoch)
+
+    async def _all_told(self) -> None:
+        """Tell every router what is known now; one that turns out not to answer is not waited for."""
+        began = asyncio.get_running_loop().time()
+        await self._sync()
+        while self.routers.untold(began):
+            await asyncio.sleep(DRAIN_SECONDS)
+            await self._sync()
 
     def _release(self, epoch: int) -> None:
         """Let an epoch go that was recalled, unless another recall of it still runs."""
@@ -204,7 +216,7 @@ class Controller:
             now = asyncio.get_running_loop().time()
             if now >= self._next_probe:
                 self._next_probe = now + TURN_SECONDS
-                await asyncio.gather(*(self._probe(name, desired.handles.get(name)) for name in desired.replicas))
+                await self._probe_all()
             await self._sync()
 
     def close(self) -> None:
@@ -219,23 +231,13 @@ class Controller:
             epoch=self.reconciler.current,
             versions=self.reconciler.serving(),
             replicas=self._health.replicas(),
-            routers=self.routers(),
+            routers=self.routers.facts(),
             kept=dict(self.transactions.kept),
             broken=self._broken(),
             resumed=self.transactions.resumed,
             swapped=dict(self.transactions.swapped),
             edited=self.transactions.edited,
         )
-
-    def routers(self) -> dict[str, dict[str, Any]]:
-        """The facts of every router by name, as it last reported them, and its state."""
-        return {
-            name: {
-                **(self.reports[name].facts if name in self.reports else {}),
-                "state": self._states.get(name, "starting"),
-            }
-            for name in self.desired.routers
-        }
 
     def _broken(self) -> dict[str, str]:
         """The ids whose current version cannot be loaded, and why."""
@@ -302,10 +304,10 @@ class Controller:
         return f"replica {missing[0]} has not started" if missing else ""
 
     def _at_rest(self) -> str:
-        for name in self.desired.routers:
-            report = self.reports.get(name)
-            if report is None or report.epoch < self.reconciler.current or not self.reconciler.current:
-                return f"{name} has not adopted the epoch"
+        if not self.reconciler.current:
+            return "there is no epoch yet"
+        if behind := self.routers.behind(self.reconciler.current):
+            return f"{behind[0]} has not adopted the epoch"
         broken = self._broken()
         lacking = [entry for entry in self.reconciler.incomplete() if entry[1] not in broken]
         return (
@@ -319,14 +321,21 @@ class Controller:
         if broken.keys() >= set(experts):
             raise self.executor.problems[experts[0], versions[experts[0]]]
 
+    async def _probe_all(self) -> None:
+        handles = self.desired.handles
+        await asyncio.gather(*(self._probe(name, handles.get(name)) for name in self.desired.replicas))
+
     async def _probe(self, name: str, handle: Any) -> None:
         began = asyncio.get_running_loop().time()
+        given_up = self.routers.leases.given_up
         try:
-            probe = self._replicas.probe(self.executor.order(), name, handle)
+            probe = self._replicas.probe(self.executor.order(), name, handle, given_up)
             report = await asyncio.wait_for(probe, PROBE_TIMEOUT)
+            self.routers.leases.told(name, given_up)
         except Fenced:
             raise
         except ExpertMeshError:
+            self.routers.leases.down(name)
             problem = await self._replicas.waits_for(self.desired.needs.get(name, {}))
             self._health.probed(name, Probe(failure="down", problem=problem))
             await self.executor.perform(self.reconciler.member_lost(name))
@@ -340,63 +349,16 @@ class Controller:
             await self.executor.perform(self.reconciler.member_reported(name, report.incarnation, ids, report.holds))
 
     async def _sync(self) -> None:
+        """Tell every router what is known. Raises what went wrong with the first of them where none was reached."""
         async with self._syncing:
-            with suppress(
-                asyncio.TimeoutError, TimeoutError
-            ):  # a slow disk says nothing, and must not hold up the router
+            with suppress(asyncio.TimeoutError, TimeoutError):  # a slow disk says nothing, and must not hold up routers
                 await asyncio.wait_for(asyncio.to_thread(self.transactions.check_writer), WRITER_SECONDS)
             if not self._health.all_asked():
                 return
-            update = RouterUpdate(
-                replicas=self._health.replicas(),
-                epochs=self.reconciler.known_to_routers(),
-                current=self.reconciler.current,
-                cluster_id=self.transactions.cluster_id,
-                broken=self._broken(),
-                routers=self.routers(),
-            )
-        outcomes = await asyncio.gather(
-            *(self._sync_one(name, update) for name in self.desired.routers), return_exceptions=True
-        )
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
-
-    async def _sync_one(self, name: str, update: RouterUpdate) -> None:
-        async with self._locks.setdefault(name, asyncio.Lock()):
-            self.reconciler.router_told(name, update.epochs)
-            loop = asyncio.get_running_loop()
-            sent = loop.time()
-            self._heard.setdefault(name, sent)
-            handle = self.desired.routers[name]
-            try:
-                report = await self._told_router(name, handle, update)
-                if report.revision < self.desired.revision:
-                    await asyncio.wait_for(self._router.declare(name, handle, self.desired), ROUTER_TIMEOUT)
-                    sent = loop.time()
-                    report = await self._told_router(name, handle, update)
-            except (ExpertMeshError, asyncio.TimeoutError, TimeoutError) as error:
-                self._states[name] = "restarting" if isinstance(error, ExpertMeshError) else "unresponsive"
-                self._hurry()
-                if loop.time() - self._heard[name] > LEASE_SECONDS:
-                    await self.executor.perform(self.reconciler.router_lost(name))
-                raise
-            self._heard[name], self._states[name] = sent, "ready"
-            before = self.reports.get(name)
-            changed = before is not None and before.incarnation != report.incarnation
-            self.reports[name] = report
-        actions: list[Action] = []
-        if changed:
-            actions += [*self.reconciler.member_lost(name), *self.reconciler.router_lost(name)]
-        if not self.executor.changed_since(name, sent):
-            gates = frozenset(layer.gate_id for layer in self.desired.layers.values())
-            actions += self.reconciler.member_reported(name, report.incarnation, gates, report.gates)
-        actions += self.reconciler.router_reported(name, report.epoch, report.oldest_pinned, update.epochs)
-        self._hurry()
-        await self.executor.perform(actions)
-
-    async def _told_router(self, name: str, handle: Any, update: RouterUpdate) -> RouterReport:
-        return await asyncio.wait_for(self._router.sync(self.executor.order(), name, handle, update), ROUTER_TIMEOUT)
+            if self.routers.given_up_now():
+                await self._probe_all()
+            await self.routers.leave()
+            await self.routers.tell()
 
 
 def open_controller(settings: StateSettings, router: RouterPort, replicas: ReplicaPort) -> Controller:

@@ -151,7 +151,7 @@ class Executor:
         if member in self.routers:
             return ""
         try:
-            probe = self._replicas.probe(self.order(), member, self.handles.get(member))
+            probe = self._replicas.probe(self.order(), member, self.handles.get(member), {})
             return (await asyncio.wait_for(probe, PROBE_TIMEOUT)).incarnation
         except ExpertMeshError:
             return None

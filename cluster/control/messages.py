@@ -93,14 +93,17 @@ def proposal_of(candidate: Candidate) -> Proposal:
 class RouterUpdate:
     """What a router is told every turn: the replicas, the epochs that requests may pin, and the current one.
 
-    `cluster_id` is that of the registry, whose epochs these are. `broken` are the ids whose current version cannot be
-    loaded, and why. `routers` are the facts of every router, by name, as it last reported them, and its
-    "state".
+    `session` is that of this router's last report, or "" before the first, and `given_up` the one of it that may not
+    answer any more. `cluster_id` is that of the registry, whose epochs these are. `broken` are the ids whose current
+    version cannot be loaded, and why. `routers` are the facts of every router, by name, as it last reported them, and
+    its "state".
     """
 
     replicas: tuple[Replica, ...]
     epochs: Mapping[int, Mapping[str, str]]
     current: int
+    session: str = ""
+    given_up: str = ""
     cluster_id: str = ""
     broken: Mapping[str, str] = field(default_factory=dict)
     routers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

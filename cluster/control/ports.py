@@ -62,8 +62,12 @@ class RouterPort(Protocol):
 class ReplicaPort(Protocol):
     """How the controller reaches the replicas; an order raises Fenced as those to routers do."""
 
-    async def probe(self, order: Order, replica_id: str, handle: Any) -> Replica:
-        """Ask a replica for a report. Raises Unavailable when it is not there."""
+    async def probe(self, order: Order, replica_id: str, handle: Any, given_up: Mapping[str, str]) -> Replica:
+        """Ask a replica for a report. Raises Unavailable when it is not there.
+
+        Once it has answered, it answers the routers no more that are `given_up`: by name, a session of theirs, or ""
+        where none is known.
+        """
 
     async def waits_for(self, needs: Mapping[str, float]) -> str:
         """What a replica that is down waits for, if no node has what it reserves; else empty."""

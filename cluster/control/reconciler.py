@@ -237,9 +237,15 @@ class Reconciler:
         return True
 
     def lacking(self, epoch: int) -> list[tuple[str, str]]:
-        """The declared (id, version) of an epoch that no live member holds."""
+        """The declared (id, version) of an epoch that no live replica holds, or, of gates, that a router does not."""
         held = {pair for member in self._members.values() for pair in member.holds}
-        return [pair for pair in self.epochs.get(epoch, {}).items() if pair[0] in self.declared and pair not in held]
+        routers = [member for name, member in self._members.items() if name in self._routers]
+        return [
+            pair
+            for pair in self.epochs.get(epoch, {}).items()
+            if pair[0] in self.declared
+            and (pair not in held or any(pair[0] in router.ids and pair not in router.holds for router in routers))
+        ]
 
     def serving(self) -> dict[str, str]:
         """The versions of the current epoch that are declared."""

@@ -182,7 +182,7 @@ class _ReplicaPort:
     def __init__(self, hosts: dict[str, ExpertHost]) -> None:
         self._hosts = hosts
 
-    async def probe(self, order: Order, replica_id: str, handle: Any) -> Replica:
+    async def probe(self, order: Order, replica_id: str, handle: Any, given_up: Mapping[str, str]) -> Replica:
         return report_of(replica_id, self._host(replica_id), CURE, node="local")
 
     async def waits_for(self, needs: Mapping[str, float]) -> str:

@@ -21,13 +21,14 @@ from typing import Any
 import ray
 import torch
 
-from ...experts.errors import ExpertMeshError
+from ...experts.errors import ExpertMeshError, Fenced
 from ...experts.host import ExpertHost
 from ...experts.protocol import ExpertCall
 from ...experts.staging.stage import Proposal, Receipt
 from ...experts.tensors import from_bytes
 from ...router.fanout.replica_view import Replica
 from ...router.fanout.transport import report_of
+from ..channel.refused import Refused
 from ..channel.router_end import ChannelTransport
 from ..channel.settings import ChannelSettings, open_channel
 from ..control.controller import Controller, open_controller
@@ -87,6 +88,8 @@ class ExpertActor:
         torch.set_num_threads(1)
         self._host = ExpertHost(device)
         self._orders = Orders()
+        self._refused = Refused()
+        self._senders: set[str] = set()
         self._id = replica_id
         self._experts = experts
         here = ray.get_runtime_context().get_node_id()
@@ -107,9 +110,16 @@ class ExpertActor:
             time.sleep(WATCH_SECONDS)
 
     @ray.method(concurrency_group="compute")
-    def compute(self, call: ExpertCall) -> Any:
-        """Compute one message sent as an actor call, with packed tensors; the reply is packed too."""
-        return packed_reply(self._host.compute(unpacked_call(call)))
+    def compute(self, call: ExpertCall, router: str) -> Any:
+        """Compute one message sent as an actor call, with packed tensors; the reply is packed too.
+
+        Raises Fenced for a router that the controller has given up.
+        """
+        self._senders.add(router)
+        reply = None if router in self._refused else self._host.compute(unpacked_call(call))
+        if reply is None or router in self._refused:
+            raise Fenced("the controller has given this router up")
+        return packed_reply(reply)
 
     @ray.method(concurrency_group="stage")
     def stage(
@@ -135,10 +145,17 @@ class ExpertActor:
             self._host.unload(expert_id, version)
 
     @ray.method(concurrency_group="control")
-    def report(self, order: Order | None = None) -> Replica:
-        """This replica's experts, node, device, address and loaded versions; raises Fenced where a controller asks."""
+    def report(self, order: Order | None = None, given_up: Mapping[str, str] | None = None) -> Replica:
+        """This replica's experts, node, device, address and loaded versions; raises Fenced where a controller asks.
+
+        When this returns, nothing more is answered to the routers that are `given_up`, as `ChannelServer.refuse` says.
+        """
         if order is not None:
             self._orders.check(order)
+        if given_up:
+            self._refused.add(given_up, list(self._senders))
+            if self._channel is not None:
+                self._channel.refuse(given_up)
         channel = self._channel
         addresses = {} if channel is None else {"address": channel.address, "tcp_address": channel.tcp_address}
         device = _device_name(self._host.device)

@@ -64,9 +64,9 @@ class RayReplicaPort:
         self._storing = threading.Lock()
         self._background = background("weights")
 
-    async def probe(self, order: Order, replica_id: str, handle: Any) -> Replica:
+    async def probe(self, order: Order, replica_id: str, handle: Any, given_up: Mapping[str, str]) -> Replica:
         """Request a report."""
-        return await awaited(_actor(replica_id, handle).report.remote(order))
+        return await awaited(_actor(replica_id, handle).report.remote(order, given_up))
 
     async def waits_for(self, needs: Mapping[str, float]) -> str:
         """What a replica that is down waits for, if no node has what it reserves; else empty."""

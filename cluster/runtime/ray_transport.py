@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...experts.errors import ExpertMeshError, Unavailable
+from ...experts.errors import ExpertMeshError, Fenced, Unavailable
 from ...experts.protocol import ExpertCall, ExpertReply
 from ...experts.tensors import from_bytes
 from ...router.fanout.replica_view import Replica
@@ -26,6 +26,8 @@ class RayTransport:
     def __init__(self) -> None:
         self.carried: Counter[str] = Counter()
         self.handles: dict[str, Any] = {}
+        self._router = ""
+        self._refused: Callable[[], None] = lambda: None
 
     def send(self, replica: Replica, call: ExpertCall, done: Done) -> Cancel:
         """Call the actor."""
@@ -38,12 +40,21 @@ class RayTransport:
         self.carried["ray"] += int(call.rows.shape[0])
         tensors = {"rows": call.rows, "row_index": call.row_index, "weights": call.weights}
         packed = replace(call, **{name: _packed(tensor) for name, tensor in tensors.items()})
+        router, refused = self._router, self._refused
         try:
-            return _each(_unpacked, await awaited(handle.compute.remote(packed)))
+            return _each(_unpacked, await awaited(handle.compute.remote(packed, router)))
+        except Fenced:
+            if router == self._router:
+                refused()
+            raise Unavailable("this router was given up; retry") from None
         except Unavailable as error:
             if actor_ended(error):
                 return Died()
             raise
+
+    def identify(self, router: str, refused: Callable[[], None]) -> None:
+        """Send as this router from now on."""
+        self._router, self._refused = router, refused
 
     async def responds(self, replica: Replica) -> bool:
         """Whether the actor answers in its group for control, while it may compute."""

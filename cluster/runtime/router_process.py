@@ -9,9 +9,9 @@ import asyncio
 import copy
 import os
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from ...experts.errors import ConfigError, ExpertMeshError, FailedPrecondition
@@ -27,6 +27,7 @@ from ...router.fanout.transport import Transport
 from ...router.gates import Gate
 from ...router.mixture.layer import Layer
 from ...router.request.forward import Router
+from ..channel.refused import identity
 from ..control.messages import Candidate, Desired, RouterReport, RouterUpdate
 from ..control.orders import Order, Orders
 from ..control.ports import ControlPort
@@ -69,9 +70,11 @@ class RouterService:
     """Serves requests, and follows the controller. `where` says where it is, in the words of the status."""
 
     def __init__(self, settings: ServiceSettings, transport: Transport, control: ControlPort) -> None:
-        self.incarnation = uuid.uuid4().hex
         self.where: Mapping[str, str] = {}
         self.router = Router(transport, max_rows_in_flight=settings.max_rows_in_flight)
+        self._name = settings.router
+        self.router.standing.required, self.router.standing.lost = True, self._identify
+        self._identify()
         self._thread = RouterThread(self.router)
         self._settings = settings
         self.control = control
@@ -98,6 +101,16 @@ class RouterService:
         self._broken: Mapping[str, str] = {}
         self._routers: Mapping[str, Mapping[str, Any]] = {}
         self._orders = Orders()
+
+    @property
+    def incarnation(self) -> str:
+        """The session of the router: another one after each start, and whenever it was given up."""
+        return self.router.standing.session
+
+    def _identify(self) -> None:
+        standing = self.router.standing
+        given_up = partial(standing.lose, standing.session)
+        self.router.transport.identify(identity(self._name, standing.session), given_up)
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -162,8 +175,12 @@ class RouterService:
         return report
 
     def _sync(self, order: Order, update: RouterUpdate) -> RouterReport:
+        standing = self.router.standing
+        standing.lose(update.given_up)
         if self._orders.is_newest_update(order):
             self._take(update)
+            if self.router.epochs.number >= update.current:  # its gates may not be loaded here yet
+                standing.confirmed(update.session)
         return RouterReport(
             incarnation=self.incarnation,
             revision=self._revision,

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from ...experts.errors import Unavailable
 from ...router.request.forward import Router
+from ...router.request.standing import TICK_SECONDS
 
 END_SECONDS = 5.0
 """How long the tasks of a loop that has stopped may take to end."""
@@ -57,6 +58,7 @@ class RouterThread:
 
     def _main(self) -> None:
         asyncio.set_event_loop(self.loop)
+        self.loop.call_soon(self._tick)
         try:
             self.loop.run_forever()
         finally:
@@ -64,6 +66,10 @@ class RouterThread:
                 self._closed = True
             end_tasks(self.loop)
             self.loop.close()
+
+    def _tick(self) -> None:
+        self.router.standing.tick()
+        self.loop.call_later(TICK_SECONDS, self._tick)
 
     def _end(self) -> None:
         self.router.transport.close()

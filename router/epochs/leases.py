@@ -36,14 +36,20 @@ class _Lease:
 
 
 class Leases:
-    """The leases of a router; `clock` returns monotonic seconds."""
+    """The leases of a router; `clock` returns monotonic seconds, `check` raises where the epoch may be outdated."""
 
     def __init__(
-        self, epochs: Epochs, clock: Callable[[], float], *, new_id: Callable[[], str] = lambda: uuid.uuid4().hex
+        self,
+        epochs: Epochs,
+        clock: Callable[[], float],
+        *,
+        new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._epochs = epochs
         self._clock = clock
         self._new_id = new_id
+        self._check = check
         self._leases: dict[str, _Lease] = {}
 
     def __len__(self) -> int:
@@ -53,9 +59,10 @@ class Leases:
         """Lease the current epoch; returns the id of the lease, the epoch and the time to live in seconds.
 
         `ttl` is capped at 60 seconds; `holder` is whose lease it is, and may have a quarter of all. Raises
-        InvalidRequest if `ttl` is not above 0, Unavailable before the first epoch, and Overloaded if there are too many
-        leases.
+        InvalidRequest if `ttl` is not above 0, Unavailable before the first epoch, Overloaded if there are too many
+        leases, and what `check` raises.
         """
+        self._check()
         if not ttl > 0:
             raise InvalidRequest(f"ttl must be a number of seconds above 0, not {ttl:g}")
         self.drop_expired()

@@ -49,6 +49,12 @@ class Transport(Protocol):
     async def responds(self, replica: Replica) -> bool:
         """Whether the process of a replica runs, whatever its experts do; within a second at most."""
 
+    def identify(self, router: str, refused: Callable[[], None]) -> None:
+        """Be this router to replicas from now on; what was connected as another is disconnected.
+
+        `refused` is called where a replica serves this router no longer, because the controller has given it up.
+        """
+
     def refresh(self, replicas: Iterable[Replica], lost: Lost) -> None:
         """Take a full report of the replicas: connect to new incarnations, and close the connections to all others.
 
@@ -96,6 +102,9 @@ class LocalTransport:
     async def responds(self, replica: Replica) -> bool:
         """True: it is this process."""
         return True
+
+    def identify(self, router: str, refused: Callable[[], None]) -> None:
+        """Nothing to tell: replicas of this process cannot outlive what they know of its routers."""
 
     def refresh(self, replicas: Iterable[Replica], lost: Lost) -> None:
         """Nothing to connect: `add` and `remove` manage the hosts."""

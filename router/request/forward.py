@@ -30,6 +30,7 @@ from .admission import Admission
 from .answer import Answer, ForwardReply, ForwardRequest
 from .batching import Batching
 from .options import gate_request
+from .standing import Standing
 
 if sys.version_info >= (3, 11):
     from asyncio import timeout
@@ -44,7 +45,8 @@ class Router:
 
     def __init__(self, transport: Transport, *, max_rows_in_flight: int = 65_536) -> None:
         self.epochs = Epochs()
-        self.leases = Leases(self.epochs, time.monotonic)
+        self.standing = Standing()
+        self.leases = Leases(self.epochs, time.monotonic, check=self.standing.check)
         self.pinning = Pinning(self.epochs, self.leases)
         self.view = View()
         self.telemetry = Telemetry()
@@ -81,10 +83,12 @@ class Router:
         started = loop.time()
         name, code = "", ExpertMeshError.code  # counted by name only for existing layers: few names
         try:
+            self.standing.check()
             name = self.layer(request.options.layer).name
             with self.admission.admit(name, int(request.x.shape[0]) if request.x.ndim else 1):
                 async with timeout(request.timeout):  # wait_for would add a task: four turns of the loop
                     reply = await self._with_epoch(request, started + request.timeout)
+            self.standing.check()  # it may have been given up meanwhile
             code = "OK"
             return reply
         except (asyncio.TimeoutError, TimeoutError):
@@ -109,7 +113,9 @@ class Router:
         It needs one of every shared expert, and of every expert, or of any if a policy covers for the others.
         """
         epoch = self.epochs.current
-        return all(self._serves(epoch, layer) for layer in ([name] if name is not None else epoch.layers))
+        return self.standing.kept and all(
+            self._serves(epoch, layer) for layer in ([name] if name is not None else epoch.layers)
+        )
 
     def _serves(self, epoch: Epoch, name: str) -> bool:
         layer = _layer(epoch, name)

@@ -55,7 +55,16 @@ DECISIONS = (  # rules that are told everything, the time too, and do nothing th
 )  # fmt: skip
 SHELLS = tuple(  # and what stands beside them: it waits, reads, writes and tells
     f"cluster/control/{name}.py"
-    for name in ("candidate_records", "candidates", "controller", "executor", "messages", "ports", "swap_transactions")
+    for name in (
+        "candidate_records",
+        "candidates",
+        "controller",
+        "executor",
+        "messages",
+        "ports",
+        "routers/follow",
+        "swap_transactions",
+    )
 )
 NO_DECISION_KNOWS = ("asyncio", "datetime", "grpc", "ray", "socket", "sqlite3", "threading", "time", "torch")
 NEVER_IMPORTED = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve")

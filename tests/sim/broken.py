@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection, Coroutine, Iterator, Mapping
+from collections.abc import Collection, Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from expertmesh.cluster.control.orders import Order, Orders
 from expertmesh.cluster.control.reconciler import Reconciler
 from expertmesh.cluster.control.replica_health import Health
 from expertmesh.cluster.control.retention import Versions
+from expertmesh.cluster.control.routers.leases import RouterLeases
 from expertmesh.cluster.control.swap import Phase, Swap, Swaps
 from expertmesh.cluster.state.registry import _transaction
 from expertmesh.experts.errors import Aborted, Fenced
@@ -158,6 +159,24 @@ class AnswersWithNewest(Replica):
         return max((held for id, held in self.slots if id == expert), default=None)
 
 
+class AnswersWhoWasGivenUp(Replica):
+    """Goes on to compute for routers that the controller has given up."""
+
+    def refuse(self, given_up: Mapping[str, str]) -> None:
+        """Refuses nobody."""
+
+
+class ForgetsWhoIsSilent(RouterLeases):
+    """Takes a router for gone once its lease is over, and tells nobody: it may be paused, and pins."""
+
+    @property
+    def given_up(self) -> dict[str, str]:
+        return {}
+
+    def leave(self, replicas: Iterable[str]) -> list[str]:
+        return super().leave(())
+
+
 class TakesLateOrders(Orders):
     """Unloads although a version was staged again since."""
 
@@ -259,6 +278,12 @@ RULES = {
     "old reports believed": Rule(Broken(executor=BelievesOldReports), "no request fails", "quiet"),
     "restarted without the pinned version": Rule(Broken(replica=PretendsToHold), "no mix"),
     "answers with the newest version": Rule(Broken(replica=AnswersWithNewest), "no mix"),
+    "answers a router that was given up": Rule(
+        Broken(replica=AnswersWhoWasGivenUp), "no stale answer", "storm", seeds=600
+    ),
+    "retired while a paused router pins it": Rule(
+        Broken(leases=ForgetsWhoIsSilent), "what is pinned stays", "storm", seeds=800
+    ),
     "late unload obeyed": Rule(Broken(orders=TakesLateOrders), "receipts", "quiet", seeds=600),
     "no fencing": Rule(Broken(registry=Unfenced), "fencing", "storm", seeds=600),
     "fencing taken for refusal": Rule(Broken(transactions=TellsOfFencing), "refused changes nothing", "storm"),

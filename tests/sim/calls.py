@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from sim.router import GATE
 
-from expertmesh.experts.errors import ExpertMeshError, Unavailable, VersionGone
+from expertmesh.cluster.channel.refused import identity
+from expertmesh.experts.errors import ExpertMeshError, Fenced, Unavailable, VersionGone
 from expertmesh.router.epochs.epochs import Epoch
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Request:
         self.epoch: Epoch | None = None
         self.gone = 0
         self.ended = False
+        self.acknowledged = router.world.checker.acknowledged
         self._rounds = rounds
         self._left = rounds
         self._attempt = 0
@@ -46,6 +48,11 @@ class Request:
     def start(self) -> None:
         """Pin an epoch and send the first round."""
         self.router.requests.add(self)
+        try:
+            self.router.standing.check()
+        except ExpertMeshError as error:
+            self.fail(error)
+            return
         if not self.router.serves:
             self.fail(Unavailable("the router is not ready"))
         else:
@@ -86,17 +93,20 @@ class Request:
             self._failed(error)
             return
         tried.add(name)
+        session = self.router.session
         self.router.view.sent(name, 1)
         self.router.world.network.call(
             self.router,
             name,
             "compute",
-            (expert, version),
-            lambda result: self._replied(expert, attempt, tried, sent + 1, name, result),
+            (identity(self.router.name, session), expert, version),
+            lambda result: self._replied(expert, attempt, tried, sent + 1, name, session, result),
             MESSAGE_TIMEOUT,
         )
 
-    def _replied(self, expert: str, attempt: int, tried: set[str], sent: int, name: str, result: object) -> None:
+    def _replied(
+        self, expert: str, attempt: int, tried: set[str], sent: int, name: str, session: str, result: object
+    ) -> None:
         self.router.view.sent(name, -1)
         if result is None:
             self.router.view.failed(name)
@@ -104,6 +114,9 @@ class Request:
             return
         if isinstance(result, str):
             self._answered(expert, result)
+        elif isinstance(result, Fenced):
+            self.router.standing.lose(session)
+            self._failed(Unavailable("this router was given up"))
         else:
             self.gone += isinstance(result, VersionGone)
             if sent >= MAX_ATTEMPTS:
@@ -119,6 +132,14 @@ class Request:
         self._left -= 1
         if self._left:
             self._round()
+        else:
+            self._complete()
+
+    def _complete(self) -> None:
+        try:
+            self.router.standing.check()
+        except ExpertMeshError as error:
+            self.fail(error)
         else:
             self._end()
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from sim.world import World
 
 MOST_SLOTS = 3
-"""Versions of one id that a member may hold at a time: stable, and candidate or draining, and one that is leaving."""
+"""Versions of one id that a replica may hold at a time: stable, and candidate or draining, and one that is leaving."""
+MOST_GATES = 4
+"""Those of a gate at a router: two may be leaving, where another router lets go of them late."""
 
 
 class Breach(AssertionError):
@@ -31,6 +33,8 @@ class Checker:
     def __init__(self, world: World) -> None:
         self.world = world
         self.counts: Counter[str] = Counter()
+        self.acknowledged = 0
+        """The newest epoch of which a client was told that it is served."""
         self._acknowledged: dict[str, tuple[int, Mapping[str, str]]] = {}
         self._refused: set[str] = set()
         self._adopted: dict[str, int] = {}
@@ -99,6 +103,8 @@ class Checker:
             before = {id: self.world.disk.history.get(result.epoch - 1, {}).get(id, "") for id in asked}
             self.demand(result.before == before, "no update is lost", f"{swap_id}: {result.before}, not {before}")
             self._acknowledged[swap_id] = (result.epoch, asked)
+            if result.flipped:
+                self.acknowledged = max(self.acknowledged, result.epoch)
         else:
             self.counts[f"refused {type(result).__name__}"] += 1
             self._refused.add(swap_id)
@@ -113,7 +119,16 @@ class Checker:
         """A member has put a version in a slot."""
         if self.world.quiet and not self.world.recalls:
             most = max(Counter(id for id, _ in member.slots).values())
-            self.demand(most <= MOST_SLOTS, "at most two live versions", f"{member.name} holds {sorted(member.slots)}")
+            bound = MOST_GATES if isinstance(member, Router) else MOST_SLOTS
+            self.demand(most <= bound, "at most two live versions", f"{member.name} holds {sorted(member.slots)}")
+
+    def unloads(self, pair: tuple[str, str]) -> None:
+        """A member forgets a version: no router that may answer may need it."""
+        for router in self.world.routers():
+            if router.alive and router.standing.kept and not router.is_refused():
+                pinned = {*router.epochs.pins()} - router.doubtful | {router.epochs.number}
+                named = [e.number for e in router.epochs.known() if e.number in pinned and pair in e.versions.items()]
+                self.demand(not named, "what is pinned stays", f"{router.session} pins {named}, {pair} goes")
 
     # ---- requests
 
@@ -141,6 +156,11 @@ class Checker:
             self.counts["answered by an old epoch"] += 0 < request.old < request.router.epochs.number
             assert request.epoch is not None
             versions = self.world.disk.history[request.epoch.number]
+            fixed = request.lease or request.old
+            stale = f"request {request.number} of {request.router.session} on {request.epoch.number}"
+            newest = f"{request.acknowledged} was acknowledged before it"
+            fresh = bool(fixed) or request.epoch.number >= request.acknowledged
+            self.demand(fresh, "no stale answer", f"{stale}, {newest}")
             mixed = [(id, version) for id, version in request.answers if versions[id] != version]
             self.demand(not mixed, "no mix", f"request {request.number} on {request.epoch.number}: {mixed}")
             if request.epoch.number < request.router.epochs.number:
@@ -173,9 +193,10 @@ class Checker:
         self.demand(revision == declared, "the controller follows its owner", f"at {revision}, not {declared}")
         self.demand(not world.owner.asked(), "what is declared is served", f"{world.owner.asked()} is missing")
         self.demand(not world.open_swaps, "every swap is answered", f"{sorted(world.open_swaps)}")
-        router = world.router
-        self.demand(router.epochs.number == disk.current, "routers follow", f"{router.incarnation}")
-        self.demand(not router.epochs.pins(), "nothing is draining", f"{router.name}: {router.epochs.pins()}")
+        for router in world.routers():
+            self.demand(router.serves, "routers come back", f"{router.incarnation}: {router.standing.problem}")
+            self.demand(router.epochs.number == disk.current, "routers follow", f"{router.incarnation}")
+            self.demand(not router.epochs.pins(), "nothing is draining", f"{router.name}: {router.epochs.pins()}")
         for holder in world.holders():
             wanted = {(id, versions[id]) for id in holder.ids}
             self.demand(holder.slots == wanted, "one set", f"{holder.name} holds {sorted(holder.slots)}, not {wanted}")

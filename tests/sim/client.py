@@ -57,11 +57,11 @@ class Clients:
         clock = self.world.clock
         if self.calm:
             return
-        self._ask(self.world.router)
+        self._ask(self.world.router())
         clock.after(clock.between(0.1, 0.6), self._keep_asking)
 
     def _ask(self, router: Router, lease: int = 0, old: int = 0) -> None:
-        if router.alive:
+        if router.alive and router.frozen is None:
             self._requests += 1
             Request(router, self._requests, self.world.clock.rng.randint(1, 3), self.world.ended, lease, old).start()
 
@@ -77,7 +77,7 @@ class Clients:
 
     def _by_number(self, number: int) -> None:
         """As `Pinning` does it: recall the epoch unless the router knows it."""
-        world, router = self.world, self.world.router
+        world, router = self.world, self.world.router()
         if router.serves and router.epochs.knows(number):
             self._ask(router, old=number)
         elif router.serves:
@@ -96,7 +96,7 @@ class Clients:
         clock = self.world.clock
         if self.calm:
             return
-        router = self.world.router
+        router = self.world.router()
         if router.serves:
             self._leases += 1
             number = self._leases
@@ -113,11 +113,11 @@ class Clients:
 
     def close_leases(self) -> None:
         """What is still leased must answer, with all experts; then the leases end."""
-        router = self.world.router
-        for number in list(router.leases):
-            for _ in range(3):
-                self._ask(router, number)
-            self.world.clock.after(3.0, router.end_lease, number)
+        for router in self.world.routers():
+            for number in list(router.leases):
+                for _ in range(3):
+                    self._ask(router, number)
+                self.world.clock.after(3.0, router.end_lease, number)
 
     # ---- swaps
 
@@ -210,14 +210,18 @@ class Clients:
         world, clock = self.world, self.world.clock
         if self.calm:
             return
-        happening = clock.rng.choice(("crash", "crash", "cut off", "replace", "nothing"))
+        happening = clock.rng.choice(("crash", "crash", "cut off", "freeze", "freeze", "replace", "nothing"))
         victims = [found for found in world.network.processes.values() if found.alive]
         if happening == "crash":
             world.crash(clock.rng.choice(victims))
         elif happening == "cut off":
-            victim = clock.rng.choice([found for found in victims if found.name != "controller"])
+            routers = [found for found in victims if isinstance(found, Router)]
+            others = [found for found in victims if found.name != "controller"]
+            victim = clock.rng.choice(routers if routers and clock.chance(0.5) else others)
             victim.cut_off = True
             clock.after(clock.between(1.0, 12.0), setattr, victim, "cut_off", False)
+        elif happening == "freeze":
+            world.freeze(clock.rng.choice(victims))
         elif happening == "replace":
             world.replace_controller()
         clock.after(clock.between(2.0, 6.0), self._keep_spoiling)

@@ -20,6 +20,7 @@ from expertmesh.cluster.control.controller import Controller
 from expertmesh.cluster.control.events import Action, CommitSwap
 from expertmesh.cluster.control.executor import Executor
 from expertmesh.cluster.control.messages import Candidate, Change, Desired, SwapRequest
+from expertmesh.cluster.control.routers.follow import Routers
 from expertmesh.cluster.control.swap_transactions import SwapTransactions
 from expertmesh.cluster.state.records import VersionRecord
 from expertmesh.experts.errors import ExpertMeshError
@@ -56,10 +57,20 @@ class ControllerProcess(Process):
         line = Line(self)
         self.controller = Controller(transactions, RouterPort(self, line), ReplicaPort(line))
         self.controller.executor.__class__ = world.rules.executor
+        self.controller.routers.leases = world.rules.leases(world.lease)
+        self.controller.routers.leave = self._leave  # type: ignore[method-assign]
         self.controller.reconciler.__class__ = world.rules.reconciler
         self.controller._health.__class__ = world.rules.health
         self.controller.reconciler.swaps = world.rules.swaps()
         self._turning = False
+
+    async def _leave(self) -> None:
+        """As in truth; whoever is given up by it may not answer any more."""
+        leases = self.controller.routers.leases
+        before = leases.gone
+        await Routers.leave(self.controller.routers)
+        for _ in leases.gone - before:
+            self.world.checker.counts["routers given up"] += 1
 
     def reach(self, step: str, when: str) -> None:
         """Come to a step of a swap, and perhaps not any further."""

@@ -71,7 +71,7 @@ class Loop(asyncio.AbstractEventLoop):
 
     def run_in_executor(self, executor: Any, func: Callback, *args: Any) -> asyncio.Future[Any]:  # type: ignore[override]
         future = self.create_future()
-        self._clock.after(self._clock.between(0.002, 0.06), self._work, future, func, args)
+        self._clock.after(self._clock.between(0.002, 0.06), self._process.run, lambda: self._work(future, func, args))
         return future
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
@@ -99,6 +99,9 @@ class Loop(asyncio.AbstractEventLoop):
             self._clock.after(delay, self._run, handle)
 
     def _run(self, handle: asyncio.Handle) -> None:
+        self._process.run(lambda: self._ran(handle))
+
+    def _ran(self, handle: asyncio.Handle) -> None:
         if self._process.alive and not handle.cancelled():
             asyncio._set_running_loop(self)
             try:

@@ -40,7 +40,21 @@ class Process:
         self.incarnation = incarnation
         self.alive = True
         self.cut_off = False
+        self.frozen: list[Callable[[], object]] | None = None
         self.calls: dict[int, Call] = {}
+
+    def run(self, step: Callable[[], object]) -> None:
+        """Take a step, or leave it for later where this process is frozen."""
+        if self.frozen is not None:
+            self.frozen.append(step)
+        elif self.alive:
+            step()
+
+    def wake(self) -> None:
+        """Go on with all that has come in meanwhile."""
+        steps, self.frozen = self.frozen or [], None
+        for step in steps:
+            self.run(step)
 
     def receive(self, method: str, arguments: tuple[Any, ...], reply: Reply) -> None:
         """Handle one call: `on_<method>` answers through `reply`, now or later."""
@@ -64,7 +78,7 @@ class Call:
             if self.target is not None:
                 self.target.calls.pop(self.number, None)
             if self.sender.alive:
-                self._done(result)
+                self.sender.run(lambda: self._done(result))
 
 
 class Network:
@@ -108,7 +122,7 @@ class Network:
         if not target.alive:
             self.clock.after(self._delay(), call.end, None)
         elif not self._cut(call, target):
-            target.receive(method, arguments, lambda result: self._answer(call, target, result))
+            target.run(lambda: target.receive(method, arguments, lambda result: self._answer(call, target, result)))
 
     def _answer(self, call: Call, target: Process, result: Any) -> None:
         if self.tell is not None:

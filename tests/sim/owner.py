@@ -36,7 +36,10 @@ class Owner(Process):
         self._before = self._edits
         self._declaring = False
         self.desired = Desired(
-            revision=1, layers={"l": layer(self._edits)}, replicas=world.hosts, routers={"router-0": None}
+            revision=1,
+            layers={"l": layer(self._edits)},
+            replicas=world.hosts,
+            routers=dict.fromkeys(world.router_names),
         )
 
     def asked(self) -> dict[str, str]:

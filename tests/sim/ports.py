@@ -89,9 +89,9 @@ class ReplicaPort:
     def __init__(self, line: Line) -> None:
         self._line = line
 
-    async def probe(self, order: Order, replica_id: str, handle: Any) -> Replica:
+    async def probe(self, order: Order, replica_id: str, handle: Any, given_up: Mapping[str, str]) -> Replica:
         """Ask for a report."""
-        incarnation, ids, holds = await self._line.call(replica_id, "report", order)
+        incarnation, ids, holds = await self._line.call(replica_id, "report", order, given_up)
         return Replica(replica_id, tuple(sorted(ids)), incarnation, holds, READY)
 
     async def stage(self, order: Order, replica_id: str, handle: Any, candidate: Candidate) -> Receipt:

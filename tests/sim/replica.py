@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from sim.network import Process, Reply
 
+from expertmesh.cluster.channel.refused import Refused, identity
 from expertmesh.cluster.control.messages import Candidate
 from expertmesh.cluster.control.orders import Order
 from expertmesh.experts.errors import FailedPrecondition, Fenced, VersionGone
@@ -44,6 +46,15 @@ class Holder(Process):
         self.slots: set[Pair] = set()
         self.orders = world.rules.orders()
 
+    @property
+    def session(self) -> str:
+        """What the controller knows this process by."""
+        return self.incarnation
+
+    def later(self, delay: float, step: Callable[..., None], *arguments: Any) -> None:
+        """Take a step after a while, if this process runs then."""
+        self.world.clock.after(delay, lambda: self.run(lambda: step(*arguments)))
+
     def obeys(self, reply: Reply, order: Order) -> bool:
         """Whether an order is obeyed; whoever gave it is told if not."""
         try:
@@ -55,15 +66,10 @@ class Holder(Process):
         self.world.checker.obeyed(self, order.term)
         return True
 
-    def on_report(self, reply: Reply, order: Order) -> None:
-        """Say what is held."""
-        if self.obeys(reply, order):
-            reply((self.incarnation, self.ids, frozenset(self.slots)))
-
     def on_stage(self, reply: Reply, order: Order, step: str, candidate: Candidate) -> None:
         """Load and verify a version beside what is held; replies with the receipt or the error."""
         if self.obeys(reply, order):
-            self.world.clock.after(self.world.loading_time(), self._staged, reply, order, step, candidate)
+            self.later(self.world.loading_time(), self._staged, reply, order, step, candidate)
 
     def _staged(self, reply: Reply, order: Order, step: str, candidate: Candidate) -> None:
         if not self.alive:
@@ -86,11 +92,12 @@ class Holder(Process):
             version = f"v{candidate.counter}-{digest[:12]}"
         else:
             digest = version.partition("-")[2].ljust(64, "0")
-        return Receipt(candidate.id, version, self.incarnation, digest, tensors, None, 0, 0.0, ANY, ANY)
+        return Receipt(candidate.id, version, self.session, digest, tensors, None, 0, 0.0, ANY, ANY)
 
     def on_unload(self, reply: Reply, order: Order, id: str, version: str) -> None:
         """Forget a version, unless it was asked for again since."""
         if self.obeys(reply, order) and self.orders.may_unload(id, version, order):
+            self.world.checker.unloads((id, version))
             self.slots.discard((id, version))
             self.world.faults.reached("unload", "after", self)
             reply("gone")
@@ -99,14 +106,32 @@ class Holder(Process):
 class Replica(Holder):
     """Computes. What it answers is the version that it has truly computed with."""
 
-    def on_compute(self, reply: Reply, expert: str, version: str) -> None:
+    def __init__(self, world: World, name: str, incarnation: str, ids: tuple[str, ...]) -> None:
+        super().__init__(world, name, incarnation, ids)
+        self.refused = Refused()
+
+    def on_report(self, reply: Reply, order: Order, given_up: Mapping[str, str]) -> None:
+        """Refuse routers that are given up, and say what is held."""
+        if self.obeys(reply, order):
+            self.refuse(given_up)
+            reply((self.incarnation, self.ids, frozenset(self.slots)))
+
+    def refuse(self, given_up: Mapping[str, str]) -> None:
+        """Answer these routers no more."""
+        connected = [identity(router.name, router.session) for router in self.world.routers() if router.alive]
+        self.refused.add(given_up, connected)
+
+    def on_compute(self, reply: Reply, router: str, expert: str, version: str) -> None:
         """One message of rows."""
         found = self.found(expert, version)
-        self.world.clock.after(self.world.computing_time(), self._computed, reply, expert, found)
+        self.later(self.world.computing_time(), self._computed, reply, router, expert, found)
 
     def found(self, expert: str, version: str) -> str | None:
         """The version that will compute; None where exactly this one is not held."""
         return version if (expert, version) in self.slots else None
 
-    def _computed(self, reply: Reply, expert: str, version: str | None) -> None:
+    def _computed(self, reply: Reply, router: str, expert: str, version: str | None) -> None:
+        if router in self.refused:
+            reply(Fenced("the controller has given this router up"))
+            return
         reply(VersionGone(f"{expert} is not loaded here in this version") if version is None else version)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import count
 from typing import TYPE_CHECKING
 
 from sim.network import Reply
-from sim.replica import Holder
+from sim.replica import Holder, Replica
 
+from expertmesh.cluster.channel.refused import identity
 from expertmesh.cluster.control.messages import Desired, RouterReport, RouterUpdate
 from expertmesh.cluster.control.orders import Order
 from expertmesh.experts.errors import Unavailable
 from expertmesh.router.epochs.epochs import Epoch, Epochs
 from expertmesh.router.fanout.replica_view import View
+from expertmesh.router.request.standing import TICK_SECONDS, Standing
 
 if TYPE_CHECKING:
     from sim.calls import Request
@@ -30,12 +33,36 @@ class Router(Holder):
         self.view = View(world.clock.rng)
         self.requests: set[Request] = set()
         self.leases: dict[int, Epoch] = {}
+        self.doubtful: set[int] = set()
+        """Pinned by an earlier session: whoever has given that up has given up its pins."""
+        named = (f"{incarnation}/{number}" for number in count(1))
+        self.standing = Standing(self._lost, clock=lambda: world.clock.now, name=lambda: next(named))
+        self.standing.required = True
         self._revision = 0
+        self._tick()
+
+    def is_refused(self) -> bool:
+        """Whether no replica that this router knows would answer it."""
+        known = {replica.incarnation for replica in self.view.replicas()}
+        reached = [found for found in self.world.holders() if isinstance(found, Replica) and found.incarnation in known]
+        return all(identity(self.name, self.session) in found.refused for found in reached if found.alive)
+
+    def _lost(self) -> None:
+        self.doubtful |= set(self.epochs.pins())
+
+    def _tick(self) -> None:
+        self.standing.tick()
+        self.later(TICK_SECONDS, self._tick)
+
+    @property
+    def session(self) -> str:
+        """What the controller knows this router by."""
+        return self.standing.session
 
     @property
     def serves(self) -> bool:
         """Whether requests may be taken."""
-        return self.alive and self.epochs.number > 0
+        return self.alive and self.frozen is None and self.epochs.number > 0 and self.standing.kept
 
     def on_declare(self, reply: Reply, desired: Desired) -> None:
         """Take newer declared layers."""
@@ -46,14 +73,17 @@ class Router(Holder):
         """Take what the controller knows; replies with what is adopted, pinned and held here."""
         if not self.obeys(reply, order):
             return
+        self.standing.lose(update.given_up)
         if self.orders.is_newest_update(order):
             self.view.update(update.replicas)
             if self._revision:
                 self._adopt(update.epochs, update.current)
+            if self.epochs.number >= update.current:
+                self.standing.confirmed(update.session)
         self.world.faults.reached("sync", "after", self)
         reply(
             RouterReport(
-                incarnation=self.incarnation,
+                incarnation=self.session,
                 revision=self._revision,
                 epoch=self.epochs.number,
                 oldest_pinned=self.epochs.oldest_pinned(),
@@ -75,7 +105,7 @@ class Router(Holder):
     def end_lease(self, number: int) -> None:
         """Give back what a client has pinned, once its last request has ended; a second time does nothing."""
         if self.serves and any(request.lease == number for request in self.requests):
-            self.world.clock.after(0.3, self.end_lease, number)
+            self.later(0.3, self.end_lease, number)
             return
         epoch = self.leases.pop(number, None)
         if epoch is not None:

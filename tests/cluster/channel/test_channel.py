@@ -131,12 +131,12 @@ def read(connection: socket.socket) -> Any:
     return decode(connection.recv(size, socket.MSG_WAITALL))
 
 
-def known(served: Served) -> socket.socket:
+def known(served: Served, router: str = "router-0/s") -> socket.socket:
     """A connection that has proved the secret, by hand."""
     connection = connect(served.server.address)
     hello = read(connection).meta
     mine = proof(SECRET, ROUTER, hello["incarnation"], (hello["nonce"], "n"))
-    connection.sendall(b"".join(message("prove", nonce="n", proof=mine)))
+    connection.sendall(b"".join(message("prove", nonce="n", proof=mine, router=router)))
     assert read(connection).kind == "welcome"
     return connection
 
@@ -310,6 +310,49 @@ def test_who_does_not_read_is_closed_and_the_others_are_served(served: Served, m
         router.transport.close()
 
     run_async(main())
+
+
+@pytest.mark.parametrize("session", ["s", ""])
+def test_a_router_that_was_given_up_gets_no_answer_any_more_and_is_told(tmp_path: Path, session: str) -> None:
+    """By its session, or, where none is known, by its name; another router, and a later session, are served."""
+    with waiting_expert(tmp_path) as made:
+        frozen, other = known(made, "router-0/s"), known(made, "router-1/t")
+        for connection in (frozen, other):
+            connection.sendall(b"".join(encode_call(made.call())))
+        made.server.refuse({"router-0": session})
+        HELD.set()
+        assert read(frozen).kind == "refused"
+        assert is_closed(frozen)
+        assert read(other).kind == "reply"
+        back = known(made, "router-0/u")
+        back.sendall(b"".join(encode_call(made.call())))
+        assert read(back).kind == "reply"
+        again = connect(made.server.address)
+        hello = read(again).meta
+        mine = proof(SECRET, ROUTER, hello["incarnation"], (hello["nonce"], "n"))
+        again.sendall(b"".join(message("prove", nonce="n", proof=mine, router="router-0/s")))
+        assert read(again).kind == "refused"
+
+
+def test_a_router_hears_that_it_was_given_up_and_is_served_under_its_next_session(tmp_path: Path) -> None:
+    async def main(made: Served) -> None:
+        router, refused = Router(made.replica()), asyncio.Event()
+        router.transport.identify("router-0/s", refused.set)
+        router.refresh()
+        assert (await router.ask(made.call())).shape == made.call().rows.shape
+        answer, _ = router.send(made.call())
+        made.server.refuse({"router-0": "s"})
+        await asyncio.wait_for(refused.wait(), 20)
+        assert isinstance(await answer, Unavailable | ExpertReply)
+        router.transport.identify("router-0/u", refused.set)
+        router.refresh()
+        assert (await router.ask(made.call())).shape == made.call().rows.shape
+
+    made = Served(tmp_path)
+    try:
+        asyncio.run(main(made))
+    finally:
+        made.server.close()
 
 
 def test_more_calls_than_credits_close_the_connection(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ class FakeReplicas:
     async def waits_for(self, needs: Mapping[str, float]) -> str:
         return ""
 
-    async def probe(self, order: Order, name: str, handle: Any) -> Replica:
+    async def probe(self, order: Order, name: str, handle: Any, given_up: Mapping[str, str]) -> Replica:
         if name in self.late:
             await asyncio.Event().wait()
         host = self._host(name)
@@ -753,8 +753,8 @@ def test_a_report_that_is_older_than_a_receipt_is_not_believed(tmp_path: Path, m
         monkeypatch.setattr("expertmesh.cluster.control.controller.PROBE_TIMEOUT", 30.0)
         probe, taken, arrives = world.replicas.probe, asyncio.Event(), asyncio.Event()
 
-        async def late(order: Order, name: str, handle: Any) -> Replica:
-            first, report = not taken.is_set(), await probe(order, name, handle)
+        async def late(order: Order, name: str, handle: Any, given_up: Mapping[str, str]) -> Replica:
+            first, report = not taken.is_set(), await probe(order, name, handle, given_up)
             taken.set()
             if first:  # the later ones are of the staging
                 await arrives.wait()

@@ -32,7 +32,7 @@ def test_a_call_under_way_in_an_actor_that_ends_has_died_with_it() -> None:
         async def remote(call: Any) -> None:
             raise error or AssertionError
 
-        def called(call: Any) -> Awaitable[None]:
+        def called(call: Any, router: str) -> Awaitable[None]:
             return asyncio.ensure_future(remote(call))
 
         transport, replies = RayTransport(), []

@@ -1,0 +1,1 @@
+"""Routers as members: which are heard, and which are given up."""

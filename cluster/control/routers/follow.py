@@ -1,0 +1,170 @@
+"""Tells every router what is known, and takes what it reports: one that does not answer holds up no other."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ....experts.errors import ExpertMeshError, Fenced
+from ..events import Action
+from ..executor import Executor
+from ..messages import Desired, RouterReport, RouterUpdate
+from ..ports import RouterPort
+from ..reconciler import Reconciler
+from ..replica_health import Health
+from .leases import RouterLeases
+
+log = logging.getLogger(__name__)
+ROUTER_TIMEOUT = 5.0
+SLOW_SECONDS = 0.5
+"""How long a turn waits for routers that do not answer; they are waited for beside it."""
+LEASE_SECONDS = 10.0
+"""How long a router is not heard before it is given up."""
+ROUNDS = 3
+"""How often a router is told in a row, at most: before it knows the layers, and before its session is known."""
+REACHED_NOT = (ExpertMeshError, asyncio.TimeoutError, TimeoutError)
+
+
+class Routers:
+    """The routers of a cluster, by name. `hurry` is called where what a router reports may let a swap go on."""
+
+    def __init__(
+        self,
+        port: RouterPort,
+        reconciler: Reconciler,
+        executor: Executor,
+        health: Health,
+        broken: Callable[[], Mapping[str, str]],
+        hurry: Callable[[], None],
+    ) -> None:
+        self.reports: dict[str, RouterReport] = {}
+        self.leases = RouterLeases(LEASE_SECONDS)
+        self.desired = Desired()
+        self._port = port
+        self._reconciler = reconciler
+        self._executor = executor
+        self._health = health
+        self._broken = broken
+        self._hurry = hurry
+        self._states: dict[str, str] = {}
+        self._told: dict[str, asyncio.Task[None]] = {}
+        self._told_at: dict[str, float] = {}
+
+    def expect(self, desired: Desired) -> None:
+        """Take which routers there are to be."""
+        self.desired = desired
+        self._executor.routers = desired.routers
+        self.leases.expect(desired.routers)
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """The facts of every router by name, as it last reported them, and its state."""
+        return {
+            name: {
+                **(self.reports[name].facts if name in self.reports else {}),
+                "state": self._states.get(name, "starting"),
+            }
+            for name in self.desired.routers
+        }
+
+    def behind(self, epoch: int) -> list[str]:
+        """The routers that may answer and have not adopted an epoch."""
+        there = [name for name in self.desired.routers if name not in self.leases.gone]
+        return [name for name in there if (report := self.reports.get(name)) is None or report.epoch < epoch]
+
+    def untold(self, since: float) -> list[str]:
+        """The routers that answered when they were last asked, and were told nothing since then, in the loop's time."""
+        ready = [name for name in self.desired.routers if self._states.get(name) == "ready"]
+        return [name for name in ready if self._told_at.get(name, 0.0) < since]
+
+    def given_up_now(self) -> bool:
+        """Give up the routers that were not heard for too long; whether there are any, of which replicas must hear."""
+        silent = self.leases.tick(asyncio.get_running_loop().time())
+        for name in silent:
+            log.warning("%s is given up: it was not heard for %g s", name, LEASE_SECONDS)
+            self._states[name] = "given up"
+        return bool(silent)
+
+    async def leave(self) -> None:
+        """Forget what the routers pin that are given up, once every replica that is not down refuses them."""
+        for name in self.leases.leave(self.desired.replicas):
+            self.reports.pop(name, None)
+            actions = [*self._reconciler.member_lost(name), *self._reconciler.router_lost(name)]
+            await self._executor.perform(actions)
+
+    async def tell(self) -> None:
+        """Tell all routers at once. Raises what went wrong with the first of them where none was reached."""
+        late = self._ended()
+        loop = asyncio.get_running_loop()
+        free = [name for name in self.desired.routers if name not in self._told]
+        told = [loop.create_task(self._tell(name, self.desired.routers[name])) for name in free]
+        self._told.update(zip(free, told, strict=True))
+        if told:
+            await asyncio.wait(told, timeout=SLOW_SECONDS)
+        failures = self._ended()
+        for failure in (*late, *failures):
+            if failure is not None and (isinstance(failure, Fenced) or not isinstance(failure, REACHED_NOT)):
+                raise failure
+        if len(failures) == len(self.desired.routers) and None not in failures:
+            for failure in failures:
+                if failure is not None:
+                    raise failure
+
+    def _ended(self) -> list[BaseException | None]:
+        """What went wrong, or None, with each telling that has ended since this was last asked."""
+        ended = [name for name, task in self._told.items() if task.done()]
+        return [self._told.pop(name).exception() for name in ended]
+
+    async def _tell(self, name: str, handle: Any) -> None:
+        """Tell a router what is known, and take its report; a session that is new here is told once more.
+
+        Only then may it answer: what it was told before may have been long on its way.
+        """
+        for _ in range(ROUNDS):
+            update, sent = self._update(name), asyncio.get_running_loop().time()
+            try:
+                synced = self._port.sync(self._executor.order(), name, handle, update)
+                report = await asyncio.wait_for(synced, ROUTER_TIMEOUT)
+                knows_layers = report.revision >= self.desired.revision
+                if not knows_layers:
+                    await asyncio.wait_for(self._port.declare(name, handle, self.desired), ROUTER_TIMEOUT)
+            except REACHED_NOT as error:
+                if name not in self.leases.given_up:
+                    self._states[name] = "restarting" if isinstance(error, ExpertMeshError) else "unresponsive"
+                self._hurry()
+                raise
+            if not self.leases.heard(name, report.incarnation):
+                return  # it has not noticed yet that it was given up
+            await self._take(name, report, update, sent)
+            if knows_layers and report.incarnation == update.session:
+                self._states[name], self._told_at[name] = "ready", sent
+                return
+
+    def _update(self, name: str) -> RouterUpdate:
+        update = RouterUpdate(
+            replicas=self._health.replicas(),
+            epochs=self._reconciler.known_to_routers(),
+            current=self._reconciler.current,
+            session=self.leases.session(name),
+            given_up=self.leases.given_up.get(name, ""),
+            cluster_id=self._executor.transactions.cluster_id,
+            broken=self._broken(),
+            routers=self.facts(),
+        )
+        self._reconciler.router_told(name, update.epochs)
+        return update
+
+    async def _take(self, name: str, report: RouterReport, update: RouterUpdate, sent: float) -> None:
+        before = self.reports.get(name)
+        self.reports[name] = report
+        actions: list[Action] = []
+        if before is not None and before.incarnation != report.incarnation:
+            actions += [*self._reconciler.member_lost(name), *self._reconciler.router_lost(name)]
+            self._reconciler.router_told(name, update.epochs)
+        if not self._executor.changed_since(name, sent):
+            gates = frozenset(layer.gate_id for layer in self.desired.layers.values())
+            actions += self._reconciler.member_reported(name, report.incarnation, gates, report.gates)
+        actions += self._reconciler.router_reported(name, report.epoch, report.oldest_pinned, update.epochs)
+        self._hurry()
+        await self._executor.perform(actions)
