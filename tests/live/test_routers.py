@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.swap_cluster import GATE, NAME, SwapCluster, X, swap_cluster
 from helpers.waiting import eventually
 
-from expertmesh import Client
+from expertmesh import Client, Cluster, Expert, Layer, TensorSpec, gates
 from expertmesh.cluster.machine.ports import listens
 from expertmesh.cluster.machine.run_files import RunFile, token_path
 from expertmesh.cluster.machine.tokens import read_token
@@ -82,6 +84,35 @@ def test_each_router_has_a_metrics_page_that_names_it(tmp_path: Path) -> None:
             request = urllib.request.Request(page, headers={"Authorization": f"Bearer {token}"})
             with urllib.request.urlopen(request, timeout=20) as answer:
                 assert f'expertmesh_router_info{{router="{name}"}} 1.0' in answer.read().decode()
+
+
+def test_a_stop_drains_every_router() -> None:
+    began, ends = threading.Event(), threading.Event()
+    answers: list[Any] = []
+
+    def held(x: torch.Tensor) -> torch.Tensor:
+        began.set()
+        ends.wait(30)
+        return x
+
+    layer = Layer("l", gates.Fixed([1.0]), {"e": Expert.from_function(held)}, input=TensorSpec((1,)))
+    ends.set()  # it is tried when it is staged
+    with Cluster.start([layer], name=NAME, transport="local", port=0, metrics_port=None, routers=2) as cluster:
+        began.clear()
+        ends.clear()
+        token = read_token(token_path(NAME), Role.READER)
+        with Client(cluster.endpoints[1], token=token) as client:
+            caller = threading.Thread(target=lambda: answers.append(client.forward("l", X[:1, :1])))
+            stopper = threading.Thread(target=lambda: cluster.stop(grace=30.0))
+            caller.start()
+            assert began.wait(30)
+            stopper.start()
+            eventually(lambda: not any(map(listens, cluster.endpoints)), 30, "no new calls are taken")
+            ends.set()
+            for thread in (caller, stopper):
+                thread.join(60)
+                assert not thread.is_alive()
+    assert len(answers) == 1
 
 
 def test_a_stop_closes_the_ports_of_all(tmp_path: Path) -> None:

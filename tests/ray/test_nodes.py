@@ -1,4 +1,4 @@
-"""A Ray of two nodes that runs already: join it, and run an expert whose code lives in a folder on the second node."""
+"""A Ray of two nodes that runs already: joined, with an expert whose code is on the second, and routers on both."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ import pytest
 from helpers.waiting import eventually
 
 from expertmesh import Client, Cluster, ConfigError, Expert, ExpertMeshError, Layer, gates
+from expertmesh.cluster.machine.run_files import RunFile, token_path
+from expertmesh.cluster.machine.tokens import read_token
+from expertmesh.cluster.rpc.methods import Role
+from expertmesh.cluster.runtime import backend
 from expertmesh.cluster.runtime.ray_environment import load_backend
 
 pytestmark = pytest.mark.ray
@@ -79,3 +83,29 @@ def test_code_from_a_folder_runs_on_the_second_node(two_nodes: Any, tmp_path: Pa
     with pytest.raises(ConfigError, match="num_gpus"):
         Cluster.start([gpu], name="no-gpu", **options)
     assert len(two_nodes.list_all_nodes()) == 2  # a Ray that was joined is left as it was
+
+
+def test_routers_on_both_nodes_reach_every_replica(
+    two_nodes: Any, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "is_loopback", lambda host: False)  # both nodes are on this machine
+    experts = {"here": Expert("numpy:negative"), "there": Expert("numpy:negative", resources={"second": 1})}
+    layer = Layer("far", gates.Fixed([1.0, 1.0]), experts)
+    options = {"port": 0, "transport": transport, "address": two_nodes.address, "routers": 3}
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    with Cluster.start([layer], name="spread", **options) as cluster:
+        token, run = read_token(token_path("spread"), Role.ADMIN), RunFile.read("spread")
+        nodes = []
+        for endpoint, socket in zip(cluster.endpoints, run.sockets, strict=True):
+            with Client(endpoint, token=token) as client:
+                np.testing.assert_allclose(client.forward("far", x), -2 * x)
+                status = client.status()
+            own, experts_now = status["router"], status["layers"]["far"]["experts"].values()
+            assert own["endpoint"] == endpoint
+            nodes.append(own["node"])
+            assert bool(socket) == (own["node"] == nodes[0]), run
+            if transport == "channel":
+                near = [replica["node"] == own["node"] for expert in experts_now for replica in expert["replicas"]]
+                assert own["rows_carried"] == {
+                    way: 2 * count for way, count in (("unix", near.count(True)), ("tcp", near.count(False))) if count
+                }
