@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 from ...experts.errors import (
     DataLoss,
     ExpertMeshError,
-    FailedPrecondition,
     InvalidRequest,
     PermissionDenied,
+    RouterUnavailable,
     TooLarge,
     Unavailable,
 )
@@ -110,7 +110,7 @@ class SwapMethods:
         """Write a chunk of an upload; while requests are served, delay the answer to throttle the client."""
         uploads = self._uploads
         if uploads is None:
-            raise FailedPrecondition("the cluster's state is on another machine: swap weights through a Client")
+            raise RouterUnavailable("this router is not where the cluster's state is: upload through another one")
         chunk = _record(UploadChunk, frame, "upload", tensors=(DATA,))
         tensor = frame.tensors[DATA]
         if tensor.dtype != "uint8" or len(tensor.shape) != 1:

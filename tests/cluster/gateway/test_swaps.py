@@ -27,6 +27,7 @@ from expertmesh.experts.errors import (
     ExpertMeshError,
     InvalidRequest,
     PermissionDenied,
+    RouterUnavailable,
     TooLarge,
     Unavailable,
 )
@@ -156,6 +157,22 @@ def test_what_a_refused_swap_has_uploaded_is_dropped_unless_it_may_be_asked_for_
         with pytest.raises(type(error)):
             await world.swap()
         assert world.is_there() == isinstance(error, Unavailable)
+
+    run(tmp_path, main)
+
+
+def test_a_router_that_is_not_where_the_state_is_sends_uploads_to_another(tmp_path: Path) -> None:
+    async def main(world: World) -> None:
+        elsewhere = SwapMethods(world.control, None, world.epochs, world.pins, called)
+        world.methods, here = elsewhere, world.methods
+        with pytest.raises(RouterUnavailable, match="through another one"):
+            await world.upload()
+        world.methods = here
+        await world.upload()
+        world.methods = elsewhere
+        assert (await world.swap())["epoch"] == 2  # what is uploaded may be swapped in through any router
+        elsewhere.close()
+        world.methods = here
 
     run(tmp_path, main)
 
