@@ -46,7 +46,7 @@ CREDITS = 4
 """How many calls a router may have in flight to one replica; a connection that sends more is closed."""
 
 MOST_QUEUED_ROWS = 65_536
-"""While as many rows wait here nothing more is read; as many as one router has in flight at most."""
+"""While as many rows wait here nothing more is read: as many as `CREDITS` full messages of one router have."""
 
 STRANGERS = 64
 STRANGER_BYTES = 4096

@@ -71,6 +71,7 @@ def test_the_status_of_each_router_names_all(tmp_path: Path) -> None:
             20,
             "each counts its own calls, and tells them",
         )
+        assert tuple(running.cluster.status()["routers"]) == ROUTERS
         run = RunFile.read(NAME)
         assert (run.endpoints, run.endpoint) == (running.cluster.endpoints, running.cluster.endpoint)
         assert [Path(path).exists() for path in run.sockets] == [True] * len(ROUTERS)

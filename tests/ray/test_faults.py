@@ -64,7 +64,7 @@ class Traffic:
                 output = self._client.forward(self._layer, X)
                 outcome = "right" if np.allclose(output, self._expected) else "wrong"
             except errors.ExpertMeshError as error:
-                outcome = type(error).__name__
+                outcome = "Unavailable" if isinstance(error, errors.Unavailable) else type(error).__name__
                 self._stop.wait(0.02)
             self.outcomes.append((outcome, time.monotonic() - started))
 
