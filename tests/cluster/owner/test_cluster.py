@@ -15,7 +15,7 @@ from helpers.waiting import eventually
 
 from expertmesh import Client, Cluster, Expert, FailedPrecondition, Layer, errors, gates
 from expertmesh.cluster.config.cluster_config import ClusterConfig
-from expertmesh.cluster.machine.run_files import passing_state_path
+from expertmesh.cluster.machine.run_files import RunFile, passing_state_path
 from expertmesh.cluster.owner import cluster as module
 
 pytestmark = pytest.mark.usefixtures("own_home")
@@ -96,6 +96,18 @@ def test_a_cluster_whose_processes_are_lost_ends_and_says_why(
             client.health()
     cluster.stop()
     assert repr(cluster).endswith("stopped)")
+
+
+def test_the_run_file_is_written_anew_where_a_router_says_that_it_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SUPERVISE_SECONDS", 0.01)
+    with Cluster.start([layer("news")], transport="local", port=0, name="moved", routers=2) as cluster:
+        backend: Any = cluster._backend
+        before = RunFile.read("moved")
+        assert (before.endpoints, [bool(path) for path in before.sockets]) == (cluster.endpoints, [True, True])
+        backend._services["router-1"].where = {"endpoint": "10.0.0.9:7", "node": "10.0.0.9/ab"}
+        eventually(lambda: cluster.endpoints == [cluster.endpoint, "10.0.0.9:7"], 20, "its clients are told")
+        assert RunFile.read("moved").endpoints == cluster.endpoints
+        assert RunFile.read("moved").sockets == [before.sockets[0], ""]
 
 
 def test_the_ports_of_a_cluster_are_held_until_it_stops() -> None:
