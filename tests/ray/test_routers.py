@@ -156,10 +156,11 @@ def test_a_frozen_router_holds_up_a_swap_for_its_lease_and_never_answers_with_wh
         os.kill(pids["router-1"], signal.SIGSTOP)
         try:
             outcome = running.swap({"l/a": 41, "l/b": 41})
-            callers = [threading.Thread(target=call) for _ in range(4)]
+            callers = [threading.Thread(target=call) for _ in range(16)]
             for caller in callers:
                 caller.start()
             unharmed.goes_on()
+            running.weights.check(clients[0].call("l", X, epoch=outcome.epoch - 1))  # replicas hold what was before
         finally:
             os.kill(pids["router-1"], signal.SIGCONT)
         for caller in callers:
