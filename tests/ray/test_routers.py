@@ -42,8 +42,15 @@ def clients(running: SwapCluster) -> Iterator[list[Client]]:
         ]
 
 
+@pytest.fixture(scope="module")
+def of_both(running: SwapCluster) -> Iterator[Client]:
+    """A client that knows both routers."""
+    with Client(running.cluster.endpoints, timeout=TIMEOUT) as client:
+        yield client
+
+
 class Traffic:
-    """Calls to one router without pause; keeps its replies and the errors of the others."""
+    """Calls of one client without pause; keeps its replies and the errors of the others."""
 
     def __init__(self, client: Client) -> None:
         self.replies: list[Reply] = []
@@ -124,25 +131,27 @@ def test_swaps_under_load_hold_on_both_when_they_are_told(running: SwapCluster, 
 
 
 def test_a_router_that_is_killed_comes_back_where_it_was_and_no_call_to_the_other_fails(
-    running: SwapCluster, clients: list[Client]
+    running: SwapCluster, clients: list[Client], of_both: Client
 ) -> None:
-    with both_ready(clients) as before, Traffic(clients[0]) as unharmed, Traffic(clients[1]) as harmed:
-        harmed.goes_on()
+    traffics = Traffic(clients[0]), Traffic(clients[1]), Traffic(of_both)
+    with both_ready(clients) as before, traffics[0] as unharmed, traffics[1] as harmed, traffics[2] as moving:
+        for traffic in traffics:
+            traffic.goes_on()
         os.kill(before["router-1"], signal.SIGKILL)
         eventually(lambda: not listens(running.cluster.endpoints[1]) or harmed.failed, BACK, "it is gone")
         outcome = running.swap({"l/c": 31})  # while it starts again
         eventually(lambda: routers(clients[0]).get("router-1") not in (None, before["router-1"]), BACK, "it is back")
-        harmed.goes_on()
-        unharmed.goes_on()
+        for traffic in traffics:
+            traffic.goes_on()
         assert clients[1].call("l", X).versions.items() >= {("l/c", outcome.after["l/c"])}
         assert routers(clients[0])["router-0"] == before["router-0"]
-    assert unharmed.failed == []
+    assert (unharmed.failed, moving.failed) == ([], [])
     assert all(isinstance(error, (errors.Unavailable, errors.DeadlineExceeded)) for error in harmed.failed)
-    check_all(running, unharmed, harmed)
+    check_all(running, *traffics)
 
 
 def test_a_frozen_router_holds_up_a_swap_for_its_lease_and_never_answers_with_what_was_before(
-    running: SwapCluster, clients: list[Client]
+    running: SwapCluster, clients: list[Client], of_both: Client
 ) -> None:
     late: list[Reply | errors.ExpertMeshError] = []
 
@@ -152,7 +161,8 @@ def test_a_frozen_router_holds_up_a_swap_for_its_lease_and_never_answers_with_wh
         except errors.ExpertMeshError as error:
             late.append(error)
 
-    with both_ready(clients) as pids, Traffic(clients[0]) as unharmed:
+    with both_ready(clients) as pids, Traffic(clients[0]) as unharmed, Traffic(of_both) as moving:
+        moving.goes_on()
         os.kill(pids["router-1"], signal.SIGSTOP)
         try:
             outcome = running.swap({"l/a": 41, "l/b": 41})
@@ -160,6 +170,7 @@ def test_a_frozen_router_holds_up_a_swap_for_its_lease_and_never_answers_with_wh
             for caller in callers:
                 caller.start()
             unharmed.goes_on()
+            moving.goes_on()
             running.weights.check(clients[0].call("l", X, epoch=outcome.epoch - 1))  # replicas hold what was before
         finally:
             os.kill(pids["router-1"], signal.SIGCONT)
@@ -167,7 +178,7 @@ def test_a_frozen_router_holds_up_a_swap_for_its_lease_and_never_answers_with_wh
             caller.join(90)
             assert not caller.is_alive()
         eventually(lambda: clients[1].call("l", X).epoch == outcome.epoch, BACK, "it serves again")
-    assert unharmed.failed == []
+    assert (unharmed.failed, moving.failed) == ([], [])
     assert len(late) == len(callers)
     for answer in late:
         if isinstance(answer, Reply):
@@ -175,4 +186,4 @@ def test_a_frozen_router_holds_up_a_swap_for_its_lease_and_never_answers_with_wh
             running.weights.check(answer)
         else:
             assert isinstance(answer, errors.Unavailable)
-    check_all(running, unharmed)
+    check_all(running, unharmed, moving)
