@@ -71,7 +71,8 @@ def _print_tables(document: Mapping[str, Any]) -> None:
     routers = document.get("routers") or {}
     if len(routers) > 1:
         console.print(new_table(None, _ROUTER_COLUMNS, _router_rows(routers)))
-        click.echo()
+        name = (document.get("router") or {}).get("name")
+        click.echo(f"\nrows and errors of experts, and what follows, are those of {name}, which was asked")
     for line in (*_router_lines(document.get("router") or {}), *_controller_lines(document.get("controller") or {})):
         click.echo(line)
 

@@ -266,7 +266,8 @@ def test_status_has_a_line_for_each_of_several_routers(monkeypatch: pytest.Monke
         "router-0", "127.0.0.1:50051", "10.0.0.1/ab", "7", "3", "8", "3", "(2)", "1", "ready",
     ]  # fmt: skip
     assert lines[head + 2].split() == ["router-1", "127.0.0.1:50052", "-", "-", "-", "-", "-", "-", "restarting"]
-    assert lines[head + 4].startswith("router router-0: pid 7, 1,234 requests")
+    assert lines[head + 4].endswith("are those of router-0, which was asked")
+    assert lines[head + 5].startswith("router router-0: pid 7, 1,234 requests")
     monkeypatch.setattr(connect, "Client", fake_client({**document, "routers": {"router-0": first}}))
     assert not [line for line in run("status").output.splitlines() if line.startswith("router-0")]
 
