@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
 
 from ...experts.errors import Unavailable
 from ...router.fanout.transport import Transport
@@ -19,29 +19,48 @@ class ListeningService(RouterService):
         super().__init__(settings, transport, control)
         self._server = GrpcServer(self.gateway)
         self._metrics: MetricsServer | None = None
+        self._starting = asyncio.Lock()
+        self._port: int | None = None
 
     async def start(self) -> tuple[int, int | None]:
-        """Start to listen; returns the ports of gateway and metrics page."""
+        """Start to listen; idempotent, also while it starts. Returns the ports of gateway and metrics page.
+
+        Raises Unavailable for a port in use; then it listens nowhere, and may be started again.
+        """
+        async with self._starting:
+            if self._port is None:
+                self._port = await self._listen()
+            return self._port, self._metrics.port if self._metrics else None
+
+    async def _listen(self) -> int:
         self.begin()
-        port = await self._server.start()
-        metrics_port = self._settings.metrics_port
-        if metrics_port is not None:
-            host, gateway = self._settings.metrics_host, self._settings.gateway
-            options: dict[str, Any] = {
-                "name": self._settings.router,
-                "port_held": gateway.port_held,
-                "tls": gateway.tls,
-            }
+        settings, gateway = self._settings, self._settings.gateway
+        if settings.metrics_port is not None:
             try:
-                self._metrics = MetricsServer(self.router, self._tokens, host, metrics_port, **options)
+                self._metrics = MetricsServer(
+                    self.router,
+                    self._tokens,
+                    settings.metrics_host,
+                    settings.metrics_port,
+                    name=settings.router,
+                    port_held=gateway.port_held,
+                    tls=gateway.tls,
+                )
             except OSError as error:
-                raise Unavailable(f"cannot listen on metrics_port {metrics_port}: {error.strerror}") from None
-        return port, self._metrics.port if self._metrics else None
+                raise Unavailable(f"cannot listen on metrics_port {settings.metrics_port}: {error.strerror}") from None
+        try:
+            return await self._server.start()
+        except BaseException:
+            self._stop_metrics()
+            raise
 
     async def stop(self, grace: float = 0.0) -> None:
         """Drain, then close everything; idempotent."""
         await self._server.stop(grace)
+        self._stop_metrics()
+        self.close()
+
+    def _stop_metrics(self) -> None:
         if self._metrics is not None:
             self._metrics.stop()
             self._metrics = None
-        self.close()
