@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as TookTooLong
 from contextlib import suppress
@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from ...experts.errors import DeadlineExceeded, FailedPrecondition, Unavailable
+from ...experts.errors import DeadlineExceeded, ExpertMeshError, FailedPrecondition, Unavailable
 from ...experts.wire import Frame
 from ...router.fanout.transport import Transport
 from ..client.retry import Answer, Attempt
@@ -42,9 +42,13 @@ T = TypeVar("T")
 
 
 class Connection(Protocol):
-    """What a router in this process needs of the cluster that it joins; `settings` are those of its other routers."""
+    """What a router in this process needs of the cluster that it joins; `settings` are those of its other routers.
+
+    `where` says where it is, in the words of the status.
+    """
 
     name: str
+    where: Mapping[str, str]
     settings: ServiceSettings
     transport: Transport
     control: ControlPort
@@ -73,7 +77,8 @@ class Engine:
         state_dir = connection.settings.state_dir if here else None
         settings = replace(connection.settings, router=self.name, tokens=tokens, state_dir=state_dir)
         self._service = RouterService(settings, connection.transport, connection.control)
-        self._follower = Follower(connection.seat, self.name, self._service.incarnation, self._carry)
+        self._service.where = connection.where
+        self._follower = Follower(connection.seat, self.name, self._carry, self._is_fresh)
         self._following: asyncio.Task[None] | None = None
         self._process = os.getpid()
         self._lock = threading.Lock()
@@ -116,10 +121,12 @@ class Engine:
         if not first:
             return
         loop = self._service.loop
-        with suppress(TookTooLong, TimeoutError):
-            asyncio.run_coroutine_threadsafe(self._leave(), loop).result(CLOSE_SECONDS)
-        self._service.close()
-        self._connection.close()
+        try:
+            with suppress(TookTooLong, TimeoutError):
+                asyncio.run_coroutine_threadsafe(self._leave(), loop).result(CLOSE_SECONDS)
+        finally:
+            self._service.close()
+            self._connection.close()
 
     def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Run a coroutine in the router's thread. Raises FailedPrecondition after a fork, or once it is closed."""
@@ -139,7 +146,8 @@ class Engine:
         self._service.begin()
         self._following = asyncio.ensure_future(self._follower.run())
         end = time.monotonic() + timeout
-        while not self._service.router.epochs.number:
+        router = self._service.router
+        while not (router.epochs.number and router.standing.kept):
             if time.monotonic() > end:
                 raise Unavailable(
                     f"{self.name} was not brought up to date within {timeout:g} s: {self._follower.problem}"
@@ -170,8 +178,14 @@ class Engine:
             if not self.closed:
                 raise
             return Unavailable("this router was closed")
-        except Exception as error:  # noqa: BLE001 (the border of the router, as that to gRPC is)
+        except ExpertMeshError as error:  # for the caller, whose process this is: it is not logged
+            error.request_id = error.request_id or request_id
+            return error
+        except Exception as error:  # noqa: BLE001 (a bug: it is logged, as at the border to gRPC)
             return gateway.refusal(method, error, request_id)
+
+    def _is_fresh(self) -> bool:
+        return not self._service.router.epochs.number
 
     async def _carry(self, method: str, arguments: tuple[Any, ...]) -> Any:
         """Carry out an order of the controller."""

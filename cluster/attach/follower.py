@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from ...experts.errors import ExpertMeshError, NotFound
-from ..runtime.mailbox import Letter
+from ..control.routers.mailbox import Letter
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 5.0
@@ -30,26 +30,26 @@ Carry = Callable[[str, tuple[Any, ...]], Awaitable[Any]]
 class Seat(Protocol):
     """How a router in a caller's process reaches the controller. Each raises Unavailable where it does not answer."""
 
-    async def join(self, name: str, incarnation: str) -> str:
-        """Become a member; returns the id of its mailbox. The same incarnation may join again."""
+    async def join(self, name: str, fresh: bool) -> str:
+        """Become a member, perhaps once more; returns the id of its mailbox. One that is `fresh` has served nothing."""
 
     async def fetch(
         self, name: str, box: str, answers: Mapping[int, Any], held: Collection[int], seconds: float
     ) -> tuple[Letter, ...]:
         """Hand over answers and wait for orders, as `Mailbox.fetch`. Raises NotFound for a mailbox that is gone."""
 
-    async def leave(self, name: str, incarnation: str) -> None:
+    async def leave(self, name: str) -> None:
         """Be a member no longer: nothing is pinned, and nothing will be served any more."""
 
 
 class Follower:
     """A member's connection to the controller; belongs to one event loop. `problem` is why it was last not reached."""
 
-    def __init__(self, seat: Seat, name: str, incarnation: str, carry: Carry) -> None:
+    def __init__(self, seat: Seat, name: str, carry: Carry, fresh: Callable[[], bool]) -> None:
         self._seat = seat
         self._name = name
-        self._incarnation = incarnation
         self._carry = carry
+        self._fresh = fresh
         self.problem = "it has not been told its layers yet"
         self._box = ""
         self._answers: dict[int, Any] = {}
@@ -68,17 +68,20 @@ class Follower:
                     log.debug("%s did not reach the controller: %s", self._name, error)
                     self.problem = error.message
                     await asyncio.sleep(AGAIN_SECONDS)
+                except Exception:  # a bug of ours must be seen, and must not leave a router that follows nobody
+                    log.exception("following the controller failed")
+                    await asyncio.sleep(AGAIN_SECONDS)
         finally:
             self._forget()
 
     async def leave(self) -> None:
         """Tell the controller that this member is gone; it would notice a while later."""
         with suppress(ExpertMeshError, asyncio.TimeoutError, TimeoutError):
-            await asyncio.wait_for(self._seat.leave(self._name, self._incarnation), LEAVE_SECONDS)
+            await asyncio.wait_for(self._seat.leave(self._name), LEAVE_SECONDS)
 
     async def _turn(self) -> None:
         if not self._box:
-            self._box = await self._seat.join(self._name, self._incarnation)
+            self._box = await self._seat.join(self._name, self._fresh())
         sent = dict(self._answers)
         held = [*self._running, *sent]
         seconds = BUSY_SECONDS if self._running else POLL_SECONDS

@@ -77,7 +77,7 @@ class Controller:
                 self._health.expect(dict(desired.replicas))
                 self.transactions.declare(desired.layers, desired.owner)
                 self.reconciler.declared = frozenset(self.transactions.builder.declared)
-                routers = [] if self.reconciler.epochs else [*desired.routers]  # what it pins is not known yet
+                routers = [] if self.reconciler.epochs else [*self.routers.handles]  # what it pins is not known yet
                 await self.executor.perform(self.reconciler.restore(self.transactions.epochs(), routers))
             self._next_probe = 0.0
             deadline = asyncio.get_running_loop().time() + timeout

@@ -110,6 +110,14 @@ class Reconciler:
         self._members.pop(member, None)
         return self._tell(MemberGone(member))
 
+    def router_joined(self, router: str, *, fresh: bool) -> list[Action]:
+        """A router follows from now on: no swap ends before it has adopted its epoch.
+
+        Unless it is `fresh`, and has served nothing yet, it may pin any epoch until it has reported.
+        """
+        known = self._routers.setdefault(router, _Router(0, self.current if fresh else UNKNOWN))
+        return self._tell(RouterReported(router, known.epoch, known.oldest_pinned))
+
     def router_told(self, router: str, epochs: Collection[int]) -> None:
         """A router is about to be told these epochs: from now on requests there may pin them by number."""
         self._offered[router] = self._offered.get(router, frozenset()) | frozenset(epochs)

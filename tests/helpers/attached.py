@@ -1,33 +1,48 @@
-"""A cluster of this process for an attached router: hosts, and a controller that has it load one epoch."""
+"""Clusters of this process for an attached router: hosts and a few orders, or a whole local cluster."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from helpers.router_in_process import RouterInProcess
+from helpers.swap_cluster import SwapCluster
 
 from expertmesh.cluster.attach.engine import Engine
 from expertmesh.cluster.attach.router import AttachedRouter
-from expertmesh.cluster.control.messages import Candidate, Desired, RouterReport, RouterUpdate
+from expertmesh.cluster.control.controller import Controller
+from expertmesh.cluster.control.messages import (
+    Candidate,
+    Desired,
+    RouterReport,
+    RouterUpdate,
+    SwapRequest,
+    SwapResult,
+)
 from expertmesh.cluster.control.orders import Order
+from expertmesh.cluster.control.routers.attached import AllRouters, AttachedRouters
+from expertmesh.cluster.control.routers.follow import Routers
+from expertmesh.cluster.control.routers.mailbox import Letter, Mailbox
 from expertmesh.cluster.gateway.gateway import GatewaySettings
-from expertmesh.cluster.runtime.mailbox import Letter, Mailbox
 from expertmesh.cluster.runtime.router_process import ServiceSettings
+from expertmesh.cluster.runtime.router_thread import elsewhere
 from expertmesh.experts.errors import NotFound, Unavailable
+from expertmesh.router.fanout.transport import LocalTransport
 from expertmesh.router.mixture.layer import Layer
 
 
 class Home:
     """A `Connection` to hosts of this process, and the `Seat` of its controller, on the loop of the attached router.
 
-    `members` are the incarnations that have joined and not left.
+    `members` are the names that have joined and not left.
     """
 
     name = "attached-test"
+    where: Mapping[str, str] = {"node": "here"}
 
     def __init__(self, layer: Layer, folder: Path, **settings: Any) -> None:
         self.mesh = RouterInProcess(layer)
@@ -44,9 +59,9 @@ class Home:
         self.report: RouterReport | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    async def join(self, name: str, incarnation: str) -> str:
+    async def join(self, name: str, fresh: bool) -> str:
         self.joined += 1
-        self.members.append(incarnation)
+        self.members.append(name)
         self.box = Mailbox()
         task = asyncio.ensure_future(self.bring_up(self.box))
         self._tasks.add(task)
@@ -62,7 +77,8 @@ class Home:
         versions = self.mesh.versions | {layer.gate_id: receipt.version}
         replicas = tuple(self.mesh.replica(name) for name in self.mesh.hosts)
         update = RouterUpdate(replicas=replicas, epochs={1: versions}, current=1, cluster_id="c")
-        self.report = await box.ask("sync", order, update)
+        report = await box.ask("sync", order, update)
+        self.report = await box.ask("sync", order, replace(update, session=report.incarnation))
 
     async def fetch(
         self, name: str, box: str, answers: Mapping[int, Any], held: Collection[int], seconds: float
@@ -71,8 +87,8 @@ class Home:
             raise NotFound("there is no such mailbox")
         return await self.box.fetch(answers, held, seconds)
 
-    async def leave(self, name: str, incarnation: str) -> None:
-        self.members.remove(incarnation)
+    async def leave(self, name: str) -> None:
+        self.members.remove(name)
 
     def declared(self, desired: Desired) -> None:
         self.told.append(desired)
@@ -106,3 +122,81 @@ def attached(layer: Layer, folder: Path, **settings: Any) -> Iterator[tuple[Atta
     engine.start(30.0)
     with AttachedRouter(engine) as router:
         yield router, home
+
+
+class LocalConnection:
+    """A `Connection` to a whole cluster of this process, whose controller has a loop of its own."""
+
+    def __init__(self, name: str, running: SwapCluster) -> None:
+        backend: Any = running.cluster._backend
+        self.name = name
+        self.where: Mapping[str, str] = {}
+        self.transport: Any = LocalTransport()
+        for id, host in backend._hosts.items():
+            self.transport.add(id, host)
+        self.settings = ServiceSettings(
+            name="test", metrics_port=None, tokens=(), state_dir=str(running.state_dir), max_rows_in_flight=65_536,
+            gateway=GatewaySettings(),
+        )  # fmt: skip
+        self.control = self.seat = LocalSeat(backend._loop, backend._controller, str(running.state_dir))
+
+    def declared(self, desired: Desired) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class LocalSeat:
+    """The controller of a local cluster from another loop; what is asked may be `frozen` for a while."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, controller: Controller, state_dir: str) -> None:
+        self._loop, self._controller = loop, controller
+        self.thawed = asyncio.Event()
+        self.thawed.set()
+        if not hasattr(controller, "attached"):  # one for all connections, as the actor has
+            port = AllRouters(controller.routers._port)
+            controller.routers._port = controller.executor._router = port
+            vars(controller)["attached"] = AttachedRouters(self._here, state_dir)
+        self._routers: AttachedRouters = vars(controller)["attached"]
+
+    async def _here(self) -> Routers:
+        return self._controller.routers
+
+    async def join(self, name: str, fresh: bool) -> str:
+        return await elsewhere(self._loop, self._routers.join(name, fresh))
+
+    async def fetch(
+        self, name: str, box: str, answers: Mapping[int, Any], held: Collection[int], seconds: float
+    ) -> tuple[Letter, ...]:
+        letters = await elsewhere(self._loop, self._routers.fetch(name, box, answers, held, seconds))
+        await self.thawed.wait()
+        return letters
+
+    async def leave(self, name: str) -> None:
+        await elsewhere(self._loop, self._routers.leave(name))
+
+    async def swap(self, request: SwapRequest) -> SwapResult:
+        return await elsewhere(self._loop, self._controller.swap(request))
+
+    async def recall(self, epoch: int, ttl: float) -> None:
+        await elsewhere(self._loop, self._controller.recall(epoch, ttl))
+
+    async def problem(self) -> str:
+        return self._controller.problem
+
+    async def history(self, id: str) -> list[dict[str, Any]]:
+        return self._controller.history(id)
+
+    async def progress(self, swap_id: str) -> dict[str, Any]:
+        return self._controller.progress(swap_id)
+
+
+@contextmanager
+def attached_to(running: SwapCluster, name: str = "attached-1") -> Iterator[tuple[AttachedRouter, LocalConnection]]:
+    """A router that has attached to a local cluster."""
+    connection = LocalConnection(name, running)
+    engine = Engine(connection)
+    engine.start(30.0)
+    with AttachedRouter(engine) as router:
+        yield router, connection

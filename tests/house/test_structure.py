@@ -62,7 +62,9 @@ SHELLS = tuple(  # and what stands beside them: it waits, reads, writes and tell
         "executor",
         "messages",
         "ports",
+        "routers/attached",
         "routers/follow",
+        "routers/mailbox",
         "swap_transactions",
     )
 )

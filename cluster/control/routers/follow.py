@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,13 +23,18 @@ SLOW_SECONDS = 0.5
 """How long a turn waits for routers that do not answer; they are waited for beside it."""
 LEASE_SECONDS = 10.0
 """How long a router is not heard before it is given up."""
+REMEMBERED = 256
+"""How many routers that had joined are remembered as given up."""
 ROUNDS = 3
 """How often a router is told in a row, at most: before it knows the layers, and before its session is known."""
 REACHED_NOT = (ExpertMeshError, asyncio.TimeoutError, TimeoutError)
 
 
 class Routers:
-    """The routers of a cluster, by name. `hurry` is called where what a router reports may let a swap go on."""
+    """The routers of a cluster, by name: those that the owner declares, and those that have joined by themselves.
+
+    `handles` is how each is reached. `hurry` is called where what a router reports may let a swap go on.
+    """
 
     def __init__(
         self,
@@ -42,6 +48,9 @@ class Routers:
         self.reports: dict[str, RouterReport] = {}
         self.leases = RouterLeases(LEASE_SECONDS)
         self.desired = Desired()
+        self.handles: dict[str, Any] = {}
+        self._joined: dict[str, tuple[Any, Callable[[], None]]] = {}
+        self._given_up: deque[str] = deque(maxlen=REMEMBERED)
         self._port = port
         self._reconciler = reconciler
         self._executor = executor
@@ -55,8 +64,23 @@ class Routers:
     def expect(self, desired: Desired) -> None:
         """Take which routers there are to be."""
         self.desired = desired
-        self._executor.routers = desired.routers
-        self.leases.expect(desired.routers)
+        self._expect()
+
+    async def join(self, name: str, handle: Any, gone: Callable[[], None], *, fresh: bool) -> None:
+        """Tell a router that the owner does not declare from now on, too.
+
+        Once it has left, or is given up, `gone` is called. It has served nothing yet if it is `fresh`.
+        """
+        self._joined[name] = handle, gone
+        self._expect()
+        await self._executor.perform(self._reconciler.router_joined(name, fresh=fresh))
+
+    async def left(self, name: str) -> None:
+        """A router that had joined serves nothing any more, and says so itself; all others stay."""
+        if name in self._joined:
+            self._drop(name)
+            self._expect()
+            await self._executor.perform(self._lost(name))
 
     def facts(self) -> dict[str, dict[str, Any]]:
         """The facts of every router by name, as it last reported them, and its state."""
@@ -65,7 +89,7 @@ class Routers:
                 **(self.reports[name].facts if name in self.reports else {}),
                 "state": self._states.get(name, "starting"),
             }
-            for name in self.desired.routers
+            for name in self.handles
         }
 
     def behind(self, epoch: int) -> list[str]:
@@ -75,7 +99,7 @@ class Routers:
 
     def untold(self, since: float) -> list[str]:
         """The routers that answered when they were last asked, and were told nothing since then, in the loop's time."""
-        ready = [name for name in self.desired.routers if self._states.get(name) == "ready"]
+        ready = [name for name in self.handles if self._states.get(name) == "ready"]
         return [name for name in ready if self._told_at.get(name, 0.0) < since]
 
     def given_up_now(self) -> bool:
@@ -89,16 +113,19 @@ class Routers:
     async def leave(self) -> None:
         """Forget what the routers pin that are given up, once every replica that is not down refuses them."""
         for name in self.leases.leave(self.desired.replicas):
+            if name in self._joined:
+                self._given_up.append(name)  # a replica that is down has still to hear of it
+                self._drop(name)
+                self._expect()
             self.reports.pop(name, None)
-            actions = [*self._reconciler.member_lost(name), *self._reconciler.router_lost(name)]
-            await self._executor.perform(actions)
+            await self._executor.perform(self._lost(name))
 
     async def tell(self) -> None:
         """Tell all routers at once. Raises what went wrong with the first of them where none was reached."""
         late = self._ended()
         loop = asyncio.get_running_loop()
-        free = [name for name in self.desired.routers if name not in self._told]
-        told = [loop.create_task(self._tell(name, self.desired.routers[name])) for name in free]
+        free = [name for name in self.handles if name not in self._told]
+        told = [loop.create_task(self._tell(name, self.handles[name])) for name in free]
         self._told.update(zip(free, told, strict=True))
         if told:
             await asyncio.wait(told, timeout=SLOW_SECONDS)
@@ -106,7 +133,7 @@ class Routers:
         for failure in (*late, *failures):
             if failure is not None and (isinstance(failure, Fenced) or not isinstance(failure, REACHED_NOT)):
                 raise failure
-        if len(failures) == len(self.desired.routers) and None not in failures:
+        if len(failures) == len(self.handles) and None not in failures:
             for failure in failures:
                 if failure is not None:
                     raise failure
@@ -134,12 +161,28 @@ class Routers:
                     self._states[name] = "restarting" if isinstance(error, ExpertMeshError) else "unresponsive"
                 self._hurry()
                 raise
+            if self.handles.get(name) is not handle:
+                return  # it has left
             if not self.leases.heard(name, report.incarnation):
                 return  # it has not noticed yet that it was given up
             await self._take(name, report, update, sent)
             if knows_layers and report.incarnation == update.session:
                 self._states[name], self._told_at[name] = "ready", sent
                 return
+
+    def _expect(self) -> None:
+        self.handles = {**self.desired.routers, **{name: handle for name, (handle, _) in self._joined.items()}}
+        self._executor.routers = self.handles
+        self.leases.expect({*self.handles, *self._given_up})
+
+    def _drop(self, name: str) -> None:
+        for known in (self.reports, self._states, self._told, self._told_at):
+            known.pop(name, None)
+        _, gone = self._joined.pop(name)
+        gone()
+
+    def _lost(self, name: str) -> list[Action]:
+        return [*self._reconciler.member_lost(name), *self._reconciler.router_lost(name)]
 
     def _update(self, name: str) -> RouterUpdate:
         update = RouterUpdate(
@@ -160,7 +203,7 @@ class Routers:
         self.reports[name] = report
         actions: list[Action] = []
         if before is not None and before.incarnation != report.incarnation:
-            actions += [*self._reconciler.member_lost(name), *self._reconciler.router_lost(name)]
+            actions += self._lost(name)
             self._reconciler.router_told(name, update.epochs)
         if not self._executor.changed_since(name, sent):
             gates = frozenset(layer.gate_id for layer in self.desired.layers.values())

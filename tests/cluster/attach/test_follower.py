@@ -13,7 +13,7 @@ from helpers.waiting import on_a_loop, until
 
 from expertmesh.cluster.attach import follower
 from expertmesh.cluster.attach.follower import Follower
-from expertmesh.cluster.runtime.mailbox import Letter, Mailbox
+from expertmesh.cluster.control.routers.mailbox import Letter, Mailbox
 from expertmesh.experts.errors import ExpertMeshError, FailedPrecondition, NotFound, Unavailable
 
 
@@ -28,11 +28,11 @@ class Desk:
     def __init__(self, losses: Iterator[str] | None = None) -> None:
         self.losses = losses or itertools.repeat("")
         self.box: Mailbox | None = None
-        self.joined: list[tuple[str, str]] = []
-        self.left: list[tuple[str, str]] = []
+        self.joined: list[tuple[str, bool]] = []
+        self.left: list[str] = []
 
-    async def join(self, name: str, incarnation: str) -> str:
-        self.joined.append((name, incarnation))
+    async def join(self, name: str, fresh: bool) -> str:
+        self.joined.append((name, fresh))
         self.box = Mailbox()
         return self.box.id
 
@@ -49,8 +49,8 @@ class Desk:
             raise Unavailable("the reply was lost")
         return letters
 
-    async def leave(self, name: str, incarnation: str) -> None:
-        self.left.append((name, incarnation))
+    async def leave(self, name: str) -> None:
+        self.left.append(name)
 
     async def ask(self, method: str, *arguments: Any) -> Any:
         await until(lambda: self.box is not None)
@@ -79,7 +79,7 @@ class Member:
 @asynccontextmanager
 async def followed(desk: Desk) -> Any:
     member = Member()
-    followed = Follower(desk, "attached-1", "i1", member.carry)
+    followed = Follower(desk, "attached-1", member.carry, lambda: not member.carried)
     running = asyncio.ensure_future(followed.run())
     try:
         yield member, followed
@@ -94,10 +94,10 @@ async def test_it_joins_and_carries_orders_out() -> None:
     async with followed(desk) as (member, follows):
         assert await desk.ask("sync", 1) == "sync done"
         assert await desk.ask("sync", 2) == "sync done"
-        assert desk.joined == [("attached-1", "i1")]
+        assert desk.joined == [("attached-1", True)]
         assert member.carried == [("sync", 1), ("sync", 2)]
     await follows.leave()
-    assert desk.left == [("attached-1", "i1")]
+    assert desk.left == ["attached-1"]
 
 
 @on_a_loop
@@ -145,7 +145,7 @@ async def test_it_joins_again_where_its_mailbox_is_gone_and_drops_what_belonged_
         with pytest.raises(Unavailable):
             await stage
         assert await desk.ask("sync") == "sync done"  # number 1 again, in another mailbox
-        assert desk.joined == [("attached-1", "i1")] * 2
+        assert desk.joined == [("attached-1", True), ("attached-1", False)]
 
 
 @on_a_loop
@@ -159,7 +159,7 @@ async def test_a_controller_that_does_not_answer_is_asked_until_it_does() -> Non
 @on_a_loop
 async def test_leaving_a_controller_that_is_gone_is_no_error() -> None:
     class Gone(Desk):
-        async def leave(self, name: str, incarnation: str) -> None:
+        async def leave(self, name: str) -> None:
             raise Unavailable("it has died")
 
     async with followed(Gone()) as (_, follows):

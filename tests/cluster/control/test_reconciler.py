@@ -131,6 +131,43 @@ def test_while_a_router_has_not_been_heard_nothing_is_unloaded_and_no_swap_begin
     assert control.swap_asked("s", A)
 
 
+def test_a_swap_waits_for_a_router_that_has_joined_to_adopt_its_epoch() -> None:
+    control = started("m")
+    committed(control)
+    assert control.router_joined("late", fresh=True) == []
+    assert control.router_reported("r", 2, 2) == []
+    assert FinishSwap("s", 2, None) in control.router_reported("late", 2, 2)
+
+
+def test_a_router_that_has_served_may_pin_anything_until_it_has_reported_or_is_lost() -> None:
+    for heard in (True, False):
+        control = started("m")
+        control.router_joined("old", fresh=False)
+        with pytest.raises(Aborted, match="draining"):
+            control.swap_asked("s", A)
+        control.router_reported("old", 1, 1) if heard else control.router_lost("old")
+        assert committed(control)
+        assert [FinishSwap("s", 2, None)] == [
+            action
+            for action in (
+                *control.router_reported("r", 2, 2),
+                *(control.router_reported("old", 2, 2) if heard else ()),
+            )
+            if isinstance(action, FinishSwap)
+        ]
+
+
+def test_a_router_that_joins_again_is_known_as_before() -> None:
+    control = started("m")
+    committed(control)
+    control.router_reported("old", 1, 1)
+    control.router_joined("old", fresh=False)
+    assert control.router_reported("r", 2, 2) == []
+    assert FinishSwap("s", 2, None) in control.router_reported("old", 2, 1)
+    assert unloads(control.member_reported("m", "m.1", A, held("v1", "v2"))) == []
+    assert unloads(control.router_reported("old", 2, 2)) == [UnloadVersion("m", "m.1", "l/a", "v1")]
+
+
 def test_a_swap_is_refused_while_an_older_version_is_pinned_also_by_the_next_controller() -> None:
     control = Reconciler()
     control.restore({1: ONE, 2: TWO}, ["r"])

@@ -10,7 +10,7 @@ from helpers.waiting import on_a_loop, run_async, settle
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertmesh.cluster.runtime.mailbox import Letter, Mailbox
+from expertmesh.cluster.control.routers.mailbox import Letter, Mailbox
 from expertmesh.experts.errors import FailedPrecondition, Unavailable
 
 

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...experts.errors import ExpertMeshError, Unavailable
+from ....experts.errors import ExpertMeshError, Unavailable
 
 
 @dataclass(frozen=True)
