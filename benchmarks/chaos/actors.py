@@ -20,7 +20,7 @@ from expertmesh.cluster.control.executor import Executor
 from expertmesh.cluster.control.messages import SwapRequest, proposal_of
 from expertmesh.cluster.control.ports import StateSettings
 from expertmesh.cluster.control.swap_transactions import SwapTransactions
-from expertmesh.cluster.runtime.ray_actors import ControllerActor, ExpertActor, LogSettings, RouterActor
+from expertmesh.cluster.runtime.ray_actors import ControllerActor, ExpertActor, RouterActor
 from expertmesh.cluster.state.records import VersionRecord
 from expertmesh.experts.errors import ExpertMeshError
 from expertmesh.experts.host import ExpertHost
@@ -124,8 +124,8 @@ class NotingControllerActor(ControllerActor):
 class CrashingControllerActor(ControllerActor):
     """The actor of a controller that dies."""
 
-    def __init__(self, settings: StateSettings, logs: LogSettings) -> None:
-        super().__init__(settings, logs)
+    def __init__(self, settings: StateSettings, *given: Any) -> None:
+        super().__init__(settings, *given)
         self._opening.get().executor.__class__ = CrashingExecutor
         transactions = self._opening.get().transactions
         transactions.__class__ = CrashingTransactions

@@ -31,7 +31,8 @@ class RunFile:
     `endpoints`, `sockets` and `metrics_endpoints` have an entry for each router, in the same order; `endpoint`,
     `socket` and `metrics_endpoint` are the first of each. A socket is "" where the router is on another machine;
     without metrics there are no `metrics_endpoints`. `started` is the start time of process `pid`; it tells a later
-    process with the same id apart.
+    process with the same id apart. On Ray, `ray_controller` is the name of the controller's actor, and a private Ray
+    has its token in `ray_token_path`.
     """
 
     name: str
@@ -46,6 +47,9 @@ class RunFile:
     endpoints: list[str] = field(default_factory=list)
     sockets: list[str] = field(default_factory=list)
     metrics_endpoints: list[str] = field(default_factory=list)
+    ray_address: str | None = None
+    ray_token_path: str | None = None
+    ray_controller: str | None = None
 
     def __post_init__(self) -> None:
         for many, one in (("endpoints", "endpoint"), ("sockets", "socket"), ("metrics_endpoints", "metrics_endpoint")):

@@ -292,7 +292,7 @@ class Cluster:
             backend.start_replica(replica)
         state = StateSettings(state_dir=str(self._state_dir()), retain_epochs=config.retain_epochs)
         places = backend.start_front(routers, state, max(1.0, deadline - time.monotonic()))
-        self._announce(run_file(config, places, backend.temp_dir))
+        self._announce(run_file(config, places, backend.temp_dir, backend.ray()))
         self._wait_for(planned, deadline)
         self._say("loading and verifying experts")
         self._replicas = {replica.id: replica.expert_ids for replica in planned}

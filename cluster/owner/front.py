@@ -87,14 +87,17 @@ def router_settings(config: ClusterConfig, ports: FrontPorts, state_dir: Path) -
     return settings
 
 
-def run_file(config: ClusterConfig, places: Sequence[Place], ray_temp_dir: str | None) -> RunFile:
-    """The run file of a cluster whose routers listen at these places."""
+def run_file(
+    config: ClusterConfig, places: Sequence[Place], ray_temp_dir: str | None, ray: Mapping[str, str]
+) -> RunFile:
+    """The run file of a cluster whose routers listen at these places; `ray` are its fields for who attaches."""
     return RunFile.of_this_process(
         config.name,
         places[0].endpoint,
         version(),
         metrics_endpoint=places[0].metrics_endpoint or None,
         ray_temp_dir=ray_temp_dir,
+        **ray,
         socket=places[0].socket,
         endpoints=[place.endpoint for place in places],
         sockets=[place.socket for place in places],

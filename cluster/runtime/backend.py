@@ -27,6 +27,9 @@ class Backend(Protocol):
     def start(self, address: str | None, timeout: float) -> None:
         """Prepare the backend; `timeout` bounds joining a Ray, in seconds. Raises FailedPrecondition or ConfigError."""
 
+    def ray(self) -> dict[str, str]:
+        """Where its Ray and its controller are, as fields of the run file; empty in one process."""
+
     def lost(self) -> str | None:
         """Why the processes of the cluster will not serve any more, or None."""
 

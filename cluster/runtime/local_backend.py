@@ -54,7 +54,7 @@ class LocalBackend:
         finally:
             end_tasks(self._loop)
 
-    def place(self) -> dict[str, str]:
+    def ray(self) -> dict[str, str]:
         """Empty: other processes cannot reach it."""
         return {}
 

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,13 +29,15 @@ from ...experts.tensors import from_bytes
 from ...router.fanout.replica_view import Replica
 from ...router.fanout.transport import report_of
 from ..channel.refused import Refused
-from ..channel.router_end import ChannelTransport
 from ..channel.settings import ChannelSettings, open_channel
 from ..control.controller import Controller, open_controller
 from ..control.messages import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
 from ..control.opening import Opening
 from ..control.orders import Order, Orders
 from ..control.ports import ControllerState, StateSettings
+from ..control.routers.attached import AllRouters, AttachedRouters
+from ..control.routers.follow import Routers
+from ..control.routers.mailbox import Letter
 from ..machine.logs import configure_logs
 from ..machine.process_tuning import (
     give_memory_back,
@@ -48,8 +50,8 @@ from ..machine.process_tuning import (
 from .listening import ListeningService
 from .places import Place, away_from_owner, place_of
 from .ray_ports import Packed, RayControlPort, RayReplicaPort, RayRouterPort
-from .ray_transport import RayTransport, packed_reply, responds, unpacked_call
-from .router_process import ServiceSettings
+from .ray_transport import Actors, packed_reply, unpacked_call
+from .router_process import ServiceSettings, Welcome
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class LogSettings:
 
 
 log = logging.getLogger(__name__)
+NAMESPACE = "expertmesh"
+"""Ray's namespace of the names of controllers, each "<cluster>/<id of its start>"."""
 TRIM_SECONDS = 2.0
 WATCH_SECONDS = 1.0
 LET_GO_SECONDS = 1.0
@@ -160,7 +164,7 @@ class ExpertActor:
         addresses = {} if channel is None else {"address": channel.address, "tcp_address": channel.tcp_address}
         device = _device_name(self._host.device)
         cure = f"its process is ended {self._hang_seconds:g} s beyond the deadline"
-        where = {"experts": self._experts, "node": _node(), "device": device, **addresses}
+        where = {"experts": self._experts, "node": node(), "device": device, **addresses}
         return report_of(self._id, self._host, cure, **where)
 
 
@@ -182,15 +186,12 @@ class RouterActor:
         if away:
             settings = away_from_owner(settings, address)
         self._settings, self._address = settings, address if away else None
-        self._handles: dict[str, Any] = {}
-        self._transport: RayTransport | ChannelTransport = RayTransport()
-        if channel is not None:
-            self._transport = ChannelTransport(channel.secret, self._responds, node=_node())
+        self._actors = Actors(channel, node())
         self._trimmed = 0.0
         self._control = RayControlPort()
         self._opened: ListeningService | ExpertMeshError
         try:
-            self._opened = ListeningService(settings, self._transport, self._control)
+            self._opened = ListeningService(settings, self._actors.transport, self._control)
         except ExpertMeshError as error:
             self._opened = error
         self._place: Place | None = None
@@ -205,20 +206,15 @@ class RouterActor:
         """Start to listen; idempotent. Returns where."""
         if self._place is None:
             self._place = place_of(self._settings, *await self._service.start(), self._address)
-            self._service.where = {**self._place.described(), "node": _node()}
+            self._service.where = {**self._place.described(), "node": node()}
             settle()
         return self._place
 
     async def declare(self, controller: Any, desired: Desired) -> None:
         """Take newer declared layers, and the handles of replicas and controller."""
-        self._handles = dict(desired.handles)
-        if isinstance(self._transport, RayTransport):
-            self._transport.handles = self._handles
+        self._actors.declared(desired.handles)
         self._control.handle = controller
         await self._service.declare(desired)
-
-    async def _responds(self, replica_id: str) -> bool:
-        return await responds(self._handles.get(replica_id))
 
     async def sync(self, order: Order, update: RouterUpdate) -> RouterReport:
         """Take an update from the controller; a router that Ray restarted starts to listen here."""
@@ -250,11 +246,15 @@ class ControllerActor:
     the constructor Ray would only report that the actor died.
     """
 
-    def __init__(self, settings: StateSettings, logs: LogSettings) -> None:
+    def __init__(self, settings: StateSettings, logs: LogSettings, welcome: Welcome) -> None:
         configure_logs("controller", logs.level, logs.path)
         give_memory_back()
         self._router = RayRouterPort()
-        self._opening = Opening(partial(open_controller, settings, self._router, RayReplicaPort()), time.monotonic)
+        self._welcome = welcome
+        self._attached = AttachedRouters(self._members, settings.state_dir)
+        self._opening = Opening(
+            partial(open_controller, settings, AllRouters(self._router), RayReplicaPort()), time.monotonic
+        )
         self._one_opens = asyncio.Lock()
         with suppress(ExpertMeshError):  # whoever calls is told
             self._opening.get()
@@ -267,6 +267,9 @@ class ControllerActor:
         async with self._one_opens:
             return await asyncio.to_thread(self._opening.get)
 
+    async def _members(self) -> Routers:
+        return (await self._controller()).routers
+
     async def declare(self, controller: Any, desired: Desired, timeout: float) -> dict[str, str]:
         """Load the layers that the owner declares; returns the versions that then serve.
 
@@ -274,6 +277,7 @@ class ControllerActor:
         """
         self._router.controller = controller
         opened = await self._controller()
+        await self._attached.restore()
         if self._turns is None:
             self._turns = asyncio.get_running_loop().create_task(opened.run())
         return await opened.declare(desired, timeout)
@@ -301,6 +305,24 @@ class ControllerActor:
         """Load a kept epoch."""
         await (await self._controller()).recall(epoch, ttl)
 
+    def welcome(self) -> Welcome:
+        """What a router in another process needs to attach."""
+        return self._welcome
+
+    async def attach(self, name: str, fresh: bool) -> str:
+        """Take a router of another process as a member; returns the id of its mailbox."""
+        return await self._attached.join(name, fresh)
+
+    async def fetch(
+        self, name: str, box_id: str, answers: Mapping[int, Any], held: Collection[int], seconds: float
+    ) -> tuple[Letter, ...]:
+        """Take the answers of an attached router, and wait for orders to it."""
+        return await self._attached.fetch(name, box_id, answers, held, seconds)
+
+    async def detach(self, name: str) -> None:
+        """Let an attached router go."""
+        await self._attached.leave(name)
+
     async def problem(self) -> str:
         """Why the controller does not work; empty if it does."""
         opened = self._opening.opened
@@ -317,7 +339,7 @@ def _end_process(reason: str) -> None:
     os._exit(1)
 
 
-def _node() -> str:
+def node() -> str:
     """This node's address, and the start of its Ray id."""
     return f"{ray.util.get_node_ip_address()}/{ray.get_runtime_context().get_node_id()[:8]}"  # type: ignore[no-untyped-call]
 

@@ -30,11 +30,11 @@ from ..machine.temp_folder import new_run_folder, run_folder_of
 from ..placement.capacity import Resources
 from ..placement.plan import PlannedReplica
 from .places import Place
-from .ray_actors import ControllerActor, ExpertActor, LogSettings, RouterActor
+from .ray_actors import NAMESPACE, ControllerActor, ExpertActor, LogSettings, RouterActor
 from .ray_environment import reachable, within
 from .ray_ports import fetched, last_lines, nodes
 from .ray_reaper import end_marked_processes, marked, start_reaper
-from .router_process import ServiceSettings
+from .router_process import ServiceSettings, Welcome
 
 log = logging.getLogger(__name__)
 MINIMUM_RAY = (2, 56)
@@ -80,6 +80,7 @@ class RayBackend:
         self._reaper: subprocess.Popen[bytes] | None = None
         self._direct = direct
         self._channel: ChannelSettings | None = None
+        self._controller_name = ""
         self._head_answered = time.monotonic()
         self.temp_dir: str | None = None
 
@@ -108,7 +109,7 @@ class RayBackend:
                 run=secrets.token_hex(6),
                 router_node=ray.get_runtime_context().get_node_id(),
                 folder=None if self.temp_dir is None else str(Path(self.temp_dir) / "channel"),
-                spread=self._spread,
+                spread=self._spread or address is not None,  # who attaches may be on any node
             )
 
     def _start_ray(self) -> None:
@@ -131,6 +132,13 @@ class RayBackend:
         """Set a variable of Ray's until `stop`: what the program does with Ray later is its own."""
         self._patched.append((module, name, getattr(module, name)))
         setattr(module, name, value)
+
+    def ray(self) -> dict[str, str]:
+        """The address of the Ray, the token file of a private one, and the name of the controller's actor."""
+        found = {"ray_address": ray.get_runtime_context().gcs_address, "ray_controller": self._controller_name}
+        if self.temp_dir is not None:
+            found["ray_token_path"] = os.environ["RAY_AUTH_TOKEN_PATH"]
+        return found
 
     def lost(self) -> str | None:
         """Why the Ray of this cluster will not serve it any more, or None."""
@@ -183,7 +191,11 @@ class RayBackend:
             places = options if first or not self._spread else {**options, "scheduling_strategy": "SPREAD"}
             actor = ray.remote(RouterActor).options(**places)
             self._routers[name] = actor.remote(settings, self._logs, self._channel, owners_node)
-        self._controller = ray.remote(ControllerActor).options(**options).remote(state, self._logs)
+        settings = next(iter(routers.values()))
+        self._controller_name = f"{settings.name}/{secrets.token_hex(6)}"
+        named = {"name": self._controller_name, "namespace": NAMESPACE}
+        controller = ray.remote(ControllerActor).options(**options, **named)
+        self._controller = controller.remote(state, self._logs, Welcome.of(settings, self._channel))
         listening: list[Place] = fetched([actor.start.remote() for actor in self._routers.values()], timeout)
         return listening
 

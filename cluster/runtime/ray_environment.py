@@ -34,8 +34,7 @@ def load_backend(address: str | None) -> Any:
     A private Ray listens on loopback, and requires a token on every call, from a file that only this user can read. A
     joined Ray keeps its own settings. Raises FailedPrecondition if Ray was imported too early to enable tokens.
     """
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
+    _set_defaults()
     if address is None:
         if "ray" in sys.modules and os.environ.get("RAY_AUTH_MODE") != "token":
             raise FailedPrecondition(
@@ -46,6 +45,27 @@ def load_backend(address: str | None) -> Any:
         os.environ.update(_PRIVATE)
         os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(_token_file()))
     return importlib.import_module(".ray_backend", __package__)  # here, because importing Ray reads the environment
+
+
+def load_attach(token_path: str | None) -> Any:
+    """Set the environment, then import the module `ray_attach`, for a Ray whose token is in a file, or any if None.
+
+    Raises FailedPrecondition if Ray was imported too early to present the token.
+    """
+    _set_defaults()
+    if token_path is not None:
+        if "ray" in sys.modules and os.environ.get("RAY_AUTH_MODE") != "token":
+            raise FailedPrecondition(
+                "ray was imported before attach, too early to present the token of the cluster's Ray: import ray after "
+                f"it, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH={token_path} before"
+            )
+        os.environ.update(_PRIVATE, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=token_path)
+    return importlib.import_module(".ray_attach", __package__)  # as above
+
+
+def _set_defaults() -> None:
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
 
 
 def _token_file() -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,8 @@ from ...experts.protocol import ExpertCall, ExpertReply
 from ...experts.tensors import from_bytes
 from ...router.fanout.replica_view import Replica
 from ...router.fanout.transport import Cancel, Died, Done, Lost, in_task
+from ..channel.router_end import ChannelTransport
+from ..channel.settings import ChannelSettings
 from .ray_ports import actor_ended, awaited, pack
 
 RESPONDS_SECONDS = 0.5
@@ -65,6 +67,26 @@ class RayTransport:
 
     def close(self) -> None:
         """Does nothing: there is no connection to close."""
+
+
+class Actors:
+    """The actors of the replicas by id, as declared last, and the transport that carries rows to them from `node`.
+
+    That is the direct channel, or Ray's calls where it has no settings.
+    """
+
+    def __init__(self, channel: ChannelSettings | None, node: str) -> None:
+        self._by_calls = RayTransport()
+        self.transport: RayTransport | ChannelTransport = self._by_calls
+        if channel is not None:
+            self.transport = ChannelTransport(channel.secret, self._responds, node=node)
+
+    def declared(self, handles: Mapping[str, Any]) -> None:
+        """Take the actors of newer declared layers."""
+        self._by_calls.handles = dict(handles)
+
+    async def _responds(self, replica_id: str) -> bool:
+        return await responds(self._by_calls.handles.get(replica_id))
 
 
 async def responds(actor: Any) -> bool:

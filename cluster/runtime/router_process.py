@@ -28,6 +28,7 @@ from ...router.gates import Gate
 from ...router.mixture.layer import Layer
 from ...router.request.forward import Router
 from ..channel.refused import identity
+from ..channel.settings import ChannelSettings
 from ..control.messages import Candidate, Desired, RouterReport, RouterUpdate
 from ..control.orders import Order, Orders
 from ..control.ports import ControlPort
@@ -64,6 +65,20 @@ class ServiceSettings:
     state_dir: str | None
     uploads: UploadLimits = field(default_factory=UploadLimits)
     allowed_factories: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Welcome:
+    """What a controller tells a process that attaches: the settings of routers, and those of the channel, if any."""
+
+    settings: ServiceSettings
+    channel: ChannelSettings | None
+
+    @classmethod
+    def of(cls, settings: ServiceSettings, channel: ChannelSettings | None) -> Welcome:
+        """What may be told: neither tokens nor keys, and nothing of ports."""
+        gateway = replace(settings.gateway, tls=None, port=0, port_held=False, socket=None)
+        return cls(settings=replace(settings, tokens=(), metrics_port=None, gateway=gateway), channel=channel)
 
 
 class RouterService:

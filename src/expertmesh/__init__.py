@@ -34,6 +34,8 @@ from .experts.optional_imports import load
 from .experts.package_version import version
 
 if TYPE_CHECKING:
+    from .cluster.attach.attach import attach
+    from .cluster.attach.router import AttachedRouter
     from .cluster.client.client import AsyncClient, Client
     from .cluster.client.reply import Reply
     from .cluster.config.loader import ClusterConfig
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "AsyncClient": "cluster.client.client",
+    "AttachedRouter": "cluster.attach.router",
     "Autoscale": "experts.spec",
     "Client": "cluster.client.client",
     "Cluster": "cluster.owner.cluster",
@@ -57,12 +60,14 @@ _MODULES = {
     "Reply": "cluster.client.reply",
     "SwapOutcome": "cluster.rpc.swaps",
     "TensorSpec": "experts.spec",
+    "attach": "cluster.attach.attach",
     "gates": "router.gates",
 }
 
 __all__ = [
     "Aborted",
     "AsyncClient",
+    "AttachedRouter",
     "Autoscale",
     "Client",
     "Cluster",
@@ -92,6 +97,7 @@ __all__ = [
     "Unavailable",
     "VersionGone",
     "__version__",
+    "attach",
     "errors",
     "gates",
 ]

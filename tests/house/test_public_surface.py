@@ -18,8 +18,9 @@ ERRORS = [
     "Unauthenticated", "Unavailable", "VersionGone",
 ]  # fmt: skip
 CLIENT = ["AsyncClient", "Client", "Lease", "Reply", "SwapOutcome"]
+ATTACH = ["AttachedRouter", "attach"]
 CLUSTER = ["Autoscale", "Cluster", "ClusterConfig", "Expert", "Layer", "TensorSpec", "gates"]
-SURFACE = sorted([*ERRORS, *CLIENT, *CLUSTER, "__version__", "errors"])
+SURFACE = sorted([*ERRORS, *CLIENT, *ATTACH, *CLUSTER, "__version__", "errors"])
 
 
 def imported(code: str, *libraries: str) -> list[str]:
@@ -80,7 +81,7 @@ def test_declaring_an_expert_needs_neither_ray_nor_torch() -> None:
     assert imported('from expertmesh import Expert, TensorSpec; Expert("torch:sin")', "ray", "torch") == []
 
 
-@pytest.mark.parametrize("name", ["Layer", "gates", "Cluster", "ClusterConfig"])
+@pytest.mark.parametrize("name", ["Layer", "gates", "Cluster", "ClusterConfig", "attach"])
 def test_a_name_whose_extra_is_missing_says_which_install_mends_it(name: str) -> None:
     code = f"{without('torch', 'ray')}; import expertmesh; expertmesh.{name}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

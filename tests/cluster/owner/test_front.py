@@ -82,7 +82,7 @@ def test_routers_differ_in_name_ports_and_socket_alone(tmp_path: Path) -> None:
     assert [one.gateway.socket, two.gateway.socket] == [str(socket_path("front", n)) for n in (0, 1)]
     assert one.tokens == two.tokens
     places = [place_of(own, own.gateway.port, own.metrics_port) for own in (one, two)]
-    run_file(wanted, places, None).write()
+    run_file(wanted, places, None, {}).write()
     run = RunFile.read("front")
     assert run.endpoints == [f"127.0.0.1:{port}" for port in ports.ports]
     assert run.metrics_endpoints == [f"http://127.0.0.1:{port}/metrics" for port in ports.metrics_ports]
@@ -113,7 +113,7 @@ def test_the_run_file_follows_a_router_to_another_node_and_back() -> None:
     places = [
         Place(endpoint=f"10.0.0.1:{n}", metrics_endpoint=f"https://10.0.0.1:{n}/metrics", socket=f"{n}") for n in (7, 8)
     ]
-    run = run_file(config(routers=2), places, None)
+    run = run_file(config(routers=2), places, None, {})
     here = {"endpoint": "10.0.0.1:7", "metrics_endpoint": "https://10.0.0.1:7/metrics", "node": "10.0.0.1/a"}
     away = {"endpoint": "10.0.0.2:8", "metrics_endpoint": "https://10.0.0.2:8/metrics", "node": "10.0.0.2/b"}
     back = {"endpoint": "10.0.0.1:8", "metrics_endpoint": "https://10.0.0.1:8/metrics", "node": "10.0.0.1/a"}
