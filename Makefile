@@ -50,7 +50,7 @@ format: $(STAMP) ## put the code in the form that check wants
 BENCH = OMP_NUM_THREADS=1 GRPC_ENABLE_FORK_SUPPORT=0 $(BIN)/python -m benchmarks
 RESULTS := out/bench
 
-bench: $(BENCH_STAMP) ## every comparison with limits and peers, C1 to C11 (up to 30 minutes)
+bench: $(BENCH_STAMP) ## every comparison with limits and peers, C1 to C12 (up to 30 minutes)
 	@mkdir -p $(RESULTS)
 	$(BENCH) --json $(RESULTS)/bench.json --plots $(RESULTS)
 

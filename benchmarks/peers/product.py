@@ -1,26 +1,20 @@
-"""The product: its cluster in a process of its own, its router here where a peer's driver is, or behind its client.
-
-The router that runs here is the one that the cluster runs, over the same channels to the same actors.
-"""
+"""The product: its cluster in a process of its own, called through a router here, as a peer's driver, or a client."""
 
 from __future__ import annotations
+
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
-from expertmesh import AsyncClient
-from expertmesh.cluster.channel.router_end import ChannelTransport
+from expertmesh import AsyncClient, attach
 from expertmesh.experts.package_version import version
-from expertmesh.experts.protocol import CallOptions
-from expertmesh.router.epochs.epochs import Epoch
-from expertmesh.router.fanout.replica_view import Replica
-from expertmesh.router.request.answer import ForwardRequest
-from expertmesh.router.request.forward import Router
 
 from .arm import Arm
 from .helper import Helper
 from .model import Shape, names
-from .product_host import LAYER, layer
+from .private_ray import private_ray
+from .product_host import LAYER
 
 SECONDS = 120.0
 
@@ -29,16 +23,24 @@ class Product(Arm):
     """A running cluster of one layer, and in `said` what it says of itself.
 
     It has `actors` for its experts, by default one for each. `stall` is the seconds that one expert of the last actor
-    sleeps before it computes a message.
+    sleeps before it computes a message. It joins the Ray at `address`, or has a private one.
     """
 
     kind, transport = "layer", "channel"
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, *, actors: int | None = None, stall: float = 0.0) -> None:
-        self.layer = (*names(shape, dtype), actors or shape.experts)
-        self._helper = Helper(f"{__package__}.product_host", self.kind, *self.layer, self.transport, stall)
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        *,
+        actors: int | None = None,
+        stall: float = 0.0,
+        address: str = "",
+    ) -> None:
+        layer = (*names(shape, dtype), actors or shape.experts)
+        self._helper = Helper(f"{__package__}.product_host", self.kind, *layer, self.transport, stall, address)
         self.said = self._helper.said
-        what = f"{self.kind}, {self.layer[-1]} actors, rows by {self.transport}"
+        what = f"{self.kind}, {layer[-1]} actors, rows by {self.transport}"
         self.version = f"expertmesh {version()}, torch {torch.__version__}, {what}"
 
     def close(self) -> None:
@@ -46,26 +48,24 @@ class Product(Arm):
 
 
 class ProductRouter(Product):
-    """A router here over the channels of a cluster's actors."""
+    """The product from a process of its Ray: `attach` gives it a router of its own, to the same actors."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, *, actors: int | None = None, stall: float = 0.0) -> None:
-        super().__init__(shape, dtype, actors=actors, stall=stall)
-        self._replicas = [
-            Replica(**{**told, "experts": tuple(told["experts"]), "holds": frozenset(map(tuple, told["holds"]))})
-            for told in self.said["replicas"]
-        ]
-        self._router = Router(ChannelTransport(bytes.fromhex(self.said["secret"])), max_rows_in_flight=1 << 20)
-        self._layer = layer(*self.layer, stall)
+        with ExitStack() as stack:
+            ray = stack.enter_context(private_ray())  # a process can be in one Ray alone, and other arms are in this
+            address = ray.get_runtime_context().gcs_address
+            super().__init__(shape, dtype, actors=actors, stall=stall, address=address)
+            stack.callback(super().close)
+            self._router = stack.enter_context(attach(self.said["name"], timeout=SECONDS))
+            self.version += ", attached"
+            self._stack = stack.pop_all()
 
     async def call(self, x_TD: Tensor) -> Tensor:
-        if not self._router.epochs.number:
-            self._router.update_view(self._replicas)
-            self._router.adopt(Epoch(1, self.said["versions"], {LAYER: self._layer}))
-        return (await self._router.forward(ForwardRequest(x_TD, CallOptions(layer=LAYER), SECONDS))).output
+        answer: Tensor = await self._router.aio.forward(LAYER, x_TD)
+        return answer
 
     def close(self) -> None:
-        self._router.transport.close()
-        super().close()
+        self._stack.close()
 
 
 class ProductClient(Product):

@@ -1,8 +1,8 @@
-"""A cluster of the product: `python -m benchmarks.peers.product_host KIND SHAPE DTYPE COUNT TRANSPORT STALL`.
+"""A cluster of the product: `python -m benchmarks.peers.product_host KIND SHAPE DTYPE COUNT TRANSPORT STALL ADDRESS`.
 
-KIND is `layer`, with its experts on COUNT actors, or one expert in COUNT replicas: `identity` or `ffn`. Says where it
-serves, and stops when its standard input ends. It is a process of its own because other arms have a Ray of theirs in
-the process that measures.
+KIND is `layer`, with its experts on COUNT actors, or one expert in COUNT replicas: `identity` or `ffn`. It joins the
+Ray at ADDRESS, or starts a private one if that is empty. Says where it serves, and stops when its standard input ends.
+It is a process of its own because other arms have a Ray of theirs in the process that measures.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -69,24 +68,14 @@ def single(kind: str, shape: str, dtype: str, replicas: int) -> Layer:
     return Layer(LAYER, gates.Fixed([1.0]), {"e0": one}, input=rows)
 
 
-def main(kind: str, shape: str, dtype: str, count: str, transport: str, stall: str) -> None:
+def main(kind: str, shape: str, dtype: str, count: str, transport: str, stall: str, address: str) -> None:
     """Serve until standard input ends."""
     whole = kind == "layer"
     declared = layer(shape, dtype, int(count), float(stall)) if whole else single(kind, shape, dtype, int(count))
-    options: dict[str, Any] = {"port": 0, "metrics_port": None, "transport": transport}
+    options: dict[str, Any] = {"port": 0, "metrics_port": None, "transport": transport, "address": address or None}
     with speaking() as say, Cluster.start([declared], name=f"bench-{os.getpid()}", **options) as cluster:
-        say(described(cluster))
+        say({"endpoint": cluster.endpoint, "name": cluster.config.name})
         sys.stdin.read()
-
-
-def described(cluster: Cluster) -> dict[str, Any]:
-    """What a router in another process must know to reach the replicas: the benchmark alone hands the secret out."""
-    backend: Any = cluster._backend
-    state = backend.state()
-    channel = getattr(backend, "_channel", None)
-    replicas = [asdict(replica) | {"holds": sorted(replica.holds)} for replica in state.replicas]
-    secret = channel.secret.hex() if channel is not None else ""
-    return {"endpoint": cluster.endpoint, "secret": secret, "versions": dict(state.versions), "replicas": replicas}
 
 
 if __name__ == "__main__":

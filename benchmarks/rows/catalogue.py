@@ -1,14 +1,15 @@
-"""All rows by name, C1 to C11: those that are comparisons of arms are declared here.
+"""All rows by name, C1 to C12: those that are comparisons of arms are declared here.
 
-C1 to C4 are the data plane, its router in this process; C5 and C11 the gRPC client against Ray Serve and a raw echo;
-C6 our actors against all-to-all over gloo.
+C1 to C4 and C6 are called through `attach`, from a process with a router of its own: against the layer in process, Ray
+actors, and all-to-all over gloo. C5 and C11 are the gRPC client against Ray Serve and a raw echo; C12 is one call
+through each of the two doors.
 """
 
 from __future__ import annotations
 
 from .case import ADDED, LIMIT, P50, PLACEMENTS, RATE, Comparison, Condition, Row, at_least, at_most
 
-NAMES = tuple(f"C{number}" for number in range(1, 12))
+NAMES = tuple(f"C{number}" for number in range(1, 13))
 CLIENTS = ("expertmesh_client", "expertmesh_client_2")
 TWO = ("expertmesh_2",)
 ECHOES = ("grpc_echo", "grpc_echo_stream")
@@ -88,6 +89,14 @@ def _against_an_echo(quick: bool) -> list[Comparison]:
     return found
 
 
+def _through_each_door(quick: bool) -> list[Comparison]:
+    """The same cluster in both arms: the experts on two actors, as in C5."""
+    return [
+        Comparison(Condition("S", "bf16", rows, 1), TWO, CLIENTS[1:], ADDED, at_most(0.5))
+        for rows in ((1,) if quick else (1, 8))
+    ]
+
+
 _ROWS = (
     Row("C1", "rows/s against in-process, 512 rows", lambda quick: _against_the_limit(512, 0.93, quick), stages=True),
     Row("C2", "rows/s against in-process, 32 rows", lambda quick: _against_the_limit(32, 0.85, quick), stages=True),
@@ -96,5 +105,6 @@ _ROWS = (
     Row("C5", "requests/s and p50 of the client against Ray Serve", _against_serve),
     Row("C6", "rows/s against all-to-all over gloo, 2 processes each", _against_gloo),
     Row("C11", "goodput of the client against a raw gRPC echo", _against_an_echo),
+    Row("C12", "added latency of one call: attached against the client", _through_each_door),
 )
 DECLARED = {row.name: row for row in _ROWS}

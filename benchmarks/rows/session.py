@@ -23,8 +23,11 @@ from .case import Condition, alone
 from .plan import Party, spare
 from .stages import Stages, taken_apart
 
-ON_RAY = ("ray_naive", "ray_good", "ray_good_2", "ray_good_1")
-"""Arms whose Ray belongs to this process."""
+ON_RAY = (
+    "ray_naive", "ray_good", "ray_good_2", "ray_good_1",
+    "expertmesh", "expertmesh_1", "expertmesh_2", "expertmesh_4", "expertmesh_2_stalled",
+)  # fmt: skip
+"""Arms on the Ray of this process: Ray's own, and those that attach to a cluster."""
 
 STAGED = "expertmesh"
 WARM_SECONDS = 0.2

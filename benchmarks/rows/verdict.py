@@ -76,7 +76,7 @@ def lines(
             verdict if name == best or not target else SEE_OTHER,
             {other: median(block.cpu_seconds for block in blocks[other]) for other in (name, *shown)},
             max(block.foreign for other in (name, *shown) for block in blocks[other]),
-            "; ".join(f"skipped {why}" for why in missing),
+            "; ".join([*_added(measure, name, rival, values), *(f"skipped {why}" for why in missing)]),
         )
         for name in ours
     ]
@@ -98,6 +98,14 @@ def decided(ratio: Ratio, target: Target) -> str:
     verdict = REACHED if target.met(ratio.median) else NOT_REACHED
     sure = target.met(ratio.low) == target.met(ratio.high)
     return verdict if sure else f"{verdict} ({CLOSE})"
+
+
+def _added(measure: str, ours: str, theirs: str, values: Mapping[str, float]) -> list[str]:
+    """The milliseconds that an arm and its rival add to the layer in process, where that is what is compared."""
+    if measure != ADDED:
+        return []
+    mine, other = (values[name] - values[LIMIT] for name in (ours, theirs))
+    return [f"adds {mine:.2f} ms, {theirs} {other:.2f} ms"]
 
 
 def _value(measure: str, seen: Sequence[Block]) -> float:

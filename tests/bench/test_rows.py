@@ -26,6 +26,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from expertmesh.cluster.runtime.ray_environment import load_backend
+
 SMALL = Condition("S", "bf16", 32, 4)
 
 
@@ -36,6 +38,7 @@ def blocks(rate: float, p50: float = 0.001, count: int = 7) -> list[Block]:
 @pytest.fixture(scope="module")
 def tiny(nothing_left: None) -> run.Result:
     """The machinery of a whole run on the smallest layer, with the product's real actors."""
+    load_backend(None)  # Ray is imported once in a test run, and clusters that come later want its authentication
     comparison = Comparison(SMALL, ("expertmesh",), ("in_process",), target=at_least(0.9))
     row = Row("C1", "rows", lambda quick: [comparison], stages=True)
     result = run.Result()
@@ -155,6 +158,16 @@ def test_a_verdict_says_which_baseline_it_lacks() -> None:
     (line,) = lines("C4", one, seen, {"ray_good": "it died"})
     assert line.verdict == "reached, without ray_good"
     assert line.note == "skipped ray_good: it died"
+
+
+def test_an_added_latency_is_said_in_milliseconds_too() -> None:
+    one = Comparison(SMALL, ("expertmesh_2",), ("expertmesh_client_2",), ADDED, at_most(0.5))
+    p50s = {"in_process": 0.001, "expertmesh_2": 0.0015, "expertmesh_client_2": 0.003}
+    (line,) = lines("C12", one, {name: blocks(1.0, p50) for name, p50 in p50s.items()}, {})
+    assert line.note == "adds 0.50 ms, expertmesh_client_2 2.00 ms"
+    assert line.ratio is not None
+    assert line.ratio.median == pytest.approx(0.25)
+    assert line.verdict == "reached"
 
 
 class Breaks:
