@@ -71,6 +71,8 @@ class Routers:
 
         Once it has left, or is given up, `gone` is called. It has served nothing yet if it is `fresh`.
         """
+        if name in self._given_up:
+            self._given_up.remove(name)  # it has a lease again
         self._joined[name] = handle, gone
         self._expect()
         await self._executor.perform(self._reconciler.router_joined(name, fresh=fresh))
