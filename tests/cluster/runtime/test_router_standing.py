@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.router_in_process import RouterInProcess
-from helpers.waiting import run_async
+from helpers.waiting import run_async, settle
 
+from expertmesh.cluster.channel.replica_end import ChannelServer, socket_path
+from expertmesh.cluster.channel.router_end import ChannelTransport
 from expertmesh.cluster.control.messages import Candidate, Desired, RouterReport, RouterUpdate
 from expertmesh.cluster.control.orders import Order
 from expertmesh.cluster.gateway.gateway import GatewaySettings
 from expertmesh.cluster.runtime.router_process import RouterService, ServiceSettings
-from expertmesh.experts.errors import RouterUnavailable
+from expertmesh.experts.errors import RouterUnavailable, Unavailable
 from expertmesh.experts.protocol import CallOptions
 from expertmesh.experts.spec import Expert
 from expertmesh.router import gates
@@ -24,16 +27,28 @@ from expertmesh.router.mixture.layer import Layer
 from expertmesh.router.request.answer import ForwardReply, ForwardRequest
 
 X = torch.ones(2, 3)
+SECRET = b"a secret of thirty-two bytes, ok"
+CALLS: list[int] = []
+
+
+def counted(x: torch.Tensor) -> torch.Tensor:
+    CALLS.append(len(x))
+    return x.abs()
 
 
 class Told:
     """A router's service, and what a controller tells it; the gate of epoch n has the counter n."""
 
-    def __init__(self, folder: Path) -> None:
-        self.mesh = RouterInProcess(Layer("l", gates.Fixed([1.0]), {"a": Expert("torch:abs")}))
+    def __init__(self, folder: Path, *, sockets: bool = False) -> None:
+        CALLS.clear()
+        self.mesh = RouterInProcess(Layer("l", gates.Fixed([1.0]), {"a": Expert.from_function(counted)}))
+        ((self.id, host),) = self.mesh.hosts.items()
+        self.server = ChannelServer(host, self.id, SECRET)
+        self.server.listen_unix(socket_path(folder, "r", host.incarnation))
+        transport = ChannelTransport(SECRET) if sockets else self.mesh.local
         settings: dict[str, Any] = {"max_rows_in_flight": 65_536, "gateway": GatewaySettings()}
         told = ServiceSettings(name="test", metrics_port=None, tokens=(), state_dir=str(folder), **settings)
-        self.service = RouterService(told, self.mesh.local, None)  # type: ignore[arg-type]
+        self.service = RouterService(told, transport, None)  # type: ignore[arg-type]
         self.orders = itertools.count(1)
         self.epochs: dict[int, dict[str, str]] = {}
 
@@ -45,7 +60,7 @@ class Told:
         self.epochs[counter] = self.mesh.versions | {layer.gate_id: receipt.version}
 
     async def sync(self, epoch: int, session: str, given_up: str = "") -> RouterReport:
-        replicas = tuple(self.mesh.replica(name) for name in self.mesh.hosts)
+        replicas = (self.mesh.replica(self.id, address=self.server.address),)
         versions = self.epochs.get(epoch, self.mesh.versions | {self.mesh.layer.gate_id: "v9-000000000000"})
         update = RouterUpdate(
             replicas=replicas, epochs={epoch: versions}, current=epoch, session=session, given_up=given_up
@@ -67,14 +82,18 @@ class Told:
         asked = ForwardRequest(X, CallOptions(layer="l"), 20.0, None, None, None)
         return await self.service._thread.run(self.service.router.forward(asked))
 
+    def close(self) -> None:
+        self.service.close()
+        self.server.close()
 
-def told(folder: Path, story: Any) -> None:
+
+def told(folder: Path, story: Any, **options: Any) -> None:
     async def main() -> None:
-        made = Told(folder)
+        made = Told(folder, **options)
         try:
             await story(made)
         finally:
-            await asyncio.to_thread(made.service.close)
+            await asyncio.to_thread(made.close)
 
     run_async(main())
 
@@ -118,3 +137,35 @@ def test_a_router_that_is_given_up_before_it_was_confirmed_comes_back(tmp_path: 
         assert (await made.ask()).summary.epoch == 1
 
     told(tmp_path, story)
+
+
+def test_a_frozen_router_that_replicas_serve_no_more_computes_nothing_when_it_wakes(tmp_path: Path) -> None:
+    """Over sockets: it is frozen with a request before it and one that comes, and given up; it serves again later."""
+
+    async def story(made: Told) -> None:
+        session = await made.started()
+        assert CALLS == [2]
+        stands, wake = threading.Event(), threading.Event()
+
+        def freeze() -> None:
+            stands.set()
+            assert wake.wait(20)
+
+        made.service.loop.call_soon_threadsafe(freeze)
+        assert await asyncio.to_thread(stands.wait, 20)
+        asked = [asyncio.ensure_future(made.ask()) for _ in range(3)]
+        await settle()
+        made.server.refuse({"router-0": session})
+        wake.set()
+        for answer in await asyncio.gather(*asked, return_exceptions=True):
+            assert isinstance(answer, Unavailable)
+        assert CALLS == [2]
+        back = (await made.sync(1, "", given_up=session)).incarnation
+        assert back != session
+        with pytest.raises(RouterUnavailable, match="given up"):
+            await made.ask()
+        await made.sync(1, back)
+        assert torch.equal((await made.ask()).output, X)
+        assert CALLS == [2, 2]
+
+    told(tmp_path, story, sockets=True)
