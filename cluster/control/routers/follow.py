@@ -178,7 +178,7 @@ class Routers:
         self.leases.expect({*self.handles, *self._given_up})
 
     def _drop(self, name: str) -> None:
-        for known in (self.reports, self._states, self._told, self._told_at):
+        for known in (self.reports, self._states, self._told_at):
             known.pop(name, None)
         _, gone = self._joined.pop(name)
         gone()
