@@ -17,7 +17,7 @@ _COMMANDS: Mapping[str, tuple[str, str]] = {
     "serve": ("Start the cluster described by a YAML file; Ctrl-C stops it.", "cluster"),
     "status": ("Show layers, experts, versions and replicas of a running cluster.", "cluster"),
     "swap": ("Replace the weights of experts and gates under traffic.", "cluster"),
-    "apply": ("Compare a YAML file with a running cluster, and print the plan from one to the other.", "cluster"),
+    "apply": ("Change a running cluster to what a YAML file declares; --dry-run prints the plan.", "cluster"),
     "rollback": ("Restore earlier versions of experts and gates.", "cluster"),
     "history": ("List the stored versions of an expert or gate.", "cluster"),
     "bench": ("Send load to a running cluster; report latency and throughput.", "cluster"),

@@ -165,6 +165,7 @@ class Calls(Sending):
         dry_run: bool = False,
         swap_id: str | None = None,
         progress: Progress | None = None,
+        adopts: Mapping[str, str] | None = None,
     ) -> Flow[SwapOutcome]:
         """Replace the weights of experts and gates with those of local safetensors files, all of them or none.
 
@@ -181,7 +182,8 @@ class Calls(Sending):
         between old and new outputs on probe rows; `allow_norm` accepts weights of a very different magnitude, and
         `allow_unverified` other code that cannot be tried, because no rows were declared or served. `timeout` bounds
         the staging, in seconds. `dry_run` does everything but the commit. Repeating a `swap_id` returns the outcome of
-        the first swap. `progress(id, sent, total)` is called as uploads proceed.
+        the first swap. `progress(id, sent, total)` is called as uploads proceed. `adopts` are the digests of the
+        declarations that the changes carry out, by id, as in `declared()`: they are then what is declared.
 
         Raises NotFound for an id or file, DataLoss, InvalidRequest or FailedPrecondition for a bad file, TooLarge,
         Aborted if a concurrent change came first, or DeadlineExceeded. The old versions then continue to serve, unless
@@ -199,7 +201,7 @@ class Calls(Sending):
         policy: dict[str, Any] = {"allow_norm": allow_norm} | ({"allow_unverified": True} if allow_unverified else {})
         if max_drift is not None:
             policy["max_drift"] = max_drift
-        request = swap_request(requested, expect, policy, mode, timeout, dry_run, swap_id)
+        request = swap_request(requested, expect, policy, mode, timeout, dry_run, swap_id, adopts)
         one = replace(self, stay=Stay())  # a router hashes uploads as they come
         try:
             for id, upload in uploads.items():

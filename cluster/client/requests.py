@@ -59,11 +59,12 @@ def swap_request(
     timeout: float,
     dry_run: bool,
     swap_id: str | None,
+    adopts: Mapping[str, str] | None = None,
 ) -> SwapAsked:
     """Build the request for a swap, with the checks of the server. Raises InvalidRequest."""
     fields = {
         "swap_id": uuid.uuid4().hex if swap_id is None else swap_id, "changes": changes, "expect": dict(expect or {}),
-        "policy": policy, "mode": mode, "timeout": timeout, "dry_run": dry_run,
+        "policy": policy, "mode": mode, "timeout": timeout, "dry_run": dry_run, "adopts": dict(adopts or {}),
     }  # fmt: skip
     if is_deep(fields):
         raise InvalidRequest(f"the swap cannot be sent: its args or kwargs are nested deeper than {MAX_DEPTH}")

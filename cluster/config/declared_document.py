@@ -21,11 +21,12 @@ _POLICIES = ("combine", "on_missing", "max_lost_mass", "on_dropped")
 
 
 def declared_document(
-    layers: Iterable[Layer], digests: Mapping[str, str], settings: Mapping[str, Any]
+    layers: Iterable[Layer], digests: Mapping[str, str], codes: Mapping[str, str], settings: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """The document of layers, as `check_layer` returns them, and settings, with the sections of `change_plan`.
 
     `digests` tell, by id, one declaration of an expert or gate from another one: its code and tensors are in them.
+    `codes` are digests of the code alone, of experts.
     """
     document: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     document["settings"] |= {name: value for name, value in settings.items() if value is not None}
@@ -36,7 +37,7 @@ def declared_document(
         document["gates"][layer.gate_id] = {**_gate(layer.gate), "digest": digests[layer.gate_id]}
         for id, expert in layer.everyone_by_id.items():
             group = f"{layer.name}/{expert.pack}" if expert.pack else id
-            document["experts"][id] = {**_behaviour(expert), "digest": digests[id]}
+            document["experts"][id] = {**behaviour(expert), "code": codes[id], "digest": digests[id]}
             document["places"][id] = {**_place(expert), "group": group}
             document["replicas"][group] = expert.replicas
             if expert.autoscale is not None:
@@ -63,7 +64,8 @@ def _gate(gate: Gate) -> dict[str, Any]:
         return {"type": gate.name, "arguments": None}
 
 
-def _behaviour(expert: Expert) -> dict[str, Any]:
+def behaviour(expert: Expert) -> dict[str, Any]:
+    """What an expert is declared to compute, as plain JSON values."""
     weights = None if expert.weights is None else str(Path(expert.weights).absolute())
     return {
         "factory": expert.factory,

@@ -48,24 +48,27 @@ def origin_of(expert: Expert) -> dict[str, Any]:
     return dict(LIVE) if expert.ephemeral or kept != plain else kept
 
 
-def declared_digest(expert: Expert, owner: str = "") -> str:
+def declared_digest(expert: Expert, owner: str = "", code: str | None = None) -> str:
     """What tells an edited declaration from the one of the last start: everything but where the expert runs.
 
     A live object that hides state is another one in every process that declares it: `owner` is the id of that process.
+    `code` is its `factory_code`, where that is known.
     """
     parts = [canonical(expert.args), canonical(dict(expert.kwargs)), f"{expert.input}|{expert.output}"]
     if expert.live is not None:
         tensors = tensors_of(expert.live) if isinstance(expert.live, nn.Module) else {}
-        code = examined(expert.live, live=True)
-        return sha256("live", *parts, code.digest, tensor_digest(tensors), owner if code.opaque else "")
+        found = examined(expert.live, live=True)
+        return sha256("live", *parts, found.digest, tensor_digest(tensors), owner if found.opaque else "")
     weights = "" if expert.weights is None else hash_file(Path(expert.weights))[0]
-    return sha256(str(expert.factory), _factory_code(expert), str(expert.framework), weights, *parts)
+    code = factory_code(expert) if code is None else code
+    return sha256(str(expert.factory), code, str(expert.framework), weights, *parts)
 
 
-def _factory_code(expert: Expert) -> str:
+def factory_code(expert: Expert) -> str:
+    """The digest of the code of a factory; "" for a live object, and for code that is only where the expert runs."""
     try:
-        return code_digest(locate(expert.factory or ""))
-    except ConfigError:  # code that is only where the expert runs
+        return "" if expert.factory is None else code_digest(locate(expert.factory))
+    except ConfigError:
         return ""
 
 

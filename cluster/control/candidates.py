@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +15,19 @@ from ...experts.spec import Expert
 from ...experts.weights.files import described, load_into, load_tensors
 from ...experts.weights.inspect import inspect_artefact
 from ...router.mixture.layer import Layer
+from ..config.declared_document import behaviour, declared_document
 from ..state.records import VersionRecord
 from ..state.registry import Registry
 from ..state.version_folders import VersionStore
-from .candidate_records import declared_candidates, declared_digest, declared_gate_digest, from_record, origin_of
+from .candidate_records import (
+    declared_candidates,
+    declared_digest,
+    declared_gate_digest,
+    expert_of,
+    factory_code,
+    from_record,
+    origin_of,
+)
 from .messages import Candidate, Change, SwapRequest
 
 log = logging.getLogger(__name__)
@@ -34,16 +44,37 @@ class CandidateBuilder:
         self._store = store
         self.declared: dict[str, Candidate] = {}
         self.digests: dict[str, str] = {}
+        self._codes: dict[str, str] = {}
         self.built: dict[tuple[str, str], Candidate] = {}
         self._layers: Mapping[str, Layer] = {}
 
     def declare(self, layers: Mapping[str, Layer], owner: str = "") -> None:
         """Take the layers that an owner declares."""
-        self.declared, self.digests, self._layers = {}, {}, layers
+        self.declared, self.digests, self._codes, self._layers = {}, {}, {}, layers
         for layer in layers.values():
             self.declared |= declared_candidates(layer)
-            self.digests |= {id: declared_digest(expert, owner) for id, expert in layer.everyone_by_id.items()}
+            for id, expert in layer.everyone_by_id.items():
+                self._codes[id] = factory_code(expert)
+                self.digests[id] = declared_digest(expert, owner, self._codes[id])
             self.digests[layer.gate_id] = declared_gate_digest(layer.gate)
+
+    def document(self, settings: Mapping[str, Any], replicas: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """The document of what is declared, and of what a swap has brought in its place by `adopts`.
+
+        `replicas` are the ids of those that are wanted.
+        """
+        document = declared_document(self._layers.values(), self.digests, self._codes, settings)
+        document["replicas"] = dict(Counter(replica.rpartition("#")[0] for replica in replicas))
+        epoch = self._registry.current()
+        for id, value in [*document["gates"].items(), *document["experts"].items()]:
+            adopted = self._registry.declared(id)
+            if epoch is not None and id in epoch.versions and adopted not in (None, value["digest"]):
+                origin = self._registry.version(id, epoch.versions[id]).origin
+                if "factory" in origin:
+                    expert = expert_of(origin)
+                    value |= {**behaviour(expert), "code": factory_code(expert)}
+                value["digest"] = adopted
+        return document
 
     def check_fits(self, id: str, version: str) -> None:
         """Hold a gate that serves on against its layer, which was edited. Raises FailedPrecondition."""

@@ -18,7 +18,6 @@ from typing import Any
 
 from ...experts.errors import ExpertMeshError, Fenced, Unavailable
 from ...router.fanout.replica_view import READY
-from ..config.declared_document import declared_document
 from ..machine.process_tuning import background
 from ..state.registry import Registry
 from ..state.version_folders import VersionStore
@@ -266,14 +265,11 @@ class Controller:
             for record in records
         ]
 
-    def declared(self) -> dict[str, Any]:
-        """The document of what is declared; its `replicas` are those that are wanted now. Raises Unavailable."""
+    async def declared(self) -> dict[str, Any]:
+        """The document of what is declared. Raises Unavailable."""
         self._check_told()
-        document = declared_document(
-            self.desired.layers.values(), self.transactions.builder.digests, self.desired.settings
-        )
-        document["replicas"] = dict(Counter(replica.rpartition("#")[0] for replica in self.desired.replicas))
-        return document
+        desired = self.desired
+        return await asyncio.to_thread(self.transactions.builder.document, desired.settings, desired.replicas)
 
     def progress(self, swap_id: str) -> dict[str, Any]:
         """How far a swap is: its phase, receipts there and needed. Raises NotFound for one that is not known."""

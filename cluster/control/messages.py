@@ -150,8 +150,8 @@ class SwapRequest:
 
     `timeout` bounds staging, in seconds. With `dry_run` everything up to the commit is done, and then undone. With
     `declares` it brings what the owner declares, and those `by_name` were asked for; ids that are not declared any more
-    stay in the epoch. Where all ids are `renewed` and none is another than before, nothing is committed. `note` is for
-    people.
+    stay in the epoch. Where all ids are `renewed` and none is another than before, nothing is committed. `adopts` are
+    the digests of the declarations that the changes carry out, by id. `note` is for people.
     """
 
     swap_id: str
@@ -164,6 +164,7 @@ class SwapRequest:
     declares: bool = False
     by_name: frozenset[str] = frozenset()
     renewed: frozenset[str] = frozenset()
+    adopts: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
 
 

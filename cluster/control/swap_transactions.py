@@ -229,7 +229,7 @@ class SwapTransactions:
         request = self._requests[swap_id]
         for record in self._written.get(swap_id, ()):
             self.registry.add_version(record)
-        declared: dict[str, str] = {}
+        declared = dict(request.adopts)
         if request.declares:
             digests = self._declarations[swap_id]  # as prepared: the owner may have declared something else since
             declared = {id: digests[id] for id in request.changes}

@@ -216,6 +216,7 @@ def swap_request(asked: SwapAsked, role: Role, allowed_factories: Collection[str
         mode=asked.mode,
         timeout=float(asked.timeout),
         dry_run=asked.dry_run,
+        adopts=asked.adopts,
     )
 
 

@@ -55,8 +55,8 @@ class Step:
     """Changes that are made together, or not at all.
 
     `kind` is one of ORDER: experts are added to a layer, removed from it, or both ("change_experts"), with its gate;
-    "swap" replaces what experts and gate of a layer compute; "set" changes a setting, or the policies of a layer.
-    `subject` is the layer, group or setting.
+    "swap" replaces what experts and gates compute, of all layers at once; "set" changes a setting, or the policies of a
+    layer. `subject` is the layer, group or setting.
     """
 
     kind: str
@@ -70,7 +70,7 @@ class Step:
 
     def is_done(self, document: Document) -> bool:
         """Whether a document has all that the step brings."""
-        return all(document[change.section].get(change.key) == change.after for change in self.changes)
+        return all(_same(document[change.section].get(change.key), change.after) for change in self.changes)
 
     def carried_out(self, document: Document) -> Document:
         """The document after this step; the same where it was done before.
@@ -79,7 +79,8 @@ class Step:
         """
         after = {section: dict(document[section]) for section in SECTIONS}
         for change in self.changes:
-            if after[change.section].pop(change.key, None) not in (change.before, change.after):
+            found = after[change.section].pop(change.key, None)
+            if not (_same(found, change.before) or _same(found, change.after)):
                 what = f"{change.key} ({change.section}) has changed since the plan was made"
                 raise Aborted(f"{self.kind} {self.subject}: {what}: plan again")
             if change.after is not None:
@@ -147,8 +148,13 @@ def plan_changes(runs: Document, wanted: Document, *, live: Collection[str] = ()
             restarts.append(change)
         elif kind != NOTHING:
             steps[ORDER.index(kind), subject].append(change)
-    ordered = (Step(ORDER[place], subject, tuple(steps[place, subject])) for place, subject in sorted(steps))
+    ordered = (_step(ORDER[place], subject, steps[place, subject]) for place, subject in sorted(steps))
     return Plan(tuple(ordered), tuple(restarts))
+
+
+def _step(kind: str, subject: str, changes: Sequence[Change]) -> Step:
+    layers = dict.fromkeys(change.key.partition("/")[0] for change in changes)
+    return Step(kind, subject or ", ".join(sorted(layers)), tuple(changes))
 
 
 def resumed(begun: Plan | None, runs: Document, wanted: Document, *, live: Collection[str] = ()) -> Plan:
@@ -189,8 +195,10 @@ class _Sorter:
             return RESTART, change.key
         if change.section == "policies":
             return kind if kind == "change_experts" else "set", layer
+        if change.section == "experts" and _edited(change.before, change.after):
+            return RESTART, change.key
         comes_or_goes = change.section in ("layers", "gates") or None in (change.before, change.after)
-        return kind if kind != NOTHING and comes_or_goes else "swap", layer
+        return (kind, layer) if kind != NOTHING and comes_or_goes else ("swap", "")
 
     def _of_group(self, change: Change, layer: str, kind: str) -> tuple[str, str]:
         if change.key in self._moved:
@@ -224,14 +232,21 @@ def _differences(runs: Document, wanted: Document) -> Iterator[Change]:
     for section in SECTIONS:
         for key in sorted({*runs[section], *wanted[section]}):
             before, after = runs[section].get(key), wanted[section].get(key)
-            if before != after and not _same_version(before, after):
+            if not _same(before, after):
                 yield Change(section, key, before, after)
 
 
-def _same_version(before: Any, after: Any) -> bool:
-    """Whether two declarations bring the same, though the files of their weights may stand elsewhere."""
-    declared = [value.get("digest") if isinstance(value, dict) else None for value in (before, after)]
-    return declared[0] is not None and declared[0] == declared[1]
+def _edited(before: Any, after: Any) -> bool:
+    """Whether the code of a factory is another than before: processes that have imported it keep what it was."""
+    if before is None or after is None:
+        return False
+    return bool(before.get("factory") == after.get("factory") and before.get("code") != after.get("code"))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values are the same; two declarations also where the files of their weights stand elsewhere."""
+    digests = [value.get("digest") if isinstance(value, dict) else None for value in (one, other)]
+    return bool(one == other or (digests[0] is not None and digests[0] == digests[1]))
 
 
 def _changes(plain: Iterable[Mapping[str, Any]]) -> tuple[Change, ...]:

@@ -85,7 +85,10 @@ class ChangeAsked:
 
 @dataclass(frozen=True, kw_only=True)
 class SwapAsked:
-    """A client's request for a swap; each change is a map of `ChangeAsked`, and `policy` one of `Policy`."""
+    """A client's request for a swap; each change is a map of `ChangeAsked`, and `policy` one of `Policy`.
+
+    `adopts` are the digests of the declarations that the changes carry out, by id; see `expertmesh apply`.
+    """
 
     swap_id: str
     changes: dict[str, dict[str, Any]]
@@ -94,6 +97,7 @@ class SwapAsked:
     mode: str = "double"
     timeout: float = 60.0
     dry_run: bool = False
+    adopts: dict[str, str] = field(default_factory=dict)
 
     def read_changes(self) -> dict[str, ChangeAsked]:
         """Read and check the changes. Raises InvalidRequest."""
@@ -108,6 +112,9 @@ class SwapAsked:
             except InvalidRequest as error:
                 raise InvalidRequest(f"{id[:140]}: {error.message}") from None
             changes[id].check(id[:140])
+        for id, digest in self.adopts.items():
+            if id not in changes or not _SHA256.fullmatch(digest):
+                raise InvalidRequest(f"adopts: {id[:140]} must be changed, by a digest of 64 lower-case hex digits")
         return changes
 
 

@@ -151,7 +151,7 @@ class _ControlPort:
         return self.controller.history(id)
 
     async def declared(self) -> dict[str, Any]:
-        return self.controller.declared()
+        return await self.controller.declared()
 
     async def recall(self, epoch: int, ttl: float) -> None:
         await self.controller.recall(epoch, ttl)

@@ -299,7 +299,7 @@ class ControllerActor:
 
     async def declared(self) -> dict[str, Any]:
         """The document of what is declared."""
-        return (await self._controller()).declared()
+        return await (await self._controller()).declared()
 
     async def recall(self, epoch: int, ttl: float) -> None:
         """Load a kept epoch."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from ...owner.wanted import wanted_document
 from ...placement.change_plan import RESTART, Change, Plan, resumed
 from ..connect import cluster_options, connect
 from ..output import new_console, new_table, output_option, print_json
-from .carrying_out import carry_out, check_possible
-from .journal import forget, keep, last_plan
+from .carrying_out import Course
+from .journal import Begun, forget, keep, last_begun
 
 _SHOWN = ("settings", "policies", "gates", "experts", "replicas", "autoscale")
 """The sections of which a step shows the changes; the others follow from them."""
@@ -25,6 +25,9 @@ _SHOWN = ("settings", "policies", "gates", "experts", "replicas", "autoscale")
 @click.argument("mesh", type=click.Path(path_type=Path), required=False)
 @click.option("--dry-run", is_flag=True, help="Print the plan, change nothing.")
 @click.option("--undo", is_flag=True, help="Take back the last plan that was begun on the cluster.")
+@click.option(
+    "--allow-unverified", is_flag=True, help="Accept what cannot be tried, because no rows were declared or served."
+)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override any key of the file; repeatable.")
 @cluster_options
 @output_option
@@ -32,6 +35,7 @@ def apply(
     mesh: Path | None,
     dry_run: bool,
     undo: bool,
+    allow_unverified: bool,
     settings: tuple[str, ...],
     name: str | None,
     endpoint: str | None,
@@ -42,42 +46,59 @@ def apply(
 
     First the plan is printed: what is added comes before what uses it, and what is removed after its last use. What
     only a restart can change is said. What was swapped in by `expertmesh swap` serves on, as long as its declaration is
-    the same. A plan of which the cluster cannot make every step is not begun. After a stop in the middle, the same
-    command makes the steps that are left; --undo takes back those that were made.
+    the same. A plan of which the cluster cannot make every step is not begun: so far it makes swaps, and what else is
+    in a plan needs a restart. After a stop in the middle, the same command makes the steps that are left; --undo takes
+    back those that were made, as far as `retain_epochs` keeps the versions before them.
 
     \b
     Examples:
       expertmesh apply mesh.yaml --dry-run
-      expertmesh apply mesh.yaml --set layers.news.experts.e3.replicas=4
+      expertmesh apply mesh.yaml --set layers.news.experts.e3.weights=e3_v2.safetensors
       expertmesh apply --undo
     """
     if (mesh is None) != undo:
         raise click.UsageError("give the file to apply, or --undo")
-    wanted = None
+    wanted, gates = None, {}
     if mesh is not None:
         overrides = dict(map(parse_override, settings))
         config = load_config(mesh, overrides if name is None else {**overrides, "name": name})
         name, wanted = None if endpoint else config.name, wanted_document(config)
+        gates = {layer.gate_id: layer.gate for layer in config.layers}
     with connect(name, endpoint, ca_cert) as client:
         runs = client.declared()
         cluster = runs["settings"]["name"]
-        begun = last_plan(cluster)
+        begun = last_begun(cluster)
         if wanted is not None:
-            plan = resumed(begun, runs, wanted)
+            plan = resumed(None if begun is None else begun.plan, runs, wanted)
         elif begun is None:
             raise FailedPrecondition(f"nothing to undo: you began no plan on cluster {cluster!r} from this machine")
         else:
-            plan = begun.undone()
+            plan = begun.plan.undone()
         left = plan.remaining(runs)
         _print_plan(Plan(left, plan.restarts), plan.digest, output)
         if dry_run:
             return
-        check_possible(left)
-        if left and not undo:
-            keep(cluster, plan)
-        carry_out(client, left, _print_progress)
+        course = Course(
+            client=client,
+            gates=gates,
+            versions=begun.versions if undo and begun else None,
+            allow_unverified=allow_unverified,
+        )
+        course.check_possible(left)
+        if left and not undo and len(left) == len(plan.steps):
+            keep(cluster, Begun(plan, _versions(client.status())))
+        course.make(left, _print_progress)
         if undo:
             forget(cluster)
+
+
+def _versions(status: Mapping[str, Any]) -> dict[str, str]:
+    """The versions that serve, by id."""
+    versions = {}
+    for layer in status["layers"].values():
+        versions[layer["gate"]["id"]] = layer["gate"]["version"]
+        versions |= {id: expert["version"] for id, expert in layer["experts"].items()}
+    return versions
 
 
 def _print_progress(line: str) -> None:

@@ -2,27 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from ....experts.errors import FailedPrecondition
+from ....router.gates import Gate
 from ...client.client import Client
-from ...placement.change_plan import Step
+from ...placement.change_plan import Change, Step
 
-CALLS: Mapping[str, Callable[[Client, Step], object]] = {}
-"""The call that makes a step, by its kind. What is made already may be asked for again."""
+SWAP_SECONDS = 300.0
 
 
-def check_possible(steps: Sequence[Step]) -> None:
-    """Raise FailedPrecondition where a running cluster cannot make all of these steps."""
-    lacking = [f"{step.kind} {step.subject}" for step in steps if step.kind not in CALLS]
-    if lacking:
-        raise FailedPrecondition(
-            f"nothing was changed: a running cluster cannot {', '.join(lacking)} yet; restart it with the file instead"
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """What the steps of a plan need: the client, the gates of the file by id, and what is allowed.
+
+    On the way back, `versions` are those that served before the plan was begun, by id.
+    """
+
+    client: Client
+    gates: Mapping[str, Gate] = field(default_factory=dict)
+    versions: Mapping[str, str] | None = None
+    allow_unverified: bool = False
+
+    def check_possible(self, steps: Sequence[Step]) -> None:
+        """Raise FailedPrecondition where a running cluster cannot make all of these steps."""
+        lacking = [reason for step in steps for reason in (*_obstacles(step), *self._lost(step))]
+        if lacking:
+            what = f"a running cluster cannot {', '.join(lacking)} yet"
+            raise FailedPrecondition(f"nothing was changed: {what}; restart it with the file instead")
+
+    def _lost(self, step: Step) -> Iterator[str]:
+        """The versions to go back to that are kept no more."""
+        if self.versions is None or step.kind != "swap":
+            return
+        for change in step.changes:
+            version = self.versions.get(change.key)
+            if version not in [item.get("version") for item in self.client.history(change.key)]:
+                yield f"swap {change.key} back to {version}, which it keeps no more (retain_epochs),"
+
+    def make(self, steps: Sequence[Step], progress: Callable[[str], object]) -> None:
+        """Make steps one after another; `progress` is told of each that was made."""
+        for number, step in enumerate(steps, start=1):
+            CALLS[step.kind](self, step)
+            progress(f"{number}/{len(steps)} {step.kind} {step.subject}: done")
+
+
+def _swap(course: Course, step: Step) -> None:
+    """Replace what experts and gates compute, in one transaction, by what is declared."""
+    with tempfile.TemporaryDirectory(prefix="expertmesh-") as folder:
+        course.client.swap(
+            {change.key: _replacement(course, change, Path(folder)) for change in step.changes},
+            adopts={change.key: change.after["digest"] for change in step.changes},
+            allow_norm=True,
+            allow_unverified=course.allow_unverified,
+            timeout=SWAP_SECONDS,
         )
 
 
-def carry_out(client: Client, steps: Sequence[Step], progress: Callable[[str], object]) -> None:
-    """Make steps one after another; `progress` is told of each that was made."""
-    for number, step in enumerate(steps, start=1):
-        CALLS[step.kind](client, step)
-        progress(f"{number}/{len(steps)} {step.kind} {step.subject}: done")
+def _replacement(course: Course, change: Change, folder: Path) -> dict[str, Any]:
+    """The change that a swap asks for: a version that there was, the tensors of a gate, or a declaration."""
+    if course.versions is not None:
+        return {"version": course.versions[change.key]}
+    if change.section == "gates":
+        path = folder / f"{change.key.replace('/', '~')}.safetensors"
+        course.gates[change.key].save(path)
+        return {"weights": path}
+    before, after = change.before, change.after
+    weights = {} if after["weights"] is None else {"weights": after["weights"]}
+    if weights and all(before[key] == after[key] for key in ("factory", "args", "kwargs")):
+        return weights
+    return {"factory": after["factory"], "args": after["args"], "kwargs": after["kwargs"], **weights}
+
+
+def _obstacles(step: Step) -> Iterator[str]:
+    """What of a step a running cluster cannot make."""
+    if step.kind not in CALLS:
+        yield f"{step.kind} {step.subject}"
+    for change in step.changes if step.kind == "swap" else ():
+        if change.section == "gates" and _form(change.before) != _form(change.after):
+            yield f"swap {change.key} for a gate of another kind or with other arguments"
+        elif change.section == "experts" and change.before["framework"] != change.after["framework"]:
+            yield f"swap {change.key} for one with rows of another framework"
+
+
+def _form(gate: Mapping[str, Any]) -> tuple[object, ...]:
+    """What of a gate no tensors bring: `weights` are tensors also where they are arguments."""
+    arguments = gate["arguments"]
+    return gate["type"], None if arguments is None else {**arguments, "weights": None}
+
+
+CALLS: Mapping[str, Callable[[Course, Step], object]] = {"swap": _swap}
+"""The call that makes a step, by its kind."""

@@ -6,11 +6,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from expertmesh import Client, Cluster, Expert, Unavailable
+from expertmesh.cluster.cli.changes.carrying_out import Course
 from expertmesh.cluster.cli.changes.journal import journal_path
 from expertmesh.cluster.cli.main import cli
 from expertmesh.cluster.config.loader import load_config
@@ -120,8 +122,15 @@ class Model:
     def declared(self) -> Document:
         return self.document
 
-    def make(self, client: object, step: Step) -> None:
-        assert client is self
+    def status(self) -> dict[str, Any]:
+        serves = {id: {"version": "v1"} for id in self.document["experts"]}
+        return {"layers": {"waves": {"gate": {"id": "waves/gate", "version": "v1"}, "experts": serves}}}
+
+    def history(self, id: str) -> list[dict[str, Any]]:
+        return [{"version": "v1"}]
+
+    def make(self, course: Course, step: Step) -> None:
+        assert course.client is self  # type: ignore[comparison-overlap]
         if self.fails == len(self.made):
             self.fails = None
             raise Unavailable("the cluster is restarting")

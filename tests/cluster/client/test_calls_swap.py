@@ -136,7 +136,7 @@ def test_a_file_goes_in_chunks_and_then_the_swap_names_it(file: Path) -> None:
     assert uuid.UUID(upload_id).hex == upload_id
     assert bytes(data) == file.read_bytes()
     assert world.server.swaps["mine"] == {
-        "swap_id": "mine", "expect": {"l/a": V1}, "mode": "double", "timeout": 7.0, "dry_run": False,
+        "swap_id": "mine", "expect": {"l/a": V1}, "mode": "double", "timeout": 7.0, "dry_run": False, "adopts": {},
         "policy": {"allow_norm": False, "max_drift": 0.5},
         "changes": {"l/a": {"upload": upload_id, "sha256": hashlib.sha256(data).hexdigest()}},
     }  # fmt: skip
@@ -258,6 +258,7 @@ def test_a_refusal_names_the_file_and_is_not_asked_for_again(file: Path) -> None
         ({"expect": {"l/a": 1}}, "field expect"),
         ({"swap_id": 7}, "field swap_id"),
         ({"dry_run": 1}, "field dry_run"),
+        ({"adopts": {"l/a": "x"}}, "adopts: l/a must be changed, by a digest"),
         ({"changes": {}}, "say what to swap"),
         ({"changes": "l/a"}, "say what to swap"),
         ({"changes": {"l/a": None}}, "pass the path of a safetensors file"),

@@ -30,13 +30,14 @@ LAYER = Layer(
     capacity=Capacity(factor=2.0),
 )  # fmt: skip
 DIGESTS = {"a/e0": "0", "a/e1": "1", "a/s": "s", "a/gate": "g"}
+CODES = {"a/e0": "c", "a/e1": "c", "a/s": ""}
 
 
 def test_a_document_is_plain_json_with_all_sections() -> None:
-    document = declared_document([LAYER], DIGESTS, {"port": 1, "tls_cert": None})
+    document = declared_document([LAYER], DIGESTS, CODES, {"port": 1, "tls_cert": None})
     assert tuple(document) == SECTIONS
     assert json.loads(json.dumps(document, allow_nan=False)) == document
-    assert document == declared_document([LAYER], DIGESTS, {"port": 1})
+    assert document == declared_document([LAYER], DIGESTS, CODES, {"port": 1})
     assert document["layers"]["a"] == {
         "experts": ["e0", "e1"], "shared": ["s"], "input": {"shape": [4], "dtype": None}
     }  # fmt: skip
@@ -55,7 +56,8 @@ def test_a_document_is_plain_json_with_all_sections() -> None:
 def test_a_gate_of_a_live_object_has_no_arguments() -> None:
     gate = gates.Custom(lambda rows: rows[:, :2], num_experts=2, k=1)
     layer = Layer("a", gate, {"x": Expert("numpy:sin"), "y": Expert("numpy:cos")})
-    document = declared_document([layer], dict.fromkeys(("a/x", "a/y", "a/gate"), "0"), {})
+    none = dict.fromkeys(("a/x", "a/y", "a/gate"), "0")
+    document = declared_document([layer], none, none, {})
     assert document["gates"]["a/gate"] == {"type": "custom", "arguments": None, "digest": "0"}
 
 

@@ -521,7 +521,7 @@ def test_a_new_controller_asks_for_patience_until_it_is_told_what_is_declared(
         with pytest.raises(Unavailable):
             world.controller.history(E0)
         with pytest.raises(Unavailable):
-            world.controller.declared()
+            await world.controller.declared()
         await world.declare(layer())
         assert [entry["version"] for entry in world.controller.history(E0)] == [versions[E0]]
 
@@ -533,10 +533,37 @@ def test_what_is_declared_is_told_with_the_replicas_that_are_wanted(
 ) -> None:
     async def story(world: World) -> None:
         await world.declare(layer())
-        declared = world.controller.declared()
+        declared = await world.controller.declared()
         assert declared["layers"]["l"]["experts"] == ["e0", "e1"]
         assert declared["replicas"] == {E0: 2, "l/e1": 1}
         assert declared["experts"][E0]["digest"] == world.controller.transactions.builder.digests[E0]
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_what_a_swap_has_adopted_is_what_is_declared_also_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(world: World) -> None:
+        first = await world.declare(layer())
+        declared = await world.controller.declared()
+        swap = SwapRequest(swap_id="1", changes={E0: Change(expert=Expert("torch:cos"))}, adopts={E0: "ab" * 32})
+        await world.controller.swap(swap)
+        adopted = await world.controller.declared()
+        assert {**adopted["experts"][E0], "code": ""} == {
+            **declared["experts"][E0], "factory": "torch:cos", "digest": "ab" * 32, "code": "",
+        }  # fmt: skip
+        assert adopted["experts"]["l/e1"] == declared["experts"]["l/e1"]
+        world.controller.close()
+        world.controller = world.open()
+        versions = await world.declare(layer())  # by an owner that knows nothing of the swap
+        assert versions[E0] != first[E0]
+        assert await world.controller.declared() == adopted
+        back = SwapRequest(
+            swap_id="2", changes={E0: Change(version=first[E0])}, adopts={E0: declared["experts"][E0]["digest"]}
+        )
+        await world.controller.swap(back)
+        assert await world.controller.declared() == declared
 
     run(tmp_path, monkeypatch, story)
 

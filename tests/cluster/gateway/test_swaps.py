@@ -126,6 +126,19 @@ def run(tmp_path: Path, main: Any) -> None:
     run_async(work)
 
 
+def test_what_a_swap_adopts_is_one_of_its_changes_and_a_digest(tmp_path: Path) -> None:
+    async def main(world: World) -> None:
+        await world.swap(adopts={"l/a": "ab" * 32})
+        assert world.control.asked[0].adopts == {"l/a": "ab" * 32}
+        for wrong in ({"l/b": "ab" * 32}, {"l/a": "AB" * 32}, {"l/a": "x"}):
+            with pytest.raises(InvalidRequest, match=r"adopts: l/. must be changed, by a digest"):
+                await world.swap(adopts=wrong)
+        with pytest.raises(InvalidRequest):
+            await world.swap(adopts={"l/a": 3})
+
+    run(tmp_path, main)
+
+
 def test_a_swap_reaches_the_controller_as_it_was_asked_for(tmp_path: Path) -> None:
     async def main(world: World) -> None:
         assert await world.upload() == {"next": 7, "done": True}
