@@ -11,7 +11,7 @@ from ...experts.errors import ExpertMeshError, FailedPrecondition, InvalidReques
 from ...experts.protocol import MAX_INT, CallOptions, from_mapping
 from ...experts.spec import is_number
 from ..rpc.documents import MAX_DEPTH, is_deep, to_tensor
-from ..rpc.swaps import SwapAsked
+from ..rpc.swaps import SwapAsked, check_scale
 from .half_precision import AS_IT_IS, check_payload_dtype
 
 
@@ -75,6 +75,19 @@ def swap_request(
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"the swap cannot be sent as JSON: {error}") from None
     return request
+
+
+def scale_asked(what: object, replicas: object) -> dict[str, int]:
+    """The numbers of replicas asked for, by id, of `scale("news/e3", 4)` or `scale({"news/e3": 4})`.
+
+    Raises InvalidRequest.
+    """
+    asked = {what: replicas} if isinstance(what, str) else what
+    if not isinstance(asked, Mapping) or not asked or (asked is what and replicas is not None):
+        raise InvalidRequest('say what to scale, as in scale("news/e3", replicas=4) or scale({"news/e3": 4})')
+    for id, number in asked.items():
+        check_scale(id, number)
+    return dict(asked)
 
 
 def pin_of(lease_id: str, address: str) -> str:

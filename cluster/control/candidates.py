@@ -91,6 +91,28 @@ class CandidateBuilder:
         """The error for an id that is not declared."""
         return NotFound(f"there is no expert or gate {id!r}; known are {', '.join(sorted(self.declared)[:20])}")
 
+    def history(self, id: str) -> list[dict[str, Any]]:
+        """The versions of an id that are kept, oldest first, and which epochs name them. Raises NotFound."""
+        records, declared = self._registry.history(id), id in self.declared
+        if not declared and not records:
+            raise self.unknown(id)
+        epochs = self._registry.epochs()
+        current = epochs[-1].versions.get(id) if epochs else None
+        return [
+            {
+                "version": record.version,
+                "created": record.created,
+                "parent": record.parent,
+                "nbytes": record.nbytes,
+                "note": record.note,
+                "ephemeral": record.ephemeral,
+                "current": record.version == current and declared,
+                "declared": declared,
+                "epochs": [epoch.number for epoch in epochs if epoch.versions.get(id) == record.version],
+            }
+            for record in records
+        ]
+
     def recorded(self, id: str, version: str) -> Candidate:
         """The candidate that loads a version of the registry again. Raises NotFound, FailedPrecondition or DataLoss."""
         return self.of_record(self._registry.version(id, version))

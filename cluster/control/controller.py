@@ -17,11 +17,12 @@ from dataclasses import replace
 from typing import Any
 
 from ...experts.errors import ExpertMeshError, Fenced, Unavailable
-from ...router.fanout.replica_view import READY
+from ...router.fanout.replica_view import DRAINING, READY
 from ..machine.process_tuning import background
 from ..state.registry import Registry
 from ..state.version_folders import VersionStore
 from .candidates import CandidateBuilder
+from .events import Action
 from .executor import PROBE_TIMEOUT, Executor
 from .messages import Desired, SwapRequest, SwapResult
 from .ports import ControllerState, ReplicaPort, RouterPort, StateSettings
@@ -56,7 +57,8 @@ class Controller:
         self._turn = asyncio.Lock()
         self._drains = asyncio.Event()
         self._syncing = asyncio.Lock()
-        self._declared = 0
+        self._built = self._declared = 0
+        self._taken = 0.0
         self._recalls: Counter[int] = Counter()
         self._declaring = asyncio.Lock()
 
@@ -70,26 +72,46 @@ class Controller:
         """
         async with self._declaring:
             if desired.revision > self.desired.revision:
-                self.desired = desired
-                self.executor.handles = desired.handles
-                self.routers.expect(desired)
-                self._health.expect(dict(desired.replicas))
-                self.transactions.declare(desired.layers, desired.owner)
-                self.reconciler.declared = frozenset(self.transactions.builder.declared)
-                routers = [] if self.reconciler.epochs else [*self.routers.handles]  # what it pins is not known yet
-                await self.executor.perform(self.reconciler.restore(self.transactions.epochs(), routers))
+                await self._take(desired)
             self._next_probe = 0.0
             deadline = asyncio.get_running_loop().time() + timeout
             await self._until(self._all_there, deadline)
             await self.turn()
-            if self._declared < self.desired.revision:
+            if self._built < self.desired.declaration:
                 request = await asyncio.to_thread(self.transactions.declared_swap, timeout, self.desired)
                 if request is not None:
                     await self.swap(request)  # to its end: another declaration would bring the same once more
-                self._declared = self.desired.revision
+                self._built = self.desired.declaration
+            await asyncio.to_thread(self.transactions.registry.set_replicas, dict(self.desired.scaled))
+            self._declared = self.desired.revision
             await self._until(self._at_rest, deadline)
             self._check_something_serves()
+            try:
+                await self._until(self._drained, deadline)
+            except Unavailable as error:
+                log.warning("replicas are ended although they may compute: %s", error)
         return self.reconciler.serving()
+
+    async def _take(self, desired: Desired) -> None:
+        """Take what is newer. A replica that drains, or is not wanted any more, is no member: nobody waits for it."""
+        before, self.desired = self.desired, desired
+        self._taken = asyncio.get_running_loop().time()
+        self.executor.handles = desired.handles
+        self.routers.expect(desired)
+        self._health.expect(dict(desired.replicas), desired.draining)
+        actions: list[Action] = []
+        members, gone = self.reconciler.members(), before.replicas.keys() - desired.replicas.keys()
+        for name in gone:
+            self.routers.leases.down(name)
+        for name in sorted(members.keys() & (gone | desired.draining)):
+            self.executor.ended.append(members[name])
+            actions += self.reconciler.member_lost(name)
+        if desired.declaration > before.declaration:
+            self.transactions.declare(desired.layers, desired.owner)
+            self.reconciler.declared = frozenset(self.transactions.builder.declared)
+            routers = [] if self.reconciler.epochs else [*self.routers.handles]  # what it pins is not known yet
+            actions += self.reconciler.restore(self.transactions.epochs(), routers)
+        await self.executor.perform(actions)
 
     async def swap(self, request: SwapRequest) -> SwapResult:
         """Carry out a swap; returns when it is durable and all routers have adopted it.
@@ -245,25 +267,7 @@ class Controller:
     def history(self, id: str) -> list[dict[str, Any]]:
         """The versions of an id that are kept, oldest first, and which epochs name them. Raises NotFound."""
         self._check_told()
-        records = self.transactions.registry.history(id)
-        declared = id in self.transactions.builder.declared
-        if not declared and not records:
-            raise self.transactions.builder.unknown(id)
-        epochs, current = self.transactions.registry.epochs(), self.transactions.current().get(id)
-        return [
-            {
-                "version": record.version,
-                "created": record.created,
-                "parent": record.parent,
-                "nbytes": record.nbytes,
-                "note": record.note,
-                "ephemeral": record.ephemeral,
-                "current": record.version == current and declared,
-                "declared": declared,
-                "epochs": [epoch.number for epoch in epochs if epoch.versions.get(id) == record.version],
-            }
-            for record in records
-        ]
+        return self.transactions.builder.history(id)
 
     async def declared(self) -> dict[str, Any]:
         """The document of what is declared. Raises Unavailable."""
@@ -296,7 +300,7 @@ class Controller:
             await self.turn()
 
     def _all_there(self) -> str:
-        missing = [replica.id for replica in self._health.replicas() if replica.state != READY]
+        missing = [replica.id for replica in self._health.replicas() if replica.state not in (READY, DRAINING)]
         return f"replica {missing[0]} has not started" if missing else ""
 
     def _at_rest(self) -> str:
@@ -309,6 +313,11 @@ class Controller:
         return (
             f"{lacking[0][0]} does not hold {lacking[0][1]} {lacking[0][2]}: {self.executor.problem}" if lacking else ""
         )
+
+    def _drained(self) -> str:
+        draining = self.desired.draining
+        users = self.routers.users(draining, self._taken) if draining else []
+        return f"{users[0]} may still use {min(draining)}" if users else ""
 
     def _check_something_serves(self) -> None:
         """Raise what is wrong with the first expert, where no expert can be loaded."""
@@ -341,6 +350,8 @@ class Controller:
             if self.executor.changed_since(name, began):
                 return  # it may have reported before what it has loaded or forgotten since
             self._health.probed(name, Probe(report))
+            if name not in self.desired.replicas or name in self.desired.draining:
+                return
             ids = frozenset(self.desired.replicas.get(name, ()))
             await self.executor.perform(self.reconciler.member_reported(name, report.incarnation, ids, report.holds))
 

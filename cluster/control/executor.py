@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -31,6 +31,7 @@ from .swap_transactions import SwapTransactions
 
 log = logging.getLogger(__name__)
 COMMIT_SECONDS = 0.2
+ENDED_KEPT = 256
 PROBE_TIMEOUT = 2.0
 LOAD_SECONDS = 600.0
 UNLOAD_SECONDS = 30.0
@@ -46,6 +47,7 @@ class Executor:
     """Carries out actions. `handles` is how replicas are reached, `problem` the last load that failed.
 
     `problems` are the (id, version) whose last load failed, with the error, and `deadly` those that end processes.
+    `ended` are incarnations of replicas that are not wanted any more: what becomes of them says nothing of a version.
     Epochs are collected, and recalled, by one who holds `collecting`. `background` are threads of the lowest priority.
     """
 
@@ -66,6 +68,7 @@ class Executor:
         self.problem = "it is still loading"
         self.problems: dict[tuple[str, str], ExpertMeshError] = {}
         self.deadly = DeadlyVersions()
+        self.ended: deque[str] = deque(maxlen=ENDED_KEPT)
         self._health = health
         self._router = router
         self._replicas = replicas
@@ -114,6 +117,13 @@ class Executor:
             await work
 
     async def _stage(self, action: StageCandidate) -> None:
+        try:
+            await self._try_to_stage(action)
+        finally:
+            if action.incarnation in self.ended:  # another may have waited for what becomes of it
+                await self.perform(self.reconciler.not_reached(action.swap_id, action.member, action.id))
+
+    async def _try_to_stage(self, action: StageCandidate) -> None:
         member, incarnation, swap_id, id = action.member, action.incarnation, action.swap_id, action.id
         candidate = self.transactions.candidate(swap_id, id)
         if candidate is None:
@@ -125,7 +135,7 @@ class Executor:
             _check_tensors(member, candidate, receipt)
             self.transactions.keep_receipt(swap_id, receipt)
         except Unavailable:
-            if reached and not await self._lives(member, incarnation):
+            if reached and incarnation not in self.ended and not await self._lives(member, incarnation):
                 await self.perform(self.reconciler.died_staging(swap_id, member, id))
             else:
                 await self.perform(self.reconciler.not_reached(swap_id, member, id))

@@ -26,6 +26,10 @@ class Desired:
     declaration replaces even a version that was swapped in. `renewed` are the ids that are built again although their
     declaration is the same, and `unverified` lets them be what could not be run. `owner` is the id of the process that
     declares. `needs` is what each replica reserves, by Ray's names. `settings` are those of the cluster, as plain JSON.
+
+    `declaration` is the revision that these layers were declared with, this one by default; a later one with the same
+    changes only what runs them. The `draining` among the replicas are not chosen any more. `scaled` are the numbers of
+    replicas by group that were asked for in place of those declared; they are kept for the next start.
     """
 
     revision: int = 0
@@ -39,6 +43,12 @@ class Desired:
     routers: Mapping[str, Any] = field(default_factory=dict)
     needs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    declaration: int = 0
+    draining: frozenset[str] = frozenset()
+    scaled: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "declaration", self.declaration or self.revision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +123,8 @@ class RouterUpdate:
 class RouterReport:
     """What a router says of itself: what it was told, its epoch and pins, the gates that it holds, and what it counted.
 
-    `loads` are by replica, for those to which it sends. `facts` are for the status: where it is, and what it is doing.
+    `loads` are by replica, for those to which it sends; the `busy` ones owe it an answer. `facts` are for the status:
+    where it is, and what it is doing.
     """
 
     incarnation: str
@@ -122,6 +133,7 @@ class RouterReport:
     oldest_pinned: int
     gates: frozenset[tuple[str, str]]
     loads: Mapping[str, ReplicaLoad] = field(default_factory=dict)
+    busy: frozenset[str] = frozenset()
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ...router.fanout.replica_view import READY, Replica
+from ...router.fanout.replica_view import DRAINING, READY, Replica
 
 TIMEOUTS_UNTIL_UNRESPONSIVE = 3
 DEATHS_UNTIL_DEADLY = 2
@@ -31,9 +31,11 @@ class Health:
         self._replicas: dict[str, Replica] = {}
         self._timeouts: dict[str, int] = {}
         self._asked: set[str] = set()
+        self._draining: frozenset[str] = frozenset()
 
-    def expect(self, wanted: dict[str, tuple[str, ...]]) -> None:
-        """Say which replicas there are to be, and what experts each is for; others are forgotten."""
+    def expect(self, wanted: dict[str, tuple[str, ...]], draining: frozenset[str] = frozenset()) -> None:
+        """Say which replicas there are to be, what experts each is for, and which drain; others are forgotten."""
+        self._draining = draining
         for name in set(self._replicas) - set(wanted):
             del self._replicas[name]
             self._timeouts.pop(name, None)
@@ -81,7 +83,10 @@ class Health:
 
     def replicas(self) -> tuple[Replica, ...]:
         """Every replica as it is known now."""
-        return tuple(self._replicas.values())
+        return tuple(
+            replace(known, state=DRAINING) if name in self._draining and known.state == READY else known
+            for name, known in self._replicas.items()
+        )
 
 
 @dataclass

@@ -9,10 +9,10 @@ import shutil
 import signal
 import threading
 import time
-import uuid
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,21 +20,24 @@ from typing import Any
 from ...experts.errors import ConfigError, ExpertMeshError, NotFound, Unavailable
 from ...experts.spec import Expert, check_expert
 from ...router.mixture.layer import Layer
+from ..client.requests import scale_asked
 from ..config.cluster_config import ClusterConfig
 from ..config.declared_document import settings_document
 from ..config.loader import load_config
 from ..config.preflight import check_layer
-from ..control.messages import Desired
 from ..control.ports import StateSettings
 from ..machine.logs import log_file, rotate
 from ..machine.name_lock import NameLock, lock_name
 from ..machine.run_files import RunFile, passing_state_path, state_path
-from ..placement.capacity import Resources, needs, unplaceable
-from ..placement.plan import PlannedReplica, plan_layer
+from ..placement.capacity import unplaceable
+from ..placement.plan import PlannedReplica, groups_of
 from ..runtime.backend import Backend, open_backend
+from ..state.registry import kept_replicas
 from ..state.state_lock import StateLock, hold_state
+from .declaring import Declaring
 from .front import FrontPorts, followed, router_settings, run_file
 from .resumed import NOT_KEPT, resumed
+from .topology import Scaling, by_group, resumed_numbers, topology_of, wait_for
 
 Progress = Callable[[str], None]
 SUPERVISE_SECONDS = 0.5
@@ -74,11 +77,8 @@ class Cluster:
         self._ports: FrontPorts | None = None
         self._run_file: RunFile | None = None
         self._backend: Backend | None = None
-        self._owner = uuid.uuid4().hex
-        self._desired = Desired()
+        self._declared = Declaring(settings_document(config))
         self._layers: dict[str, Layer] = {}
-        self._replicas: dict[str, tuple[str, ...]] = {}
-        self._needs: dict[str, Resources] = {}
         self._change = threading.RLock()
         self._stopping = threading.Event()
         self._ending = threading.Lock()
@@ -198,10 +198,10 @@ class Cluster:
             self._layers = {**old, layer_name: check_layer(layer, code_elsewhere=elsewhere)}
             serves, named = self._running().state().versions.get(expert_id), frozenset({expert_id})
             try:
-                version = self._declare(timeout, named, renewed=named, unverified=allow_unverified)[expert_id]
+                version = self._tell_declared(timeout, named, renewed=named, unverified=allow_unverified)[expert_id]
             except BaseException:
                 self._layers = old
-                self._declare(timeout, named)
+                self._tell_declared(timeout, named)
                 raise
         if version == serves:
             message = f"{expert_id} was replaced by what it already is: {version} serves on, and nothing has changed"
@@ -210,6 +210,32 @@ class Cluster:
             self._told_not_kept = True
             warnings.warn(NOT_KEPT, stacklevel=2)
         return version
+
+    def scale(
+        self, what: str | Mapping[str, int], replicas: int | None = None, *, timeout: float = 120.0
+    ) -> dict[str, dict[str, int]]:
+        """Give an expert or pack ("news/e3"), or several ({"news/e3": 4}), other numbers of replicas, under traffic.
+
+        New replicas are chosen once they hold what serves; replicas are ended once they have answered all that they
+        were sent. Returns then, with the number "before" and "after" by expert or pack. An expert of a pack stands for
+        the pack. The numbers are kept for the next start, as versions are.
+
+        Raises NotFound, InvalidRequest, ConfigError where no node has room, and Unavailable; then all is as before.
+        """
+        asked = scale_asked(what, replicas)
+        with self._change:
+            layers, before, backend = self._layers.values(), self._declared.topology, self._running()
+            wanted, numbers = by_group(layers, asked), before.numbers()
+            after = topology_of(layers, {**before.scaled, **wanted})
+            send = partial(self._declared.scale, backend)
+            Scaling(backend, self._start_replica, send).change(before, after, timeout)
+        return {group: {"before": numbers[group], "after": number} for group, number in wanted.items()}
+
+    def _start_replica(self, replica: PlannedReplica) -> None:
+        with self._ending:  # or a cluster that stops would leave it behind
+            if self._stopping.is_set():
+                raise Unavailable("the cluster is stopping")
+            self._running().start_replica(replica)
 
     def stop(self, grace: float = STOP_GRACE) -> None:
         """Refuse new requests, give those in flight `grace` seconds, and stop everything; idempotent.
@@ -266,7 +292,7 @@ class Cluster:
 
     def _start(self, redeclare: frozenset[str]) -> None:
         config = self.config
-        ids = {id for layer in config.layers for id in (*layer.everyone_by_id, layer.gate_id)}
+        ids = {id for layer in config.layers for id in (*layer.everyone_by_id, layer.gate_id, *groups_of(layer))}
         if unknown := sorted(redeclare - ids):
             raise NotFound(
                 f"redeclare: there is no expert or gate {unknown[0]!r}; known are {', '.join(sorted(ids)[:20])}"
@@ -279,7 +305,10 @@ class Cluster:
         elsewhere = config.runtime_env is not None
         self._say("checking experts")
         self._layers = {layer.name: check_layer(layer, code_elsewhere=elsewhere) for layer in config.layers}
-        planned = [replica for layer in self._layers.values() for replica in plan_layer(layer)]
+        kept = kept_replicas(self._state_dir())
+        scaled, scaled_lines = resumed_numbers(self._layers.values(), kept, redeclare)
+        self._declared.topology = topology_of(self._layers.values(), scaled)
+        planned = [*self._declared.topology.planned.values()]
         self._log_file = log_file(config.name)
         rotate(self._log_file)
         self._backend = backend = open_backend(config)
@@ -293,12 +322,10 @@ class Cluster:
         state = StateSettings(state_dir=str(self._state_dir()), retain_epochs=config.retain_epochs)
         places = backend.start_front(routers, state, max(1.0, deadline - time.monotonic()))
         self._announce(run_file(config, places, backend.temp_dir, backend.ray()))
-        self._wait_for(planned, deadline)
+        wait_for(backend, planned, deadline, self._say)
         self._say("loading and verifying experts")
-        self._replicas = {replica.id: replica.expert_ids for replica in planned}
-        self._needs = {replica.id: needs(replica) for replica in planned}
-        self._declare(max(1.0, deadline - time.monotonic()), redeclare, renewed=redeclare)
-        for line in resumed(backend.state()) if self._keeps_state else []:
+        self._tell_declared(max(1.0, deadline - time.monotonic()), redeclare, renewed=redeclare)
+        for line in [*resumed(backend.state()), *scaled_lines] if self._keeps_state else []:
             self._tell(line)
         if not self._keeps_state:
             self._say(NOT_KEPT)
@@ -321,42 +348,8 @@ class Cluster:
             self._run_file, self.endpoint, self.endpoints = run, run.endpoint, run.endpoints
             self.metrics_endpoint, self.metrics_endpoints = run.metrics_endpoint or "", run.metrics_endpoints
 
-    def _wait_for(self, planned: list[PlannedReplica], deadline: float) -> None:
-        for number, replica in enumerate(planned, start=1):
-            try:
-                report = self._running().wait_replica(replica.id, deadline)
-            except ExpertMeshError as error:
-                reason = unplaceable(planned, self._running().nodes()) or error.message
-                raise type(error)(f"{replica.id} is not running: {reason}") from error
-            self._say(f"replica {number}/{len(planned)} is running: {replica.id} on {report.node}, {report.device}")
-
-    def _declare(
-        self,
-        timeout: float,
-        redeclare: frozenset[str] = frozenset(),
-        *,
-        renewed: frozenset[str] = frozenset(),
-        unverified: bool = True,
-    ) -> dict[str, str]:
-        """Send the controller the current declaration; returns the versions that then serve."""
-        backend = self._running()
-        self._desired = Desired(
-            revision=self._desired.revision + 1,
-            owner=self._owner,
-            layers=self._layers,
-            redeclare=redeclare,
-            renewed=renewed,
-            unverified=unverified,
-            replicas=self._replicas,
-            handles=backend.handles(),
-            routers=backend.routers(),
-            needs=self._needs,
-            settings=settings_document(self.config),
-        )
-        try:
-            return backend.declare(self._desired, timeout)
-        finally:  # a controller that restarts later is told what is declared, not to build it once more
-            self._desired = replace(self._desired, renewed=frozenset(), unverified=True)
+    def _tell_declared(self, timeout: float, redeclare: frozenset[str], **options: Any) -> dict[str, str]:
+        return self._declared.declare(self._running(), self._layers, timeout, redeclare, **options)
 
     def _supervise(self) -> None:
         """Tell a restarted controller what is declared, write down where routers are, and notice that Ray has ended."""
@@ -372,8 +365,7 @@ class Cluster:
                 state = self._running().state()
                 if self._run_file is not None:
                     self._announce(followed(self._run_file, state.routers))
-                if state.revision < self._desired.revision:
-                    self._running().declare(self._desired, self.config.start_timeout)
+                self._declared.repeat(self._running(), state.revision, self.config.start_timeout)
             except ExpertMeshError as error:
                 log.warning("the controller is not up to date; retrying: %s", error)
             finally:

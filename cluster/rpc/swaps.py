@@ -25,6 +25,9 @@ MODES = ("double", "staged_cpu")
 """Where a staged version is kept until the commit: on the device beside the current one, or in main memory."""
 
 MAX_CHANGES = 4096
+MOST_REPLICAS = 1000
+"""The maximum number of replicas of an expert that can be asked for."""
+
 MAX_TIMEOUT = 3600.0
 DATA = "data"
 T = TypeVar("T")
@@ -236,6 +239,14 @@ def check_upload(upload_id: str, sha256: str) -> None:
         raise InvalidRequest("an upload id must be 32 hex digits, such as uuid4().hex")
     if not _SHA256.fullmatch(sha256):
         raise InvalidRequest("sha256 must be 64 lower-case hex digits")
+
+
+def check_scale(id: object, number: object) -> None:
+    """Check a number of replicas. Raises InvalidRequest that names its id."""
+    if not isinstance(id, str):
+        raise InvalidRequest(f"scale takes the ids of experts or packs, not {type(id).__name__}")
+    if type(number) is not int or not 1 <= number <= MOST_REPLICAS:
+        raise InvalidRequest(f"{id[:140]}: replicas must be a whole number from 1 to {MOST_REPLICAS}, not {number!r}")
 
 
 def _finite_or_text(value: float | None) -> float | str | None:

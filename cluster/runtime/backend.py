@@ -42,6 +42,9 @@ class Backend(Protocol):
     def start_replica(self, planned: PlannedReplica) -> None:
         """Start a replica."""
 
+    def stop_replica(self, replica_id: str) -> None:
+        """End a replica, which nobody uses any more; idempotent."""
+
     def wait_replica(self, replica_id: str, deadline: float) -> Replica:
         """Wait for a replica's report. Raises Unavailable at `deadline` (monotonic seconds)."""
 

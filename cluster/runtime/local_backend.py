@@ -86,6 +86,11 @@ class LocalBackend:
         host = self._hosts[planned.id] = ExpertHost()
         self._transport.add(planned.id, host)
 
+    def stop_replica(self, replica_id: str) -> None:
+        """End the thread of a replica, and forget its host; idempotent."""
+        self._transport.remove(replica_id)
+        self._hosts.pop(replica_id, None)
+
     def wait_replica(self, replica_id: str, deadline: float) -> Replica:
         """The report of a replica."""
         return report_of(replica_id, self._hosts[replica_id], CURE, node="local")

@@ -220,6 +220,12 @@ class RayBackend:
         settings = (planned.id, planned.expert_ids, device, self._logs, self._channel, self._hang_seconds)
         self._replicas[planned.id] = actor.options(**options).remote(*settings)
 
+    def stop_replica(self, replica_id: str) -> None:
+        """Kill the actor of a replica, which Ray then does not start again; idempotent."""
+        actor = self._replicas.pop(replica_id, None)
+        if actor is not None and ray.is_initialized():
+            _quietly(lambda: ray.kill(actor, no_restart=True))
+
     def wait_replica(self, replica_id: str, deadline: float) -> Replica:
         """Wait until the actor of a replica runs. Raises Unavailable at `deadline` (monotonic seconds)."""
         timeout = max(0.1, deadline - time.monotonic())

@@ -203,6 +203,7 @@ class RouterService:
             oldest_pinned=self.router.epochs.oldest_pinned(),
             gates=frozenset(self._gates),
             loads=self.router.fanout.loads(),
+            busy=self.router.view.busy(),
             facts=self._facts(),
         )
 

@@ -226,6 +226,17 @@ class Registry:
             row = db.execute("SELECT digest FROM declared WHERE id = ?", (id,)).fetchone()
             return None if row is None else str(row[0])
 
+    def replicas(self) -> dict[str, int]:
+        """The numbers of replicas that were asked for, by group of experts."""
+        with self._read() as db:
+            return registry_tables.replicas(db)
+
+    def set_replicas(self, wanted: Mapping[str, int]) -> None:
+        """Keep these numbers of replicas by group, and no others."""
+        if wanted != self.replicas():
+            with self._change() as db:
+                registry_tables.set_replicas(db, wanted)
+
     def now(self) -> float:
         """Seconds since 1970 by the registry's clock."""
         return self._clock()
@@ -278,6 +289,19 @@ class Registry:
         term = registry_schema.meta(db, "term")
         if term != self.term:
             raise Fenced(f"another controller has taken over the registry (term {term}; this one has {self.term})")
+
+
+def kept_replicas(state_dir: str | os.PathLike[str]) -> dict[str, int]:
+    """The numbers of replicas in the registry of a folder that nobody has open; none where there is no registry.
+
+    Raises what opening the registry raises for a file that is damaged or cannot be read.
+    """
+    path = Path(state_dir) / FILE
+    if not path.exists():
+        return {}
+    with _translated(), closing(_connect(path)) as db:
+        known = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'replicas'").fetchone()
+        return registry_tables.replicas(db) if known else {}
 
 
 def rebuild(path: Path, committed: Committed, records: Collection[VersionRecord], counters: Mapping[str, int]) -> None:

@@ -29,6 +29,8 @@ _TABLES = (
     "CREATE TABLE declared (id TEXT PRIMARY KEY, digest TEXT NOT NULL)",
 )
 
+_REPLICAS = "CREATE TABLE IF NOT EXISTS replicas (id TEXT PRIMARY KEY, wanted INTEGER NOT NULL)"
+
 _OUTCOMES = (  # outlives the epoch of a swap, so that who asks again gets the same answer
     "CREATE TABLE IF NOT EXISTS outcomes (swap_id TEXT PRIMARY KEY, before TEXT NOT NULL, after TEXT NOT NULL)"
 )
@@ -104,6 +106,7 @@ def create(db: Database) -> None:
 def complete(db: Database) -> None:
     """Add what an earlier build of the same schema did not have."""
     db.execute(_OUTCOMES)
+    db.execute(_REPLICAS)
 
 
 def meta(db: Database, key: str) -> Any:

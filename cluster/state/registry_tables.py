@@ -59,6 +59,18 @@ def history(db: Database, id: str) -> list[VersionRecord]:
     return [VersionRecord.from_json(text) for (text,) in rows]
 
 
+def replicas(db: Database) -> dict[str, int]:
+    """The numbers of replicas that were asked for, by group."""
+    return {str(group): int(wanted) for group, wanted in db.execute("SELECT id, wanted FROM replicas ORDER BY id")}
+
+
+def set_replicas(db: Database, wanted: Mapping[str, int]) -> None:
+    """Replace the numbers of replicas by these."""
+    db.execute("DELETE FROM replicas")
+    for group, number in wanted.items():
+        db.execute("INSERT INTO replicas (id, wanted) VALUES (?, ?)", (group, number))
+
+
 def take_counter(db: Database, id: str) -> int:
     """Allocate the next counter of an id."""
     row = _one(db, "SELECT last FROM counters WHERE id = ?", id)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from ...experts.errors import Unavailable, VersionGone
 
 READY = "ready"
+DRAINING = "draining"
 GONE = ("restarting", "waiting")
 """The states of a replica whose process has ended."""
 
@@ -21,9 +22,9 @@ class Replica:
     """The state of one replica: its experts, the (expert, version) pairs that it holds, where it runs.
 
     `state` is "ready", or why it is not chosen: "starting", "restarting", "waiting" (no node has what it reserves),
-    "unresponsive", "hung" (an expert does not return) or, after a failure, "suspect"; `problem` says more. `address` is
-    where its channel listens, empty if it has none, and `tcp_address` where it does so for routers on other nodes, if
-    not there.
+    "unresponsive", "hung" (an expert does not return), "draining" (it is about to be ended) or, after a failure,
+    "suspect"; `problem` says more. `address` is where its channel listens, empty if it has none, and `tcp_address`
+    where it does so for routers on other nodes, if not there.
     """
 
     id: str
@@ -133,6 +134,10 @@ class View:
     def rows_in_flight(self) -> dict[str, int]:
         """Rows in flight to each replica."""
         return {name: self._rows.get(name, 0) for name in self._entries}
+
+    def busy(self) -> frozenset[str]:
+        """The replicas with rows in flight, also those that were removed."""
+        return frozenset(self._rows)
 
     def _usable(self, pairs: Sequence[tuple[str, str]], exclude: Collection[str]) -> list[str]:
         holders = self._by_version.get(pairs[0], ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -103,6 +104,15 @@ class Routers:
         """The routers that answered when they were last asked, and were told nothing since then, in the loop's time."""
         ready = [name for name in self.handles if self._states.get(name) == "ready"]
         return [name for name in ready if self._told_at.get(name, 0.0) < since]
+
+    def users(self, replicas: frozenset[str], since: float) -> list[str]:
+        """The routers that may still send something to these replicas, or wait for an answer of one.
+
+        Those that were told nothing since then, in the loop's time, may do so.
+        """
+        there = [name for name in self.handles if name not in self.leases.gone]
+        told = [name for name in there if self._told_at.get(name, -math.inf) >= since and name in self.reports]
+        return [name for name in there if name not in told or self.reports[name].busy & replicas]
 
     def given_up_now(self) -> bool:
         """Give up the routers that were not heard for too long; whether there are any, of which replicas must hear."""

@@ -1,0 +1,71 @@
+"""What the owner has told its controller: revision by revision, so that one that restarts is told the same again."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ...router.mixture.layer import Layer
+from ..control.messages import Desired
+from ..runtime.backend import Backend
+from .topology import Topology
+
+
+class Declaring:
+    """Tells a controller what is declared. `settings` are those of the cluster, as plain JSON."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.topology = Topology()
+        self._desired = Desired(owner=uuid.uuid4().hex, settings=settings)
+
+    def declare(
+        self,
+        backend: Backend,
+        layers: Mapping[str, Layer],
+        timeout: float,
+        redeclare: frozenset[str] = frozenset(),
+        *,
+        renewed: frozenset[str] = frozenset(),
+        unverified: bool = True,
+    ) -> dict[str, str]:
+        """Declare these layers, run by the present topology; returns the versions that then serve."""
+        revision = self._desired.revision + 1
+        self._desired = replace(
+            self._desired,
+            revision=revision,
+            declaration=revision,
+            layers=layers,
+            redeclare=redeclare,
+            renewed=renewed,
+            unverified=unverified,
+            routers=backend.routers(),
+        )
+        self._run_by(backend, self.topology)
+        try:
+            return backend.declare(self._desired, timeout)
+        finally:  # a controller that restarts later is told what is declared, not to build it once more
+            self._desired = replace(self._desired, renewed=frozenset(), unverified=True)
+
+    def scale(self, backend: Backend, topology: Topology, timeout: float) -> None:
+        """Have the controller take another topology; nothing else of what is declared changes."""
+        self._desired = replace(self._desired, revision=self._desired.revision + 1)
+        self._run_by(backend, topology)
+        backend.declare(self._desired, timeout)
+
+    def repeat(self, backend: Backend, revision: int, timeout: float) -> None:
+        """Tell a controller that knows another revision once more what is declared."""
+        if revision < self._desired.revision:
+            backend.declare(self._desired, timeout)
+
+    def _run_by(self, backend: Backend, topology: Topology) -> None:
+        self.topology = topology
+        self._desired = replace(
+            self._desired,
+            replicas=topology.experts,
+            handles=backend.handles(),
+            needs=topology.needs,
+            scaled=topology.scaled,
+            draining=topology.draining,
+        )
