@@ -95,9 +95,9 @@ def pin_of(lease_id: str, address: str) -> str:
     return f"{lease_id}@{address}" if address else lease_id
 
 
-def with_unknown_outcome(error: ExpertMeshError, swap_id: str) -> ExpertMeshError:
-    """The error of a swap whose outcome is unknown, with the way to learn it."""
-    error.message += f"; the outcome of swap {swap_id} is unknown: ask again with swap_id={swap_id!r}"
+def with_unknown_outcome(error: ExpertMeshError, id: str, what: str = "swap") -> ExpertMeshError:
+    """The error of a swap or change whose outcome is unknown, with the way to learn it."""
+    error.message += f"; the outcome of {what} {id} is unknown: ask again with {what}_id={id!r}"
     error.args = (error.message,)
     return error
 

@@ -181,6 +181,15 @@ class SwapRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScaleRequest:
+    """Other numbers of replicas that are asked for, by the id of an expert or pack, to be there within some seconds."""
+
+    change_id: str
+    replicas: Mapping[str, int]
+    timeout: float = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class SwapResult:
     """What became of a swap: the epoch, the versions before and after, and the drift of each on its probe rows.
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from ...experts.staging.stage import Receipt
 from ...router.fanout.replica_view import Replica
-from .messages import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
+from .messages import Candidate, Desired, RouterReport, RouterUpdate, ScaleRequest, SwapRequest, SwapResult
 from .orders import Order
 
 
@@ -84,6 +84,9 @@ class ControlPort(Protocol):
 
     async def swap(self, request: SwapRequest) -> SwapResult:
         """Carry out a swap."""
+
+    async def scale(self, request: ScaleRequest) -> dict[str, Any]:
+        """Have the owner change numbers of replicas."""
 
     async def progress(self, swap_id: str) -> dict[str, Any]:
         """How far a swap is."""

@@ -26,7 +26,7 @@ from ...experts.staging.verify import Policy
 from ...experts.wire import Frame
 from ...router.epochs.epochs import Epochs
 from ...router.epochs.leases import Leases
-from ..control.messages import Change, SwapRequest, SwapResult
+from ..control.messages import Change, ScaleRequest, SwapRequest, SwapResult
 from ..control.ports import ControlPort
 from ..rpc.documents import NAME, decode_document, encode_document
 from ..rpc.methods import Role
@@ -39,6 +39,7 @@ from ..rpc.swaps import (
     NothingAsked,
     PinAsked,
     ProgressAsked,
+    ScaleAsked,
     SwapAsked,
     SwapOutcome,
     UnpinAsked,
@@ -95,6 +96,7 @@ class SwapMethods:
             "Unpin": self.unpin,
             "Leases": self.leases,
             "Declared": self.declared,
+            "Scale": self.scale,
         }
 
     def tidy(self) -> None:
@@ -169,6 +171,15 @@ class SwapMethods:
         """The document of what the cluster declares."""
         _record(NothingAsked, frame, "declared")
         return encode_document("declared", await self._control.declared())
+
+    async def scale(self, frame: Frame, caller: Caller) -> bytes:
+        """Have the owner change numbers of replicas; a retry with the same change id returns its outcome."""
+        asked = from_mapping(ScaleAsked, _document(frame, "scale"))
+        asked.check()
+        check_swap_id(asked.change_id)
+        for id in asked.replicas:
+            check_id(id)
+        return encode_document("scale", await self._control.scale(ScaleRequest(**vars(asked))))
 
     async def _carry_out(self, request: SwapRequest) -> SwapResult:
         try:

@@ -34,6 +34,7 @@ from ..placement.plan import PlannedReplica, groups_of
 from ..runtime.backend import Backend, open_backend
 from ..state.registry import kept_replicas
 from ..state.state_lock import StateLock, hold_state
+from .asked import Asked
 from .declaring import Declaring
 from .front import FrontPorts, followed, router_settings, run_file
 from .resumed import NOT_KEPT, resumed
@@ -77,6 +78,7 @@ class Cluster:
         self._ports: FrontPorts | None = None
         self._run_file: RunFile | None = None
         self._backend: Backend | None = None
+        self._asked = Asked(lambda asked: self.scale(asked.replicas, timeout=asked.timeout))
         self._declared = Declaring(settings_document(config))
         self._layers: dict[str, Layer] = {}
         self._change = threading.RLock()
@@ -359,6 +361,10 @@ class Cluster:
             if lost is not None:
                 self._fail(f"cluster {self.config.name!r} has ended: {lost}; start it again")
                 return
+            try:
+                self._asked.follow(self._running())
+            except ExpertMeshError as error:
+                log.debug("what clients ask for is not known: %s", error)
             if not self._change.acquire(blocking=False):
                 continue  # a change in progress sends them itself
             try:

@@ -51,6 +51,7 @@ METHODS: Mapping[str, Role] = MappingProxyType(
         "Swap": Role.OPERATOR,
         "Leases": Role.OPERATOR,
         "Declared": Role.OPERATOR,
+        "Scale": Role.OPERATOR,
     }
 )
 """The lowest role that may call each method; no role may call a method that is not listed.

@@ -122,6 +122,24 @@ class SwapAsked:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScaleAsked:
+    """A client's request for other numbers of replicas, by the id of an expert or pack."""
+
+    change_id: str
+    replicas: dict[str, int]
+    timeout: float = 120.0
+
+    def check(self) -> None:
+        """Check the numbers. Raises InvalidRequest."""
+        if not 1 <= len(self.replicas) <= MAX_CHANGES:
+            raise InvalidRequest(f"scale changes 1 to {MAX_CHANGES} ids, not {len(self.replicas)}")
+        if not 0 < self.timeout <= MAX_TIMEOUT:
+            raise InvalidRequest(f"timeout must be above 0 and at most {MAX_TIMEOUT:g} seconds, not {self.timeout:g}")
+        for id, number in self.replicas.items():
+            check_scale(id, number)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProgressAsked:
     """A request for the progress of a swap."""
 

@@ -9,6 +9,7 @@ from ...router.fanout.replica_view import Replica
 from ..config.cluster_config import ClusterConfig
 from ..control.messages import Desired
 from ..control.ports import ControllerState, StateSettings
+from ..control.routers.mailbox import Letter
 from ..machine.logs import log_file
 from ..machine.ports import is_loopback
 from ..placement.capacity import Resources
@@ -56,6 +57,9 @@ class Backend(Protocol):
 
     def declare(self, desired: Desired, timeout: float) -> dict[str, str]:
         """Have the controller load the declared layers; returns the versions that then serve."""
+
+    def changes(self, answers: Mapping[int, Any]) -> tuple[Letter, ...]:
+        """Answer what was asked of the owner, by number; returns what has no answer yet. Raises Unavailable."""
 
     def state(self) -> ControllerState:
         """The state of the controller."""

@@ -14,12 +14,23 @@ from ...experts.staging.stage import Receipt
 from ...router.fanout.replica_view import Replica
 from ...router.fanout.transport import LocalTransport, report_of
 from ..control.controller import Controller, open_controller
-from ..control.messages import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult, proposal_of
+from ..control.messages import (
+    Candidate,
+    Desired,
+    RouterReport,
+    RouterUpdate,
+    ScaleRequest,
+    SwapRequest,
+    SwapResult,
+    proposal_of,
+)
 from ..control.orders import Order
 from ..control.ports import ControllerState, StateSettings
+from ..control.routers.mailbox import Letter
 from ..machine.logs import configure_logs
 from ..placement.plan import PlannedReplica
 from .listening import ListeningService
+from .owner_desk import OwnerDesk
 from .places import Place, place_of
 from .router_process import ServiceSettings
 from .router_thread import END_SECONDS, end_tasks
@@ -42,6 +53,7 @@ class LocalBackend:
         self._hosts: dict[str, ExpertHost] = {}
         self._services: dict[str, ListeningService] = {}
         self._controller: Controller | None = None
+        self._desk = OwnerDesk()
         self._turns: asyncio.Future[None] | None = None
 
     def start(self, address: str | None, timeout: float) -> None:
@@ -70,7 +82,7 @@ class LocalBackend:
         return self._await(self._start_front(routers, state), timeout)
 
     async def _start_front(self, routers: Mapping[str, ServiceSettings], state: StateSettings) -> list[Place]:
-        control = _ControlPort()
+        control = _ControlPort(self._desk)
         self._services = {name: ListeningService(own, self._transport, control) for name, own in routers.items()}
         self._controller = control.controller = open_controller(state, _RouterPort(), _ReplicaPort(self._hosts))
         places = []
@@ -106,6 +118,10 @@ class LocalBackend:
     def declare(self, desired: Desired, timeout: float) -> dict[str, str]:
         """Have the controller load the declared layers; returns the versions that then serve."""
         return self._await(self._running().declare(desired, timeout), timeout + CALL_TIMEOUT)
+
+    def changes(self, answers: Mapping[int, Any]) -> tuple[Letter, ...]:
+        """Answer what was asked of the owner, by number; returns what has no answer yet."""
+        return self._await(self._desk.fetch(answers))
 
     def state(self) -> ControllerState:
         """The state of the controller."""
@@ -145,6 +161,12 @@ class LocalBackend:
 
 class _ControlPort:
     controller: Controller
+
+    def __init__(self, desk: OwnerDesk) -> None:
+        self._desk = desk
+
+    async def scale(self, request: ScaleRequest) -> dict[str, Any]:
+        return await self._desk.ask(request)
 
     async def swap(self, request: SwapRequest) -> SwapResult:
         return await self.controller.swap(request)

@@ -31,7 +31,7 @@ from ...router.fanout.transport import report_of
 from ..channel.refused import Refused
 from ..channel.settings import ChannelSettings, open_channel
 from ..control.controller import Controller, open_controller
-from ..control.messages import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult
+from ..control.messages import Candidate, Desired, RouterReport, RouterUpdate, ScaleRequest, SwapRequest, SwapResult
 from ..control.opening import Opening
 from ..control.orders import Order, Orders
 from ..control.ports import ControllerState, StateSettings
@@ -48,6 +48,7 @@ from ..machine.process_tuning import (
     yield_to_serving,
 )
 from .listening import ListeningService
+from .owner_desk import OwnerDesk
 from .places import Place, away_from_owner, place_of
 from .ray_ports import Packed, RayControlPort, RayReplicaPort, RayRouterPort
 from .ray_transport import Actors, packed_reply, unpacked_call
@@ -256,6 +257,7 @@ class ControllerActor:
             partial(open_controller, settings, AllRouters(self._router), RayReplicaPort()), time.monotonic
         )
         self._one_opens = asyncio.Lock()
+        self._desk = OwnerDesk()
         with suppress(ExpertMeshError):  # whoever calls is told
             self._opening.get()
         self._turns: asyncio.Task[None] | None = None
@@ -288,6 +290,14 @@ class ControllerActor:
             return await (await self._controller()).swap(request)
         finally:  # later, because a refusal is not sent yet
             asyncio.get_running_loop().call_later(LET_GO_SECONDS, let_go)
+
+    async def scale(self, request: ScaleRequest) -> dict[str, Any]:
+        """Have the owner change numbers of replicas."""
+        return await self._desk.ask(request)
+
+    async def changes(self, answers: Mapping[int, Any]) -> tuple[Letter, ...]:
+        """Take the owner's answers, and hand out what is asked of it."""
+        return await self._desk.fetch(answers)
 
     async def progress(self, swap_id: str) -> dict[str, Any]:
         """The progress of a swap."""

@@ -26,6 +26,7 @@ from ..channel.run_folder import folder_of
 from ..channel.settings import ChannelSettings
 from ..control.messages import Desired
 from ..control.ports import ControllerState, StateSettings
+from ..control.routers.mailbox import Letter
 from ..machine.temp_folder import new_run_folder, run_folder_of
 from ..placement.capacity import Resources
 from ..placement.plan import PlannedReplica
@@ -267,6 +268,13 @@ class RayBackend:
 
         versions: dict[str, str] = _asked(send, timeout + CALL_TIMEOUT)
         return versions
+
+    def changes(self, answers: Mapping[int, Any]) -> tuple[Letter, ...]:
+        """Answer what was asked of the owner, by number; returns what has no answer yet."""
+        if (controller := self._controller) is None:
+            raise Unavailable("the cluster has stopped")
+        letters: tuple[Letter, ...] = _asked(lambda: controller.changes.remote(answers), CALL_TIMEOUT)
+        return letters
 
     def state(self) -> ControllerState:
         """The state of the controller."""

@@ -19,7 +19,16 @@ from ...experts.staging.stage import Receipt
 from ...experts.tensors import byte_view
 from ...experts.weights.files import load_tensors, torch_name
 from ...router.fanout.replica_view import Replica
-from ..control.messages import Candidate, Desired, RouterReport, RouterUpdate, SwapRequest, SwapResult, proposal_of
+from ..control.messages import (
+    Candidate,
+    Desired,
+    RouterReport,
+    RouterUpdate,
+    ScaleRequest,
+    SwapRequest,
+    SwapResult,
+    proposal_of,
+)
 from ..control.orders import Order
 from ..machine.process_tuning import background
 from ..placement.capacity import Resources, lacking
@@ -114,6 +123,10 @@ class RayControlPort:
     async def swap(self, request: SwapRequest) -> SwapResult:
         """Carry out a swap."""
         return await awaited(self._actor().swap.remote(request), request.timeout + SWAP_GRACE)
+
+    async def scale(self, request: ScaleRequest) -> dict[str, Any]:
+        """Have the owner change numbers of replicas."""
+        return await awaited(self._actor().scale.remote(request), request.timeout + SWAP_GRACE)
 
     async def progress(self, swap_id: str) -> dict[str, Any]:
         """The progress of a swap."""

@@ -253,10 +253,11 @@ PAYLOADS = {
     "Pin": wire.encode("pin", {"ttl": 0.001}),
     "Leases": wire.encode("leases", {}),
     "Declared": wire.encode("declared", {}),
+    "Scale": encode_document("scale", {"change_id": "c", "replicas": {"trig/none": 2}}),
     "Unpin": wire.encode("unpin", {"pin": "none"}),
 }
 TESTED_ELSEWHERE = ("Call", "CallStream", "Status", "Drain")
-ANSWERED = {"Swap": "NOT_FOUND", "SwapProgress": "NOT_FOUND"}
+ANSWERED = {"Swap": "NOT_FOUND", "Scale": "NOT_FOUND", "SwapProgress": "NOT_FOUND"}
 
 
 def path(method: str) -> str:
