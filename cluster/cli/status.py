@@ -61,6 +61,9 @@ def _print_tables(document: Mapping[str, Any]) -> None:
         click.echo(f"broken: {id} cannot be loaded: {why}")
     for id, version in (document.get("not_declared") or {}).items():
         click.echo(f"not declared: {id}; its version {version} is kept, and serves where {id} is declared again")
+    for id, scaled in (document.get("autoscale") or {}).items():
+        reason = scaled.get("reason")
+        click.echo(f"autoscale: {id} is to have {scaled.get('wanted')} replicas{f': {reason}' if reason else ''}")
     for name, layer in (document.get("layers") or {}).items():
         gate = layer.get("gate") or {}
         click.echo(f"\nlayer {name}: gate {gate.get('id')} ({gate.get('kind')}), version {gate.get('version')}")

@@ -19,6 +19,7 @@ from typing import Any
 from ...experts.errors import ExpertMeshError, Fenced, Unavailable
 from ...router.fanout.replica_view import DRAINING, READY
 from ..machine.process_tuning import background
+from ..placement.autoscaling import rules_of
 from ..state.registry import Registry
 from ..state.version_folders import VersionStore
 from .candidates import CandidateBuilder
@@ -108,6 +109,7 @@ class Controller:
             actions += self.reconciler.member_lost(name)
         if desired.declaration > before.declaration:
             self.transactions.declare(desired.layers, desired.owner)
+            self.routers.autoscaling.rules = rules_of(desired.layers.values())
             self.reconciler.declared = frozenset(self.transactions.builder.declared)
             routers = [] if self.reconciler.epochs else [*self.routers.handles]  # what it pins is not known yet
             actions += self.reconciler.restore(self.transactions.epochs(), routers)
@@ -239,6 +241,9 @@ class Controller:
                 self._next_probe = now + TURN_SECONDS
                 await self._probe_all()
             await self._sync()
+            wanted = desired.replicas.keys() - desired.draining
+            for decision in self.routers.autoscaling.turn(now, wanted, self._health.replicas()):
+                log.info("autoscale: %s", decision)
 
     def close(self) -> None:
         """Close the registry."""
@@ -258,6 +263,7 @@ class Controller:
             resumed=self.transactions.resumed,
             swapped=dict(self.transactions.swapped),
             edited=self.transactions.edited,
+            asked=self.routers.autoscaling.asked_by(self.incarnation),
         )
 
     def _broken(self) -> dict[str, str]:

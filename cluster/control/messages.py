@@ -13,7 +13,7 @@ from ...experts.spec import ANY, Expert, TensorSpec
 from ...experts.staging.stage import Proposal
 from ...experts.staging.verify import Policy
 from ...router.fanout.replica_view import Replica
-from ...router.fanout.telemetry import ReplicaLoad
+from ...router.fanout.telemetry import ReplicaLoad, Scaled
 from ...router.gates import Gate
 from ...router.mixture.layer import Layer
 
@@ -106,7 +106,7 @@ class RouterUpdate:
     `session` is that of this router's last report, or "" before the first, and `given_up` the one of it that may not
     answer any more. `cluster_id` is that of the registry, whose epochs these are. `broken` are the ids whose current
     version cannot be loaded, and why. `routers` are the facts of every router, by name, as it last reported them, and
-    its "state".
+    its "state". `scaled` are the experts and packs that are scaled by their load.
     """
 
     replicas: tuple[Replica, ...]
@@ -117,6 +117,7 @@ class RouterUpdate:
     cluster_id: str = ""
     broken: Mapping[str, str] = field(default_factory=dict)
     routers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    scaled: Mapping[str, Scaled] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

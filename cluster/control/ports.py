@@ -29,6 +29,7 @@ class ControllerState:
     `kept` are versions that were swapped in and serve on although their declaration was edited. `broken` are the ids
     whose current version cannot be loaded, and why. `resumed` is the epoch that the registry had when it was opened, or
     0; `swapped` are the versions that were swapped in before the last declaration, `edited` the ids that it replaced.
+    `asked` are the numbers of replicas that the load asks for, by expert or pack, each with the id of the decision.
     """
 
     revision: int
@@ -40,6 +41,7 @@ class ControllerState:
     resumed: int = 0
     swapped: Mapping[str, str] = field(default_factory=dict)
     edited: Collection[str] = ()
+    asked: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     routers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 

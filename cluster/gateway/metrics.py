@@ -62,6 +62,16 @@ class RouterCollector:
         yield CounterMetricFamily(
             "expertmesh_hedges", "Pieces of work sent to a second replica as well.", value=counted.hedges
         )
+        scaled = counted.scaled
+        wanted = {group: each.wanted for group, each in scaled.items()}
+        yield _gauge("autoscale_replicas", "Replicas that autoscaling wants of an expert or pack.", "expert", wanted)
+        decisions = CounterMetricFamily(
+            "expertmesh_autoscale_decisions", "Decisions of autoscaling.", labels=["expert", "direction"]
+        )
+        for group, each in scaled.items():
+            decisions.add_metric([group, "up"], each.up)
+            decisions.add_metric([group, "down"], each.down)
+        yield decisions
         requests = CounterMetricFamily("expertmesh_requests", "Requests by status code.", labels=["layer", "code"])
         for (layer, code), value in list(counted.requests.items()):
             requests.add_metric([layer, code], value)

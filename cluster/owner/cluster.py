@@ -36,6 +36,7 @@ from ..state.registry import kept_replicas
 from ..state.state_lock import StateLock, hold_state
 from .asked import Asked
 from .declaring import Declaring
+from .following_load import FollowsLoad
 from .front import FrontPorts, followed, router_settings, run_file
 from .resumed import NOT_KEPT, resumed
 from .topology import Scaling, by_group, resumed_numbers, topology_of, wait_for
@@ -82,6 +83,7 @@ class Cluster:
         self._declared = Declaring(settings_document(config))
         self._layers: dict[str, Layer] = {}
         self._change = threading.RLock()
+        self._load = FollowsLoad(self.scale)
         self._stopping = threading.Event()
         self._ending = threading.Lock()
         self._failure: str | None = None
@@ -250,6 +252,7 @@ class Cluster:
             self._supervisor.join()
         with self._ending:
             self._end(grace)
+        self._load.wait(STOP_GRACE)
 
     def _stop_at_exit(self) -> None:
         if os.getpid() == self._process:  # and not in a process that was forked
@@ -372,6 +375,7 @@ class Cluster:
                 if self._run_file is not None:
                     self._announce(followed(self._run_file, state.routers))
                 self._declared.repeat(self._running(), state.revision, self.config.start_timeout)
+                self._load.follow(state.asked)
             except ExpertMeshError as error:
                 log.warning("the controller is not up to date; retrying: %s", error)
             finally:

@@ -38,6 +38,9 @@ class Decision:
     wanted: int
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.group} from {self.before} to {self.wanted} replicas: {self.reason}"
+
 
 class Autoscaler:
     """Decides, tick by tick, how many replicas each group should have.

@@ -48,6 +48,10 @@ class LoadMeter:
             group.computing += load.computing - before.computing
             group.waiting[router, replica] = load.waiting
 
+    def left(self, router: str) -> None:
+        """Forget a router that has left; what it has counted stays."""
+        self._last.pop(router, None)
+
     def measure(self, now: float, groups: Iterable[str]) -> dict[str, tuple[float, float]]:
         """For each group, how many milliseconds a row waits, and how many replicas compute, at a time in seconds."""
         elapsed = 0.0 if self._at is None else now - self._at

@@ -209,6 +209,7 @@ class RouterService:
 
     def _take(self, update: RouterUpdate) -> None:
         self._broken, self._routers = update.broken, update.routers
+        self.router.telemetry.scaled = update.scaled
         self.router.leases.drop_expired()
         self.router.update_view(update.replicas)
         known = {epoch.number for epoch in self.router.epochs.known()}
@@ -265,6 +266,7 @@ class RouterService:
             "draining": epochs.draining(),
             "broken": dict(self._broken),
             "not_declared": _not_declared(self._layers, epochs.current.versions if epochs.number else {}),
+            "autoscale": {group: asdict(scaled) for group, scaled in telemetry.scaled.items()},
             "layers": {name: self._layer(layer) for name, layer in layers.items()},
             "router": {
                 "name": self._settings.router,

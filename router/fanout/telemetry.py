@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of the latency histogram, in seconds; one more bucket counts everything above."""
@@ -38,6 +38,21 @@ class ReplicaLoad:
     computing: float = 0.0
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """What autoscaling has made of an expert or pack: the replicas that are wanted, the decisions, the last reason."""
+
+    wanted: int = 0
+    up: int = 0
+    down: int = 0
+    reason: str = ""
+
+    def decided(self, wanted: int, reason: str) -> Scaled:
+        """After a decision, which counts whether it can be carried out or not."""
+        more = wanted > self.wanted
+        return replace(self, up=self.up + more, down=self.down + (not more), wanted=wanted, reason=reason)
+
+
 @dataclass
 class Telemetry:
     """Counts since the start of this router.
@@ -47,7 +62,8 @@ class Telemetry:
     `waited`, all together, before they were computed. By (layer, code): `requests`. By layer:
     `request_latency`, and `batches` that went through the gate. `retries`: pieces of work that were sent again,
     `hedges`: that were sent to a second replica because the first was late.
-    `copied`: bytes of rows that were copied on their way, apart from copies by the kernel.
+    `copied`: bytes of rows that were copied on their way, apart from copies by the kernel. `scaled`: what the
+    controller tells of experts and packs that are scaled by their load.
     """
 
     rows: Counter[str] = field(default_factory=Counter)
@@ -61,6 +77,7 @@ class Telemetry:
     retries: int = 0
     hedges: int = 0
     copied: int = 0
+    scaled: Mapping[str, Scaled] = field(default_factory=dict)
     requests: Counter[tuple[str, str]] = field(default_factory=Counter)
     batches: Counter[str] = field(default_factory=Counter)
     request_latency: defaultdict[str, Histogram] = field(default_factory=lambda: defaultdict(Histogram))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ....experts.errors import ExpertMeshError, Fenced
+from ...placement.autoscaling import Autoscaling
 from ..events import Action
 from ..executor import Executor
 from ..messages import Desired, RouterReport, RouterUpdate
@@ -47,6 +48,7 @@ class Routers:
         hurry: Callable[[], None],
     ) -> None:
         self.reports: dict[str, RouterReport] = {}
+        self.autoscaling = Autoscaling()
         self.leases = RouterLeases(LEASE_SECONDS)
         self.desired = Desired()
         self.handles: dict[str, Any] = {}
@@ -190,6 +192,7 @@ class Routers:
     def _drop(self, name: str) -> None:
         for known in (self.reports, self._states, self._told_at):
             known.pop(name, None)
+        self.autoscaling.left(name)
         _, gone = self._joined.pop(name)
         gone()
 
@@ -206,6 +209,7 @@ class Routers:
             cluster_id=self._executor.transactions.cluster_id,
             broken=self._broken(),
             routers=self.facts(),
+            scaled=dict(self.autoscaling.scaled),
         )
         self._reconciler.router_told(name, update.epochs)
         return update
@@ -213,6 +217,7 @@ class Routers:
     async def _take(self, name: str, report: RouterReport, update: RouterUpdate, sent: float) -> None:
         before = self.reports.get(name)
         self.reports[name] = report
+        self.autoscaling.reported(name, report.incarnation, report.loads)
         actions: list[Action] = []
         if before is not None and before.incarnation != report.incarnation:
             actions += self._lost(name)

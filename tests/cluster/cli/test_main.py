@@ -68,6 +68,7 @@ STATUS: dict[str, Any] = {
         "pins": {"3": 2},
     },
     "controller": {"heard_seconds_ago": 0.03674, "state": "ok"},
+    "autoscale": {"news/e0": {"wanted": 4, "up": 1, "down": 0, "reason": "for 5 s rows have waited"}},
 }
 
 
@@ -243,6 +244,7 @@ def test_status_is_a_table_for_people_and_json_for_machines(monkeypatch: pytest.
     assert any("12346" in line and "n[1]" in line and line.rstrip().endswith("down") for line in lines)
     assert "layer news: gate news/gate (top_k), version v1-0123456789ab" in lines
     assert "r1: it waits" in lines
+    assert "autoscale: news/e0 is to have 4 replicas: for 5 s rows have waited" in lines
     footer = lines[lines.index("router: pid 7, 1,234 requests, 1 failed, 2 retries, 8 rows in flight, 0 leases") + 1 :]
     assert footer == [
         "  batches by layer: news (37)",

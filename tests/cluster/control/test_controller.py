@@ -30,11 +30,12 @@ from expertmesh.cluster.control.orders import Order
 from expertmesh.cluster.control.ports import StateSettings
 from expertmesh.experts.errors import Aborted, DataLoss, DeadlineExceeded, FailedPrecondition, Fenced, Unavailable
 from expertmesh.experts.host import ExpertHost
-from expertmesh.experts.spec import Expert, TensorSpec
+from expertmesh.experts.spec import Autoscale, Expert, TensorSpec
 from expertmesh.experts.staging.stage import Receipt
 from expertmesh.experts.weights.files import save_tensors
 from expertmesh.router import gates
 from expertmesh.router.fanout.replica_view import READY, Replica
+from expertmesh.router.fanout.telemetry import ReplicaLoad
 from expertmesh.router.mixture.layer import Layer
 
 E0, GATE = "l/e0", "l/gate"
@@ -54,6 +55,7 @@ class FakeRouter:
         self.syncs = 0
         self.lost = False
         self.pinned: int | None = None
+        self.loads: dict[str, ReplicaLoad] = {}
         self.restart()
 
     def restart(self) -> None:
@@ -79,6 +81,7 @@ class FakeRouter:
             epoch=self.epoch,
             oldest_pinned=self.epoch if self.pinned is None else self.pinned,
             gates=frozenset(self.gates),
+            loads=self.loads,
         )
 
     async def stage(self, order: Order, router: str, handle: Any, candidate: Candidate) -> Receipt:
@@ -564,6 +567,39 @@ def test_what_a_swap_has_adopted_is_what_is_declared_also_after_a_restart(
         )
         await world.controller.swap(back)
         assert await world.controller.declared() == declared
+
+    run(tmp_path, monkeypatch, story)
+
+
+def test_the_load_asks_for_replicas_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("expertmesh.cluster.placement.autoscaling.TICK_SECONDS", 0.0)
+    caplog.set_level(logging.INFO, "expertmesh.cluster.control.controller")
+
+    async def story(world: World) -> None:
+        rule = Autoscale(max=4, up_after=0.001, down_after=1000)
+        plain = layer()
+        scaled = {name: replace(expert, replicas=2, autoscale=rule) for name, expert in plain.experts.items()}
+        await world.declare(plain.with_experts({**plain.experts, "e0": scaled["e0"]}))
+        assert world.controller.state().asked == {}
+
+        def asked() -> bool:
+            old = world.router.loads.get("l/e0#0", ReplicaLoad())
+            more = ReplicaLoad(rows=old.rows + 10, waited=old.waited + 100.0)
+            world.router.loads = {"l/e0#0": more, "l/e1#0": more}
+            return bool(world.controller.state().asked)
+
+        await world.until(asked)
+        ((group, (decision, number)),) = world.controller.state().asked.items()
+        assert (group, number) == (E0, 4)
+        assert decision.startswith(world.controller.incarnation)
+        assert "autoscale: l/e0 from 2 to 4 replicas: for " in caplog.text
+        update = world.router.update
+        await world.until(lambda: world.router.update is not update)
+        assert world.router.update is not None
+        assert world.router.update.scaled[E0].up >= 1
+        assert "rows have waited more than 50 ms" in world.router.update.scaled[E0].reason
 
     run(tmp_path, monkeypatch, story)
 

@@ -30,7 +30,7 @@ from expertmesh.cluster.rpc.methods import Role
 from expertmesh.experts.errors import DeadlineExceeded, ExpertFailed, NotFound
 from expertmesh.experts.spec import Expert
 from expertmesh.router import gates
-from expertmesh.router.fanout.telemetry import LATENCY_BUCKETS
+from expertmesh.router.fanout.telemetry import LATENCY_BUCKETS, Scaled
 from expertmesh.router.fanout.transport import LocalTransport
 from expertmesh.router.mixture.layer import Layer
 from expertmesh.router.request.forward import Router
@@ -230,10 +230,14 @@ def test_rows_that_wait_are_told() -> None:
                     await asyncio.sleep(0)
                 for _ in range(5):
                     await asyncio.sleep(0)
+            mesh.router.telemetry.scaled = {"l/e": Scaled(wanted=3, up=2, down=1)}
             found = {family.name: family for family in RouterCollector(mesh.router, "router-0").collect()}
             assert figures(found["expertmesh_replica_rows_in_flight"], "replica") == {"l/e#0": 12.0}
             assert 0 < figures(found["expertmesh_replica_queued_rows"], "replica")["l/e#0"] <= 6.0
             assert figures(found["expertmesh_layer_rows_in_flight"], "layer") == {"l": 12.0}
+            assert figures(found["expertmesh_autoscale_replicas"], "expert") == {"l/e": 3.0}
+            decided = {s.labels["direction"]: s.value for s in found["expertmesh_autoscale_decisions"].samples}
+            assert decided == {"up": 2.0, "down": 1.0}
             release.set()
             await asyncio.gather(*asked)
 

@@ -53,6 +53,16 @@ def test_a_restarted_router_and_a_new_replica_count_from_their_first_report() ->
     assert meter.measure(LONG, ["l/e"]) == {"l/e": (0.0, 0.0)}
 
 
+def test_a_router_that_has_left_and_comes_back_counts_from_its_first_report() -> None:
+    meter = LoadMeter()
+    meter.measure(0.0, ["l/e"])
+    meter.reported("r", "1", {"l/e#0": ReplicaLoad()})
+    meter.left("r")
+    meter.left("never there")
+    meter.reported("r", "1", {"l/e#0": ReplicaLoad(rows=10, waited=10.0)})
+    assert meter.measure(LONG, ["l/e"])["l/e"][0] == 0
+
+
 def test_rows_that_waited_for_a_replica_or_router_that_is_gone_wait_no_more() -> None:
     meter = LoadMeter()
     meter.measure(0.0, ["l/e"])
