@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import pytest
 from helpers.swap_cluster import SwapCluster, X, swap_cluster
 from helpers.waiting import eventually
 
-from expertmesh import ConfigError, Reply
+from expertmesh import Reply
+from expertmesh.cluster.state.registry import kept_replicas
 
 pytestmark = pytest.mark.ray
 ENDS = 30.0
@@ -92,8 +94,15 @@ def test_a_new_replica_takes_part_in_a_swap(running: SwapCluster) -> None:
     running.call()
 
 
-def test_what_has_no_room_is_refused(running: SwapCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running.cluster._backend, "nodes", lambda: [{"CPU": 0.5}])
-    with pytest.raises(ConfigError, match="num_cpus"):
-        running.cluster.scale("l/a", 1000)
-    assert list(pids(running)) == ["l/a#0"]
+def test_a_client_scales_by_way_of_the_owner_and_a_restarted_controller_keeps_it(running: SwapCluster) -> None:
+    assert running.client.scale("l/b", replicas=2) == {"l/b": {"before": 1, "after": 2}}
+    import ray  # once the cluster has set its environment
+
+    controller: Any = running.cluster._backend._controller  # type: ignore[union-attr]
+    ray.kill(controller, no_restart=False)
+    assert running.client.scale({"l/b": 1, "l/c": 2}) == {
+        "l/b": {"before": 2, "after": 1},
+        "l/c": {"before": 1, "after": 2},
+    }
+    assert kept_replicas(running.state_dir) == {"l/a": 1, "l/b": 1, "l/c": 2}
+    running.call()
