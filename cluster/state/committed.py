@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ...experts.errors import DataLoss
@@ -20,11 +20,16 @@ COMMITTED_FILE = "committed.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Committed:
-    """The kept epochs of a registry, oldest first, and the digests of what was declared, by id."""
+    """The kept epochs of a registry, oldest first, and the digests of what was declared, by id.
+
+    `replicas` are the numbers that were asked for, by expert or pack, and `replicas_change` counts their changes.
+    """
 
     cluster_id: str
     epochs: tuple[EpochRecord, ...]
     declared: Mapping[str, str]
+    replicas: Mapping[str, int] = field(default_factory=dict)
+    replicas_change: int = 0
 
     @property
     def newest(self) -> int:
@@ -47,7 +52,13 @@ def read_committed(folder: Path) -> Committed | None:
             raise ValueError("checksum")
         fields = whole["committed"]
         epochs = tuple(EpochRecord(**epoch) for epoch in fields["epochs"])
-        return Committed(cluster_id=fields["cluster_id"], epochs=epochs, declared=fields["declared"])
+        return Committed(
+            cluster_id=fields["cluster_id"],
+            epochs=epochs,
+            declared=fields["declared"],
+            replicas=fields.get("replicas", {}),  # an earlier build has none
+            replicas_change=fields.get("replicas_change", 0),
+        )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -60,6 +71,11 @@ def check_not_behind(registry: Committed, recorded: Committed) -> None:
         raise damaged(f"it is at epoch {registry.newest}, but epoch {recorded.newest} was committed")
     if registry.cluster_id != recorded.cluster_id:
         raise damaged("it is the registry of another cluster")
+    if registry.replicas_change < recorded.replicas_change:
+        raise damaged(
+            f"it is at change {registry.replicas_change} of the numbers of replicas, "
+            f"but change {recorded.replicas_change} was made"
+        )
     theirs = {epoch.number: epoch for epoch in recorded.epochs}
     for epoch in registry.epochs:
         if theirs.get(epoch.number, epoch).versions != epoch.versions:

@@ -236,6 +236,7 @@ class Registry:
         if wanted != self.replicas():
             with self._change() as db:
                 registry_tables.set_replicas(db, wanted)
+        self._record()
 
     def now(self) -> float:
         """Seconds since 1970 by the registry's clock."""
@@ -300,8 +301,7 @@ def kept_replicas(state_dir: str | os.PathLike[str]) -> dict[str, int]:
     if not path.exists():
         return {}
     with _translated(), closing(_connect(path)) as db:
-        known = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'replicas'").fetchone()
-        return registry_tables.replicas(db) if known else {}
+        return registry_tables.replicas(db)
 
 
 def rebuild(path: Path, committed: Committed, records: Collection[VersionRecord], counters: Mapping[str, int]) -> None:

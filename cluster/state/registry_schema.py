@@ -105,8 +105,14 @@ def create(db: Database) -> None:
 
 def complete(db: Database) -> None:
     """Add what an earlier build of the same schema did not have."""
+    db.execute("INSERT OR IGNORE INTO meta VALUES ('replicas', 0)")
     db.execute(_OUTCOMES)
     db.execute(_REPLICAS)
+
+
+def has_replicas(db: Database) -> bool:
+    """Whether the table of replicas is there: an earlier build of the same schema has none."""
+    return bool(db.execute("SELECT COUNT(*) FROM sqlite_master WHERE name = 'replicas'").fetchone()[0])
 
 
 def meta(db: Database, key: str) -> Any:

@@ -19,7 +19,7 @@ from .records import (
     from_json,
     to_json,
 )
-from .registry_schema import Database, meta
+from .registry_schema import Database, has_replicas, meta
 
 KEPT_SWAPS = 1000
 """How many of the latest swaps `collect` keeps in the journal, so that a repeated request finds its outcome."""
@@ -61,11 +61,14 @@ def history(db: Database, id: str) -> list[VersionRecord]:
 
 def replicas(db: Database) -> dict[str, int]:
     """The numbers of replicas that were asked for, by group."""
+    if not has_replicas(db):
+        return {}
     return {str(group): int(wanted) for group, wanted in db.execute("SELECT id, wanted FROM replicas ORDER BY id")}
 
 
 def set_replicas(db: Database, wanted: Mapping[str, int]) -> None:
-    """Replace the numbers of replicas by these."""
+    """Replace the numbers of replicas by these, and count the change."""
+    db.execute("UPDATE meta SET value = value + 1 WHERE key = 'replicas'")
     db.execute("DELETE FROM replicas")
     for group, number in wanted.items():
         db.execute("INSERT INTO replicas (id, wanted) VALUES (?, ?)", (group, number))
@@ -106,7 +109,12 @@ def all_epochs(db: Database) -> list[EpochRecord]:
 def committed(db: Database) -> Committed:
     """What is committed, as it is recorded beside the registry."""
     declared = dict(db.execute("SELECT id, digest FROM declared ORDER BY id"))
-    return Committed(cluster_id=str(meta(db, "cluster_id")), epochs=tuple(all_epochs(db)), declared=declared)
+    cluster_id, epochs = str(meta(db, "cluster_id")), tuple(all_epochs(db))
+    row = _one(db, "SELECT value FROM meta WHERE key = 'replicas'")  # an earlier build has none
+    change = 0 if row is None else int(row[0])
+    return Committed(
+        cluster_id=cluster_id, epochs=epochs, declared=declared, replicas=replicas(db), replicas_change=change
+    )
 
 
 def restore(
@@ -122,6 +130,8 @@ def restore(
         begin_swap(db, epoch.swap_id, "{}", epoch.created)
         add_epoch(db, epoch)
     set_declared(db, committed.declared)
+    set_replicas(db, committed.replicas)
+    db.execute("UPDATE meta SET value = ? WHERE key = 'replicas'", (committed.replicas_change,))
 
 
 def add_epoch(db: Database, epoch: EpochRecord) -> None:

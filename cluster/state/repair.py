@@ -9,6 +9,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ...experts.errors import DataLoss, NotFound
@@ -67,9 +68,7 @@ def _registry(folder: Path, store: VersionStore) -> Iterator[str]:
     yield from _take_back(folder, named)
     records = _records(folder, store)
     epochs = [epoch for epoch in committed.epochs[:-1] if records.keys() >= set(epoch.versions.items())]
-    kept = Committed(
-        cluster_id=committed.cluster_id, epochs=(*epochs, *committed.epochs[-1:]), declared=committed.declared
-    )
+    kept = replace(committed, epochs=(*epochs, *committed.epochs[-1:]))
     _replace(folder, kept, [records[pair] for pair in named & records.keys()])
     yield f"the registry was rebuilt at epoch {kept.newest}; the damaged one is in {QUARANTINE}/"
 
