@@ -278,8 +278,8 @@ class Controller:
     async def declared(self) -> dict[str, Any]:
         """The document of what is declared. Raises Unavailable."""
         self._check_told()
-        desired = self.desired
-        return await asyncio.to_thread(self.transactions.builder.document, desired.settings, desired.replicas)
+        wanted = self.desired.replicas.keys() - self.desired.draining
+        return await asyncio.to_thread(self.transactions.builder.document, self.desired.settings, wanted)
 
     def progress(self, swap_id: str) -> dict[str, Any]:
         """How far a swap is: its phase, receipts there and needed. Raises NotFound for one that is not known."""

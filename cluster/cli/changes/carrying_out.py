@@ -14,6 +14,7 @@ from ...client.client import Client
 from ...placement.change_plan import Change, Step
 
 SWAP_SECONDS = 300.0
+SCALE_SECONDS = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,5 +96,10 @@ def _form(gate: Mapping[str, Any]) -> tuple[object, ...]:
     return gate["type"], None if arguments is None else {**arguments, "weights": None}
 
 
-CALLS: Mapping[str, Callable[[Course, Step], object]] = {"swap": _swap}
+def _scale(course: Course, step: Step) -> None:
+    """Give a group the number of replicas that is declared."""
+    course.client.scale({change.key: change.after for change in step.changes}, timeout=SCALE_SECONDS)
+
+
+CALLS: Mapping[str, Callable[[Course, Step], object]] = {"swap": _swap, "scale": _scale}
 """The call that makes a step, by its kind."""

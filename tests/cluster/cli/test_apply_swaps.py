@@ -114,6 +114,27 @@ def test_swaps_are_made_once_taken_back_and_outlive_a_restart(running: Running) 
         assert running.apply(OTHER).output == "nothing to do\n"
 
 
+def test_replicas_are_scaled_and_scaled_back(running: Running) -> None:
+    def replicas() -> dict[str, int]:
+        with Client(name="changed") as client:
+            experts = client.status()["layers"]["waves"]["experts"]
+            declared: dict[str, int] = client.declared()["replicas"]
+        assert {id: len(expert["replicas"]) for id, expert in experts.items()}.items() <= declared.items()
+        return declared
+
+    scaled = OTHER.replace('{factory: "numpy:sin"}', '{factory: "numpy:sin", replicas: 3}')
+    with running.start(MESH):
+        before = running.answers(), replicas()
+        made = running.apply(scaled)
+        assert made.exit_code == 0, made.output
+        assert made.stderr.splitlines() == ["1/2 swap linear, waves: done", "2/2 scale waves/sin: done"]
+        assert replicas()["waves/sin"] == 3
+        assert running.apply(scaled).output == "nothing to do\n"
+        assert running.undo().exit_code == 0
+        assert replicas() == before[1]
+        assert np.array_equal(running.answers()[0], before[0][0])
+
+
 def test_a_refused_swap_changes_nothing_and_is_made_once_the_file_is_right(running: Running) -> None:
     broken = {"weight": torch.full((2, 4), float("nan")), "bias": torch.zeros(2)}
     save_tensors(running.folder / "bad.safetensors", broken)
@@ -130,11 +151,11 @@ def test_a_refused_swap_changes_nothing_and_is_made_once_the_file_is_right(runni
 
 def test_what_cannot_be_done_is_said_and_nothing_else_is_done(running: Running) -> None:
     sizes = OTHER.replace("k: 2", "k: 1")
-    scaled = OTHER.replace('"numpy:sin"}', '"numpy:sin", replicas: 2}')
+    policy = OTHER.replace("  waves:", "  waves:\n    on_missing: renormalize")
     with running.start(MESH):
         before = running.answers()
         for text, said in ((sizes, "swap linear/gate for a gate of another kind or with other arguments"),
-                           (scaled, "scale waves/sin")):  # fmt: skip
+                           (policy, "set waves")):  # fmt: skip
             refused = running.apply(text)
             assert refused.exit_code == 1
             assert f"nothing was changed: a running cluster cannot {said} yet" in refused.stderr
