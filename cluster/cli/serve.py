@@ -43,8 +43,8 @@ from ..owner.cluster import Cluster
     "--redeclare",
     multiple=True,
     metavar="ID",
-    help="Replace the version of ID that was swapped in by what MESH declares; repeatable. "
-    "Without it, swapped versions serve on after a restart.",
+    help="Replace the version of ID that was swapped in, and its number of replicas, by what MESH declares; "
+    "repeatable. Without it, swapped versions serve on after a restart.",
 )
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override any key of the file; repeatable.")
 def serve(

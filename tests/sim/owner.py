@@ -70,7 +70,8 @@ class Owner(Process):
         redeclare = edited if self.settled else edited | self.desired.redeclare
         self._edits, self.settled = edits, False
         revision = self.desired.revision + 1
-        self.desired = replace(self.desired, revision=revision, layers={"l": layer(edits)}, redeclare=redeclare)
+        declared = replace(self.desired, revision=revision, declaration=revision)
+        self.desired = replace(declared, layers={"l": layer(edits)}, redeclare=redeclare)
         self._declare()
 
     def _heard(self, state: ControllerState | None) -> None:
