@@ -150,6 +150,12 @@ class ExpertActor:
             self._host.unload(expert_id, version)
 
     @ray.method(concurrency_group="control")
+    def close(self) -> None:
+        """Close the channel, so that no socket of this process stays when it is killed."""
+        if self._channel is not None:
+            self._channel.close()
+
+    @ray.method(concurrency_group="control")
     def report(self, order: Order | None = None, given_up: Mapping[str, str] | None = None) -> Replica:
         """This replica's experts, node, device, address and loaded versions; raises Fenced where a controller asks.
 

@@ -222,9 +222,10 @@ class RayBackend:
         self._replicas[planned.id] = actor.options(**options).remote(*settings)
 
     def stop_replica(self, replica_id: str) -> None:
-        """Kill the actor of a replica, which Ray then does not start again; idempotent."""
+        """Have the actor of a replica close its sockets, and kill it: Ray does not start it again; idempotent."""
         actor = self._replicas.pop(replica_id, None)
         if actor is not None and ray.is_initialized():
+            _quietly(lambda: fetched(actor.close.remote(), PING_SECONDS))
             _quietly(lambda: ray.kill(actor, no_restart=True))
 
     def wait_replica(self, replica_id: str, deadline: float) -> Replica:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -62,8 +64,14 @@ def pids(running: SwapCluster) -> dict[str, int]:
     return {id: seen["pid"] for id, seen in found.items() if id.startswith("l/a#") and seen["state"] == "ready"}
 
 
+def sockets(running: SwapCluster) -> int:
+    """How many sockets of replicas there are in the folder of the cluster's run."""
+    folder = Path(running.cluster._running().temp_dir or os.devnull) / "channel"
+    return sum(path.is_socket() for path in folder.glob("*"))
+
+
 def test_one_to_three_and_back_under_load(running: SwapCluster) -> None:
-    before, ended = running.cluster.status(), set[int]()
+    before, ended, listening = running.cluster.status(), set[int](), sockets(running)
     with Traffic(running) as traffic:
         for _ in range(3):
             running.cluster.scale("l/a", 3)
@@ -72,6 +80,7 @@ def test_one_to_three_and_back_under_load(running: SwapCluster) -> None:
             traffic.goes_on()
             running.cluster.scale("l/a", 1)
             assert list(pids(running)) == ["l/a#0"]
+            assert sockets(running) == listening
             ended |= set(more.values()) - set(pids(running).values())
             traffic.goes_on()
     assert not traffic.failed, traffic.failed[:3]
