@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...experts.errors import ExpertMeshError, Fenced, Unavailable
-from ...router.fanout.replica_view import DRAINING, READY
+from ...router.fanout.replica_view import READY
 from ..machine.process_tuning import background
 from ..placement.autoscaling import rules_of
 from ..state.registry import Registry
@@ -60,6 +60,7 @@ class Controller:
         self._syncing = asyncio.Lock()
         self._built = self._declared = 0
         self._taken = 0.0
+        self._added: frozenset[str] = frozenset()
         self._recalls: Counter[int] = Counter()
         self._declaring = asyncio.Lock()
 
@@ -97,6 +98,7 @@ class Controller:
         """Take what is newer. A replica that drains, or is not wanted any more, is no member: nobody waits for it."""
         before, self.desired = self.desired, desired
         self._taken = asyncio.get_running_loop().time()
+        self._added = frozenset(desired.replicas.keys() - before.replicas.keys())
         self.executor.handles = desired.handles
         self.routers.expect(desired)
         self._health.expect(dict(desired.replicas), desired.draining)
@@ -306,7 +308,11 @@ class Controller:
             await self.turn()
 
     def _all_there(self) -> str:
-        missing = [replica.id for replica in self._health.replicas() if replica.state not in (READY, DRAINING)]
+        scales = self._built == self.desired.declaration  # then others, which may be down, have no part in it
+        awaited = (self._added if scales else frozenset(self.desired.replicas)) - self.desired.draining
+        missing = [
+            replica.id for replica in self._health.replicas() if replica.id in awaited and replica.state != READY
+        ]
         return f"replica {missing[0]} has not started" if missing else ""
 
     def _at_rest(self) -> str:

@@ -12,6 +12,7 @@ from helpers.waiting import eventually
 
 from expertmesh import Cluster, ConfigError, Expert, Layer, Unavailable, gates
 from expertmesh.cluster.control import controller as control
+from expertmesh.cluster.runtime.local_backend import _ReplicaPort
 from expertmesh.cluster.state.registry import kept_replicas
 from expertmesh.experts.errors import InvalidRequest, NotFound
 
@@ -215,3 +216,24 @@ def test_a_replica_is_not_ended_before_it_has_answered(tmp_path: Path, monkeypat
         scaling.join(30)
         assert ended.is_set()
         assert ready(running.cluster, "l/a") == ["l/a#0"]
+
+
+def test_a_replica_that_does_not_run_holds_up_no_other_and_is_taken_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = _ReplicaPort.probe
+
+    async def down(port: _ReplicaPort, order: Any, replica_id: str, *more: Any) -> Any:
+        if replica_id == "l/a#1":
+            raise Unavailable("its process has ended")
+        return await probe(port, order, replica_id, *more)
+
+    with swap_cluster(tmp_path, replicas=2) as running:
+        monkeypatch.setattr(_ReplicaPort, "probe", down)
+        states = running.cluster.status
+        eventually(lambda: states()["replicas"]["l/a#1"]["state"] == "restarting", 30, "its loss is noticed")
+        assert running.cluster.scale("l/b", 3, timeout=20.0) == {"l/b": {"before": 2, "after": 3}}
+        assert ready(running.cluster, "l/b") == ["l/b#0", "l/b#1", "l/b#2"]
+        assert running.cluster.scale("l/a", 1, timeout=20.0) == {"l/a": {"before": 2, "after": 1}}
+        assert ready(running.cluster, "l/a") == ["l/a#0"]
+        running.call()
