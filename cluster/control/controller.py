@@ -318,7 +318,7 @@ class Controller:
     def _at_rest(self) -> str:
         if not self.reconciler.current:
             return "there is no epoch yet"
-        if behind := self.routers.behind(self.reconciler.current):
+        if behind := self.routers.behind(self.reconciler.current, self.desired.routers):
             return f"{behind[0]} has not adopted the epoch"
         broken = self._broken()
         lacking = [entry for entry in self.reconciler.incomplete() if entry[1] not in broken]

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ....experts.errors import ExpertMeshError, Fenced
@@ -97,9 +97,9 @@ class Routers:
             for name in self.handles
         }
 
-    def behind(self, epoch: int) -> list[str]:
-        """The routers that may answer and have not adopted an epoch."""
-        there = [name for name in self.desired.routers if name not in self.leases.gone]
+    def behind(self, epoch: int, names: Iterable[str] | None = None) -> list[str]:
+        """The routers, all or these, that may answer and have not adopted an epoch."""
+        there = [name for name in (self.handles if names is None else names) if name not in self.leases.gone]
         return [name for name in there if (report := self.reports.get(name)) is None or report.epoch < epoch]
 
     def untold(self, since: float) -> list[str]:
