@@ -512,7 +512,7 @@ def _impatient(made: SwapCluster) -> Any:
             timeout = 0.001 if method == "Swap" else timeout
             return (yield from ask(self, method, meta, tensors, timeout, request_id))
 
-    object.__setattr__(client, "_calls", Impatient(token=calls.token))
+    calls.__class__ = Impatient
     return client
 
 

@@ -45,7 +45,7 @@ def used(ray_attach: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str
         return Controller
 
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=ADDRESS))
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=ADDRESS, get_node_id=str))
     monkeypatch.setattr(ray, "shutdown", lambda: pytest.fail("it is not ours to leave"))
     monkeypatch.setattr(ray, "get_actor", get_actor)
     monkeypatch.setattr(ray_attach, "fetched", lambda welcome, timeout: welcome)
