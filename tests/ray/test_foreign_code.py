@@ -83,7 +83,10 @@ def replicas(client: Client) -> list[dict[str, Any]]:
 
 
 def ready_pids(client: Client) -> set[int]:
-    return {replica["pid"] for replica in replicas(client) if replica["state"] == "ready"}
+    """The processes of the replicas that answer: a new one is ready before it has loaded anything."""
+    return {
+        replica["pid"] for replica in replicas(client) if replica["state"] == "ready" and len(replica["holds"]) == 2
+    }
 
 
 def others_are_served(client: Client) -> bool:

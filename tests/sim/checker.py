@@ -122,8 +122,11 @@ class Checker:
             bound = MOST_GATES if isinstance(member, Router) else MOST_SLOTS
             self.demand(most <= bound, "at most two live versions", f"{member.name} holds {sorted(member.slots)}")
 
-    def unloads(self, pair: tuple[str, str]) -> None:
-        """A member forgets a version: no router that may answer may need it."""
+    def unloads(self, member: Holder, pair: tuple[str, str]) -> None:
+        """A replica forgets a version: no router that may answer may need it, unless another replica holds it."""
+        others = [found for found in self.world.holders() if found is not member and found.alive]
+        if isinstance(member, Router) or any(pair in found.slots for found in others):
+            return
         for router in self.world.routers():
             if router.alive and router.standing.kept and not router.is_refused():
                 pinned = {*router.epochs.pins()} - router.doubtful | {router.epochs.number}

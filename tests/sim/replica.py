@@ -97,7 +97,7 @@ class Holder(Process):
     def on_unload(self, reply: Reply, order: Order, id: str, version: str) -> None:
         """Forget a version, unless it was asked for again since."""
         if self.obeys(reply, order) and self.orders.may_unload(id, version, order):
-            self.world.checker.unloads((id, version))
+            self.world.checker.unloads(self, (id, version))
             self.slots.discard((id, version))
             self.world.faults.reached("unload", "after", self)
             reply("gone")

@@ -51,7 +51,7 @@ def test_the_worlds_were_worth_looking_at(tally: Tally) -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_a_broken_rule_is_noticed(name: str) -> None:
     rule = RULES[name]
-    assert breaks(rule.rules, rule.breach, seeds_of(rule.kind, rule.seeds))
+    assert breaks(rule.rules, rule.breach, seeds_of(rule.kind, rule.seeds, rule.first))
 
 
 def test_seeds_replay_exactly_in_another_process() -> None:

@@ -53,9 +53,9 @@ def run(seeds: Iterable[int], rules: Broken = TRUE_RULES) -> Tally:
     return tally
 
 
-def seeds_of(kind: str | None, count: int) -> list[int]:
-    """The default seeds up to `count`, of one kind of world or of all."""
-    return [seed for seed in range(count) if kind is None or KINDS[seed % len(KINDS)] == kind]
+def seeds_of(kind: str | None, count: int, first: int = 0) -> list[int]:
+    """The default seeds from `first` up to `count`, of one kind of world or of all."""
+    return [seed for seed in range(first, count) if kind is None or KINDS[seed % len(KINDS)] == kind]
 
 
 def breaks(rules: Broken, promise: str, seeds: Iterable[int]) -> bool:
