@@ -19,7 +19,7 @@ from typing import Any
 from ...experts.errors import ExpertMeshError, Fenced, Unavailable
 from ...router.fanout.replica_view import READY
 from ..machine.process_tuning import background
-from ..placement.autoscaling import rules_of
+from ..placement.autoscale_turns import rules_of
 from ..state.registry import Registry
 from ..state.version_folders import VersionStore
 from .candidates import CandidateBuilder

@@ -69,7 +69,7 @@ class Standing:
         """Whether requests may be answered, as far as was noticed."""
         return not (self.problem and self.required)
 
-    def confirmed(self, session: str | None) -> None:
+    def confirmed(self, session: str) -> None:
         """The controller has told of now, and knew that this was the session: a message on its way was older."""
         if session == self.session:
             self.problem = ""

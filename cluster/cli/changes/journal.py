@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ....experts.errors import DataLoss
+from ....experts.names import is_name
 from ...machine.durable_files import private_folder, write_private
 from ...machine.run_files import home
 from ...placement.change_plan import Plan
@@ -22,7 +23,12 @@ class Begun:
 
 
 def journal_path(name: str) -> Path:
-    """The file of a cluster's last plan, in this user's home."""
+    """The file of a cluster's last plan, in this user's home. Raises DataLoss for a name that no cluster has.
+
+    The name is what the cluster says of itself, and may come from another machine.
+    """
+    if not is_name(name):
+        raise DataLoss(f"the cluster calls itself {name[:64]!r}, which is no name of a cluster")
     return home() / "plans" / f"{name}.json"
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ....experts.errors import ExpertMeshError, Fenced
-from ...placement.autoscaling import Autoscaling
+from ...placement.autoscale_turns import Autoscaling
 from ..events import Action
 from ..executor import Executor
 from ..messages import Desired, RouterReport, RouterUpdate
@@ -147,10 +147,9 @@ class Routers:
         for failure in (*late, *failures):
             if failure is not None and (isinstance(failure, Fenced) or not isinstance(failure, REACHED_NOT)):
                 raise failure
-        if len(failures) == len(self.handles) and None not in failures:
-            for failure in failures:
-                if failure is not None:
-                    raise failure
+        lost = [failure for failure in failures if failure is not None]
+        if lost and len(lost) == len(self.handles):
+            raise lost[0]
 
     def _ended(self) -> list[BaseException | None]:
         """What went wrong, or None, with each telling that has ended since this was last asked."""

@@ -1,6 +1,6 @@
-"""The mailbox of a router that is no actor: the controller's orders wait here until the router fetches them.
+"""A mailbox for who is no actor, a router in a caller's process or the owner: orders wait here until they are fetched.
 
-A router in a caller's process cannot be called, so it polls. Every poll names the orders that it holds and brings the
+Such a process cannot be called, so it polls. Every poll names the orders that it holds and brings the
 answers that are ready; it gets the orders that it does not hold. So a poll, or its reply, may be lost, late or doubled:
 an order is handed out again until its answer is here, and an answer counts once.
 """
@@ -27,7 +27,7 @@ class Letter:
 
 
 class Mailbox:
-    """The orders for one incarnation of a router, on the event loop of the controller.
+    """The orders for one process, on the event loop of the controller.
 
     `id` tells it from the mailboxes of earlier controllers, whose orders had numbers, too.
     """

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from expertmesh import Client, Cluster, Expert, Unavailable
+from expertmesh import Client, Cluster, DataLoss, Expert, Unavailable
 from expertmesh.cluster.cli.changes.carrying_out import Course
 from expertmesh.cluster.cli.changes.journal import journal_path
 from expertmesh.cluster.cli.main import cli
@@ -233,6 +233,12 @@ def test_a_plan_of_which_a_step_cannot_be_made_is_not_begun(
     assert "nothing was changed: a running cluster cannot swap waves yet" in refused.stderr
     assert (model.document, model.made) == (before, [])
     assert "nothing to undo" in undo().stderr
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "a/b", "", ".."])
+def test_what_a_cluster_calls_itself_names_no_other_folder(name: str) -> None:
+    with pytest.raises(DataLoss, match="which is no name of a cluster"):
+        journal_path(name)
 
 
 def test_a_damaged_journal_is_said(model: Model, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from expertmesh import Autoscale, Expert, Layer, gates
 from expertmesh.cluster.placement.autoscale import Decision
-from expertmesh.cluster.placement.autoscaling import Autoscaling, rules_of
+from expertmesh.cluster.placement.autoscale_turns import Autoscaling, rules_of
 from expertmesh.router.fanout.replica_view import READY, Replica
 from expertmesh.router.fanout.telemetry import ReplicaLoad, Scaled
 
