@@ -574,7 +574,7 @@ def test_what_a_swap_has_adopted_is_what_is_declared_also_after_a_restart(
 def test_the_load_asks_for_replicas_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("expertmesh.cluster.placement.autoscaling.TICK_SECONDS", 0.0)
+    monkeypatch.setattr("expertmesh.cluster.placement.autoscale_turns.TICK_SECONDS", 0.0)
     caplog.set_level(logging.INFO, "expertmesh.cluster.control.controller")
 
     async def story(world: World) -> None:
