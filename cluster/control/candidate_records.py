@@ -15,10 +15,11 @@ from ...experts.errors import ConfigError, FailedPrecondition
 from ...experts.identity.canonical import canonical, sha256
 from ...experts.identity.code_digest import RECIPE, code_digest, examined
 from ...experts.identity.version_name import gate_digest
-from ...experts.spec import Expert, TensorSpec
+from ...experts.spec import Expert
 from ...experts.weights.files import tensor_digest, tensors_of
 from ...router.gates import Gate
 from ...router.mixture.layer import Layer
+from ..config.layer_document import layer_document, layer_of, spec_document, spec_of
 from ..machine.durable_files import hash_file
 from ..state.records import VersionRecord
 from ..state.version_folders import VersionStore
@@ -38,8 +39,8 @@ def origin_of(expert: Expert) -> dict[str, Any]:
         "args": list(expert.args),
         "kwargs": dict(expert.kwargs),
         "framework": expert.framework,
-        "input": _spec(expert.input),
-        "output": _spec(expert.output),
+        "input": spec_document(expert.input),
+        "output": spec_document(expert.output),
     }
     try:
         kept: dict[str, Any] = json.loads(json.dumps(plain, allow_nan=False))
@@ -90,6 +91,11 @@ def from_record(record: VersionRecord, store: VersionStore, live: Mapping[tuple[
             f"{record.id} {record.version} was a live object: register it again with the same code"
         )
     weights = store.weights(record.id, record.version)
+    if "layer" in record.origin:
+        layer = layer_of(record.id.partition("/")[0], record.origin["layer"])
+        return Candidate(
+            id=record.id, counter=record.counter, layer=layer, version=record.version, origin=record.origin
+        )
     if "gate" in record.origin:
         if weights is None:
             raise FailedPrecondition(f"{record.id} {record.version} has no file: register the gate again")
@@ -112,8 +118,8 @@ def expert_of(origin: Mapping[str, Any]) -> Expert:
         args=tuple(origin["args"]),
         kwargs=origin["kwargs"],
         framework=origin["framework"],
-        input=_spec_of(origin["input"]),
-        output=_spec_of(origin["output"]),
+        input=spec_of(origin["input"]),
+        output=spec_of(origin["output"]),
     )
 
 
@@ -133,14 +139,9 @@ def declared_candidates(layer: Layer) -> dict[str, Candidate]:
             origin=origin_of(expert),
             note="declared",
         )
-    origin = {"gate": layer.gate.name}
+    origin: dict[str, Any] = {"gate": layer.gate.name}
     found[layer.gate_id] = Candidate(id=layer.gate_id, counter=0, gate=layer.gate, origin=origin, note="declared")
+    origin = {"layer": layer_document(layer)}
+    plain_layer = layer.without_live_objects()
+    found[layer.layer_id] = Candidate(id=layer.layer_id, counter=0, layer=plain_layer, origin=origin, note="declared")
     return found
-
-
-def _spec(spec: TensorSpec) -> list[Any]:
-    return [None if spec.shape is None else list(spec.shape), spec.dtype]
-
-
-def _spec_of(pair: list[Any]) -> TensorSpec:
-    return TensorSpec(None if pair[0] is None else tuple(pair[0]), pair[1])

@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from ...experts.construct.probe import without_weights
 from ...experts.errors import ConfigError, DataLoss, FailedPrecondition, InvalidRequest, NotFound
+from ...experts.names import is_layer_id
 from ...experts.spec import Expert
 from ...experts.weights.files import described, load_into, load_tensors
 from ...experts.weights.inspect import inspect_artefact
+from ...router.gates import Gate
 from ...router.mixture.layer import Layer
 from ..config.declared_document import behaviour, declared_document
+from ..config.layer_document import layer_digest
 from ..state.records import VersionRecord
 from ..state.registry import Registry
 from ..state.version_folders import VersionStore
@@ -48,15 +51,19 @@ class CandidateBuilder:
         self.built: dict[tuple[str, str], Candidate] = {}
         self._layers: Mapping[str, Layer] = {}
 
-    def declare(self, layers: Mapping[str, Layer], owner: str = "") -> None:
-        """Take the layers that an owner declares."""
+    def declare(self, layers: Mapping[str, Layer], owner: str = "", resumed: Collection[str] = frozenset()) -> None:
+        """Take the layers that an owner declares. What is `resumed` is declared as the registry has it."""
         self.declared, self.digests, self._codes, self._layers = {}, {}, {}, layers
         for layer in layers.values():
             self.declared |= declared_candidates(layer)
             for id, expert in layer.everyone_by_id.items():
                 self._codes[id] = factory_code(expert)
-                self.digests[id] = declared_digest(expert, owner, self._codes[id])
+                if id not in resumed:
+                    self.digests[id] = declared_digest(expert, owner, self._codes[id])
             self.digests[layer.gate_id] = declared_gate_digest(layer.gate)
+            self.digests[layer.layer_id] = layer_digest(layer)
+        for id in self.declared.keys() & resumed:
+            self.digests[id] = self._registry.declared(id) or ""
 
     def document(self, settings: Mapping[str, Any], replicas: Iterable[str]) -> dict[str, dict[str, Any]]:
         """The document of what is declared, and of what a swap has brought in its place by `adopts`.
@@ -86,6 +93,19 @@ class CandidateBuilder:
                 f"{id}: {version} was swapped in and does not fit the edited declaration: {error.message}. Name it in "
                 "`redeclare` to replace it by the declared one"
             ) from None
+
+    def check_runs(self, number: int, versions: Mapping[str, str], replicas: Mapping[str, Collection[str]]) -> None:
+        """Raise FailedPrecondition for an epoch of which a layer that is still declared has lost experts.
+
+        `replicas` are there, each for some ids.
+        """
+        there = {id for experts in replicas.values() for id in experts}
+        layers = [id for id in versions if is_layer_id(id)]
+        named = [self.recorded(id, versions[id]).layer for id in layers if id in self.declared]
+        gone = {id for layer in named if layer is not None for id in layer.everyone_by_id} - there
+        if gone or not layers:
+            why = f"{min(gone)} was removed since" if gone else "it is from before layers had versions"
+            raise FailedPrecondition(f"epoch {number} cannot be served any more: {why}")
 
     def unknown(self, id: str) -> NotFound:
         """The error for an id that is not declared."""
@@ -119,11 +139,15 @@ class CandidateBuilder:
 
     def candidate(self, id: str, change: Change, request: SwapRequest, current: Mapping[str, str]) -> Candidate:
         """The candidate that a change asks for. Raises what is wrong with it, before anything is staged."""
+        if is_layer_id(id) and not change.declared:
+            raise InvalidRequest(f"{id} is what a layer is made of: add or remove experts, or use `expertmesh apply`")
         replaces = current.get(id)
         common: dict[str, Any] = {"replaces": replaces, "policy": request.policy, "mode": request.mode}
         if change.version is not None:
-            record = self._registry.version(id, change.version)
-            return replace(self.of_record(record), **common, note=f"rollback {change.version}")
+            back = self.of_record(self._registry.version(id, change.version))
+            if back.gate is not None:
+                self._check_number(id, back.gate)
+            return replace(back, **common, note=f"rollback {change.version}")
         if change.declared:
             base = self.declared[id]
         elif change.expert is not None:
@@ -132,8 +156,16 @@ class CandidateBuilder:
             base = self._base(id, replaces or "")
         if change.upload is not None:
             base = self._with_upload(id, base, change)
+        if base.gate is not None and not change.declared:
+            self._check_number(id, base.gate)
         names_code = change.declared or change.expert is not None
         return replace(base, counter=self._registry.next_counter(id), names_code=names_code, **common)
+
+    def _check_number(self, id: str, gate: Gate) -> None:
+        """Hold a gate against its layer, whose experts may be others than when it was made."""
+        wanted = len(self._layers[id.partition("/")[0]].experts)
+        if gate.num_experts != wanted:
+            raise FailedPrecondition(f"{id} picks among {gate.num_experts} experts, but the layer has {wanted}")
 
     def _base(self, id: str, version: str) -> Candidate:
         """What a new version takes over from the current one, or from the declaration where that one is damaged."""

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...experts.errors import ExpertMeshError, Fenced, Unavailable
+from ...experts.names import is_layer_id
 from ...router.fanout.replica_view import READY
 from ..machine.process_tuning import background
 from ..placement.autoscale_turns import rules_of
@@ -92,7 +93,7 @@ class Controller:
                 await self._until(self._drained, deadline)
             except Unavailable as error:
                 log.warning("replicas are ended although they may compute: %s", error)
-        return self.reconciler.serving()
+        return self._serving()
 
     async def _take(self, desired: Desired) -> None:
         """Take what is newer. A replica that drains, or is not wanted any more, is no member: nobody waits for it."""
@@ -110,7 +111,7 @@ class Controller:
             self.executor.ended.append(members[name])
             actions += self.reconciler.member_lost(name)
         if desired.declaration > before.declaration:
-            self.transactions.declare(desired.layers, desired.owner)
+            self.transactions.declare(desired)
             self.routers.autoscaling.rules = rules_of(desired.layers.values())
             self.reconciler.declared = frozenset(self.transactions.builder.declared)
             routers = [] if self.reconciler.epochs else [*self.routers.handles]  # what it pins is not known yet
@@ -132,9 +133,7 @@ class Controller:
         if not asked_before:
             try:
                 await asyncio.get_running_loop().run_in_executor(self._background, self.transactions.prepare, request)
-                if (
-                    self.reconciler.swaps.draining()
-                ):  # one of the same expert may have drained since it was last looked at
+                if self.reconciler.swaps.draining():  # one of the same expert may have drained since that was looked at
                     await self._sync()
                 new_code = frozenset(id for id, change in request.changes.items() if change.new_code)
                 actions = self.reconciler.swap_asked(request.swap_id, ids, new_code)
@@ -142,9 +141,8 @@ class Controller:
                 self.transactions.abort(request.swap_id, error)
                 raise
             except Exception as error:
-                self.transactions.abort(
-                    request.swap_id, ExpertMeshError(f"preparing failed with {type(error).__name__}")
-                )
+                failure = ExpertMeshError(f"preparing failed with {type(error).__name__}")
+                self.transactions.abort(request.swap_id, failure)
                 raise
             timer = asyncio.get_running_loop().call_later(request.timeout, self._time_up, request.swap_id)
             self.transactions.on_answer(request.swap_id, timer.cancel)
@@ -169,6 +167,7 @@ class Controller:
         self._check_told()
         async with self.executor.collecting:
             versions = self.transactions.epoch(epoch)
+            self.transactions.builder.check_runs(epoch, versions, self.desired.replicas)
             self.reconciler.epochs.setdefault(epoch, versions)
             self._recalls[epoch] += 1
             actions = self.reconciler.recall(epoch)
@@ -257,7 +256,9 @@ class Controller:
         return ControllerState(
             revision=self._declared,
             epoch=self.reconciler.current,
-            versions=self.reconciler.serving(),
+            versions=self._serving(),
+            used=self.reconciler.used(),
+            current=self.reconciler.epochs.get(self.reconciler.current, {}),
             replicas=self._health.replicas(),
             routers=self.routers.facts(),
             kept=dict(self.transactions.kept),
@@ -267,6 +268,10 @@ class Controller:
             edited=self.transactions.edited,
             asked=self.routers.autoscaling.asked_by(self.incarnation),
         )
+
+    def _serving(self) -> dict[str, str]:
+        """The versions of the experts and gates that serve."""
+        return {id: version for id, version in self.reconciler.serving().items() if not is_layer_id(id)}
 
     def _broken(self) -> dict[str, str]:
         """The ids whose current version cannot be loaded, and why."""

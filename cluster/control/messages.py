@@ -30,6 +30,9 @@ class Desired:
     `declaration` is the revision that these layers were declared with, this one by default; a later one with the same
     changes only what runs them. The `draining` among the replicas are not chosen any more. `scaled` are the numbers of
     replicas by group that were asked for in place of those declared; they are kept for the next start.
+
+    The `resumed` ids are declared by what the registry says of them. The `removed` ids were taken away by name, and are
+    in no epoch from now on; of a layer that is in `removed`, a restart must be told to have it back.
     """
 
     revision: int = 0
@@ -46,6 +49,9 @@ class Desired:
     declaration: int = 0
     draining: frozenset[str] = frozenset()
     scaled: Mapping[str, int] = field(default_factory=dict)
+    resumed: frozenset[str] = frozenset()
+    removed: frozenset[str] = frozenset()
+    adopts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "declaration", self.declaration or self.revision)
@@ -55,17 +61,18 @@ class Desired:
 class Candidate:
     """A version to be: what it is built from. `version` is its name where that is known already.
 
-    An expert has `expert`, whose weights are the file `weights`; a gate has `gate`. `input` and `output` are the rows
-    of the layer. `replaces` is the version that it is compared with. `tensor_digest`, where it is known, is what a
-    receipt has to name. An `uploaded` file of weights is moved into the version's folder. `names_code`: it was asked
-    for by its code, and not by weights for what serves. `note` is for people. A member may take `timeout` seconds to
-    stage it.
+    An expert has `expert`, whose weights are the file `weights`; a gate has `gate`, and a layer `layer`. `input` and
+    `output` are the rows of the layer. `replaces` is the version that it is compared with. `tensor_digest`, where it is
+    known, is what a receipt has to name. An `uploaded` file of weights is moved into the version's folder.
+    `names_code`: it was asked for by its code, and not by weights for what serves. `note` is for people. A member may
+    take `timeout` seconds to stage it.
     """
 
     id: str
     counter: int
     expert: Expert | None = None
     gate: Gate | None = None
+    layer: Layer | None = None
     weights: Path | None = None
     version: str | None = None
     replaces: str | None = None
@@ -84,7 +91,7 @@ class Candidate:
 def proposal_of(candidate: Candidate) -> Proposal:
     """What a replica is asked to build for a candidate; where its weights are is left to the transport."""
     if candidate.expert is None:
-        raise FailedPrecondition(f"{candidate.id} is a gate, and replicas run experts")
+        raise FailedPrecondition(f"{candidate.id} is no expert, and replicas run experts")
     return Proposal(
         id=candidate.id,
         counter=candidate.counter,
@@ -162,9 +169,10 @@ class SwapRequest:
     """A swap that is asked for: all changes at once, or none. `expect` is compared with the current versions.
 
     `timeout` bounds staging, in seconds. With `dry_run` everything up to the commit is done, and then undone. With
-    `declares` it brings what the owner declares, and those `by_name` were asked for; ids that are not declared any more
-    stay in the epoch. Where all ids are `renewed` and none is another than before, nothing is committed. `adopts` are
-    the digests of the declarations that the changes carry out, by id. `note` is for people.
+    `declares` it brings what the owner declares, and those `by_name` were asked for. Ids that are not declared any more
+    stay in the epoch, but for those that it `removes`. Where all ids are `renewed` and none is another than before,
+    nothing is committed. `adopts` are the digests of the declarations that the changes carry out, by id. `note` is for
+    people.
     """
 
     swap_id: str
@@ -176,6 +184,7 @@ class SwapRequest:
     dry_run: bool = False
     declares: bool = False
     by_name: frozenset[str] = frozenset()
+    removes: frozenset[str] = frozenset()
     renewed: frozenset[str] = frozenset()
     adopts: Mapping[str, str] = field(default_factory=dict)
     note: str = ""

@@ -30,6 +30,8 @@ class ControllerState:
     whose current version cannot be loaded, and why. `resumed` is the epoch that the registry had when it was opened, or
     0; `swapped` are the versions that were swapped in before the last declaration, `edited` the ids that it replaced.
     `asked` are the numbers of replicas that the load asks for, by expert or pack, each with the id of the decision.
+    `used` are the ids that a request may still need: of the current epoch, and of those that are pinned. `current` are
+    the versions of the current epoch, also of what is not declared.
     """
 
     revision: int
@@ -41,6 +43,8 @@ class ControllerState:
     resumed: int = 0
     swapped: Mapping[str, str] = field(default_factory=dict)
     edited: Collection[str] = ()
+    used: frozenset[str] = frozenset()
+    current: Mapping[str, str] = field(default_factory=dict)
     asked: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     routers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 

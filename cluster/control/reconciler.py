@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from ...experts.errors import Aborted, ExpertMeshError
+from ...experts.names import GATE, is_layer_id
 from .events import (
     Action,
     CommitRefused,
@@ -222,6 +223,16 @@ class Reconciler:
         """The epochs whose versions must stay loaded."""
         pinned = [oldest for oldest in self._pinned() if oldest != UNKNOWN]
         return epochs_in_use(self.epochs, self.current, pinned, self._by_number())
+
+    def used(self) -> frozenset[str]:
+        """The ids that an epoch in use names; of all epochs, where it is not known what a router pins."""
+        unknown = self._blind() or UNKNOWN in self._pinned()
+        return frozenset(id for versions in (self.epochs.values() if unknown else self.in_use()) for id in versions)
+
+    def structure(self) -> frozenset[str]:
+        """The ids that routers hold: of each layer in an epoch in use, and of its gate."""
+        layers = {id for versions in self.in_use() for id in versions if is_layer_id(id)}
+        return frozenset(layers | {id.partition("/")[0] + f"/{GATE}" for id in layers})
 
     def known_to_routers(self) -> dict[int, Versions]:
         """The epochs that routers are told: the current one, and those recalled that are loaded."""

@@ -122,7 +122,7 @@ class Swap:
             self._first = {id: member for id, member in self._first.items() if member != event.member}
         if ids:
             self._members[event.member] = (event.incarnation, ids)
-        return self._stage()
+        return [*self._stage(), *self._ready()]
 
     def _stage(self) -> list[Action]:
         """Ask every member that has not been asked for its candidates, except for those that another tries first.

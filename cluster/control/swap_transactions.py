@@ -19,10 +19,10 @@ from ...experts.errors import (
     NotFound,
     Unavailable,
 )
+from ...experts.names import is_layer_id
 from ...experts.staging.stage import Receipt, check_verified
 from ...experts.staging.verify import Policy
-from ...router.mixture.layer import Layer
-from ..state.records import ABORTED, COMMITTED, OPEN, VersionRecord
+from ..state.records import ABORTED, COMMITTED, OPEN, REMOVED, VersionRecord
 from ..state.registry import Registry
 from ..state.version_folders import VersionStore
 from .candidates import CandidateBuilder
@@ -91,9 +91,9 @@ class SwapTransactions:
         with suppress(Unavailable):
             self.registry.check_writer()
 
-    def declare(self, layers: Mapping[str, Layer], owner: str = "") -> None:
+    def declare(self, desired: Desired) -> None:
         """Take the layers that an owner declares."""
-        self.builder.declare(layers, owner)
+        self.builder.declare(desired.layers, desired.owner, desired.resumed)
 
     def recorded(self, id: str, version: str) -> Candidate:
         """The candidate that loads a version of the registry again. Raises NotFound, FailedPrecondition or DataLoss."""
@@ -119,7 +119,8 @@ class SwapTransactions:
     def declared_swap(self, timeout: float, desired: Desired = NOTHING) -> SwapRequest | None:
         """The swap that brings the cluster to what is declared, or None where nothing is new, edited or renewed.
 
-        What is not declared any more stays in the epochs with its version, and serves again where it is declared again.
+        Experts and gates that are not declared any more stay in the epochs with their versions, and serve again where
+        they are declared again; but for those that were removed by name.
         A version that was swapped in outlives an edited declaration, unless `redeclare` has its id; `kept` names it.
         Raises FailedPrecondition for a gate that was swapped in and does not fit its edited layer.
         """
@@ -138,7 +139,9 @@ class SwapTransactions:
             for id in self.builder.digests
             if id not in current or id in desired.renewed or (id in differs and id not in self.kept)
         }
-        if not changes:
+        removes = {id for id in current if is_layer_id(id) and id not in self.builder.digests}
+        removes |= desired.removed & current.keys()
+        if not changes and not removes:
             return None
         swap_id = f"declare-{uuid.uuid4().hex[:12]}"
         return SwapRequest(
@@ -148,6 +151,8 @@ class SwapTransactions:
             policy=Policy(allow_norm=True, allow_unverified=desired.unverified),
             declares=True,
             by_name=redeclare,
+            removes=frozenset(removes),
+            adopts=_tombstones(desired.removed & current.keys()) | dict(desired.adopts),
             renewed=desired.renewed,
             note="declared",
         )
@@ -208,7 +213,7 @@ class SwapTransactions:
 
     def _changes_nothing(self, swap_id: str, request: SwapRequest) -> bool:
         candidates, receipts = self._candidates[swap_id], self._receipts[swap_id]
-        if not candidates.keys() <= request.renewed:
+        if request.removes or not candidates.keys() <= request.renewed:
             return False
         try:
             for id, made in candidates.items():
@@ -232,8 +237,11 @@ class SwapTransactions:
         declared = dict(request.adopts)
         if request.declares:
             digests = self._declarations[swap_id]  # as prepared: the owner may have declared something else since
-            declared = {id: digests[id] for id in request.changes}
-        epoch = self.registry.commit(swap_id, versions, expect=self.expected(swap_id), declared=declared)
+            declared = {**{id: digests[id] for id in request.changes}, **request.adopts}
+        removes = request.removes
+        epoch = self.registry.commit(
+            swap_id, versions, expect=self.expected(swap_id), declared=declared, removes=removes
+        )
         return epoch.number, epoch.versions
 
     def expected(self, swap_id: str) -> dict[str, str | None]:
@@ -370,3 +378,8 @@ class SwapTransactions:
             stored = self.store.weights(id, version)
             self.builder.built[id, version] = replace(candidate, weights=stored, uploaded=False)
         return record
+
+
+def _tombstones(removed: Collection[str]) -> dict[str, str]:
+    """What is written down as the declarations of layers that were removed by name."""
+    return {id: REMOVED for id in removed if is_layer_id(id)}

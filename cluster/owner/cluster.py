@@ -11,35 +11,39 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ...experts.errors import ConfigError, ExpertMeshError, NotFound, Unavailable
-from ...experts.spec import Expert, check_expert
+from ...experts.errors import ConfigError, ExpertMeshError, Unavailable
+from ...experts.spec import Expert
 from ...router.mixture.layer import Layer
 from ..client.requests import scale_asked
 from ..config.cluster_config import ClusterConfig
 from ..config.declared_document import settings_document
+from ..config.layer_changes import LayersRequest
 from ..config.loader import load_config
 from ..config.preflight import check_layer
+from ..control.messages import ScaleRequest
 from ..control.ports import StateSettings
 from ..machine.logs import log_file, rotate
 from ..machine.name_lock import NameLock, lock_name
 from ..machine.run_files import RunFile, passing_state_path, state_path
 from ..placement.capacity import unplaceable
-from ..placement.plan import PlannedReplica, groups_of
+from ..placement.plan import PlannedReplica
 from ..runtime.backend import Backend, open_backend
 from ..state.registry import kept_replicas
 from ..state.state_lock import StateLock, hold_state
 from .asked import Asked
+from .changing import Changing
 from .declaring import Declaring
 from .following_load import FollowsLoad
 from .front import FrontPorts, followed, router_settings, run_file
+from .layer_methods import LayerMethods
 from .resumed import NOT_KEPT, resumed
-from .topology import Scaling, by_group, resumed_numbers, topology_of, wait_for
+from .resumed_layers import resumed_layers
+from .topology import resumed_numbers, topology_of, wait_for
 
 Progress = Callable[[str], None]
 SUPERVISE_SECONDS = 0.5
@@ -50,7 +54,7 @@ BEHAVIOUR = ("factory", "args", "kwargs", "weights", "input", "output", "framewo
 log = logging.getLogger(__name__)
 
 
-class Cluster:
+class Cluster(LayerMethods):
     """A running cluster, owned by this process; created by `Cluster.start` or `Cluster.from_config`.
 
     Clients connect to any of `endpoints`, one for each router. `metrics_endpoints` are the URLs of their metrics pages,
@@ -79,9 +83,10 @@ class Cluster:
         self._ports: FrontPorts | None = None
         self._run_file: RunFile | None = None
         self._backend: Backend | None = None
-        self._asked = Asked(lambda asked: self.scale(asked.replicas, timeout=asked.timeout))
+        self._asked = Asked(self._carry_out)
         self._declared = Declaring(settings_document(config))
-        self._layers: dict[str, Layer] = {}
+        elsewhere = config.runtime_env is not None
+        self._changing = Changing(self._declared, self._running, self._start_replica, code_elsewhere=elsewhere)
         self._change = threading.RLock()
         self._load = FollowsLoad(self.scale)
         self._stopping = threading.Event()
@@ -188,25 +193,8 @@ class Cluster:
         Raises NotFound for an unknown expert, FailedPrecondition for one that cannot be tried, and any error of the new
         version; then the old one still serves.
         """
-        check_expert(expert, f"the replacement of {expert_id}")
-        layer_name, _, name = expert_id.partition("/")
         with self._change:
-            if layer_name not in self._layers or name not in self._layers[layer_name].everyone:
-                ids = [id for layer in self._layers.values() for id in layer.everyone_by_id]
-                raise NotFound(f"there is no expert {expert_id!r}; the cluster has {', '.join(sorted(ids)[:20])}")
-            old = self._layers
-            before = old[layer_name].everyone[name]
-            placed = replace(before, **{f.name: getattr(expert, f.name) for f in fields(Expert) if f.name in BEHAVIOUR})
-            layer = old[layer_name].with_experts({**old[layer_name].everyone, name: placed})
-            elsewhere = self.config.runtime_env is not None
-            self._layers = {**old, layer_name: check_layer(layer, code_elsewhere=elsewhere)}
-            serves, named = self._running().state().versions.get(expert_id), frozenset({expert_id})
-            try:
-                version = self._tell_declared(timeout, named, renewed=named, unverified=allow_unverified)[expert_id]
-            except BaseException:
-                self._layers = old
-                self._tell_declared(timeout, named)
-                raise
+            serves, version = self._changing.replace(expert_id, expert, timeout, unverified=allow_unverified)
         if version == serves:
             message = f"{expert_id} was replaced by what it already is: {version} serves on, and nothing has changed"
             warnings.warn(message, stacklevel=2)
@@ -228,12 +216,14 @@ class Cluster:
         """
         asked = scale_asked(what, replicas)
         with self._change:
-            layers, before, backend = self._layers.values(), self._declared.topology, self._running()
-            wanted, numbers = by_group(layers, asked), before.numbers()
-            after = topology_of(layers, {**before.scaled, **wanted})
-            send = partial(self._declared.scale, backend)
-            Scaling(backend, self._start_replica, send).change(before, after, timeout)
-        return {group: {"before": numbers[group], "after": number} for group, number in wanted.items()}
+            return self._changing.scale(asked, timeout)
+
+    def _carry_out(self, asked: ScaleRequest | LayersRequest) -> dict[str, Any]:
+        """Make a change that a client, or this process, asks for."""
+        if isinstance(asked, ScaleRequest):
+            return self.scale(asked.replicas, timeout=asked.timeout)
+        with self._change:
+            return self._changing.change(asked)
 
     def _start_replica(self, replica: PlannedReplica) -> None:
         with self._ending:  # or a cluster that stops would leave it behind
@@ -297,11 +287,6 @@ class Cluster:
 
     def _start(self, redeclare: frozenset[str]) -> None:
         config = self.config
-        ids = {id for layer in config.layers for id in (*layer.everyone_by_id, layer.gate_id, *groups_of(layer))}
-        if unknown := sorted(redeclare - ids):
-            raise NotFound(
-                f"redeclare: there is no expert or gate {unknown[0]!r}; known are {', '.join(sorted(ids)[:20])}"
-            )
         deadline = time.monotonic() + config.start_timeout
         self._name_lock = lock_name(config.name)
         self._clear_passing_state()
@@ -309,10 +294,10 @@ class Cluster:
         self._ports = FrontPorts(config)
         elsewhere = config.runtime_env is not None
         self._say("checking experts")
-        self._layers = {layer.name: check_layer(layer, code_elsewhere=elsewhere) for layer in config.layers}
-        kept = kept_replicas(self._state_dir())
-        scaled, scaled_lines = resumed_numbers(self._layers.values(), kept, redeclare)
-        self._declared.topology = topology_of(self._layers.values(), scaled)
+        checked = {layer.name: check_layer(layer, code_elsewhere=elsewhere) for layer in config.layers}
+        found = resumed_layers(checked, self._state_dir(), redeclare)
+        scaled, scaled_lines = resumed_numbers(found.layers.values(), kept_replicas(self._state_dir()), redeclare)
+        self._declared.topology = topology_of(found.layers.values(), scaled)
         planned = [*self._declared.topology.planned.values()]
         self._log_file = log_file(config.name)
         rotate(self._log_file)
@@ -329,8 +314,10 @@ class Cluster:
         self._announce(run_file(config, places, backend.temp_dir, backend.ray()))
         wait_for(backend, planned, deadline, self._say)
         self._say("loading and verifying experts")
-        self._tell_declared(max(1.0, deadline - time.monotonic()), redeclare, renewed=redeclare)
-        for line in [*resumed(backend.state()), *scaled_lines] if self._keeps_state else []:
+        self._declared.keep(found.ids)
+        left, named = max(1.0, deadline - time.monotonic()), redeclare | found.redeclare
+        self._declared.declare(backend, found.layers, left, named, renewed=redeclare)
+        for line in [*resumed(backend.state()), *found.lines, *scaled_lines] if self._keeps_state else []:
             self._tell(line)
         if not self._keeps_state:
             self._say(NOT_KEPT)
@@ -353,9 +340,6 @@ class Cluster:
             self._run_file, self.endpoint, self.endpoints = run, run.endpoint, run.endpoints
             self.metrics_endpoint, self.metrics_endpoints = run.metrics_endpoint or "", run.metrics_endpoints
 
-    def _tell_declared(self, timeout: float, redeclare: frozenset[str], **options: Any) -> dict[str, str]:
-        return self._declared.declare(self._running(), self._layers, timeout, redeclare, **options)
-
     def _supervise(self) -> None:
         """Tell a restarted controller what is declared, write down where routers are, and notice that Ray has ended."""
         while not self._stopping.wait(SUPERVISE_SECONDS):
@@ -376,6 +360,7 @@ class Cluster:
                     self._announce(followed(self._run_file, state.routers))
                 self._declared.repeat(self._running(), state.revision, self.config.start_timeout)
                 self._load.follow(state.asked)
+                self._changing.retire()
             except ExpertMeshError as error:
                 log.warning("the controller is not up to date; retrying: %s", error)
             finally:

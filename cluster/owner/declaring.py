@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from ...router.mixture.layer import Layer
@@ -18,6 +19,7 @@ class Declaring:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.topology = Topology()
+        self.layers: Mapping[str, Layer] = {}
         self._desired = Desired(owner=uuid.uuid4().hex, settings=settings)
 
     def declare(
@@ -29,8 +31,11 @@ class Declaring:
         *,
         renewed: frozenset[str] = frozenset(),
         unverified: bool = True,
+        removed: frozenset[str] = frozenset(),
+        adopts: Mapping[str, str] = MappingProxyType({}),
     ) -> dict[str, str]:
         """Declare these layers, run by the present topology; returns the versions that then serve."""
+        self.layers = layers
         revision = self._desired.revision + 1
         self._desired = replace(
             self._desired,
@@ -40,6 +45,9 @@ class Declaring:
             redeclare=redeclare,
             renewed=renewed,
             unverified=unverified,
+            removed=removed,
+            adopts=adopts,
+            resumed=self._desired.resumed - redeclare,
             routers=backend.routers(),
         )
         self._run_by(backend, self.topology)
@@ -47,6 +55,20 @@ class Declaring:
             return backend.declare(self._desired, timeout)
         finally:  # a controller that restarts later is told what is declared, not to build it once more
             self._desired = replace(self._desired, renewed=frozenset(), unverified=True)
+
+    def keep(self, ids: frozenset[str]) -> None:
+        """Declare these ids from now on by what the registry says of them."""
+        kept = {
+            name: layer.with_experts(
+                {
+                    expert: replace(made, weights=None) if f"{name}/{expert}" in ids else made
+                    for expert, made in layer.everyone.items()
+                }
+            )
+            for name, layer in self.layers.items()
+        }
+        self.layers = kept
+        self._desired = replace(self._desired, layers=kept, resumed=self._desired.resumed | ids)
 
     def scale(self, backend: Backend, topology: Topology, timeout: float) -> None:
         """Have the controller take another topology; nothing else of what is declared changes."""

@@ -49,6 +49,15 @@ def topology_of(layers: Iterable[Layer], scaled: Mapping[str, int]) -> Topology:
     return Topology(planned={replica.id: replica for replica in planned}, scaled=scaled)
 
 
+def together(before: Topology, after: Topology) -> Topology:
+    """All replicas of two topologies, each with the experts that it has in either; the numbers are those of `after`."""
+    planned = {**before.planned, **after.planned}
+    for id in before.planned.keys() & after.planned.keys():
+        experts = {**before.planned[id].experts, **after.planned[id].experts}
+        planned[id] = replace(after.planned[id], experts=experts)
+    return Topology(planned=planned, scaled=after.scaled)
+
+
 def resumed_numbers(
     layers: Iterable[Layer], kept: Mapping[str, int], redeclare: Collection[str]
 ) -> tuple[dict[str, int], list[str]]:

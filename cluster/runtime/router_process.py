@@ -14,8 +14,11 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from ...experts.errors import ConfigError, ExpertMeshError, FailedPrecondition
 from ...experts.identity.version_name import gate_digest, version_name
+from ...experts.names import GATE, is_layer_id
 from ...experts.spec import ANY
 from ...experts.staging.stage import Receipt
 from ...experts.weights.files import tensor_digest, tensors_of
@@ -29,6 +32,7 @@ from ...router.mixture.layer import Layer
 from ...router.request.forward import Router
 from ..channel.refused import identity
 from ..channel.settings import ChannelSettings
+from ..config.layer_document import layer_digest
 from ..control.messages import Candidate, Desired, RouterReport, RouterUpdate
 from ..control.orders import Order, Orders
 from ..control.ports import ControlPort
@@ -110,8 +114,7 @@ class RouterService:
         handlers = self.swaps.handlers()
         self.gateway = Gateway(self.router, self._tokens, settings.gateway, self.status, handlers, run=self._thread.run)
         self._revision = 0
-        self._layers: dict[str, Layer] = {}
-        self._gates: dict[tuple[str, str], Gate] = {}
+        self._held: dict[tuple[str, str], Gate | Layer] = {}
         self._heard = 0.0
         self._broken: Mapping[str, str] = {}
         self._routers: Mapping[str, Mapping[str, Any]] = {}
@@ -143,39 +146,40 @@ class RouterService:
         self.swaps.close()
 
     async def declare(self, desired: Desired) -> None:
-        """Take newer declared layers."""
+        """Know what was declared; what it is made of comes as versions."""
         await self._thread.call(self._declare, desired)
 
     def _declare(self, desired: Desired) -> None:
-        if desired.revision > self._revision:
-            self._revision = desired.revision
-            self._layers = {name: layer.without_live_objects() for name, layer in desired.layers.items()}
+        self._revision = max(self._revision, desired.revision)
 
     async def stage(self, order: Order, candidate: Candidate) -> Receipt:
-        """Stage and verify a gate beside the serving one. Raises the errors of `stage_gate`, and Fenced."""
+        """Stage and verify a gate, or a layer, beside the serving one. Raises as `stage_gate`, and Fenced."""
         self._orders.check(order)
-        receipt, gate = await asyncio.to_thread(self._staged, candidate)
+        receipt, staged = await asyncio.to_thread(self._staged, candidate)
         self._orders.staged(receipt.id, receipt.version, order)
-        await self._thread.call(self._gates.__setitem__, (receipt.id, receipt.version), gate)
+        await self._thread.call(self._held.__setitem__, (receipt.id, receipt.version), staged)
         return receipt
 
-    def _staged(self, candidate: Candidate) -> tuple[Receipt, Gate]:
-        old = self._gates.get((candidate.id, candidate.replaces or ""))
-        gate, drift = staged_gate(candidate, old)
+    def _staged(self, candidate: Candidate) -> tuple[Receipt, Gate | Layer]:
+        if candidate.layer is not None:
+            return self._receipt(candidate, layer_digest(candidate.layer), {}, None), candidate.layer
+        old = self._held.get((candidate.id, candidate.replaces or ""))
+        gate, drift = staged_gate(candidate, old if isinstance(old, Gate) else None)
         tensors = tensors_of(gate)
-        digest = gate_digest(gate.name, gate, tensors)
+        return self._receipt(candidate, gate_digest(gate.name, gate, tensors), tensors, drift), gate
+
+    def _receipt(
+        self, candidate: Candidate, digest: str, tensors: Mapping[str, Tensor], drift: float | None
+    ) -> Receipt:
         version, size = version_name(candidate.counter, digest), sum(tensor.nbytes for tensor in tensors.values())
         identity = (candidate.id, version, self.incarnation, digest, tensor_digest(tensors))
-        receipt = Receipt(
-            *identity, drift=drift, nbytes=size, seconds=0.0, input=ANY, output=ANY, unmeasured=UNMEASURED
-        )
-        return receipt, gate
+        return Receipt(*identity, drift=drift, nbytes=size, seconds=0.0, input=ANY, output=ANY, unmeasured=UNMEASURED)
 
     async def unload(self, order: Order, id: str, version: str) -> None:
-        """Unload a gate; loaded epochs keep theirs. Raises Fenced."""
+        """Unload a gate or layer; loaded epochs keep theirs. Raises Fenced."""
         self._orders.check(order)
         if self._orders.may_unload(id, version, order):
-            await self._thread.call(self._gates.pop, (id, version), None)
+            await self._thread.call(self._held.pop, (id, version), None)
 
     async def sync(self, order: Order, update: RouterUpdate) -> RouterReport:
         """Take a report of all replicas, and adopt the current epoch once its gates are loaded. Raises Fenced.
@@ -201,7 +205,7 @@ class RouterService:
             revision=self._revision,
             epoch=self.router.epochs.number,
             oldest_pinned=self.router.epochs.oldest_pinned(),
-            gates=frozenset(self._gates),
+            gates=frozenset(self._held),
             loads=self.router.fanout.loads(),
             busy=self.router.view.busy(),
             facts=self._facts(),
@@ -223,16 +227,19 @@ class RouterService:
         self.router.epochs.keep([*older, *kept])
 
     def _epoch(self, number: int, versions: Mapping[str, str], update: RouterUpdate) -> Epoch | None:
-        """An epoch with its gates, or None where one of them is not loaded yet, or does not fit its edited layer.
+        """An epoch with its layers and gates, or None where one of them is not loaded yet, or does not fit.
 
-        A layer whose gate is broken stays out.
+        A layer that is broken, or whose gate is, stays out.
         """
         layers = {}
-        for name, layer in self._layers.items():
-            if layer.gate_id in update.broken and number == update.current:
+        for id in filter(is_layer_id, versions):
+            name = id.partition("/")[0]
+            gate_id = f"{name}/{GATE}"
+            if number == update.current and {id, gate_id} & update.broken.keys():
                 continue
-            gate = self._gates.get((layer.gate_id, versions.get(layer.gate_id, "")))
-            if gate is None or not layer.everyone_by_id.keys() <= versions.keys():
+            layer = self._held.get((id, versions[id]))
+            gate = self._held.get((gate_id, versions.get(gate_id, "")))
+            if not isinstance(layer, Layer) or not isinstance(gate, Gate):
                 return None
             try:
                 layers[name] = replace(layer, gate=gate)
@@ -265,7 +272,7 @@ class RouterService:
             "epoch": epochs.number,
             "draining": epochs.draining(),
             "broken": dict(self._broken),
-            "not_declared": _not_declared(self._layers, epochs.current.versions if epochs.number else {}),
+            "not_declared": _not_declared(layers, epochs.current.versions if epochs.number else {}),
             "autoscale": {group: asdict(scaled) for group, scaled in telemetry.scaled.items()},
             "layers": {name: self._layer(layer) for name, layer in layers.items()},
             "router": {
@@ -336,8 +343,8 @@ def staged_gate(candidate: Candidate, old: Gate | None) -> tuple[Gate, float | N
 
 
 def _not_declared(layers: Mapping[str, Layer], versions: Mapping[str, str]) -> dict[str, str]:
-    """The versions of ids that are not declared any more: kept, and served by nobody."""
-    declared = {id for layer in layers.values() for id in (layer.gate_id, *layer.everyone_by_id)}
+    """The versions of ids that are in no layer any more: kept, and served by nobody."""
+    declared = {id for layer in layers.values() for id in (layer.layer_id, layer.gate_id, *layer.everyone_by_id)}
     return {id: version for id, version in sorted(versions.items()) if id not in declared}
 
 

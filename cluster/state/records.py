@@ -12,6 +12,8 @@ from ...experts.errors import DataLoss, InvalidRequest
 from ...experts.names import is_name
 
 OPEN, COMMITTED, ABORTED = "open", "committed", "aborted"
+REMOVED = "removed"
+"""Stands for the digest of the declaration of a layer that was removed by name."""
 
 _VERSION = re.compile(r"v(0|[1-9][0-9]{0,17})-([0-9a-f]{12})")
 _SWAP_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")

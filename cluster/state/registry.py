@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ...experts.errors import Aborted, ConfigError, DataLoss, FailedPrecondition, Fenced, InvalidRequest, Unavailable
 from ..machine.durable_files import private_folder, sync_folder
@@ -34,6 +34,7 @@ from .records import (
 
 log = logging.getLogger(__name__)
 FILE = "registry.sqlite"
+T = TypeVar("T")
 
 _BUSY_SECONDS = 10.0
 _MESSAGE_CHARACTERS = 2000
@@ -140,8 +141,10 @@ class Registry:
         *,
         expect: Mapping[str, str | None],
         declared: Mapping[str, str] | None = None,
+        removes: Collection[str] = (),
     ) -> EpochRecord:
-        """Create the next epoch from the current one and `changes`. Once this returns, the swap cannot be undone.
+        """Create the next epoch from the current one and `changes`, without the ids that it `removes`. Once this
+        returns, the swap cannot be undone.
 
         An expected None says that the id is not there. `declared` are digests of what the configuration declares, by
         id, and are written down with the epoch. The same swap a second time gets the epoch that it made.
@@ -152,7 +155,7 @@ class Registry:
         repeated `commit`, or `end_swap`, returns.
         """
         with self._change() as db:
-            epoch = self._committed(db, swap_id, changes, expect, declared or {})
+            epoch = self._committed(db, swap_id, changes, expect, declared or {}, removes)
         self._record()
         return epoch
 
@@ -163,6 +166,7 @@ class Registry:
         changes: Mapping[str, str],
         expect: Mapping[str, str | None],
         declared: Mapping[str, str],
+        removes: Collection[str],
     ) -> EpochRecord:
         swap = registry_tables.begun_swap(db, swap_id)
         if swap.state == COMMITTED:
@@ -172,7 +176,8 @@ class Registry:
         current = registry_tables.current_epoch(db)
         before = {} if current is None else current.versions
         registry_tables.check_expected(expect, before)
-        versions = registry_tables.changed(db, before, changes)
+        kept = {id: version for id, version in before.items() if id not in removes}
+        versions = registry_tables.changed(db, kept, changes)
         number = 1 if current is None else current.number + 1
         epoch = EpochRecord(number=number, versions=versions, created=self._clock(), swap_id=swap_id)
         registry_tables.add_epoch(db, epoch)
@@ -297,11 +302,25 @@ def kept_replicas(state_dir: str | os.PathLike[str]) -> dict[str, int]:
 
     Raises what opening the registry raises for a file that is damaged or cannot be read.
     """
+    return _looked_up(state_dir, registry_tables.replicas, {})
+
+
+def kept_records(state_dir: str | os.PathLike[str]) -> dict[str, VersionRecord]:
+    """The records of what the current epoch names, by id, in the registry of a folder that nobody has open."""
+    return _looked_up(state_dir, registry_tables.current_records, {})
+
+
+def removed_layers(state_dir: str | os.PathLike[str]) -> set[str]:
+    """The ids of the layers that were removed by name, in the registry of a folder that nobody has open."""
+    return _looked_up(state_dir, registry_tables.removed, set())
+
+
+def _looked_up(state_dir: str | os.PathLike[str], look: Callable[[sqlite3.Connection], T], nothing: T) -> T:
     path = Path(state_dir) / FILE
     if not path.exists():
-        return {}
+        return nothing
     with _translated(), closing(_connect(path)) as db:
-        return registry_tables.replicas(db)
+        return look(db)
 
 
 def rebuild(path: Path, committed: Committed, records: Collection[VersionRecord], counters: Mapping[str, int]) -> None:

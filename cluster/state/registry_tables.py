@@ -11,6 +11,7 @@ from .records import (
     ABORTED,
     COMMITTED,
     OPEN,
+    REMOVED,
     EpochRecord,
     SwapRecord,
     VersionRecord,
@@ -86,6 +87,20 @@ def current_epoch(db: Database) -> EpochRecord | None:
     """The newest epoch."""
     row = _one(db, f"{_EPOCH} ORDER BY number DESC LIMIT 1")
     return None if row is None else _epoch(row)
+
+
+def current_records(db: Database) -> dict[str, VersionRecord]:
+    """The records of what the newest epoch names, by id; without those that are missing."""
+    epoch = current_epoch(db)
+    if epoch is None:
+        return {}
+    found = {id: [item for item in history(db, id) if item.version == v] for id, v in epoch.versions.items()}
+    return {id: records[0] for id, records in found.items() if records}
+
+
+def removed(db: Database) -> set[str]:
+    """The ids of what was removed by name."""
+    return {str(id) for (id,) in db.execute("SELECT id FROM declared WHERE digest = ?", (REMOVED,))}
 
 
 def find_epoch(db: Database, number: int) -> EpochRecord:

@@ -8,14 +8,12 @@ from functools import cached_property
 from typing import NoReturn
 
 from ...experts.errors import ConfigError, InvalidRequest
-from ...experts.names import is_name
+from ...experts.names import GATE, LAYER, is_name
 from ...experts.spec import ANY, Expert, TensorSpec, check_expert
 from ..gates import Gate
 from .capacity import Capacity
 from .combine import METHODS, ON_DROPPED
 from .missing import OnMissing
-
-GATE = "gate"
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,8 @@ class Layer:
             raise ConfigError(f"{where}: expert {name} appears both in experts and in shared")
         for name, expert in self.everyone.items():
             check_name(name, f"{where}: expert")
-            if name == GATE:
-                raise ConfigError(f'{where}: no expert may be called "{GATE}"')
+            if name in (GATE, LAYER):
+                raise ConfigError(f'{where}: no expert may be called "{name}"')
             check_expert(expert, f"{where}: expert {name}")
         if self.gate.num_experts != len(self.experts):
             raise ConfigError(
@@ -145,6 +143,11 @@ class Layer:
     def gate_id(self) -> str:
         """The id `layer/gate`."""
         return f"{self.name}/{GATE}"
+
+    @property
+    def layer_id(self) -> str:
+        """The id `layer/layer`, of which a version is what the layer is made of: its experts, by name, and policies."""
+        return f"{self.name}/{LAYER}"
 
 
 def check_name(name: object, what: str) -> None:

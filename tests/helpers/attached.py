@@ -73,8 +73,9 @@ class Home:
         layer, self.number = self.mesh.layer, self.number + 1
         await box.ask("declare", Desired(revision=self.number, layers={layer.name: layer}))
         order = Order(1, self.number)
-        receipt = await box.ask("stage", order, Candidate(id=layer.gate_id, counter=1, gate=layer.gate))
-        versions = self.mesh.versions | {layer.gate_id: receipt.version}
+        gate = await box.ask("stage", order, Candidate(id=layer.gate_id, counter=1, gate=layer.gate))
+        made_of = await box.ask("stage", order, Candidate(id=layer.layer_id, counter=1, layer=layer))
+        versions = self.mesh.versions | {layer.gate_id: gate.version, layer.layer_id: made_of.version}
         replicas = tuple(self.mesh.replica(name) for name in self.mesh.hosts)
         update = RouterUpdate(replicas=replicas, epochs={1: versions}, current=1, cluster_id="c")
         report = await box.ask("sync", order, update)

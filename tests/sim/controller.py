@@ -5,7 +5,7 @@ They are put together here, and watched: each step that they reach may be the on
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -167,10 +167,10 @@ class Watched(Executor):
 class Builder(CandidateBuilder):
     """The real one, without files: uploads are not looked into, and gates are neither written nor read."""
 
-    def declare(self, layers: Mapping[str, Layer], owner: str = "") -> None:
-        super().declare(layers, owner)
-        gates = {layer.gate_id for layer in layers.values()}
-        self.declared |= {id: replace(self.declared[id], gate=NoFile()) for id in gates}  # type: ignore[arg-type]
+    def declare(self, layers: Mapping[str, Layer], owner: str = "", resumed: Collection[str] = frozenset()) -> None:
+        super().declare(layers, owner, resumed)
+        gates = {layer.gate_id: NoFile(len(layer.experts)) for layer in layers.values()}
+        self.declared |= {id: replace(self.declared[id], gate=gate) for id, gate in gates.items()}  # type: ignore[arg-type]
 
     def of_record(self, record: VersionRecord) -> Candidate:
         declared = self.declared[record.id]
@@ -186,6 +186,9 @@ class Builder(CandidateBuilder):
 
 class NoFile:
     """A gate as far as the controller is concerned."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
 
     def save(self, path: object) -> None:
         """Nothing is written."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sim.network import Process
 from sim.replica import declared_tensors, digest_of
-from sim.router import GATE
+from sim.router import GATE, LAYER
 
 from expertmesh.cluster.control.messages import Desired
 from expertmesh.cluster.control.ports import ControllerState
@@ -45,7 +45,8 @@ class Owner(Process):
     def asked(self) -> dict[str, str]:
         """How the versions end that are declared now and were not committed as declared before."""
         tensors = {id: declared_tensors(count) for id, count in zip(self.world.experts, self._edits, strict=True)}
-        endings = {id: f"-{digest_of(id, text)[:12]}" for id, text in {**tensors, GATE: declared_tensors(0)}.items()}
+        others = dict.fromkeys((GATE, LAYER), declared_tensors(0))
+        endings = {id: f"-{digest_of(id, text)[:12]}" for id, text in {**tensors, **others}.items()}
         return {id: ending for id, ending in endings.items() if self.world.disk.declared.get(id) != ending}
 
     def supervise(self) -> None:

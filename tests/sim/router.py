@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from sim.calls import Request
     from sim.world import World
 
-GATE = "l/gate"
+GATE, LAYER = "l/gate", "l/layer"
 
 
 class Router(Holder):
     """Holds gates like a replica holds experts, and takes what the controller says as `RouterService` does."""
 
     def __init__(self, world: World, name: str, incarnation: str) -> None:
-        super().__init__(world, name, incarnation, (GATE,))
+        super().__init__(world, name, incarnation, (GATE, LAYER))
         self.epochs = Epochs()
         self.view = View(world.clock.rng)
         self.requests: set[Request] = set()
@@ -112,8 +112,9 @@ class Router(Holder):
             self.epochs.unpin(epoch)
 
     def _adopt(self, epochs: Mapping[int, Mapping[str, str]], current: int) -> None:
-        """Adopt the current epoch once its gate is here, and know those that were recalled."""
-        built = {n: Epoch(n, versions) for n, versions in epochs.items() if (GATE, versions[GATE]) in self.slots}
+        """Adopt the current epoch once its gate and layer are here, and know those that were recalled."""
+        needed = {n: {(id, versions[id]) for id in (GATE, LAYER)} for n, versions in epochs.items()}
+        built = {n: Epoch(n, versions) for n, versions in epochs.items() if needed[n] <= self.slots}
         if current in built and self.epochs.adopt(built[current]):
             self.world.checker.adopted(self, current)
         self.epochs.keep([epoch for number, epoch in built.items() if number != current])

@@ -7,6 +7,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ....experts.errors import ExpertMeshError, Fenced
@@ -168,7 +169,8 @@ class Routers:
                 report = await asyncio.wait_for(synced, ROUTER_TIMEOUT)
                 knows_layers = report.revision >= self.desired.revision
                 if not knows_layers:
-                    await asyncio.wait_for(self._port.declare(name, handle, self.desired), ROUTER_TIMEOUT)
+                    desired = replace(self.desired, layers={})  # what a layer is made of has a version, as gates have
+                    await asyncio.wait_for(self._port.declare(name, handle, desired), ROUTER_TIMEOUT)
             except REACHED_NOT as error:
                 if name not in self.leases.given_up:
                     self._states[name] = "restarting" if isinstance(error, ExpertMeshError) else "unresponsive"
@@ -222,8 +224,9 @@ class Routers:
             actions += self._lost(name)
             self._reconciler.router_told(name, update.epochs)
         if not self._executor.changed_since(name, sent):
-            gates = frozenset(layer.gate_id for layer in self.desired.layers.values())
-            actions += self._reconciler.member_reported(name, report.incarnation, gates, report.gates)
+            declared = {id for layer in self.desired.layers.values() for id in (layer.gate_id, layer.layer_id)}
+            ids = self._reconciler.structure() | declared
+            actions += self._reconciler.member_reported(name, report.incarnation, ids, report.gates)
         actions += self._reconciler.router_reported(name, report.epoch, report.oldest_pinned, update.epochs)
         self._hurry()
         await self._executor.perform(actions)

@@ -308,6 +308,31 @@ def test_an_action_for_an_incarnation_that_is_gone_is_not_taken_for_its_successo
     assert control.staged("s", "m", "m.2", "l/a", "v2") == [CommitSwap("s", {"l/a": "v2"})]
 
 
+def test_what_was_taken_away_is_used_until_no_router_pins_it() -> None:
+    control = started("m")
+    both, one = (
+        {"l/a": "v1", "l/b": "v1", "l/layer": "v1", "l/gate": "v1"},
+        {"l/a": "v1", "l/layer": "v2", "l/gate": "v2"},
+    )
+    control.epochs[1] = both
+    control.swap_asked("s", frozenset())
+    control.committed("s", 2, one)
+    assert control.used() == both.keys()
+    assert control.structure() == {"l/layer", "l/gate"}
+    control.router_reported("r", 2, 1)
+    assert "l/b" in control.used()
+    control.router_reported("r", 2, 2)
+    assert control.used() == one.keys()
+
+
+def test_what_a_router_pins_that_has_not_reported_may_be_anything() -> None:
+    control = Reconciler()
+    control.restore({1: ONE, 2: {"l/a": "v1"}}, ["r"])
+    assert control.used() == {"l/a", "l/b"}
+    control.router_reported("r", 2, 2)
+    assert control.used() == {"l/a"}
+
+
 def test_a_refused_commit_answers_and_leaves_the_epoch() -> None:
     control = started("m")
     control.swap_asked("s", A)

@@ -73,6 +73,13 @@ def test_a_swap_from_its_beginning_to_its_end() -> None:
     ]
 
 
+def test_a_swap_that_only_takes_away_commits_once_a_member_is_there() -> None:
+    swap = Swap("s", frozenset())
+    assert told(swap, RouterReported("r", 1, 1)) == []
+    assert told(swap, MemberReported("m", "m.1", A)) == [CommitSwap("s", {})]
+    assert told(swap, MemberReported("n", "n.1", A)) == []
+
+
 def test_a_restarted_member_is_asked_again_and_its_former_receipt_counts_for_nothing() -> None:
     swap = Swap("s", A)
     told(swap, MemberReported("m", "m.1", A), MemberReported("n", "n.1", A), staged("m", "m.1"))

@@ -45,7 +45,7 @@ def test_orders_of_a_replaced_controller_are_refused_and_it_says_so() -> None:
         ):
             with pytest.raises(Fenced, match="another controller has taken over"):
                 ordered(work)
-        assert set(service._gates) == {(GATE, version)}
+        assert [held for held in service._held if held[0] == GATE] == [(GATE, version)]
         np.testing.assert_allclose(client.forward("news", [1.0]), np.sin([1.0]))
         eventually(lambda: "taken over" in controller.problem, 10.0, "the old one takes no more turns")
         eventually(

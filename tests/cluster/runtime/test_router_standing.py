@@ -57,7 +57,10 @@ class Told:
         layer = self.mesh.layer
         candidate = Candidate(id=layer.gate_id, counter=counter, gate=layer.gate)
         receipt = await self.service.stage(Order(1, next(self.orders)), candidate)
-        self.epochs[counter] = self.mesh.versions | {layer.gate_id: receipt.version}
+        made_of = Candidate(id=layer.layer_id, counter=1, layer=layer)
+        layers = await self.service.stage(Order(1, next(self.orders)), made_of)
+        named = {layer.gate_id: receipt.version, layer.layer_id: layers.version}
+        self.epochs[counter] = self.mesh.versions | named
 
     async def sync(self, epoch: int, session: str, given_up: str = "") -> RouterReport:
         replicas = (self.mesh.replica(self.id, address=self.server.address),)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from helpers.stored import E3, E4, GATE, full_disk, record, swapped
 
-from expertmesh.cluster.state.records import VersionRecord
-from expertmesh.cluster.state.registry import FILE, Registry
+from expertmesh.cluster.state.records import REMOVED, VersionRecord
+from expertmesh.cluster.state.registry import FILE, Registry, kept_records, removed_layers
 from expertmesh.cluster.state.registry_schema import SCHEMA
 from expertmesh.cluster.state.registry_tables import KEPT_SWAPS
 from expertmesh.experts.errors import (
@@ -126,6 +126,19 @@ def test_of_many_threads_with_one_expectation_one_wins(registry: Registry) -> No
     assert [isinstance(outcome, Aborted) for outcome in outcomes].count(False) == 1
     assert len(outcomes) == 6
     assert len(registry.epochs()) == 2
+
+
+def test_a_commit_may_take_ids_away_and_says_so_to_who_looks(folder: Path) -> None:
+    with Registry(folder) as registry:
+        swapped(registry, record(E3), record(E4))
+        registry.begin_swap("away", {})
+        removed = E4.partition("/")[0] + "/layer"
+        epoch = registry.commit("away", {}, expect={}, declared={removed: REMOVED}, removes={E4})
+        assert epoch.versions.keys() == {E3}
+        assert registry.commit("away", {}, expect={}, removes={E4}) == epoch
+    assert kept_records(folder) == {E3: record(E3)}
+    assert removed_layers(folder) == {removed}
+    assert (kept_records(folder / "none"), removed_layers(folder / "none")) == ({}, set())
 
 
 def test_a_commit_needs_registered_versions_and_a_swap_that_was_begun(registry: Registry) -> None:

@@ -1,0 +1,279 @@
+"""Changes of what a cluster declares while it serves: an expert is replaced, experts and layers come and go."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+from ...experts.errors import ConfigError, ExpertMeshError, NotFound, Unavailable
+from ...experts.spec import Expert, check_expert
+from ...router.mixture.layer import Layer
+from ..config.layer_changes import LayersRequest, edited
+from ..config.preflight import check_layer
+from ..control.ports import ControllerState
+from ..placement.capacity import unplaceable
+from ..placement.plan import PlannedReplica, groups_of
+from ..runtime.backend import Backend
+from .declaring import Declaring
+from .topology import UNDO_SECONDS, Scaling, Topology, by_group, together, topology_of, wait_for
+
+BEHAVIOUR = ("factory", "args", "kwargs", "weights", "input", "output", "framework", "live")
+"""The fields of an expert that define what it computes; the others define where and how often it runs."""
+
+RETIRE_SECONDS = 10.0
+"""How long a change waits until nothing needs what it took away; it is ended later otherwise."""
+
+LOOK_SECONDS = 0.1
+log = logging.getLogger(__name__)
+
+
+class Changing:
+    """Changes the layers of a running cluster, one change after another. `start` starts a replica."""
+
+    def __init__(
+        self,
+        declared: Declaring,
+        backend: Callable[[], Backend],
+        start: Callable[[PlannedReplica], None],
+        *,
+        code_elsewhere: bool = False,
+    ) -> None:
+        self._declared = declared
+        self._backend = backend
+        self._start = start
+        self._code_elsewhere = code_elsewhere
+
+    def replace(self, expert_id: str, expert: Expert, timeout: float, *, unverified: bool) -> tuple[str | None, str]:
+        """Replace what one expert computes; returns its versions before and after. As `Cluster.replace`."""
+        check_expert(expert, f"the replacement of {expert_id}")
+        layer_name, _, name = expert_id.partition("/")
+        old = self._declared.layers
+        if layer_name not in old or name not in old[layer_name].everyone:
+            ids = [id for layer in old.values() for id in layer.everyone_by_id]
+            raise NotFound(f"there is no expert {expert_id!r}; the cluster has {', '.join(sorted(ids)[:20])}")
+        before = old[layer_name].everyone[name]
+        placed = replace(before, **{f.name: getattr(expert, f.name) for f in fields(Expert) if f.name in BEHAVIOUR})
+        layer = old[layer_name].with_experts({**old[layer_name].everyone, name: placed})
+        checked = self._checked(layer)
+        serves, named = self._backend().state().versions.get(expert_id), frozenset({expert_id})
+        try:
+            versions = self._declared.declare(
+                self._backend(), {**old, layer_name: checked}, timeout, named, renewed=named, unverified=unverified
+            )
+        except BaseException:
+            self._declared.declare(self._backend(), old, timeout, named)
+            raise
+        return serves, versions[expert_id]
+
+    def change(self, request: LayersRequest) -> dict[str, Any]:
+        """Carry out edits of layers; returns the epoch, the experts of each layer before and after, and the versions.
+
+        Raises what is wrong with them, and then all is as before, and Unavailable with a message that says so where
+        the controller was not reached any more.
+        """
+        deadline = time.monotonic() + request.timeout
+        old, before = self._declared.layers, self._declared.topology
+        new = edited(old, request.layers)
+        new |= {name: self._checked(new[name]) for name in request.layers if name in new}
+        after = topology_of(new.values(), _still_there(before.scaled, new.values()))
+        both = together(before, after)
+        if problem := unplaceable([*both.planned.values()], self._backend().nodes()):
+            raise ConfigError(problem)
+        asked = Asked.of(old, new, request)
+        fresh = [replica for id, replica in both.planned.items() if id not in before.planned]
+        try:
+            for replica in fresh:
+                self._start(replica)
+            wait_for(self._backend(), fresh, deadline, log.info)
+            self._declared.topology = both
+            versions = self._decided(old, new, asked, deadline)
+        except OutcomeUnknown:
+            raise
+        except BaseException:
+            self._declared.topology = before
+            self._tell(old)
+            for replica in fresh:
+                self._backend().stop_replica(replica.id)
+            raise
+        self._declared.keep(asked.kept)
+        epoch = self._state(time.monotonic() + UNDO_SECONDS).epoch
+        with suppress(ExpertMeshError):  # what is left is ended later
+            ends = min(deadline, time.monotonic() + RETIRE_SECONDS)
+            while not self.retire() and time.monotonic() < ends:
+                time.sleep(LOOK_SECONDS)
+        return {
+            "epoch": epoch,
+            "layers": {name: {"before": _names(old, name), "after": _names(new, name)} for name in request.layers},
+            "versions": {id: versions[id] for id in sorted(asked.named & versions.keys())},
+        }
+
+    def scale(self, asked: Mapping[str, int], timeout: float) -> dict[str, dict[str, int]]:
+        """Give experts or packs other numbers of replicas; returns those before and after. As `Cluster.scale`."""
+        layers, before = self._declared.layers.values(), self._declared.topology
+        wanted, numbers = by_group(layers, asked), before.numbers()
+        after = together(self._leaving(), topology_of(layers, {**_still_there(before.scaled, layers), **wanted}))
+        send = partial(self._declared.scale, self._backend())
+        Scaling(self._backend(), self._start, send).change(before, after, timeout)
+        return {group: {"before": numbers[group], "after": number} for group, number in wanted.items()}
+
+    def retire(self) -> bool:
+        """End the replicas of what was taken away, once no request can need it; returns whether none is left."""
+        has, layers = self._declared.topology, self._declared.layers.values()
+        wanted = topology_of(layers, _still_there(has.scaled, layers))
+        if has.experts == wanted.experts:
+            return True
+        left = {id for experts in has.experts.values() for id in experts}
+        left -= {id for experts in wanted.experts.values() for id in experts}
+        if left & _with_epoch(self._backend().state()).used:
+            return False
+        send = partial(self._declared.scale, self._backend())
+        Scaling(self._backend(), self._start, send).change(has, wanted, RETIRE_SECONDS)
+        return True
+
+    def _leaving(self) -> Topology:
+        """The replicas of what was taken away, which requests may still need."""
+        has, layers = self._declared.topology, self._declared.layers.values()
+        there = {id for layer in layers for id in layer.everyone_by_id}
+        return Topology(planned={id: one for id, one in has.planned.items() if not there >= one.experts.keys()})
+
+    def _decided(
+        self, old: Mapping[str, Layer], new: Mapping[str, Layer], asked: Asked, deadline: float
+    ) -> Mapping[str, str]:
+        """Declare the new layers; returns the versions that then serve.
+
+        A controller that restarts is told again, as long as there is time. Afterwards the old ones are declared: then
+        it is decided which of them serve.
+        """
+        backend, before = self._backend(), dict(self._state(deadline).current)
+        while True:
+            try:
+                return self._declare(new, asked, deadline - time.monotonic())
+            except Unavailable as error:
+                failure = error
+            if time.monotonic() > deadline:
+                break
+            time.sleep(LOOK_SECONDS)
+        ends = time.monotonic() + UNDO_SECONDS
+        while time.monotonic() < ends:
+            try:
+                state = backend.state()
+                if state.epoch and _committed(state, before, asked):
+                    return self._declare(new, asked, UNDO_SECONDS)
+                self._declared.declare(backend, old, UNDO_SECONDS)
+                committed = _committed(backend.state(), before, asked)
+            except Unavailable:
+                time.sleep(LOOK_SECONDS)
+                continue
+            if not committed:
+                raise failure
+        with suppress(Unavailable):
+            return self._declare(new, asked, LOOK_SECONDS)  # and again, once there is a controller
+        raise OutcomeUnknown(f"{failure.message}; the controller does not answer, and will be told again")
+
+    def _state(self, deadline: float) -> ControllerState:
+        """What the controller knows; one that has restarted is told what is declared first.
+
+        Raises Unavailable where it does not answer in time.
+        """
+        while True:
+            try:
+                state = self._backend().state()
+                self._declared.repeat(self._backend(), state.revision, max(1.0, deadline - time.monotonic()))
+                return _with_epoch(state if state.epoch else self._backend().state())
+            except Unavailable:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(LOOK_SECONDS)
+
+    def _declare(self, layers: Mapping[str, Layer], asked: Asked, timeout: float) -> Mapping[str, str]:
+        return self._declared.declare(
+            self._backend(),
+            layers,
+            max(1.0, timeout),
+            asked.named,
+            renewed=asked.built,
+            unverified=asked.request.allow_unverified,
+            removed=asked.removed,
+            adopts=asked.request.adopts,
+        )
+
+    def _tell(self, layers: Mapping[str, Layer]) -> None:
+        """Go back to layers; a controller that does not answer is told when it does."""
+        try:
+            self._declared.declare(self._backend(), layers, UNDO_SECONDS)
+        except ExpertMeshError as error:
+            log.warning("the controller was not told yet to go back to what was declared: %s", error)
+
+    def _checked(self, layer: Layer) -> Layer:
+        return check_layer(layer, code_elsewhere=self._code_elsewhere)
+
+
+class OutcomeUnknown(Unavailable):
+    """The controller was not reached before it was known whether a change is durable."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The ids that a request is about: the `named` are declared by name, the `built` among them are new, and the
+    `removed` are in no layer any more."""
+
+    request: LayersRequest
+    named: frozenset[str]
+    built: frozenset[str]
+    removed: frozenset[str]
+
+    @classmethod
+    def of(cls, old: Mapping[str, Layer], new: Mapping[str, Layer], request: LayersRequest) -> Asked:
+        """Compare the layers of a request before and after it."""
+        before = {id for name in request.layers if name in old for id in _ids(old[name])}
+        after = {id for name in request.layers if name in new for id in _ids(new[name])}
+        gates = {new[name].gate_id for name, edit in request.layers.items() if edit.gate is not None}
+        layers = {new[name].layer_id for name in request.layers if name in new}
+        return cls(
+            request=request,
+            named=frozenset((after - before) | gates | layers),
+            built=frozenset((after - before) | gates),
+            removed=frozenset(before - after),
+        )
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """The ids whose declaration is what the registry says: the files that they came from are not kept."""
+        uploaded = {
+            f"{name}/{expert}"
+            for name, edit in self.request.layers.items()
+            for expert, made in (*edit.experts.items(), *edit.shared.items())
+            if made.weights is not None
+        }
+        return frozenset(uploaded | self.request.adopts.keys())
+
+
+def _committed(state: ControllerState, before: Mapping[str, str], asked: Asked) -> bool:
+    """Whether the current epoch is one that the request has made. Raises Unavailable where there is none yet."""
+    current = _with_epoch(state).current
+    return any(current.get(id) != before.get(id) for id in asked.named | asked.removed)
+
+
+def _with_epoch(state: ControllerState) -> ControllerState:
+    if not state.epoch:
+        raise Unavailable("the controller is restarting")
+    return state
+
+
+def _ids(layer: Layer) -> set[str]:
+    return {layer.layer_id, layer.gate_id, *layer.everyone_by_id}
+
+
+def _names(layers: Mapping[str, Layer], name: str) -> list[str]:
+    return [*layers[name].everyone] if name in layers else []
+
+
+def _still_there(scaled: Mapping[str, int], layers: Iterable[Layer]) -> dict[str, int]:
+    """The numbers of replicas that were asked for, without those of groups that are no more."""
+    groups = {group for layer in layers for group in groups_of(layer)}
+    return {group: number for group, number in scaled.items() if group in groups}
