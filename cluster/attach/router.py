@@ -8,10 +8,10 @@ from typing import Any
 
 from ...experts.errors import ExpertMeshError
 from ...experts.wire import Frame, WireTensor
-from ..client.balance import Route
 from ..client.calls import Calls
 from ..client.methods import AwaitingMethods, BlockingMethods
 from ..client.retry import Answer, Attempt, Flow, Pause, RetryPolicy, Step, Work
+from ..client.routers.balance import Route
 from ..client.sending import new_retries
 from ..rpc.methods import SERVICE
 from .engine import Engine

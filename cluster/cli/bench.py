@@ -20,7 +20,7 @@ from ..bench.schedule import ARRIVALS
 from ..bench.session import Bench, BenchResult
 from ..bench.target import MeshFile, Target, check_running, read_mesh, targets
 from ..client.client import Client
-from ..client.endpoint import resolve
+from ..client.routers.endpoint import resolve
 from ..machine.process_tuning import settle
 from ..machine.tokens import read_token
 from .bench_view import LoadView, print_report, search_line, step_line

@@ -7,7 +7,6 @@ retries with the same id until an answer comes, so that the swap happens once.
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
@@ -21,36 +20,30 @@ from ...experts.errors import (
     Unavailable,
 )
 from ...experts.protocol import CallOptions
-from ...experts.wire import Frame, WireTensor
+from ...experts.wire import Frame
 from ..rpc import health
 from ..rpc.documents import NAME, decode_document, to_tensor
-from ..rpc.swaps import Lease, ScaleAsked, SwapAsked, SwapOutcome, read_answer
+from ..rpc.swaps import Lease, SwapAsked, SwapOutcome, read_answer
 from .arrays import to_wire
-from .balance import Stay
+from .changing import ANSWER_SECONDS, Changing
 from .reply import Reply, read_reply
 from .requests import (
     around,
     call_fields,
-    check_timeout,
     expert_names,
     half_dtype,
     pin_of,
-    scale_asked,
     swap_request,
     with_unknown_outcome,
 )
-from .retry import Flow, RetryBudget, RetryPolicy
-from .sending import Sending
+from .retry import Flow, RetryPolicy
+from .routers.balance import Stay
 from .upload import Progress, Upload, prepare, with_file_names
 
-ANSWER_SECONDS = 15.0
-"""Seconds beyond its staging timeout that a swap may take to be committed and adopted by all routers."""
-
-PATIENT = RetryPolicy(attempts=1000, first_pause=0.2, longest_pause=2.0)
 Array = TypeVar("Array")
 
 
-class Calls(Sending):
+class Calls(Changing):
     """The methods of a cluster as flows, for one token."""
 
     def forward(self, /, layer: str, x: Array, **options: Any) -> Flow[Array]:
@@ -267,45 +260,6 @@ class Calls(Sending):
             raise DataLoss("the history in the reply is not a list of versions")
         return versions
 
-    def declared(self, *, timeout: float | None = None) -> Flow[dict[str, Any]]:
-        """What the cluster declares, as maps by section: layers, gates, experts, their places and replicas, settings.
-
-        It is what `expertmesh apply` compares with a file. Needs the role operator.
-        """
-        frame = yield from self._ask("Declared", {}, {}, timeout, self.new_id())
-        return decode_document(frame, "declared")
-
-    def scale(
-        self,
-        what: str | Mapping[str, int],
-        replicas: int | None = None,
-        *,
-        timeout: float = 120.0,
-        change_id: str | None = None,
-    ) -> Flow[dict[str, dict[str, int]]]:
-        """Give an expert or pack ("news/e3"), or several ({"news/e3": 4}), other numbers of replicas, all or none.
-
-        New replicas are chosen once they hold what serves, and replicas are ended once they have answered all that they
-        got. Returns then, with the number "before" and "after" by expert or pack: an expert of a pack stands for the
-        pack. The numbers are kept for the next start. No version changes. Repeating a `change_id` returns the outcome
-        of the first change. `timeout` bounds the change, in seconds. Needs the role operator.
-
-        Raises NotFound, InvalidRequest, ConfigError where no node has room, and Unavailable where replicas are not
-        ready in time or the process that owns the cluster does not answer; then all is as before.
-        """
-        asked = ScaleAsked(
-            change_id=uuid.uuid4().hex if change_id is None else change_id,
-            replicas=scale_asked(what, replicas),
-            timeout=timeout,
-        )
-        patient = self._patient()
-        seconds = check_timeout(timeout) + ANSWER_SECONDS
-        try:
-            frame = yield from patient._ask("Scale", {}, {NAME: to_tensor(asdict(asked))}, seconds, self.new_id())
-        except (Unavailable, DeadlineExceeded) as error:
-            raise with_unknown_outcome(error, asked.change_id, "change") from None
-        return decode_document(frame, "scale")
-
     def swap_progress(self, swap_id: str, *, timeout: float | None = None) -> Flow[dict[str, Any]]:
         """The progress of a swap: "phase", and while staging the "receipts" so far and "needed". Raises NotFound."""
         frame = yield from self._ask("SwapProgress", {"swap_id": swap_id}, {}, timeout, self.new_id())
@@ -358,11 +312,3 @@ class Calls(Sending):
         if outcome.committed:
             self.seen_epoch.note(outcome.cluster, outcome.epoch)
         return outcome
-
-    def _patient(self) -> Calls:
-        """The same calls, repeated until there is an answer."""
-        reserve = RetryBudget(ratio=0.0, reserve=float(PATIENT.attempts))
-        return replace(self, retries=replace(self.retries, policy=PATIENT, budget=reserve))
-
-    def _send_chunk(self, fields: dict[str, Any], tensors: dict[str, WireTensor]) -> Flow[Frame]:
-        return (yield from self._ask("Upload", fields, tensors, None, self.new_id()))

@@ -21,10 +21,7 @@ from ...experts.errors import DeadlineExceeded, ExpertMeshError, FailedPrecondit
 from ..rpc.channel_options import MAX_IN_FLIGHT, MAX_MESSAGE_BYTES
 from ..rpc.methods import SERVICE
 from ..rpc.streams import MAX_REQUEST_BYTES, Streamed
-from .balance import Balance
 from .calls import Calls
-from .channels import Channels, exchange, exchange_async
-from .endpoint import Endpoint, resolve
 from .methods import AwaitingMethods, BlockingMethods
 from .retry import (
     Answer,
@@ -38,6 +35,9 @@ from .retry import (
     drive,
     drive_async,
 )
+from .routers.balance import Balance
+from .routers.channels import Channels, exchange, exchange_async
+from .routers.endpoint import Endpoint, resolve
 from .sending import new_retries
 
 if sys.version_info >= (3, 11):

@@ -10,8 +10,9 @@ from typing import Any
 from ...experts.errors import ExpertMeshError, FailedPrecondition, InvalidRequest
 from ...experts.protocol import MAX_INT, CallOptions, from_mapping
 from ...experts.spec import is_number
+from ..rpc.changes import check_scale
 from ..rpc.documents import MAX_DEPTH, is_deep, to_tensor
-from ..rpc.swaps import SwapAsked, check_scale
+from ..rpc.swaps import SwapAsked
 from .half_precision import AS_IT_IS, check_payload_dtype
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from ...experts.errors import DeadlineExceeded, ExpertMeshError, RouterUnavailable, Unavailable
 from ...experts.wire import Buffer, Frame
 from ..rpc.streams import Streamed
-from .balance import Route, Target
+from .routers.balance import Route, Target
 
 T = TypeVar("T")
 Payload = bytes | Streamed | Frame

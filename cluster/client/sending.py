@@ -21,11 +21,11 @@ from ..rpc.channel_options import MAX_MESSAGE_BYTES, MAX_RECEIVED_BYTES
 from ..rpc.methods import METHODS, SERVICE, Role, new_request_id
 from ..rpc.status import LAYER_KEY, REQUEST_ID_KEY, is_request_id
 from ..rpc.streams import MAX_REQUEST_BYTES, Streamed
-from .balance import Balance, Route, Stay, Target
 from .half_precision import check_payload_dtype
 from .requests import check_timeout
 from .retry import Attempt, Beside, Flow, Payload, Received, Retries, RetryBudget, RetryPolicy
-from .watch import CHECK_SECONDS, Watch
+from .routers.balance import Balance, Route, Stay, Target
+from .routers.watch import CHECK_SECONDS, Watch
 
 STREAM_SHARE = 4
 """Requests above 1/4 of the message limit are sent in chunks: a reply may be that much larger than its request.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,19 +48,23 @@ class LayerEdit:
 class LayersRequest:
     """Edits of layers, by name, that become one epoch: all of them or none, within `timeout` seconds.
 
-    `adopts` are the digests of the declarations that they carry out, by id. `allow_unverified` accepts experts that
-    cannot be tried, because no rows were declared or served.
+    `adopts` are the digests of the declarations that they carry out, by id. `files` are the sha256 of the uploaded
+    files among what they name. `allow_unverified` accepts experts that cannot be tried, because no rows were declared
+    or served.
     """
 
     change_id: str
     layers: Mapping[str, LayerEdit]
     adopts: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[Path, str] = field(default_factory=dict)
     timeout: float = 120.0
     allow_unverified: bool = False
 
 
-def edited(layers: Mapping[str, Layer], edits: Mapping[str, LayerEdit]) -> dict[str, Layer]:
-    """The layers after these edits.
+def edited(
+    layers: Mapping[str, Layer], edits: Mapping[str, LayerEdit], factories: Collection[str] = ()
+) -> dict[str, Layer]:
+    """The layers after these edits. A gate that comes as a file may import the code of these `factories`.
 
     Raises NotFound for a layer or expert that is not there, InvalidRequest for one that is there already or goes and
     comes, and for a gate that picks among another number of experts, and what reading a gate's file raises.
@@ -75,7 +79,8 @@ def edited(layers: Mapping[str, Layer], edits: Mapping[str, LayerEdit]) -> dict[
             del after[name]
             continue
         try:
-            after[name] = _added(name, edit) if edit.kind == ADD else _changed(layers[name], edit)
+            gate = edit.gate if not isinstance(edit.gate, Path) else Gate.load(edit.gate, factories=factories)
+            after[name] = _added(name, edit, gate) if edit.kind == ADD else _changed(layers[name], edit, gate)
         except ConfigError as error:
             raise InvalidRequest(error.message) from None
     if not after:
@@ -83,14 +88,13 @@ def edited(layers: Mapping[str, Layer], edits: Mapping[str, LayerEdit]) -> dict[
     return after
 
 
-def _added(name: str, edit: LayerEdit) -> Layer:
-    gate = _gate(edit)
+def _added(name: str, edit: LayerEdit, gate: Gate | None) -> Layer:
     if gate is None:
         raise InvalidRequest(f"layer {name}: it needs a gate")
     return Layer(name, gate, _ordered(name, edit.experts, edit.order), shared=edit.shared, **edit.settings)
 
 
-def _changed(layer: Layer, edit: LayerEdit) -> Layer:
+def _changed(layer: Layer, edit: LayerEdit, new_gate: Gate | None) -> Layer:
     known = layer.everyone
     for name in edit.remove:
         if name not in known:
@@ -101,18 +105,14 @@ def _changed(layer: Layer, edit: LayerEdit) -> Layer:
     experts = {name: expert for name, expert in layer.experts.items() if name not in edit.remove}
     shared = {name: expert for name, expert in layer.shared.items() if name not in edit.remove}
     experts = _ordered(layer.name, {**experts, **edit.experts}, edit.order)
-    gate = _gate(edit) or layer.gate
-    if edit.gate is None and gate.num_experts != len(experts):
+    gate = layer.gate if new_gate is None else new_gate
+    if new_gate is None and gate.num_experts != len(experts):
         raise InvalidRequest(
             f"layer {layer.name}: its gate picks among {gate.num_experts} experts, and there will be {len(experts)}: "
             "give its new gate with the change"
         )
     changed = replace(layer, gate=gate, experts=experts, shared={**shared, **edit.shared}, **edit.settings)
     return changed.with_experts(_scaled(changed, edit.autoscale))
-
-
-def _gate(edit: LayerEdit) -> Gate | None:
-    return edit.gate if edit.gate is None or isinstance(edit.gate, Gate) else Gate.load(edit.gate)
 
 
 def _ordered(layer: str, experts: Mapping[str, Expert], order: tuple[str, ...]) -> dict[str, Expert]:

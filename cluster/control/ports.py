@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from ...experts.staging.stage import Receipt
 from ...router.fanout.replica_view import Replica
+from ..config.layer_changes import LayersRequest
 from .messages import Candidate, Desired, RouterReport, RouterUpdate, ScaleRequest, SwapRequest, SwapResult
 from .orders import Order
 
@@ -91,8 +92,8 @@ class ControlPort(Protocol):
     async def swap(self, request: SwapRequest) -> SwapResult:
         """Carry out a swap."""
 
-    async def scale(self, request: ScaleRequest) -> dict[str, Any]:
-        """Have the owner change numbers of replicas."""
+    async def change(self, request: ScaleRequest | LayersRequest) -> dict[str, Any]:
+        """Have the owner change numbers of replicas, or layers."""
 
     async def progress(self, swap_id: str) -> dict[str, Any]:
         """How far a swap is."""

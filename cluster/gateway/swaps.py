@@ -9,15 +9,13 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 from ...experts.errors import (
-    DataLoss,
     ExpertMeshError,
     InvalidRequest,
     PermissionDenied,
     RouterUnavailable,
-    TooLarge,
     Unavailable,
 )
 from ...experts.protocol import from_mapping
@@ -26,9 +24,9 @@ from ...experts.staging.verify import Policy
 from ...experts.wire import Frame
 from ...router.epochs.epochs import Epochs
 from ...router.epochs.leases import Leases
-from ..control.messages import Change, ScaleRequest, SwapRequest, SwapResult
+from ..control.messages import Change, SwapRequest, SwapResult
 from ..control.ports import ControlPort
-from ..rpc.documents import NAME, decode_document, encode_document
+from ..rpc.documents import encode_document
 from ..rpc.methods import Role
 from ..rpc.swaps import (
     DATA,
@@ -39,7 +37,6 @@ from ..rpc.swaps import (
     NothingAsked,
     PinAsked,
     ProgressAsked,
-    ScaleAsked,
     SwapAsked,
     SwapOutcome,
     UnpinAsked,
@@ -49,9 +46,8 @@ from ..rpc.swaps import (
 from ..state.records import check_id, check_swap_id, check_version
 from ..state.uploads import Uploads
 from .authorise import Caller
+from .records import document_of, record_of
 
-MAX_DOCUMENT_BYTES = 2**20
-T = TypeVar("T")
 FrameHandler = Callable[[Frame, Caller], Awaitable[bytes]]
 Call = Callable[..., Awaitable[Any]]
 """Calls a function in another thread: `await call(function, *arguments)`."""
@@ -95,8 +91,6 @@ class SwapMethods:
             "Pin": self.pin,
             "Unpin": self.unpin,
             "Leases": self.leases,
-            "Declared": self.declared,
-            "Scale": self.scale,
         }
 
     def tidy(self) -> None:
@@ -113,7 +107,7 @@ class SwapMethods:
         uploads = self._uploads
         if uploads is None:
             raise RouterUnavailable("this router is not where the cluster's state is: upload through another one")
-        chunk = _record(UploadChunk, frame, "upload", tensors=(DATA,))
+        chunk = record_of(UploadChunk, frame, "upload", tensors=(DATA,))
         tensor = frame.tensors[DATA]
         if tensor.dtype != "uint8" or len(tensor.shape) != 1:
             raise InvalidRequest("a chunk must be a one-dimensional tensor `data` of dtype uint8")
@@ -125,11 +119,11 @@ class SwapMethods:
 
     async def swap(self, frame: Frame, caller: Caller) -> bytes:
         """Run a swap. It continues if its caller disconnects; a retry with the same swap id returns its outcome."""
-        asked = from_mapping(SwapAsked, _document(frame, "swap"))
+        asked = from_mapping(SwapAsked, document_of(frame, "swap"))
         try:
             request = swap_request(asked, caller.role, self._allowed)
         except ExpertMeshError:
-            await self._drop_uploads(change.get("upload") for change in asked.changes.values())
+            await self.drop_uploads(change.get("upload") for change in asked.changes.values())
             raise
         work = asyncio.ensure_future(self._carry_out(request))
         self._swaps.add(work)
@@ -140,46 +134,32 @@ class SwapMethods:
 
     async def progress(self, frame: Frame, caller: Caller) -> bytes:
         """The progress of a swap."""
-        asked = _record(ProgressAsked, frame, "swapprogress")
+        asked = record_of(ProgressAsked, frame, "swapprogress")
         check_swap_id(asked.swap_id)
         return encode_document("progress", await self._control.progress(asked.swap_id))
 
     async def history(self, frame: Frame, caller: Caller) -> bytes:
         """The retained versions of an id."""
-        asked = _record(HistoryAsked, frame, "history")
+        asked = record_of(HistoryAsked, frame, "history")
         check_id(asked.id)
         return encode_document("history", {"id": asked.id, "versions": await self._control.history(asked.id)})
 
     async def pin(self, frame: Frame, caller: Caller) -> bytes:
         """Lease the current epoch."""
-        asked = _record(PinAsked, frame, "pin")
+        asked = record_of(PinAsked, frame, "pin")
         lease_id, epoch, ttl = await self._call(self._leases.lease, asked.ttl, caller.id)
         lease = Lease(pin=lease_id, epoch=epoch.number, ttl=ttl, cluster=epoch.cluster)
         return encode_document("lease", asdict(lease))
 
     async def unpin(self, frame: Frame, caller: Caller) -> bytes:
         """End a lease; a lease that has already ended is not an error."""
-        asked = _record(UnpinAsked, frame, "unpin")
+        asked = record_of(UnpinAsked, frame, "unpin")
         return encode_document("unpinned", {"was_held": await self._call(self._leases.give_back, asked.pin)})
 
     async def leases(self, frame: Frame, caller: Caller) -> bytes:
         """All leases, so that an operator can end those that are in the way."""
-        _record(NothingAsked, frame, "leases")
+        record_of(NothingAsked, frame, "leases")
         return encode_document("leases", {"leases": await self._call(self._leases.documents)})
-
-    async def declared(self, frame: Frame, caller: Caller) -> bytes:
-        """The document of what the cluster declares."""
-        _record(NothingAsked, frame, "declared")
-        return encode_document("declared", await self._control.declared())
-
-    async def scale(self, frame: Frame, caller: Caller) -> bytes:
-        """Have the owner change numbers of replicas; a retry with the same change id returns its outcome."""
-        asked = from_mapping(ScaleAsked, _document(frame, "scale"))
-        asked.check()
-        check_swap_id(asked.change_id)
-        for id in asked.replicas:
-            check_id(id)
-        return encode_document("scale", await self._control.scale(ScaleRequest(**vars(asked))))
 
     async def _carry_out(self, request: SwapRequest) -> SwapResult:
         try:
@@ -187,13 +167,14 @@ class SwapMethods:
         except Unavailable:  # the client may retry with the same uploads
             raise
         except ExpertMeshError:
-            await self._drop_uploads(change.upload for change in request.changes.values())
+            await self.drop_uploads(change.upload for change in request.changes.values())
             raise
         # A commit has moved the uploads; those of a dry run remain.
-        await self._drop_uploads(change.upload for change in request.changes.values())
+        await self.drop_uploads(change.upload for change in request.changes.values())
         return result
 
-    async def _drop_uploads(self, uploads: Iterable[Any]) -> None:
+    async def drop_uploads(self, uploads: Iterable[Any]) -> None:
+        """Drop uploads by their ids, if they exist."""
         loop = asyncio.get_running_loop()
         for upload_id in uploads:
             if self._uploads is not None and is_upload_id(upload_id):
@@ -234,31 +215,16 @@ def swap_request(asked: SwapAsked, role: Role, allowed_factories: Collection[str
 def _change(id: str, asked: ChangeAsked, role: Role, allowed_factories: Collection[str]) -> Change:
     expert = None
     if asked.factory is not None:
-        if role < Role.ADMIN:
-            raise PermissionDenied(f"{id}: another factory needs the role admin, but this token has {role.label}")
-        if asked.factory not in allowed_factories:
-            raise PermissionDenied(
-                f"{id}: {asked.factory[:64]!r} is not in allowed_factories of the cluster: add it, then restart"
-            )
+        check_factory(id, asked.factory, role, allowed_factories)
         expert = Expert(asked.factory, args=tuple(asked.args), kwargs=asked.kwargs)
     return Change(upload=asked.upload, sha256=asked.sha256, version=asked.version, expert=expert)
 
 
-def _record(kind: type[T], frame: Frame, name: str, tensors: tuple[str, ...] = ()) -> T:
-    """Read the record in a frame's header. Raises InvalidRequest for a frame of another kind, or with other tensors."""
-    if frame.kind != name or frame.tensors.keys() != set(tensors):
-        expected = f"the tensors {', '.join(tensors)}" if tensors else "no tensors"
-        raise InvalidRequest(f"expected a frame of kind {name!r} with {expected}")
-    return from_mapping(kind, frame.meta)
-
-
-def _document(frame: Frame, kind: str) -> dict[str, Any]:
-    """Read the JSON document of a frame. Raises InvalidRequest or TooLarge."""
-    if frame.meta or frame.tensors.keys() != {NAME}:
-        raise InvalidRequest(f"a {kind} must be a JSON document in the tensor `{NAME}`, and nothing else")
-    if frame.tensors[NAME].nbytes > MAX_DOCUMENT_BYTES:
-        raise TooLarge(f"a {kind} document may have at most {MAX_DOCUMENT_BYTES} bytes: change fewer ids at a time")
-    try:
-        return decode_document(frame, kind)
-    except DataLoss as error:
-        raise InvalidRequest(error.message) from None
+def check_factory(id: str, factory: str, role: Role, allowed_factories: Collection[str]) -> None:
+    """Check that a caller may name a factory. Raises PermissionDenied."""
+    if role < Role.ADMIN:
+        raise PermissionDenied(f"{id}: another factory needs the role admin, but this token has {role.label}")
+    if factory not in allowed_factories:
+        raise PermissionDenied(
+            f"{id}: {factory[:64]!r} is not in allowed_factories of the cluster: add it, then restart"
+        )

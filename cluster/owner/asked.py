@@ -6,22 +6,24 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeAlias
 
 from ...experts.errors import ExpertMeshError
+from ..config.layer_changes import LayersRequest
 from ..control.messages import ScaleRequest
 from ..runtime.backend import Backend
 
 REMEMBERED = 1000
 """How many changes are remembered, so that one that is asked for again is not made again."""
 
+ChangeRequest: TypeAlias = ScaleRequest | LayersRequest
 log = logging.getLogger(__name__)
 
 
 class Asked:
     """The changes that were asked for. `carry_out` makes one; it may block, and is called in a thread of its own."""
 
-    def __init__(self, carry_out: Callable[[ScaleRequest], dict[str, Any]]) -> None:
+    def __init__(self, carry_out: Callable[[ChangeRequest], dict[str, Any]]) -> None:
         self._carry_out = carry_out
         self._outcomes: dict[str, Future[dict[str, Any]]] = {}
         self._answers: dict[int, Any] = {}
@@ -35,7 +37,7 @@ class Asked:
             if outcome.done():
                 self._answers[letter.number] = outcome.exception() or outcome.result()
 
-    def _outcome(self, request: ScaleRequest) -> Future[dict[str, Any]]:
+    def _outcome(self, request: ChangeRequest) -> Future[dict[str, Any]]:
         known = self._outcomes.get(request.change_id)
         if known is not None:
             return known
@@ -45,7 +47,7 @@ class Asked:
             del self._outcomes[next(iter(self._outcomes))]
         return begun
 
-    def _run(self, request: ScaleRequest, outcome: Future[dict[str, Any]]) -> None:
+    def _run(self, request: ChangeRequest, outcome: Future[dict[str, Any]]) -> None:
         try:
             outcome.set_result(self._carry_out(request))
         except ExpertMeshError as error:

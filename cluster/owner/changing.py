@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from ...experts.errors import ConfigError, ExpertMeshError, NotFound, Unavailable
+from ...experts.errors import ConfigError, DataLoss, ExpertMeshError, NotFound, Unavailable
 from ...experts.spec import Expert, check_expert
 from ...router.mixture.layer import Layer
 from ..config.layer_changes import LayersRequest, edited
 from ..config.preflight import check_layer
 from ..control.ports import ControllerState
+from ..machine.durable_files import hash_file
 from ..placement.capacity import unplaceable
 from ..placement.plan import PlannedReplica, groups_of
 from ..runtime.backend import Backend
@@ -42,11 +44,14 @@ class Changing:
         start: Callable[[PlannedReplica], None],
         *,
         code_elsewhere: bool = False,
+        factories: Collection[str] = (),
     ) -> None:
+        """`factories` is the code that a gate which comes as a file may run."""
         self._declared = declared
         self._backend = backend
         self._start = start
         self._code_elsewhere = code_elsewhere
+        self._factories = factories
 
     def replace(self, expert_id: str, expert: Expert, timeout: float, *, unverified: bool) -> tuple[str | None, str]:
         """Replace what one expert computes; returns its versions before and after. As `Cluster.replace`."""
@@ -77,8 +82,10 @@ class Changing:
         the controller was not reached any more.
         """
         deadline = time.monotonic() + request.timeout
+        for path, sha256 in request.files.items():
+            check_file(path, sha256)
         old, before = self._declared.layers, self._declared.topology
-        new = edited(old, request.layers)
+        new = edited(old, request.layers, self._factories)
         new |= {name: self._checked(new[name]) for name in request.layers if name in new}
         after = topology_of(new.values(), _still_there(before.scaled, new.values()))
         both = together(before, after)
@@ -248,7 +255,7 @@ class Asked:
             f"{name}/{expert}"
             for name, edit in self.request.layers.items()
             for expert, made in (*edit.experts.items(), *edit.shared.items())
-            if made.weights is not None
+            if made.weights in self.request.files
         }
         return frozenset(uploaded | self.request.adopts.keys())
 
@@ -277,3 +284,13 @@ def _still_there(scaled: Mapping[str, int], layers: Iterable[Layer]) -> dict[str
     """The numbers of replicas that were asked for, without those of groups that are no more."""
     groups = {group for layer in layers for group in groups_of(layer)}
     return {group: number for group, number in scaled.items() if group in groups}
+
+
+def check_file(path: Path, sha256: str) -> None:
+    """Check that an upload is there as it was announced. Raises DataLoss."""
+    try:
+        found = hash_file(path)[0]
+    except OSError:
+        found = "missing"
+    if found != sha256:
+        raise DataLoss(f"upload {path.name} is not complete, or was dropped: send it again")

@@ -85,8 +85,9 @@ class Cluster(LayerMethods):
         self._backend: Backend | None = None
         self._asked = Asked(self._carry_out)
         self._declared = Declaring(settings_document(config))
-        elsewhere = config.runtime_env is not None
-        self._changing = Changing(self._declared, self._running, self._start_replica, code_elsewhere=elsewhere)
+        elsewhere, allowed = config.runtime_env is not None, config.allowed_factories or ()
+        start = self._start_replica
+        self._changing = Changing(self._declared, self._running, start, code_elsewhere=elsewhere, factories=allowed)
         self._change = threading.RLock()
         self._load = FollowsLoad(self.scale)
         self._stopping = threading.Event()

@@ -52,6 +52,7 @@ METHODS: Mapping[str, Role] = MappingProxyType(
         "Leases": Role.OPERATOR,
         "Declared": Role.OPERATOR,
         "Scale": Role.OPERATOR,
+        "Change": Role.ADMIN,
     }
 )
 """The lowest role that may call each method; no role may call a method that is not listed.

@@ -25,14 +25,11 @@ MODES = ("double", "staged_cpu")
 """Where a staged version is kept until the commit: on the device beside the current one, or in main memory."""
 
 MAX_CHANGES = 4096
-MOST_REPLICAS = 1000
-"""The maximum number of replicas of an expert that can be asked for."""
-
 MAX_TIMEOUT = 3600.0
 DATA = "data"
 T = TypeVar("T")
 _UPLOAD_ID = re.compile(r"[0-9a-f]{32}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,27 +113,9 @@ class SwapAsked:
                 raise InvalidRequest(f"{id[:140]}: {error.message}") from None
             changes[id].check(id[:140])
         for id, digest in self.adopts.items():
-            if id not in changes or not _SHA256.fullmatch(digest):
+            if id not in changes or not SHA256.fullmatch(digest):
                 raise InvalidRequest(f"adopts: {id[:140]} must be changed, by a digest of 64 lower-case hex digits")
         return changes
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScaleAsked:
-    """A client's request for other numbers of replicas, by the id of an expert or pack."""
-
-    change_id: str
-    replicas: dict[str, int]
-    timeout: float = 120.0
-
-    def check(self) -> None:
-        """Check the numbers. Raises InvalidRequest."""
-        if not 1 <= len(self.replicas) <= MAX_CHANGES:
-            raise InvalidRequest(f"scale changes 1 to {MAX_CHANGES} ids, not {len(self.replicas)}")
-        if not 0 < self.timeout <= MAX_TIMEOUT:
-            raise InvalidRequest(f"timeout must be above 0 and at most {MAX_TIMEOUT:g} seconds, not {self.timeout:g}")
-        for id, number in self.replicas.items():
-            check_scale(id, number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,16 +234,8 @@ def check_upload(upload_id: str, sha256: str) -> None:
     """Check the id and the sha256 of an upload. Raises InvalidRequest."""
     if not is_upload_id(upload_id):
         raise InvalidRequest("an upload id must be 32 hex digits, such as uuid4().hex")
-    if not _SHA256.fullmatch(sha256):
+    if not SHA256.fullmatch(sha256):
         raise InvalidRequest("sha256 must be 64 lower-case hex digits")
-
-
-def check_scale(id: object, number: object) -> None:
-    """Check a number of replicas. Raises InvalidRequest that names its id."""
-    if not isinstance(id, str):
-        raise InvalidRequest(f"scale takes the ids of experts or packs, not {type(id).__name__}")
-    if type(number) is not int or not 1 <= number <= MOST_REPLICAS:
-        raise InvalidRequest(f"{id[:140]}: replicas must be a whole number from 1 to {MOST_REPLICAS}, not {number!r}")
 
 
 def _finite_or_text(value: float | None) -> float | str | None:

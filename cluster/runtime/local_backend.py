@@ -13,6 +13,7 @@ from ...experts.host import ExpertHost
 from ...experts.staging.stage import Receipt
 from ...router.fanout.replica_view import Replica
 from ...router.fanout.transport import LocalTransport, report_of
+from ..config.layer_changes import LayersRequest
 from ..control.controller import Controller, open_controller
 from ..control.messages import (
     Candidate,
@@ -165,7 +166,7 @@ class _ControlPort:
     def __init__(self, desk: OwnerDesk) -> None:
         self._desk = desk
 
-    async def scale(self, request: ScaleRequest) -> dict[str, Any]:
+    async def change(self, request: ScaleRequest | LayersRequest) -> dict[str, Any]:
         return await self._desk.ask(request)
 
     async def swap(self, request: SwapRequest) -> SwapResult:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...experts.errors import Unavailable
+from ..config.layer_changes import LayersRequest
 from ..control.messages import ScaleRequest
 from ..control.routers.mailbox import Letter, Mailbox
 
@@ -26,7 +27,7 @@ class OwnerDesk:
         self._heard = -math.inf
         self._fetched: set[str] = set()
 
-    async def ask(self, request: ScaleRequest) -> dict[str, Any]:
+    async def ask(self, request: ScaleRequest | LayersRequest) -> dict[str, Any]:
         """Have the owner carry out a change; returns what it says. The same change id again gives the same.
 
         Raises its error, and Unavailable where it does not fetch the change, or does not say in time what became of it.
@@ -34,7 +35,7 @@ class OwnerDesk:
         now = asyncio.get_running_loop().time()
         if now - self._heard > AWAY_SECONDS:
             raise _away()
-        answer = asyncio.ensure_future(self._box.ask("scale", request))
+        answer = asyncio.ensure_future(self._box.ask("change", request))
         try:
             await asyncio.wait([answer], timeout=AWAY_SECONDS)
             if not answer.done() and request.change_id not in self._fetched:

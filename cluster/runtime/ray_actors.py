@@ -30,6 +30,7 @@ from ...router.fanout.replica_view import Replica
 from ...router.fanout.transport import report_of
 from ..channel.refused import Refused
 from ..channel.settings import ChannelSettings, open_channel
+from ..config.layer_changes import LayersRequest
 from ..control.controller import Controller, open_controller
 from ..control.messages import Candidate, Desired, RouterReport, RouterUpdate, ScaleRequest, SwapRequest, SwapResult
 from ..control.opening import Opening
@@ -297,8 +298,8 @@ class ControllerActor:
         finally:  # later, because a refusal is not sent yet
             asyncio.get_running_loop().call_later(LET_GO_SECONDS, let_go)
 
-    async def scale(self, request: ScaleRequest) -> dict[str, Any]:
-        """Have the owner change numbers of replicas."""
+    async def change(self, request: ScaleRequest | LayersRequest) -> dict[str, Any]:
+        """Have the owner change numbers of replicas, or layers."""
         return await self._desk.ask(request)
 
     async def changes(self, answers: Mapping[int, Any]) -> tuple[Letter, ...]:

@@ -19,6 +19,7 @@ from ...experts.staging.stage import Receipt
 from ...experts.tensors import byte_view
 from ...experts.weights.files import load_tensors, torch_name
 from ...router.fanout.replica_view import Replica
+from ..config.layer_changes import LayersRequest
 from ..control.messages import (
     Candidate,
     Desired,
@@ -124,9 +125,9 @@ class RayControlPort:
         """Carry out a swap."""
         return await awaited(self._actor().swap.remote(request), request.timeout + SWAP_GRACE)
 
-    async def scale(self, request: ScaleRequest) -> dict[str, Any]:
+    async def change(self, request: ScaleRequest | LayersRequest) -> dict[str, Any]:
         """Have the owner change numbers of replicas."""
-        return await awaited(self._actor().scale.remote(request), request.timeout + SWAP_GRACE)
+        return await awaited(self._actor().change.remote(request), request.timeout + SWAP_GRACE)
 
     async def progress(self, swap_id: str) -> dict[str, Any]:
         """The progress of a swap."""

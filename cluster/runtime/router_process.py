@@ -37,6 +37,7 @@ from ..control.messages import Candidate, Desired, RouterReport, RouterUpdate
 from ..control.orders import Order, Orders
 from ..control.ports import ControlPort
 from ..gateway.authorise import TokenTable
+from ..gateway.changes import ChangeMethods
 from ..gateway.gateway import Gateway, GatewaySettings
 from ..gateway.swaps import SwapMethods
 from ..rpc.methods import Role
@@ -111,7 +112,8 @@ class RouterService:
             settings.allowed_factories,
             busy=lambda: self.router.admission.rows > 0,
         )
-        handlers = self.swaps.handlers()
+        drop, allowed = self.swaps.drop_uploads, settings.allowed_factories
+        handlers = {**self.swaps.handlers(), **ChangeMethods(control, uploads, drop, allowed).handlers()}
         self.gateway = Gateway(self.router, self._tokens, settings.gateway, self.status, handlers, run=self._thread.run)
         self._revision = 0
         self._held: dict[tuple[str, str], Gate | Layer] = {}

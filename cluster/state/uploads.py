@@ -68,6 +68,10 @@ class Uploads:
                     f"the upload cannot be written: {reason}; free disk space on the file system of state_dir"
                 ) from None
 
+    def path(self, upload_id: str) -> Path:
+        """The file of an upload, which may not be complete. Raises InvalidRequest."""
+        return self._store.upload_path(upload_id)
+
     def discard(self, upload_id: str) -> None:
         """Drop an upload, if it exists."""
         with self._lock:

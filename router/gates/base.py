@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Collection, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -14,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...experts.errors import ConfigError, DataLoss, InvalidRequest, SpecMismatch
+from ...experts.errors import ConfigError, DataLoss, InvalidRequest, PermissionDenied, SpecMismatch
 from ...experts.weights.files import load_tensors, save_tensors
 from .routing import Routing
 from .selection import checked_mask, checked_scores
@@ -92,11 +93,13 @@ class Gate(nn.Module):
         save_tensors(path, tensors, {"gate": self.name, "config": json.dumps(self.config(), sort_keys=True)})
 
     @classmethod
-    def load(cls: type[AnyGate], path: str | PathLike[str]) -> AnyGate:
+    def load(cls: type[AnyGate], path: str | PathLike[str], *, factories: Collection[str] | None = None) -> AnyGate:
         """Build the gate that `save` wrote. `Gate.load` accepts any kind, `TopK.load` only its own.
 
+        Code that a gate imports must be among `factories`, unless these are None: for a file that is trusted.
+
         Raises NotFound for a missing file, DataLoss for one that is damaged or whose tensors do not fit its
-        configuration, and SpecMismatch for one that holds no gate or another kind of gate.
+        configuration, SpecMismatch for one that holds no gate or another kind of gate, and PermissionDenied.
         """
         tensors, metadata = load_tensors(path)
         file = Path(path).name
@@ -110,12 +113,24 @@ class Gate(nn.Module):
             config = json.loads(metadata.get("config", ""))
         except ValueError as error:
             raise DataLoss(f"file {file!r}: the gate configuration in its metadata is not JSON ({error})") from error
-        gate = kind(**config)
+        if factories is not None and isinstance(config, dict):
+            for factory in kind.imports(config):
+                if factory not in factories:
+                    named = str(factory)[:64]
+                    raise PermissionDenied(f"file {file!r}: {named!r} is not in allowed_factories of the cluster")
         try:
+            gate = kind(**config)
             gate.load_state_dict(tensors, assign=True)
-        except RuntimeError as error:
+        except ConfigError:
+            raise
+        except (RuntimeError, TypeError, ValueError, OverflowError) as error:
             raise DataLoss(f"file {file!r}: its tensors do not fit its configuration ({error})") from error
         return gate
+
+    @classmethod
+    def imports(cls, config: Mapping[str, Any]) -> Iterable[object]:
+        """The import strings of the code that a gate of this configuration would run."""
+        return ()
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value!r}" for key, value in self.config().items())

@@ -82,5 +82,9 @@ class Custom(Gate):
             )
         return super().config() | {"scorer": self.factory}
 
+    @classmethod
+    def imports(cls, config: Mapping[str, Any]) -> list[object]:
+        return [config.get("scorer")]
+
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, k={self.k}, scorer={self.factory or type(self.scorer).__name__!r}"

@@ -41,9 +41,9 @@ ADAPTERS = (  # thin shells between two of the ten: gRPC, and the way to the rou
     "cluster/gateway/grpc_server.py", "cluster/runtime/router_thread.py",
 )  # fmt: skip
 HELPERS = (  # what the ten call, and what returns to them
-    "cluster/client/arrays.py", "cluster/client/balance.py", "cluster/client/channels.py",
+    "cluster/client/arrays.py", "cluster/client/routers/balance.py", "cluster/client/routers/channels.py",
     "cluster/client/half_precision.py", "cluster/client/methods.py", "cluster/client/reply.py",
-    "cluster/client/requests.py", "cluster/client/retry.py", "cluster/client/watch.py",
+    "cluster/client/requests.py", "cluster/client/retry.py", "cluster/client/routers/watch.py",
     "cluster/client/sending.py", "cluster/rpc/methods.py", "cluster/gateway/streams.py",
     "cluster/rpc/status.py", "cluster/rpc/swaps.py", "cluster/gateway/authorise.py", "cluster/gateway/frames.py",
     "cluster/machine/tokens.py",

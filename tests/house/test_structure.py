@@ -31,7 +31,7 @@ ORDER = (  # a folder, or a file beside the folders, imports only from its own a
 )  # fmt: skip
 FENCES = {  # who alone may import what
     "ray": tuple(f"cluster/runtime/ray_{name}.py" for name in ("actors", "attach", "backend", "ports")),
-    "grpc": ("cluster/gateway/grpc_server.py", "cluster/client/client.py", "cluster/client/channels.py"),
+    "grpc": ("cluster/gateway/grpc_server.py", "cluster/client/client.py", "cluster/client/routers/channels.py"),
     "msgpack": ("experts/wire.py",),
     "sqlite3": ("cluster/state/registry.py",),
     "safetensors": ("experts/weights/files.py",),

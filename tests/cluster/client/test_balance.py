@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertmesh.cluster.client.balance import (
+from expertmesh.cluster.client.routers.balance import (
     FIRST_CHECK_SECONDS,
     LONGEST_CHECK_SECONDS,
     SILENT_SECONDS,

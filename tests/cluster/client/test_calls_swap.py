@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from helpers.answers import answered
 
-from expertmesh.cluster.client.balance import Balance, Target
 from expertmesh.cluster.client.calls import Calls
 from expertmesh.cluster.client.retry import (
     Answer,
@@ -28,6 +27,7 @@ from expertmesh.cluster.client.retry import (
     Work,
     drive,
 )
+from expertmesh.cluster.client.routers.balance import Balance, Target
 from expertmesh.cluster.client.sending import SeenEpoch
 from expertmesh.cluster.client.upload import STALLS
 from expertmesh.cluster.rpc.documents import decode_document, encode_document

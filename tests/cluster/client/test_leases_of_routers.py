@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from helpers.answers import answered
 
-from expertmesh.cluster.client.balance import Balance, Target
 from expertmesh.cluster.client.calls import Calls
 from expertmesh.cluster.client.retry import Answer, Attempt, Flow, Pause, Retries, RetryBudget, RetryPolicy, Step, drive
+from expertmesh.cluster.client.routers.balance import Balance, Target
 from expertmesh.cluster.rpc.documents import encode_document
 from expertmesh.cluster.rpc.swaps import Lease
 from expertmesh.experts import wire

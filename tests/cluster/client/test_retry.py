@@ -10,8 +10,8 @@ from helpers.answers import answered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertmesh.cluster.client.balance import Balance, Target
 from expertmesh.cluster.client.retry import Answer, Attempt, Pause, Retries, RetryBudget, RetryPolicy, Step, drive
+from expertmesh.cluster.client.routers.balance import Balance, Target
 from expertmesh.experts.errors import BY_NAME, DeadlineExceeded, ExpertMeshError, RouterUnavailable, Unavailable
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from expertmesh.cluster.client.balance import SILENT_SECONDS, WATCHED_SECONDS, Balance, Route, Target
 from expertmesh.cluster.client.retry import Answer, Attempt, Beside, Cut, Pause, Step, Work, drive
-from expertmesh.cluster.client.watch import LOOK_SECONDS, LOOK_UP_SECONDS, Watch
+from expertmesh.cluster.client.routers.balance import SILENT_SECONDS, WATCHED_SECONDS, Balance, Route, Target
+from expertmesh.cluster.client.routers.watch import LOOK_SECONDS, LOOK_UP_SECONDS, Watch
 from expertmesh.experts.errors import DeadlineExceeded, RouterUnavailable
 
 A, B, C = (Target(address=f"{name}:1", connect_to=f"{name}:1") for name in "abc")

@@ -254,10 +254,11 @@ PAYLOADS = {
     "Leases": wire.encode("leases", {}),
     "Declared": wire.encode("declared", {}),
     "Scale": encode_document("scale", {"change_id": "c", "replicas": {"trig/none": 2}}),
+    "Change": encode_document("change", {"change_id": "d", "layers": {"none": {"kind": "remove"}}}),
     "Unpin": wire.encode("unpin", {"pin": "none"}),
 }
 TESTED_ELSEWHERE = ("Call", "CallStream", "Status", "Drain")
-ANSWERED = {"Swap": "NOT_FOUND", "Scale": "NOT_FOUND", "SwapProgress": "NOT_FOUND"}
+ANSWERED = {"Swap": "NOT_FOUND", "Scale": "NOT_FOUND", "Change": "NOT_FOUND", "SwapProgress": "NOT_FOUND"}
 
 
 def path(method: str) -> str:

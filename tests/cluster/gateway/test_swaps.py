@@ -14,7 +14,8 @@ from helpers.waiting import run_async
 
 from expertmesh.cluster.control.messages import SwapRequest, SwapResult
 from expertmesh.cluster.gateway.authorise import Caller
-from expertmesh.cluster.gateway.swaps import MAX_DOCUMENT_BYTES, SwapMethods, swap_request
+from expertmesh.cluster.gateway.records import MAX_DOCUMENT_BYTES
+from expertmesh.cluster.gateway.swaps import SwapMethods, swap_request
 from expertmesh.cluster.rpc.documents import decode_document, encode_document
 from expertmesh.cluster.rpc.methods import Role
 from expertmesh.cluster.rpc.swaps import MAX_CHANGES, SwapAsked

@@ -26,7 +26,7 @@ OUTCOMES = {  # the table: who may call what
     "expired": {},
     "reader": dict.fromkeys(READERS_METHODS, Role.READER),
     "operator": dict.fromkeys(OPERATORS_METHODS, Role.OPERATOR),
-    "admin": dict.fromkeys(OPERATORS_METHODS, Role.ADMIN),
+    "admin": dict.fromkeys((*OPERATORS_METHODS, "Change"), Role.ADMIN),
 }
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..retry import Attempt, Beside, Cut, Flow, Pause, Work
 from .balance import Balance, Target
-from .retry import Attempt, Beside, Cut, Flow, Pause, Work
 
 LOOK_SECONDS = 0.25
 CHECK_SECONDS = 2.0

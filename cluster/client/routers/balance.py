@@ -13,8 +13,8 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ...experts.errors import DeadlineExceeded, ExpertMeshError, Overloaded, RouterUnavailable
-from ...experts.wire import Buffer, Frame
+from ....experts.errors import DeadlineExceeded, ExpertMeshError, Overloaded, RouterUnavailable
+from ....experts.wire import Buffer, Frame
 
 SILENT_SECONDS = 1.0
 """How long a router with calls in flight may answer none of them before it is checked."""

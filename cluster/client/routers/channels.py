@@ -10,11 +10,11 @@ from typing import Any
 
 import grpc
 
-from ...experts.errors import ExpertMeshError, FailedPrecondition
-from ...experts.wire import Buffer
-from ..rpc.channel_options import client_options
-from ..rpc.status import from_status
-from ..rpc.streams import ADMITTED, Streamed, StreamedAnswer
+from ....experts.errors import ExpertMeshError, FailedPrecondition
+from ....experts.wire import Buffer
+from ...rpc.channel_options import client_options
+from ...rpc.status import from_status
+from ...rpc.streams import ADMITTED, Streamed, StreamedAnswer
 from .balance import Target
 
 CUT_OFF = ("Socket closed", "Connection reset", "GOAWAY")

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...experts.errors import FailedPrecondition, InvalidRequest, NotFound, Unauthenticated
-from ..machine.ports import is_address, is_loopback, with_port
-from ..machine.run_files import RunFile, find, find_endpoint
-from ..machine.tokens import read_tokens
-from ..machine.unix_socket import own_address
-from ..rpc.methods import Role
+from ....experts.errors import FailedPrecondition, InvalidRequest, NotFound, Unauthenticated
+from ...machine.ports import is_address, is_loopback, with_port
+from ...machine.run_files import RunFile, find, find_endpoint
+from ...machine.tokens import read_tokens
+from ...machine.unix_socket import own_address
+from ...rpc.methods import Role
 from .balance import Target
 
 TOKEN_VARIABLE = "EXPERTMESH_TOKEN"

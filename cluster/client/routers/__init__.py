@@ -1,0 +1,1 @@
+"""Which router a call goes to, and the connections to them."""
