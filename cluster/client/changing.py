@@ -165,13 +165,15 @@ class Changing(Sending):
         allow_unverified: bool = False,
         progress: Progress | None = None,
         adopts: Mapping[str, str] | None = None,
+        versions: Mapping[str, str] | None = None,
     ) -> Flow[dict[str, Any]]:
         """Change layers, by name, in one epoch: all of them or none.
 
         Each is a map of: "kind" ("add", "remove", or "change", the default), "experts" and "shared" that come, as in
         `add_layer`, the names to "remove", the "order" of all routed experts afterwards, the "gate", "settings", and
         rules of "autoscale" by expert or pack, None to have none. `adopts` are the digests of the declarations that are
-        carried out, by id, as in `declared()`. Returns and raises as `add_expert`.
+        carried out, by id, as in `declared()`. `versions` are those of experts and gates that come back, by id, as far
+        as they are kept: a gate among them needs no file. Returns and raises as `add_expert`.
         """
         if not isinstance(layers, Mapping) or not layers or not all(isinstance(v, Mapping) for v in layers.values()):
             raise InvalidRequest('say what to change, as in change_layers({"news": {"remove": ["e3"], "gate": gate}})')
@@ -184,6 +186,7 @@ class Changing(Sending):
                 change_id=uuid.uuid4().hex if change_id is None else change_id,
                 layers=named,
                 adopts=dict(adopts or {}),
+                versions=dict(versions or {}),
                 timeout=check_timeout(timeout),
                 allow_unverified=allow_unverified,
             )

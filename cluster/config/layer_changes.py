@@ -49,14 +49,16 @@ class LayersRequest:
     """Edits of layers, by name, that become one epoch: all of them or none, within `timeout` seconds.
 
     `adopts` are the digests of the declarations that they carry out, by id. `files` are the sha256 of the uploaded
-    files among what they name. `allow_unverified` accepts experts that cannot be tried, because no rows were declared
-    or served.
+    files among what they name. `versions` are those that experts and gates that come had before, by id, in place of
+    what is declared; such a gate is in no edit. `allow_unverified` accepts experts that cannot be tried, because no
+    rows were declared or served.
     """
 
     change_id: str
     layers: Mapping[str, LayerEdit]
     adopts: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[Path, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
     timeout: float = 120.0
     allow_unverified: bool = False
 
@@ -104,15 +106,23 @@ def _changed(layer: Layer, edit: LayerEdit, new_gate: Gate | None) -> Layer:
             raise InvalidRequest(f"layer {layer.name} has an expert {name!r} already: swap it, or choose another name")
     experts = {name: expert for name, expert in layer.experts.items() if name not in edit.remove}
     shared = {name: expert for name, expert in layer.shared.items() if name not in edit.remove}
-    experts = _ordered(layer.name, {**experts, **edit.experts}, edit.order)
+    comes = {name: _beside(expert, known) for name, expert in edit.experts.items()}
+    comes_shared = {name: _beside(expert, known) for name, expert in edit.shared.items()}
+    experts = _ordered(layer.name, {**experts, **comes}, edit.order)
     gate = layer.gate if new_gate is None else new_gate
     if new_gate is None and gate.num_experts != len(experts):
         raise InvalidRequest(
             f"layer {layer.name}: its gate picks among {gate.num_experts} experts, and there will be {len(experts)}: "
             "give its new gate with the change"
         )
-    changed = replace(layer, gate=gate, experts=experts, shared={**shared, **edit.shared}, **edit.settings)
+    changed = replace(layer, gate=gate, experts=experts, shared={**shared, **comes_shared}, **edit.settings)
     return changed.with_experts(_scaled(changed, edit.autoscale))
+
+
+def _beside(expert: Expert, known: Mapping[str, Expert]) -> Expert:
+    """An expert as it runs beside the others of its pack, of which there are as many as there are."""
+    mates = [mate for mate in known.values() if expert.pack and mate.pack == expert.pack]
+    return replace(expert, replicas=mates[0].replicas, autoscale=mates[0].autoscale) if mates else expert
 
 
 def _ordered(layer: str, experts: Mapping[str, Expert], order: tuple[str, ...]) -> dict[str, Expert]:

@@ -32,7 +32,9 @@ class Desired:
     replicas by group that were asked for in place of those declared; they are kept for the next start.
 
     The `resumed` ids are declared by what the registry says of them. The `removed` ids were taken away by name, and are
-    in no epoch from now on; of a layer that is in `removed`, a restart must be told to have it back.
+    in no epoch from now on; of a layer that is in `removed`, a restart must be told to have it back. `versions` are
+    those that some ids had before and come back with, and `adopts` digests that are written down as what they are
+    declared.
     """
 
     revision: int = 0
@@ -52,6 +54,7 @@ class Desired:
     resumed: frozenset[str] = frozenset()
     removed: frozenset[str] = frozenset()
     adopts: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "declaration", self.declaration or self.revision)

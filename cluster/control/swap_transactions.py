@@ -134,8 +134,9 @@ class SwapTransactions:
             if self.builder.declared[id].gate is not None:
                 self.builder.check_fits(id, version)
             log.warning("%s: %s was swapped in and serves on, though the declaration was edited", id, version)
+        back = {id: Change(version=version) for id, version in desired.versions.items()}
         changes = {
-            id: Change(declared=True)
+            id: back.get(id, Change(declared=True))
             for id in self.builder.digests
             if id not in current or id in desired.renewed or (id in differs and id not in self.kept)
         }

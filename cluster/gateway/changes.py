@@ -20,7 +20,7 @@ from ..control.ports import ControlPort
 from ..rpc.changes import LayerAsked, LayersAsked, ScaleAsked, UploadAsked, read_expert, read_upload
 from ..rpc.documents import encode_document
 from ..rpc.swaps import NothingAsked
-from ..state.records import check_id, check_swap_id
+from ..state.records import check_id, check_swap_id, check_version
 from ..state.uploads import Uploads
 from .authorise import Caller
 from .records import document_of, record_of
@@ -81,11 +81,14 @@ class ChangeMethods:
         check_swap_id(asked.change_id)
         for id in asked.adopts:
             check_id(id)
+        for id, version in asked.versions.items():
+            check_version(id, version)
         edits = {name: self._edit(name, layer, files, caller) for name, layer in layers.items()}
         return LayersRequest(
             change_id=asked.change_id,
             layers=edits,
             adopts=asked.adopts,
+            versions=asked.versions,
             files={self._store(files).path(upload): sha256 for upload, sha256 in files.items()},
             timeout=float(asked.timeout),
             allow_unverified=asked.allow_unverified,

@@ -11,16 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...experts.errors import ConfigError, DataLoss, ExpertMeshError, NotFound, Unavailable
+from ...experts.errors import ConfigError, DataLoss, ExpertMeshError, FailedPrecondition, NotFound, Unavailable
+from ...experts.names import GATE
 from ...experts.spec import Expert, check_expert
+from ...router.gates import Gate
 from ...router.mixture.layer import Layer
-from ..config.layer_changes import LayersRequest, edited
+from ..config.layer_changes import LayerEdit, LayersRequest, edited
 from ..config.preflight import check_layer
 from ..control.ports import ControllerState
 from ..machine.durable_files import hash_file
 from ..placement.capacity import unplaceable
 from ..placement.plan import PlannedReplica, groups_of
 from ..runtime.backend import Backend
+from ..state.version_folders import VersionStore
 from .declaring import Declaring
 from .topology import UNDO_SECONDS, Scaling, Topology, by_group, together, topology_of, wait_for
 
@@ -42,11 +45,13 @@ class Changing:
         declared: Declaring,
         backend: Callable[[], Backend],
         start: Callable[[PlannedReplica], None],
+        state_dir: Callable[[], Path],
         *,
         code_elsewhere: bool = False,
         factories: Collection[str] = (),
     ) -> None:
         """`factories` is the code that a gate which comes as a file may run."""
+        self._state_dir = state_dir
         self._declared = declared
         self._backend = backend
         self._start = start
@@ -84,6 +89,7 @@ class Changing:
         deadline = time.monotonic() + request.timeout
         for path, sha256 in request.files.items():
             check_file(path, sha256)
+        request = replace(request, layers=self._with_gates(request))
         old, before = self._declared.layers, self._declared.topology
         new = edited(old, request.layers, self._factories)
         new |= {name: self._checked(new[name]) for name in request.layers if name in new}
@@ -118,6 +124,19 @@ class Changing:
             "layers": {name: {"before": _names(old, name), "after": _names(new, name)} for name in request.layers},
             "versions": {id: versions[id] for id in sorted(asked.named & versions.keys())},
         }
+
+    def _with_gates(self, request: LayersRequest) -> dict[str, LayerEdit]:
+        """The edits of a request, with the file of each gate that comes back."""
+        edits = dict(request.layers)
+        for name, edit in request.layers.items():
+            gate_id = f"{name}/{GATE}"
+            if gate_id in request.versions:
+                version = request.versions[gate_id]
+                path = VersionStore(self._state_dir()).weights(gate_id, version)
+                if path is None:
+                    raise FailedPrecondition(f"{gate_id} {version} was a live object, which no file can bring back")
+                edits[name] = replace(edit, gate=Gate.load(path))
+        return edits
 
     def scale(self, asked: Mapping[str, int], timeout: float) -> dict[str, dict[str, int]]:
         """Give experts or packs other numbers of replicas; returns those before and after. As `Cluster.scale`."""
@@ -207,6 +226,7 @@ class Changing:
             unverified=asked.request.allow_unverified,
             removed=asked.removed,
             adopts=asked.request.adopts,
+            versions=asked.request.versions,
         )
 
     def _tell(self, layers: Mapping[str, Layer]) -> None:
@@ -257,7 +277,7 @@ class Asked:
             for expert, made in (*edit.experts.items(), *edit.shared.items())
             if made.weights in self.request.files
         }
-        return frozenset(uploaded | self.request.adopts.keys())
+        return frozenset(uploaded | self.request.adopts.keys() | self.request.versions.keys())
 
 
 def _committed(state: ControllerState, before: Mapping[str, str], asked: Asked) -> bool:

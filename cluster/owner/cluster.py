@@ -86,8 +86,8 @@ class Cluster(LayerMethods):
         self._asked = Asked(self._carry_out)
         self._declared = Declaring(settings_document(config))
         elsewhere, allowed = config.runtime_env is not None, config.allowed_factories or ()
-        start = self._start_replica
-        self._changing = Changing(self._declared, self._running, start, code_elsewhere=elsewhere, factories=allowed)
+        how = self._running, self._start_replica, self._state_dir
+        self._changing = Changing(self._declared, *how, code_elsewhere=elsewhere, factories=allowed)
         self._change = threading.RLock()
         self._load = FollowsLoad(self.scale)
         self._stopping = threading.Event()

@@ -33,6 +33,7 @@ class Declaring:
         unverified: bool = True,
         removed: frozenset[str] = frozenset(),
         adopts: Mapping[str, str] = MappingProxyType({}),
+        versions: Mapping[str, str] = MappingProxyType({}),
     ) -> dict[str, str]:
         """Declare these layers, run by the present topology; returns the versions that then serve."""
         self.layers = layers
@@ -47,6 +48,7 @@ class Declaring:
             unverified=unverified,
             removed=removed,
             adopts=adopts,
+            versions=versions,
             resumed=self._desired.resumed - redeclare,
             routers=backend.routers(),
         )

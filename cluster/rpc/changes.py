@@ -87,8 +87,8 @@ class LayerAsked:
         says = any((self.experts, self.shared, self.remove, self.order, self.gate, self.settings, self.autoscale))
         if says == (self.kind == "remove"):
             raise InvalidRequest("a layer that is removed takes nothing else" if says else "say what is to change")
-        if self.kind == "add" and (not self.experts or self.gate is None):
-            raise InvalidRequest("a layer that is added needs experts and a gate")
+        if self.kind == "add" and not self.experts:
+            raise InvalidRequest("a layer that is added needs experts")
         comes = [*self.experts, *self.shared]
         for name in (*comes, *self.remove, *self.order):
             check_part(name)
@@ -100,11 +100,15 @@ class LayerAsked:
 
 @dataclass(frozen=True, kw_only=True)
 class LayersAsked:
-    """A client's request for a change of layers, by name, each a map of `LayerAsked`: all of them or none."""
+    """A client's request for a change of layers, by name, each a map of `LayerAsked`: all of them or none.
+
+    `adopts` and `versions` are as in `LayersRequest`.
+    """
 
     change_id: str
     layers: dict[str, dict[str, Any]]
     adopts: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
     timeout: float = 120.0
     allow_unverified: bool = False
 
@@ -121,9 +125,11 @@ class LayersAsked:
                 raise InvalidRequest(f"layer {name}: {error.message}") from None
         experts = sum(len(layer.experts) + len(layer.shared) for layer in found.values())
         check_bounds("a change", "experts", range(experts + 1), self.timeout)
-        for id, digest in self.adopts.items():
-            if id.partition("/")[0] not in found or not SHA256.fullmatch(digest):
-                raise InvalidRequest(f"adopts: {id[:140]} must be in a layer of the change, with a sha256")
+        for id in (*self.adopts, *self.versions):
+            if id.partition("/")[0] not in found:
+                raise InvalidRequest(f"{id[:140]} is in no layer of the change")
+        if wrong := [id for id, digest in self.adopts.items() if not SHA256.fullmatch(digest)]:
+            raise InvalidRequest(f"adopts: {wrong[0][:140]} must have a digest of 64 lower-case hex digits")
         return found
 
 

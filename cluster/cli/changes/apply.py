@@ -46,9 +46,9 @@ def apply(
 
     First the plan is printed: what is added comes before what uses it, and what is removed after its last use. What
     only a restart can change is said. What was swapped in by `expertmesh swap` serves on, as long as its declaration is
-    the same. A plan of which the cluster cannot make every step is not begun: so far it swaps and scales, and what
-    else is in a plan needs a restart. After a stop in the middle, the same command makes the steps that are left;
-    --undo takes back those that were made, as far as `retain_epochs` keeps the versions before them.
+    the same. A plan of which the cluster cannot make every step is not begun. After a stop in the middle, the same
+    command makes the steps that are left; --undo takes back those that were made, as far as `retain_epochs` keeps the
+    versions before them. Code that is new to the cluster must be in its `allowed_factories`.
 
     \b
     Examples:
@@ -82,6 +82,7 @@ def apply(
             client=client,
             gates=gates,
             versions=begun.versions if undo and begun else None,
+            factories=runs["settings"].get("allowed_factories") or (),
             allow_unverified=allow_unverified,
         )
         course.check_possible(left)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ....experts.errors import FailedPrecondition
+from ....experts.names import GATE
 from ....router.gates import Gate
 from ...client.client import Client
 from ...placement.change_plan import Change, Step
+from .edits import LAYER_STEPS, coming, edit_of, has_gate, has_policies, layer_of
 
 SWAP_SECONDS = 300.0
 SCALE_SECONDS = 300.0
@@ -21,29 +23,44 @@ SCALE_SECONDS = 300.0
 class Course:
     """What the steps of a plan need: the client, the gates of the file by id, and what is allowed.
 
-    On the way back, `versions` are those that served before the plan was begun, by id.
+    On the way back, `versions` are those that served before the plan was begun, by id. `factories` are those that the
+    cluster allows.
     """
 
     client: Client
     gates: Mapping[str, Gate] = field(default_factory=dict)
     versions: Mapping[str, str] | None = None
+    factories: Collection[str] = ()
     allow_unverified: bool = False
 
     def check_possible(self, steps: Sequence[Step]) -> None:
         """Raise FailedPrecondition where a running cluster cannot make all of these steps."""
-        lacking = [reason for step in steps for reason in (*_obstacles(step), *self._lost(step))]
+        lacking = [why for step in steps for why in (*_obstacles(step), *self._lost(step), *self._forbidden(step))]
         if lacking:
             what = f"a running cluster cannot {', '.join(lacking)} yet"
             raise FailedPrecondition(f"nothing was changed: {what}; restart it with the file instead")
 
     def _lost(self, step: Step) -> Iterator[str]:
         """The versions to go back to that are kept no more."""
-        if self.versions is None or step.kind != "swap":
+        if self.versions is None:
             return
-        for change in step.changes:
+        for change in step.changes if step.kind == "swap" else coming(step):
             version = self.versions.get(change.key)
             if version not in [item.get("version") for item in self.client.history(change.key)]:
-                yield f"swap {change.key} back to {version}, which it keeps no more (retain_epochs),"
+                yield f"{step.kind} {change.key} back to {version}, which it keeps no more (retain_epochs),"
+
+    def _forbidden(self, step: Step) -> Iterator[str]:
+        """The code that the cluster does not let a client name."""
+        for change in step.changes if step.kind == "swap" else coming(step):
+            if change.section != "experts" or (step.kind == "swap" and self._by_tensors(change)):
+                continue
+            if change.after["factory"] not in self.factories:
+                named = f"{change.after['factory']!r}, which is not in its allowed_factories,"
+                yield f"{step.kind} {change.key} with {named}"
+
+    def _by_tensors(self, change: Change) -> bool:
+        """Whether a swap names no code: it goes back to a version, or brings weights for what serves."""
+        return self.versions is not None or bool(_only_weights(change))
 
     def make(self, steps: Sequence[Step], progress: Callable[[str], object]) -> None:
         """Make steps one after another; `progress` is told of each that was made."""
@@ -72,22 +89,35 @@ def _replacement(course: Course, change: Change, folder: Path) -> dict[str, Any]
         path = folder / f"{change.key.replace('/', '~')}.safetensors"
         course.gates[change.key].save(path)
         return {"weights": path}
-    before, after = change.before, change.after
+    after = change.after
     weights = {} if after["weights"] is None else {"weights": after["weights"]}
-    if weights and all(before[key] == after[key] for key in ("factory", "args", "kwargs")):
+    if _only_weights(change):
         return weights
     return {"factory": after["factory"], "args": after["args"], "kwargs": after["kwargs"], **weights}
 
 
+def _only_weights(change: Change) -> bool:
+    """Whether an expert is to have other weights, and the same code."""
+    before, after = change.before, change.after
+    same = all(before[key] == after[key] for key in ("factory", "args", "kwargs"))
+    return same and after["weights"] is not None
+
+
 def _obstacles(step: Step) -> Iterator[str]:
     """What of a step a running cluster cannot make."""
-    if step.kind not in CALLS:
+    if step.kind not in CALLS or (step.kind == "set" and not has_policies(step)):
         yield f"{step.kind} {step.subject}"
     for change in step.changes if step.kind == "swap" else ():
         if change.section == "gates" and _form(change.before) != _form(change.after):
             yield f"swap {change.key} for a gate of another kind or with other arguments"
         elif change.section == "experts" and change.before["framework"] != change.after["framework"]:
             yield f"swap {change.key} for one with rows of another framework"
+    for change in coming(step):
+        if change.section == "experts" and change.after["live"]:
+            yield f"{step.kind} {change.key}, which is a live object,"
+    for change in step.changes:
+        if change.section == "places" and change.after and change.after["runtime_env"] and step.kind in LAYER_STEPS:
+            yield f"{step.kind} {change.key}, which has a runtime_env of its own,"
 
 
 def _form(gate: Mapping[str, Any]) -> tuple[object, ...]:
@@ -101,5 +131,23 @@ def _scale(course: Course, step: Step) -> None:
     course.client.scale({change.key: change.after for change in step.changes}, timeout=SCALE_SECONDS)
 
 
-CALLS: Mapping[str, Callable[[Course, Step], object]] = {"swap": _swap, "scale": _scale}
+def _change_layer(course: Course, step: Step) -> None:
+    """Add or remove experts or a layer, or change a layer's policies, in one epoch."""
+    layer, edit, comes = layer_of(step), edit_of(step), list(coming(step))
+    options: dict[str, Any] = {"timeout": SCALE_SECONDS, "allow_unverified": course.allow_unverified}
+    options["adopts"] = {change.key: change.after["digest"] for change in comes}
+    if course.versions is not None:
+        options["versions"] = {change.key: course.versions[change.key] for change in comes}
+        for group in ("experts", "shared"):
+            edit |= {group: {name: {**made, "weights": None} for name, made in edit.get(group, {}).items()}}
+    elif has_gate(step):
+        edit["gate"] = course.gates[f"{layer}/{GATE}"]
+    course.client.change_layers({layer: edit}, **options)
+
+
+CALLS: Mapping[str, Callable[[Course, Step], object]] = {
+    "swap": _swap,
+    "scale": _scale,
+    **dict.fromkeys(LAYER_STEPS, _change_layer),
+}
 """The call that makes a step, by its kind."""

@@ -24,6 +24,7 @@ name: applied
 port: 0
 metrics_port: null
 transport: local
+allowed_factories: ["numpy:cosh", "numpy:tan", "numpy:tanh"]
 layers:
   waves:
     gate: {type: fixed, weights: [0.5, 0.5]}
@@ -88,7 +89,7 @@ def test_a_plan_is_a_table_for_people_and_json_for_machines(mesh: Path) -> None:
 
 
 def test_a_look_changes_nothing(mesh: Path) -> None:
-    other = written(mesh.with_name("other.yaml"), OTHER)
+    other = written(mesh.with_name("other.yaml"), OTHER.replace("numpy:tan", "numpy:arctan"))
     with Client(name="applied") as client:
         before = client.declared(), client.status()["epoch"]
         assert run(other, "--dry-run").exit_code == 0
@@ -103,7 +104,7 @@ def test_a_wrong_file_changes_nothing_and_is_told_with_its_line(mesh: Path) -> N
     result = run(wrong)
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert f"{wrong}:11: " in result.stderr
+    assert f"{wrong}:12: " in result.stderr
 
 
 @dataclass

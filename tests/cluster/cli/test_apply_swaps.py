@@ -151,16 +151,16 @@ def test_a_refused_swap_changes_nothing_and_is_made_once_the_file_is_right(runni
 
 def test_what_cannot_be_done_is_said_and_nothing_else_is_done(running: Running) -> None:
     sizes = OTHER.replace("k: 2", "k: 1")
-    policy = OTHER.replace("  waves:", "  waves:\n    on_missing: renormalize")
+    live = MESH.replace("port: 0", "port: 0\nretain_epochs: 5")
     with running.start(MESH):
         before = running.answers()
-        for text, said in ((sizes, "swap linear/gate for a gate of another kind or with other arguments"),
-                           (policy, "set waves")):  # fmt: skip
-            refused = running.apply(text)
-            assert refused.exit_code == 1
-            assert f"nothing was changed: a running cluster cannot {said} yet" in refused.stderr
+        refused = running.apply(sizes)
+        assert refused.exit_code == 1
+        said = "swap linear/gate for a gate of another kind or with other arguments"
+        assert f"nothing was changed: a running cluster cannot {said} yet" in refused.stderr
+        assert "what needs a restart is not changed" in running.apply(live).output
         not_allowed = running.apply(MESH.replace('{factory: "numpy:cos"}', '{factory: "numpy:tanh"}'))
-        assert "'numpy:tanh' is not in allowed_factories" in not_allowed.stderr
+        assert "waves/cos with 'numpy:tanh', which is not in its allowed_factories" in not_allowed.stderr
         assert running.answers()[2] == before[2]
 
 

@@ -14,6 +14,7 @@ from helpers.waiting import run_async
 
 from expertmesh.cluster.control.messages import SwapRequest, SwapResult
 from expertmesh.cluster.gateway.authorise import Caller
+from expertmesh.cluster.gateway.changes import ChangeMethods
 from expertmesh.cluster.gateway.records import MAX_DOCUMENT_BYTES
 from expertmesh.cluster.gateway.swaps import SwapMethods, swap_request
 from expertmesh.cluster.rpc.documents import decode_document, encode_document
@@ -99,8 +100,11 @@ class World:
             busy=lambda: self.serving,
         )
 
+        self.changes = ChangeMethods(self.control, None, self.methods.drop_uploads)  # type: ignore[arg-type]
+
     async def ask(self, method: str, frame: bytes, role: Role = Role.OPERATOR) -> dict[str, Any]:
-        answer = wire.decode(await self.methods.handlers()[method](wire.decode(frame), Caller(role)))
+        handlers = {**self.methods.handlers(), **self.changes.handlers()}
+        answer = wire.decode(await handlers[method](wire.decode(frame), Caller(role)))
         return decode_document(answer, answer.kind)
 
     async def swap(self, role: Role = Role.OPERATOR, **changes: Any) -> dict[str, Any]:
