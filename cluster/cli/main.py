@@ -18,6 +18,8 @@ _COMMANDS: Mapping[str, tuple[str, str]] = {
     "status": ("Show layers, experts, versions and replicas of a running cluster.", "cluster"),
     "swap": ("Replace the weights of experts and gates under traffic.", "cluster"),
     "apply": ("Change a running cluster to what a YAML file declares; --dry-run prints the plan.", "cluster"),
+    "add": ("Add an expert or layer of a YAML file to a running cluster, under traffic.", "cluster"),
+    "remove": ("Remove an expert or layer of a running cluster, under traffic.", "cluster"),
     "scale": ("Give experts other numbers of replicas under traffic.", "cluster"),
     "rollback": ("Restore earlier versions of experts and gates.", "cluster"),
     "history": ("List the stored versions of an expert or gate.", "cluster"),
@@ -26,7 +28,14 @@ _COMMANDS: Mapping[str, tuple[str, str]] = {
     "repair": ("Rebuild the damaged registry of a stopped cluster.", "cluster"),
     "doctor": ("Check whether this machine can run a cluster.", "cluster"),
 }
-_MODULES = {"apply": "changes.apply", "scale": "changes.scale", "history": "versions", "rollback": "versions"}
+_MODULES = {
+    "add": "changes.layers",
+    "remove": "changes.layers",
+    "apply": "changes.apply",
+    "scale": "changes.scale",
+    "history": "versions",
+    "rollback": "versions",
+}
 """The module of a command, where it has another name."""
 
 

@@ -62,11 +62,13 @@ class Course:
         """Whether a swap names no code: it goes back to a version, or brings weights for what serves."""
         return self.versions is not None or bool(_only_weights(change))
 
-    def make(self, steps: Sequence[Step], progress: Callable[[str], object]) -> None:
-        """Make steps one after another; `progress` is told of each that was made."""
+    def make(self, steps: Sequence[Step], progress: Callable[[str], object]) -> list[Any]:
+        """Make steps one after another; `progress` is told of each that was made. Returns what became of each."""
+        outcomes = []
         for number, step in enumerate(steps, start=1):
-            CALLS[step.kind](self, step)
+            outcomes.append(CALLS[step.kind](self, step))
             progress(f"{number}/{len(steps)} {step.kind} {step.subject}: done")
+        return outcomes
 
 
 def _swap(course: Course, step: Step) -> None:
@@ -131,7 +133,7 @@ def _scale(course: Course, step: Step) -> None:
     course.client.scale({change.key: change.after for change in step.changes}, timeout=SCALE_SECONDS)
 
 
-def _change_layer(course: Course, step: Step) -> None:
+def _change_layer(course: Course, step: Step) -> dict[str, Any]:
     """Add or remove experts or a layer, or change a layer's policies, in one epoch."""
     layer, edit, comes = layer_of(step), edit_of(step), list(coming(step))
     options: dict[str, Any] = {"timeout": SCALE_SECONDS, "allow_unverified": course.allow_unverified}
@@ -142,7 +144,7 @@ def _change_layer(course: Course, step: Step) -> None:
             edit |= {group: {name: {**made, "weights": None} for name, made in edit.get(group, {}).items()}}
     elif has_gate(step):
         edit["gate"] = course.gates[f"{layer}/{GATE}"]
-    course.client.change_layers({layer: edit}, **options)
+    return course.client.change_layers({layer: edit}, **options)
 
 
 CALLS: Mapping[str, Callable[[Course, Step], object]] = {
