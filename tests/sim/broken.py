@@ -273,23 +273,23 @@ class Rule:
 RULES = {
     "flip before all receipts": Rule(Broken(swaps=_swaps_of(FlipsEarly)), "receipts"),
     "receipts of an incarnation that is gone": Rule(
-        Broken(swaps=_swaps_of(CountsOldReceipts)), "receipts", "storm", seeds=300, first=240
+        Broken(swaps=_swaps_of(CountsOldReceipts)), "receipts", "storm", seeds=250, first=230
     ),
     "retire before drain": Rule(Broken(reconciler=RetiresEarly), "no request fails"),
     "retire before routers were heard": Rule(
-        Broken(reconciler=ForgetsRoutersAtStart), "no request fails", "controller lost", seeds=930, first=880
+        Broken(reconciler=ForgetsRoutersAtStart), "no request fails", "controller lost", seeds=140, first=120
     ),
     "old reports believed": Rule(Broken(executor=BelievesOldReports), "no request fails", "quiet"),
     "restarted without the pinned version": Rule(Broken(replica=PretendsToHold), "no mix"),
     "answers with the newest version": Rule(Broken(replica=AnswersWithNewest), "no mix"),
     "answers a router that was given up": Rule(
-        Broken(replica=AnswersWhoWasGivenUp), "no stale answer", "storm", seeds=1530, first=1500
+        Broken(replica=AnswersWhoWasGivenUp), "no stale answer", "storm", seeds=1140, first=1120
     ),
     "retired while a paused router pins it": Rule(
         Broken(leases=ForgetsWhoIsSilent), "what is pinned stays", "storm", seeds=300
     ),
-    "late unload obeyed": Rule(Broken(orders=TakesLateOrders), "receipts", "quiet", seeds=600, first=540),
-    "no fencing": Rule(Broken(registry=Unfenced), "fencing", "storm", seeds=1730, first=1690),
+    "late unload obeyed": Rule(Broken(orders=TakesLateOrders), "receipts", "quiet", seeds=1700, first=1680),
+    "no fencing": Rule(Broken(registry=Unfenced), "fencing", "storm", seeds=540, first=520),
     "fencing taken for refusal": Rule(Broken(transactions=TellsOfFencing), "refused changes nothing", "storm"),
     "router goes backwards": Rule(Broken(router=GoesBackwards, orders=BelievesOldUpdates), "routers only go forward"),
     "old updates believed": Rule(Broken(orders=BelievesOldUpdates), "what is recalled is offered", "quiet"),
@@ -298,16 +298,18 @@ RULES = {
         Broken(executor=TakesSilenceForRefusal), "no request fails", "one replica lost"
     ),
     "several things at once at a member": Rule(
-        Broken(executor=AllAtOnce, orders=TakesLateOrders), "receipts", "quiet", seeds=600, first=510
+        Broken(executor=AllAtOnce, orders=TakesLateOrders), "receipts", "quiet", seeds=1080, first=1060
     ),
-    "unloaded while it is offered": Rule(Broken(reconciler=ForgetsOffers), "no request fails", "quiet"),
+    "unloaded while it is offered": Rule(
+        Broken(reconciler=ForgetsOffers), "no request fails", "quiet", seeds=610, first=590
+    ),
     "offered before it is loaded": Rule(Broken(reconciler=OffersEarly), "no request fails", "quiet"),
     "unloaded although it is needed again": Rule(Broken(reconciler=DoesNotLookAgain), "no request fails", "quiet"),
     "replicas told of before they were asked": Rule(
-        Broken(health=TellsBeforeItHasAsked), "no request fails", "controller lost"
+        Broken(health=TellsBeforeItHasAsked), "no request fails", "controller lost", seeds=540, first=520
     ),
     "reports of the time of an unload believed": Rule(
-        Broken(executor=BelievesReportsOnTheWay), "no request fails", "quiet", seeds=1100, first=1050
+        Broken(executor=BelievesReportsOnTheWay), "no request fails", "quiet", seeds=630, first=610
     ),
     "committed over another swap": Rule(Broken(transactions=CommitsOverOthers), "no update is lost", seeds=600),
     "what a declaration has brought is forgotten": Rule(Broken(transactions=ForgetsDeclarations), "no third state"),

@@ -1,0 +1,1 @@
+"""Experiments with a cluster that changes its size: several routers, replicas that come and go, a load that shifts."""
