@@ -7,7 +7,7 @@ BENCH_STAMP := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-ray check format clean bench bench-quick bench-plane
-.PHONY: sim chaos-swap chaos-kill chaos-slow chaos-break soak-swap leak
+.PHONY: sim chaos-swap chaos-kill chaos-slow chaos-break chaos-routers scaling soak-swap leak
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -82,6 +82,13 @@ chaos-slow: $(STAMP) ## a slow layer at twice what it bears must not slow down a
 chaos-break: $(STAMP) ## what breaks around a cluster: frozen, overloaded, full disks, damage, lost heads (15 minutes)
 	@mkdir -p $(RESULTS)
 	$(BIN)/python -m benchmarks.breakage --json $(RESULTS)/chaos-break.json
+
+chaos-routers: $(STAMP) ## two routers and an attached one, each killed and frozen under load and swaps (5 minutes)
+	$(BIN)/python -m benchmarks.scaling routers
+
+scaling: $(STAMP) ## replicas up and down fifty times, what four carry, and scaling by load (12 minutes)
+	$(BIN)/python -m benchmarks.scaling replicas
+	$(BIN)/python -m benchmarks.scaling autoscale
 
 leak: $(STAMP) ## starts, stops and kills in great number: nothing may be left (12 minutes at most)
 	$(BIN)/python -m benchmarks.leak

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from expertmesh import Cluster
+from expertmesh import Client, Cluster, gates
 from expertmesh.cluster.cli.main import cli
 from expertmesh.cluster.config.loader import load_config, parse_override
 
@@ -47,10 +47,19 @@ def replicas(cluster: Cluster) -> dict[str, int]:
     return {name: names.count(name) for name in names}
 
 
+def layers(cluster: Cluster) -> dict[str, list[str]]:
+    with Client(name=cluster.config.name) as client:
+        found = client.status()["layers"]
+    return {name: [id.partition("/")[2] for id in layer["experts"]] for name, layer in found.items()}
+
+
 def test_every_command_of_the_page_does_what_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EXPERTMESH_HOME", str(tmp_path / "home"))
-    (_, mesh), start, scaled, by_program, status, asked, applied = blocks()
+    (_, mesh), start, scaled, by_program, came, coming, status, asked, applied = blocks()
+    more = mesh.replace("[0.5, 0.5]", "[0.25, 0.25, 0.5]") + '      tan: {factory: "numpy:tan"}\n'
+    Path("more.yaml").write_text(more + more.partition("layers:\n")[2].replace("waves", "ripples"), encoding="utf-8")
+    gates.Fixed([0.5, 0.5]).save("gate.safetensors")
     Path("mesh.yaml").write_text(mesh, encoding="utf-8")
     Path("changed.yaml").write_text(mesh.replace("numpy:cos", "numpy:tanh").replace('sin"}', 'sin", replicas: 3}'))
     (serve,) = commands(start)
@@ -65,6 +74,17 @@ def test_every_command_of_the_page_does_what_the_page_says(tmp_path: Path, monke
         assert replicas(cluster) == {"waves/sin": 1, "waves/cos": 2}
         assert "'before': 1, 'after': 2" in program(by_program[1])
         assert replicas(cluster) == {"waves/sin": 2, "waves/cos": 1}
+        add, remove, add_layer, remove_layer = commands(came)
+        for words, experts in (
+            (add, {"waves": ["sin", "cos", "tan"]}),
+            (remove, {"waves": ["sin", "cos"]}),
+            (add_layer, {"waves": ["sin", "cos"], "ripples": ["sin", "cos", "tan"]}),
+            (remove_layer, {"waves": ["sin", "cos"]}),
+        ):
+            run(words)
+            assert layers(cluster) == experts
+        assert "'after': ['sin', 'cos', 'tan']" in program(coming[1])
+        assert layers(cluster) == {"waves": ["sin", "cos"]}
         (shown,) = commands(status)
         assert {"router-0", "router-1"} <= set(re.findall(r"router-\d", run(shown).output))
         assert "0.69" in program(asked[1])  # (sin 1 + cos 1) / 2

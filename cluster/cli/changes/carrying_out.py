@@ -37,8 +37,8 @@ class Course:
         """Raise FailedPrecondition where a running cluster cannot make all of these steps."""
         lacking = [why for step in steps for why in (*_obstacles(step), *self._lost(step), *self._forbidden(step))]
         if lacking:
-            what = f"a running cluster cannot {', '.join(lacking)} yet"
-            raise FailedPrecondition(f"nothing was changed: {what}; restart it with the file instead")
+            what = f"a running cluster cannot {', and cannot '.join(lacking)}"
+            raise FailedPrecondition(f"nothing was changed: {what}. Restart it with the file instead")
 
     def _lost(self, step: Step) -> Iterator[str]:
         """The versions to go back to that are kept no more."""
@@ -47,16 +47,16 @@ class Course:
         for change in step.changes if step.kind == "swap" else coming(step):
             version = self.versions.get(change.key)
             if version not in [item.get("version") for item in self.client.history(change.key)]:
-                yield f"{step.kind} {change.key} back to {version}, which it keeps no more (retain_epochs),"
+                yield f"{step.kind} {change.key} back to {version}, which it keeps no more (retain_epochs)"
 
     def _forbidden(self, step: Step) -> Iterator[str]:
         """The code that the cluster does not let a client name."""
         for change in step.changes if step.kind == "swap" else coming(step):
             if change.section != "experts" or (step.kind == "swap" and self._by_tensors(change)):
                 continue
-            if change.after["factory"] not in self.factories:
-                named = f"{change.after['factory']!r}, which is not in its allowed_factories,"
-                yield f"{step.kind} {change.key} with {named}"
+            factory = change.after["factory"]
+            if factory not in self.factories:
+                yield f"{step.kind} {change.key} with {factory!r}, which is not in its allowed_factories"
 
     def _by_tensors(self, change: Change) -> bool:
         """Whether a swap names no code: it goes back to a version, or brings weights for what serves."""
@@ -116,10 +116,10 @@ def _obstacles(step: Step) -> Iterator[str]:
             yield f"swap {change.key} for one with rows of another framework"
     for change in coming(step):
         if change.section == "experts" and change.after["live"]:
-            yield f"{step.kind} {change.key}, which is a live object,"
+            yield f"{step.kind} {change.key}, which is a live object"
     for change in step.changes:
         if change.section == "places" and change.after and change.after["runtime_env"] and step.kind in LAYER_STEPS:
-            yield f"{step.kind} {change.key}, which has a runtime_env of its own,"
+            yield f"{step.kind} {change.key}, which has a runtime_env of its own"
 
 
 def _form(gate: Mapping[str, Any]) -> tuple[object, ...]:

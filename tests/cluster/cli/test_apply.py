@@ -231,7 +231,7 @@ def test_a_plan_of_which_a_step_cannot_be_made_is_not_begun(
     before = model.document
     refused = run(written(tmp_path / "other.yaml", OTHER))
     assert refused.exit_code == 1
-    assert "nothing was changed: a running cluster cannot swap waves yet" in refused.stderr
+    assert "nothing was changed: a running cluster cannot swap waves. Restart" in refused.stderr
     assert (model.document, model.made) == (before, [])
     assert "nothing to undo" in undo().stderr
 

@@ -157,7 +157,7 @@ def test_what_cannot_be_done_is_said_and_nothing_else_is_done(running: Running) 
         refused = running.apply(sizes)
         assert refused.exit_code == 1
         said = "swap linear/gate for a gate of another kind or with other arguments"
-        assert f"nothing was changed: a running cluster cannot {said} yet" in refused.stderr
+        assert f"nothing was changed: a running cluster cannot {said}. Restart" in refused.stderr
         assert "what needs a restart is not changed" in running.apply(live).output
         not_allowed = running.apply(MESH.replace('{factory: "numpy:cos"}', '{factory: "numpy:tanh"}'))
         assert "waves/cos with 'numpy:tanh', which is not in its allowed_factories" in not_allowed.stderr
