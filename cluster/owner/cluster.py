@@ -20,7 +20,7 @@ from ...experts.errors import ConfigError, ExpertMeshError, Unavailable
 from ...experts.spec import Expert
 from ...router.mixture.layer import Layer
 from ..client.requests import scale_asked
-from ..config.cluster_config import ClusterConfig
+from ..config.cluster_config import ClusterConfig, allowed_factories
 from ..config.declared_document import settings_document
 from ..config.layer_changes import LayersRequest
 from ..config.loader import load_config
@@ -85,7 +85,7 @@ class Cluster(LayerMethods):
         self._backend: Backend | None = None
         self._asked = Asked(self._carry_out)
         self._declared = Declaring(settings_document(config))
-        elsewhere, allowed = config.runtime_env is not None, config.allowed_factories or ()
+        elsewhere, allowed = config.runtime_env is not None, allowed_factories(config)
         how = self._running, self._start_replica, self._state_dir
         self._changing = Changing(self._declared, *how, code_elsewhere=elsewhere, factories=allowed)
         self._change = threading.RLock()

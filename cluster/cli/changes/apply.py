@@ -82,7 +82,7 @@ def apply(
             client=client,
             gates=gates,
             versions=begun.versions if undo and begun else None,
-            factories=runs["settings"].get("allowed_factories") or (),
+            factories=runs["settings"].get("allowed_factories"),
             allow_unverified=allow_unverified,
         )
         course.check_possible(left)

@@ -60,7 +60,7 @@ def add(
         course = Course(
             client=client,
             gates={layer.gate_id: layer.gate for layer in config.layers},
-            factories=runs["settings"].get("allowed_factories") or (),
+            factories=runs["settings"].get("allowed_factories"),
             allow_unverified=allow_unverified,
         )
         course.check_possible(plan.steps)
