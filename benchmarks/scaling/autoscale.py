@@ -26,7 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="of load")
     parser.add_argument("--quiet", type=float, default=60.0, help="seconds after it in which it must shrink")
     parser.add_argument("--most", type=int, default=4, help="replicas of each expert")
-    parser.add_argument("--rate", type=float, default=75.0, help="requests a second, of one batch each")
+    parser.add_argument("--rate", type=float, default=110.0, help="requests a second, of one batch each")
     parser.add_argument("--zipf", type=float, default=1.5, help="expert n gets a share of 1 / n**zipf")
 
 
@@ -51,6 +51,7 @@ def run(options: argparse.Namespace) -> list[str]:
     layer = Layer("zipf", gate, {f"e{number}": made for number in range(EXPERTS)}, input=rows)
     with own_home() as folder:
         settings: dict[str, Any] = {"name": "autoscale", "port": 0, "metrics_port": None, "start_timeout": 600}
+        settings["max_rows_in_flight"] = 1000 * ROWS  # what waits while a replica starts must not be refused
         with Cluster.start([layer], state_dir=folder / "state", **settings) as cluster:
             seen = Seen()
             asyncio.run(_load(cluster, options, seen))

@@ -22,6 +22,9 @@ ENDS_SECONDS = 30.0
 ROWS = 8200
 """Rows of a request to the expert that waits: two of them do not fit into one message, so each is a batch."""
 
+CALLERS = 12
+"""Requests in flight: for each of four replicas one that is computed and two that wait."""
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this experiment."""
@@ -36,8 +39,10 @@ def run(options: argparse.Namespace) -> list[str]:
     rows = TensorSpec((4,), "float32")
     waiting = Expert("benchmarks.scaling.waits:wait", framework="numpy", num_cpus=0, input=rows, output=rows)
     more = (Layer("waits", gates.Fixed([1.0]), {"e": waiting}, input=rows),)
-    with chaos_mesh("scaling", experts=2, replicas=1, more=more) as mesh:
-        return [*cycles(mesh, options), *carried(mesh, options)]
+    settings = {"max_rows_in_flight": 4 * ROWS * CALLERS}  # what is asked for must be the replicas' to refuse
+    with chaos_mesh("scaling", experts=2, replicas=1, more=more, settings=settings) as mesh:
+        cycled = cycles(mesh, options) if options.cycles else []
+        return [*cycled, *carried(mesh, options)]
 
 
 def cycles(mesh: Mesh, options: argparse.Namespace) -> list[str]:
@@ -69,7 +74,7 @@ def carried(mesh: Mesh, options: argparse.Namespace) -> list[str]:
     found: dict[int, list[float]] = {}
     for replicas in (1, options.replicas, 1, options.replicas):
         mesh.client.scale("waits/e", replicas)
-        load = Load(mesh.cluster.endpoint, "waits", callers=4 * options.replicas, count=ROWS, inputs=inputs)
+        load = Load(mesh.cluster.endpoint, "waits", callers=CALLERS, count=ROWS, inputs=inputs)
         found.setdefault(replicas, []).append(capacity(load, seconds=options.seconds))
         failed = sum(bool(one.error) for one in load.seen)
         say(f"  rows/s with {replicas}, failed", f"{found[replicas][-1]:.0f}, {failed}")
