@@ -177,9 +177,9 @@ class Calls(Changing):
         loads and verifies the new version beside the old one before the commit; requests in flight keep the old one.
         Returns once the new versions are durable and every router serves them.
 
-        Instead of a file, {"factory": "mine:Expert", "args": [...], "kwargs": {...}, "weights": file} creates an
-        expert with other code for the same rows; all keys but `factory` are optional. This requires the admin role, and
-        a factory listed in `allowed_factories` of the cluster.
+        Instead of a file, {"factory": "mine:Expert", "args": [...], "kwargs": {...}, "weights": file, "framework":
+        "numpy"} creates an expert with other code for the same rows; all keys but `factory` are optional. This requires
+        the admin role, and a factory listed in `allowed_factories` of the cluster.
 
         `expect` names the versions that must be current. `mode` "double" holds old and new on the device at once,
         "staged_cpu" keeps the new one in main memory until the commit. `max_drift` bounds the relative L2 distance

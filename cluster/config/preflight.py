@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import replace
 
 from ...experts.construct.factory import locate
@@ -12,15 +13,16 @@ from ...experts.spec import FLOATING, Expert, TensorSpec
 from ...router.mixture.layer import Layer
 
 
-def check_layer(layer: Layer, *, code_elsewhere: bool = False) -> Layer:
+def check_layer(layer: Layer, *, code_elsewhere: bool = False, checked: Collection[str] = ()) -> Layer:
     """Check the experts of a layer against each other; returns the layer with the specs of its rows filled in.
 
+    The ids in `checked` were checked before: their specs are filled in, and their files may be gone.
     With `code_elsewhere` (a `runtime_env`), a factory may be missing here; its replica then checks it.
     Raises ConfigError, SpecMismatch, NotFound or DataLoss.
     """
     specs_of: dict[str, tuple[TensorSpec, TensorSpec]] = {}
     for expert_id, expert in layer.everyone_by_id.items():
-        if (code_elsewhere or expert.runtime_env) and not _is_here(expert):
+        if expert_id in checked or ((code_elsewhere or expert.runtime_env) and not _is_here(expert)):
             specs_of[expert_id] = (expert.input, expert.output)
             continue
         try:

@@ -48,6 +48,7 @@ class CandidateBuilder:
         self.declared: dict[str, Candidate] = {}
         self.digests: dict[str, str] = {}
         self._codes: dict[str, str] = {}
+        self._resumed: Collection[str] = frozenset()
         self.built: dict[tuple[str, str], Candidate] = {}
         self._layers: Mapping[str, Layer] = {}
 
@@ -62,7 +63,8 @@ class CandidateBuilder:
                     self.digests[id] = declared_digest(expert, owner, self._codes[id])
             self.digests[layer.gate_id] = declared_gate_digest(layer.gate)
             self.digests[layer.layer_id] = layer_digest(layer)
-        for id in self.declared.keys() & resumed:
+        self._resumed = self.declared.keys() & resumed
+        for id in self._resumed:
             self.digests[id] = self._registry.declared(id) or ""
 
     def document(self, settings: Mapping[str, Any], replicas: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -75,7 +77,8 @@ class CandidateBuilder:
         epoch = self._registry.current()
         for id, value in [*document["gates"].items(), *document["experts"].items()]:
             adopted = self._registry.declared(id)
-            if epoch is not None and id in epoch.versions and adopted not in (None, value["digest"]):
+            differs = id in self._resumed or adopted not in (None, value["digest"])
+            if epoch is not None and id in epoch.versions and adopted is not None and differs:
                 origin = self._registry.version(id, epoch.versions[id]).origin
                 if "factory" in origin:
                     expert = expert_of(origin)

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ...experts.errors import (
+    ConfigError,
     ExpertMeshError,
     InvalidRequest,
     PermissionDenied,
@@ -216,7 +217,10 @@ def _change(id: str, asked: ChangeAsked, role: Role, allowed_factories: Collecti
     expert = None
     if asked.factory is not None:
         check_factory(id, asked.factory, role, allowed_factories)
-        expert = Expert(asked.factory, args=tuple(asked.args), kwargs=asked.kwargs)
+        try:
+            expert = Expert(asked.factory, args=tuple(asked.args), kwargs=asked.kwargs, framework=asked.framework)
+        except ConfigError as error:
+            raise InvalidRequest(f"{id}: {error.message}") from None
     return Change(upload=asked.upload, sha256=asked.sha256, version=asked.version, expert=expert)
 
 

@@ -69,7 +69,7 @@ class Changing:
         before = old[layer_name].everyone[name]
         placed = replace(before, **{f.name: getattr(expert, f.name) for f in fields(Expert) if f.name in BEHAVIOUR})
         layer = old[layer_name].with_experts({**old[layer_name].everyone, name: placed})
-        checked = self._checked(layer)
+        checked = self._checked(layer, old[layer_name], {expert_id})
         serves, named = self._backend().state().versions.get(expert_id), frozenset({expert_id})
         try:
             versions = self._declared.declare(
@@ -92,12 +92,12 @@ class Changing:
         request = replace(request, layers=self._with_gates(request))
         old, before = self._declared.layers, self._declared.topology
         new = edited(old, request.layers, self._factories)
-        new |= {name: self._checked(new[name]) for name in request.layers if name in new}
+        asked = Asked.of(old, new, request)
+        new |= {name: self._checked(new[name], old.get(name), asked.built) for name in request.layers if name in new}
         after = topology_of(new.values(), _still_there(before.scaled, new.values()))
         both = together(before, after)
         if problem := unplaceable([*both.planned.values()], self._backend().nodes()):
             raise ConfigError(problem)
-        asked = Asked.of(old, new, request)
         fresh = [replica for id, replica in both.planned.items() if id not in before.planned]
         try:
             for replica in fresh:
@@ -236,8 +236,9 @@ class Changing:
         except ExpertMeshError as error:
             log.warning("the controller was not told yet to go back to what was declared: %s", error)
 
-    def _checked(self, layer: Layer) -> Layer:
-        return check_layer(layer, code_elsewhere=self._code_elsewhere)
+    def _checked(self, layer: Layer, before: Layer | None, new: Collection[str]) -> Layer:
+        known = set() if before is None else before.everyone_by_id.keys() - set(new)
+        return check_layer(layer, code_elsewhere=self._code_elsewhere, checked=known)
 
 
 class OutcomeUnknown(Unavailable):

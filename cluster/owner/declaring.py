@@ -54,7 +54,11 @@ class Declaring:
         )
         self._run_by(backend, self.topology)
         try:
-            return backend.declare(self._desired, timeout)
+            versions = backend.declare(self._desired, timeout)
+            # from now on the registry says what is declared: a file that is edited, or gone, changes nothing by itself
+            known = {id for layer in layers.values() for id in (*layer.everyone_by_id, layer.gate_id, layer.layer_id)}
+            self._desired = replace(self._desired, resumed=self._desired.resumed | known)
+            return versions
         finally:  # a controller that restarts later is told what is declared, not to build it once more
             self._desired = replace(self._desired, renewed=frozenset(), unverified=True)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...experts.errors import ExpertMeshError, NotFound
+from ...experts.errors import ExpertMeshError, FailedPrecondition, NotFound
 from ...experts.names import is_layer_id
 from ...experts.spec import Expert
 from ...router.gates import Gate
@@ -76,6 +76,10 @@ def _with(
     gate_id = f"{name}/gate"
     if record.id in redeclare:
         return replace(found, redeclare=found.redeclare | {gate_id} if declared is not None else found.redeclare)
+    if gate_id in redeclare:
+        raise FailedPrecondition(
+            f"redeclare: layer {name} was changed together with {gate_id}: name {record.id}, for both"
+        )
     layer, ids = _layer(name, record.origin["layer"], declared, kept, store)
     if layer is None:
         line = f"layer {name} was changed with live objects, which no file can bring back: it is as declared"

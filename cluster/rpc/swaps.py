@@ -68,6 +68,7 @@ class ChangeAsked:
     factory: str | None = None
     args: list[Any] = field(default_factory=list)
     kwargs: dict[str, Any] = field(default_factory=dict)
+    framework: str | None = None
 
     def check(self, id: str) -> None:
         """Check that the change is unambiguous. Raises an InvalidRequest that names the id."""

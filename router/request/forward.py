@@ -18,6 +18,7 @@ from ...experts.errors import (
     Unavailable,
     VersionGone,
 )
+from ...experts.protocol import CallOptions
 from ..epochs.epochs import Epoch, Epochs
 from ..epochs.leases import Leases
 from ..epochs.pinning import Pinning, fixed_epoch_gone
@@ -84,7 +85,7 @@ class Router:
         name, code = "", ExpertMeshError.code  # counted by name only for existing layers: few names
         try:
             self.standing.check()
-            name = self.layer(request.options.layer).name
+            name = self._known(request.options)
             with self.admission.admit(name, int(request.x.shape[0]) if request.x.ndim else 1):
                 async with timeout(request.timeout):  # wait_for would add a task: four turns of the loop
                     reply = await self._with_epoch(request, started + request.timeout)
@@ -102,6 +103,14 @@ class Router:
             raise
         finally:
             self.telemetry.count_request(name, code, loop.time() - started)
+
+    def _known(self, options: CallOptions) -> str:
+        """The name of the layer that is asked for. A fixed epoch may have one that is gone since. Raises NotFound."""
+        fixed = options.epoch is not None or options.pin is not None
+        if fixed and any(options.layer in epoch.layers for epoch in self.epochs.known()):
+            return options.layer
+        name: str = self.layer(options.layer).name
+        return name
 
     def layer(self, name: str) -> Layer:
         """The layer of the current epoch with this name. Raises NotFound, or Unavailable before the first epoch."""

@@ -83,6 +83,7 @@ def apply(
             gates=gates,
             versions=begun.versions if undo and begun else None,
             factories=runs["settings"].get("allowed_factories"),
+            retain_epochs=runs["settings"].get("retain_epochs", 0),
             allow_unverified=allow_unverified,
         )
         course.check_possible(left)

@@ -24,30 +24,41 @@ class Course:
     """What the steps of a plan need: the client, the gates of the file by id, and what is allowed.
 
     On the way back, `versions` are those that served before the plan was begun, by id. `factories` are those that the
-    cluster allows; None where it allows what was declared when it started, which it knows best.
+    cluster allows; None where it allows what was declared when it started, which it knows best. `retain_epochs` are
+    those that it keeps before the current one.
     """
 
     client: Client
     gates: Mapping[str, Gate] = field(default_factory=dict)
     versions: Mapping[str, str] | None = None
     factories: Collection[str] | None = None
+    retain_epochs: int = 0
     allow_unverified: bool = False
 
     def check_possible(self, steps: Sequence[Step]) -> None:
         """Raise FailedPrecondition where a running cluster cannot make all of these steps."""
-        lacking = [why for step in steps for why in (*_obstacles(step), *self._lost(step), *self._forbidden(step))]
+        lacking = [why for step in steps for why in (*_obstacles(step), *self._forbidden(step))]
+        lacking += self._lost(steps)
         if lacking:
             what = f"a running cluster cannot {', and cannot '.join(lacking)}"
             raise FailedPrecondition(f"nothing was changed: {what}. Restart it with the file instead")
 
-    def _lost(self, step: Step) -> Iterator[str]:
-        """The versions to go back to that are kept no more."""
+    def _lost(self, steps: Sequence[Step]) -> Iterator[str]:
+        """The versions to go back to that are kept no more, or will not be when it is their turn.
+
+        Each step before makes an epoch, and so lets an older one go.
+        """
         if self.versions is None:
             return
-        for change in step.changes if step.kind == "swap" else coming(step):
-            version = self.versions.get(change.key)
-            if version not in [item.get("version") for item in self.client.history(change.key)]:
-                yield f"{step.kind} {change.key} back to {version}, which it keeps no more (retain_epochs)"
+        epoch, before = int(self.client.status()["epoch"]), 0
+        for step in steps:
+            for change in step.changes if step.kind == "swap" else coming(step):
+                version = self.versions.get(change.key)
+                found = [item for item in self.client.history(change.key) if item.get("version") == version]
+                newest = max(found[0].get("epochs") or [0]) if found else -1
+                if not found or not (found[0].get("current") or newest >= epoch + before - self.retain_epochs):
+                    yield f"{step.kind} {change.key} back to {version}, which it keeps no more (retain_epochs)"
+            before += step.kind != "scale"
 
     def _forbidden(self, step: Step) -> Iterator[str]:
         """The code that the cluster does not let a client name."""
@@ -95,7 +106,8 @@ def _replacement(course: Course, change: Change, folder: Path) -> dict[str, Any]
     weights = {} if after["weights"] is None else {"weights": after["weights"]}
     if _only_weights(change):
         return weights
-    return {"factory": after["factory"], "args": after["args"], "kwargs": after["kwargs"], **weights}
+    framework = {} if after["framework"] is None else {"framework": after["framework"]}
+    return {"factory": after["factory"], "args": after["args"], "kwargs": after["kwargs"], **framework, **weights}
 
 
 def _only_weights(change: Change) -> bool:

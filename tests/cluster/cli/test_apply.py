@@ -125,10 +125,10 @@ class Model:
 
     def status(self) -> dict[str, Any]:
         serves = {id: {"version": "v1"} for id in self.document["experts"]}
-        return {"layers": {"waves": {"gate": {"id": "waves/gate", "version": "v1"}, "experts": serves}}}
+        return {"epoch": 1, "layers": {"waves": {"gate": {"id": "waves/gate", "version": "v1"}, "experts": serves}}}
 
     def history(self, id: str) -> list[dict[str, Any]]:
-        return [{"version": "v1"}]
+        return [{"version": "v1", "epochs": [1]}]
 
     def make(self, course: Course, step: Step) -> None:
         assert course.client is self  # type: ignore[comparison-overlap]

@@ -169,3 +169,27 @@ def test_trained_weights_come_back_with_an_expert_that_is_taken_back(running: Ru
         assert running.run("apply", "--undo", "--name", "relaid").exit_code == 0
         assert running.seen(cluster)["answers"] == before["answers"]
         np.testing.assert_allclose(client.forward("linear", X), X + 1)
+
+
+def test_an_undo_that_cannot_be_finished_is_not_begun(running: Running) -> None:
+    swapped = {**waves(fixed(1, 2, 3), c=TAN, b=SIN)}
+    few = {"retain_epochs": 1}
+    with Cluster.from_config(running.written(BEFORE), **few) as cluster:
+        state = ["--set", "retain_epochs=1"]
+        assert running.apply({"waves": swapped}, *state).exit_code == 0  # adds, swaps, and removes a layer
+        before = running.seen(cluster)
+        refused = running.run("apply", "--undo", "--name", "relaid")
+        assert refused.exit_code == 1
+        assert "nothing was changed" in refused.stderr
+        assert "keeps no more" in refused.stderr
+        assert running.seen(cluster) == before
+
+
+def test_a_framework_that_is_declared_stays_with_a_swap(running: Running) -> None:
+    first = {**WAVES, "experts": {"a": {**SIN, "framework": "numpy"}, "b": COS}}
+    second = {**WAVES, "experts": {"a": {**TAN, "framework": "numpy"}, "b": COS}}
+    with running.start({"waves": first}):
+        for layers in (second, first, second):
+            made = running.apply({"waves": layers})
+            assert made.exit_code == 0, made.output
+            assert running.apply({"waves": layers}).output == "nothing to do\n"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.changing_layer import ROWS, Callers, Ledger, X, expert, gate, layer
 from helpers.waiting import eventually
 
@@ -16,6 +17,7 @@ from expertmesh import Client, Cluster, Expert, Layer, gates
 from expertmesh.cluster.config.layer_changes import LayerEdit, LayersRequest
 from expertmesh.cluster.control.controller import Controller
 from expertmesh.experts.errors import ExpertMeshError, FailedPrecondition, InvalidRequest, NotFound, Unavailable
+from expertmesh.experts.weights.files import save_tensors
 
 pytestmark = [pytest.mark.usefixtures("own_home"), pytest.mark.filterwarnings("ignore::UserWarning")]
 NAME = "layers"
@@ -89,6 +91,37 @@ def test_a_lease_keeps_an_expert_that_was_removed(tmp_path: Path) -> None:
             cluster.scale("l/a", 2)
             np.testing.assert_array_equal(client.call("l", X, pin=lease).output, total(THREE, gate(3)) * X)
         eventually(lambda: replicas(cluster) == ["l/a#0", "l/a#1", "l/b#0"], 20, "its replica is ended in the end")
+
+
+def test_a_lease_keeps_a_layer_that_was_removed(tmp_path: Path) -> None:
+    with running(tmp_path) as (cluster, client):
+        cluster.add_layer(Layer("m", gate(1), {"x": expert(9)}, input=ROWS))
+        with client.pin() as lease:
+            cluster.remove_layer("m", timeout=1.0)
+            np.testing.assert_array_equal(client.call("m", X, pin=lease).output, 9 * X)
+            with pytest.raises(NotFound, match="'m'"):
+                client.call("m", X)
+            with pytest.raises(NotFound, match="'z'"):
+                client.call("z", X, pin=lease)
+
+
+@pytest.mark.parametrize("then", ["edited", "gone"])
+def test_a_file_of_weights_that_is_edited_or_gone_changes_nothing_that_was_not_named(tmp_path: Path, then: str) -> None:
+    path = tmp_path / "w.safetensors"
+    save_tensors(path, {"weight": torch.eye(3) * 7})
+    dense = Expert("torch.nn:Linear", args=(3, 3), kwargs={"bias": False}, weights=path)
+    with running(tmp_path, Layer("l", gate(2), {"a": dense, "b": expert(3)}, input=ROWS)) as (cluster, client):
+        versions = cluster.status()["versions"]
+        path.unlink()
+        if then == "edited":
+            save_tensors(path, {"weight": torch.eye(3) * 50})
+        cluster.add_expert("l/c", expert(5), gate=gate(3))
+        np.testing.assert_array_equal(client.forward("l", X), (7 + 2 * 3 + 3 * 5) * X)
+        cluster.add_layer(Layer("m", gate(1), {"x": expert(9)}, input=ROWS))
+        cluster.replace("l/b", expert(4))
+        cluster.scale("l/a", 2)
+        np.testing.assert_array_equal(client.forward("l", X), (7 + 2 * 4 + 3 * 5) * X)
+        assert cluster.status()["versions"]["l/a"] == versions["l/a"]
 
 
 def test_layers_come_and_go(tmp_path: Path) -> None:
@@ -200,6 +233,16 @@ def test_live_experts_last_until_the_cluster_stops_and_then_it_is_as_declared(tm
         with running(tmp_path, progress=said.append) as (_, client):
             np.testing.assert_array_equal(client.forward("l", X), total(THREE, gate(3)) * X)
     assert "layer l was changed with live objects, which no file can bring back: it is as declared" in said
+
+
+def test_a_gate_goes_with_its_layer_where_both_were_changed(tmp_path: Path) -> None:
+    with running(tmp_path) as (cluster, _):
+        cluster.remove_expert("l/a", gate=gate(2))
+    with (
+        pytest.raises(FailedPrecondition, match="changed together with l/gate: name l/layer, for both"),
+        running(tmp_path, redeclare=["l/gate"]),
+    ):
+        pass
 
 
 def test_an_unknown_id_to_redeclare_is_named(tmp_path: Path) -> None:
