@@ -19,3 +19,8 @@ GATE, LAYER = "gate", "layer"
 def is_layer_id(id: str) -> bool:
     """Whether an id is that of a layer, and not of an expert or gate."""
     return id.endswith(f"/{LAYER}")
+
+
+def is_gate_id(id: str) -> bool:
+    """Whether an id is that of a gate."""
+    return id.endswith(f"/{GATE}")

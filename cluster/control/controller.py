@@ -75,6 +75,7 @@ class Controller:
         """
         async with self._declaring:
             if desired.revision > self.desired.revision:
+                self.reconciler.check_unused(desired.ends)
                 await self._take(desired)
             self._next_probe = 0.0
             deadline = asyncio.get_running_loop().time() + timeout
@@ -167,7 +168,7 @@ class Controller:
         self._check_told()
         async with self.executor.collecting:
             versions = self.transactions.epoch(epoch)
-            self.transactions.builder.check_runs(epoch, versions, self.desired.replicas)
+            self.transactions.builder.check_runs(epoch, versions, self.desired.stays)
             self.reconciler.epochs.setdefault(epoch, versions)
             self._recalls[epoch] += 1
             actions = self.reconciler.recall(epoch)

@@ -59,6 +59,17 @@ class Desired:
     def __post_init__(self) -> None:
         object.__setattr__(self, "declaration", self.declaration or self.revision)
 
+    @property
+    def stays(self) -> dict[str, tuple[str, ...]]:
+        """The replicas that do not drain, each with its experts."""
+        return {name: experts for name, experts in self.replicas.items() if name not in self.draining}
+
+    @property
+    def ends(self) -> frozenset[str]:
+        """The ids of which every replica drains."""
+        there, stay = ({id for ids in replicas.values() for id in ids} for replicas in (self.replicas, self.stays))
+        return frozenset(there - stay)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:

@@ -229,6 +229,12 @@ class Reconciler:
         unknown = self._blind() or UNKNOWN in self._pinned()
         return frozenset(id for versions in (self.epochs.values() if unknown else self.in_use()) for id in versions)
 
+    def check_unused(self, ids: frozenset[str]) -> None:
+        """Raise Aborted where a request may need one of these after all: since the owner has looked at what is `used`,
+        an epoch may have been recalled."""
+        if needed := sorted(ids & self.used()):
+            raise Aborted(f"{needed[0]}: a request may still need it; its replicas are ended later")
+
     def structure(self) -> frozenset[str]:
         """The ids that routers hold: of each layer in an epoch in use, and of its gate."""
         layers = {id for versions in self.in_use() for id in versions if is_layer_id(id)}
@@ -256,13 +262,17 @@ class Reconciler:
         return True
 
     def lacking(self, epoch: int) -> list[tuple[str, str]]:
-        """The declared (id, version) of an epoch that no live replica holds, or, of gates, that a router does not."""
+        """The (id, version) of an epoch that no live replica holds, or, of gates, that a router does not.
+
+        What is neither declared nor somebody's to hold does not count.
+        """
         held = {pair for member in self._members.values() for pair in member.holds}
+        known = self.declared.union(*(member.ids for member in self._members.values()))
         routers = [member for name, member in self._members.items() if name in self._routers]
         return [
             pair
             for pair in self.epochs.get(epoch, {}).items()
-            if pair[0] in self.declared
+            if pair[0] in known
             and (pair not in held or any(pair[0] in router.ids and pair not in router.holds for router in routers))
         ]
 

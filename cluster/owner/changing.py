@@ -11,8 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...experts.errors import ConfigError, DataLoss, ExpertMeshError, FailedPrecondition, NotFound, Unavailable
-from ...experts.names import GATE
+from ...experts.errors import (
+    ConfigError,
+    DataLoss,
+    ExpertMeshError,
+    FailedPrecondition,
+    Fenced,
+    NotFound,
+    Unavailable,
+)
+from ...experts.names import GATE, is_gate_id, is_layer_id
 from ...experts.spec import Expert, check_expert
 from ...router.gates import Gate
 from ...router.mixture.layer import Layer
@@ -34,6 +42,9 @@ RETIRE_SECONDS = 10.0
 """How long a change waits until nothing needs what it took away; it is ended later otherwise."""
 
 LOOK_SECONDS = 0.1
+OPEN = (Unavailable, Fenced)
+"""What leaves it open whether a declaration is carried out."""
+
 log = logging.getLogger(__name__)
 
 
@@ -173,33 +184,46 @@ class Changing:
         """Declare the new layers; returns the versions that then serve.
 
         A controller that restarts is told again, as long as there is time. Afterwards the old ones are declared: then
-        it is decided which of them serve.
+        it is decided which of them serve. What is committed is not built once more: that might be refused.
         """
-        backend, before = self._backend(), dict(self._state(deadline).current)
+        before = dict(self._state(deadline).current)
         while True:
             try:
                 return self._declare(new, asked, deadline - time.monotonic())
-            except Unavailable as error:
+            except ExpertMeshError as error:
                 failure = error
-            if time.monotonic() > deadline:
+            if not isinstance(failure, OPEN) or time.monotonic() > deadline:
                 break
             time.sleep(LOOK_SECONDS)
-        ends = time.monotonic() + UNDO_SECONDS
+        ends, committed = time.monotonic() + UNDO_SECONDS, replace(asked, built=frozenset())
         while time.monotonic() < ends:
             try:
-                state = backend.state()
-                if state.epoch and _committed(state, before, asked):
-                    return self._declare(new, asked, UNDO_SECONDS)
-                self._declared.declare(backend, old, UNDO_SECONDS)
-                committed = _committed(backend.state(), before, asked)
-            except Unavailable:
+                is_committed = self._is_committed(old, before, asked)
+            except OPEN:
                 time.sleep(LOOK_SECONDS)
                 continue
-            if not committed:
+            if not is_committed:
                 raise failure
-        with suppress(Unavailable):
-            return self._declare(new, asked, LOOK_SECONDS)  # and again, once there is a controller
+            with suppress(ExpertMeshError):  # also where what it has replaced still drains
+                return self._declare(new, committed, UNDO_SECONDS)
+            time.sleep(LOOK_SECONDS)
+        with suppress(ExpertMeshError):
+            return self._declare(new, committed, LOOK_SECONDS)  # and again, once there is a controller
         raise OutcomeUnknown(f"{failure.message}; the controller does not answer, and will be told again")
+
+    def _is_committed(self, old: Mapping[str, Layer], before: Mapping[str, str], asked: Asked) -> bool:
+        """Whether a change is durable. If not, it will not be: the old layers are declared. Raises what is `OPEN`."""
+        backend = self._backend()
+        state = backend.state()
+        if state.epoch and _committed(state, before, asked):
+            return True
+        try:
+            self._declared.declare(backend, old, UNDO_SECONDS)
+        except OPEN:
+            raise
+        except ExpertMeshError as error:  # it was heard all the same, after what was told before
+            log.debug("the old layers are refused: %s", error)
+        return _committed(backend.state(), before, asked)
 
     def _state(self, deadline: float) -> ControllerState:
         """What the controller knows; one that has restarted is told what is declared first.
@@ -282,9 +306,15 @@ class Asked:
 
 
 def _committed(state: ControllerState, before: Mapping[str, str], asked: Asked) -> bool:
-    """Whether the current epoch is one that the request has made. Raises Unavailable where there is none yet."""
-    current = _with_epoch(state).current
-    return any(current.get(id) != before.get(id) for id in asked.named | asked.removed)
+    """Whether the current epoch is one that the request has made. Raises Unavailable where there is none yet.
+
+    A swap may have replaced a gate meanwhile, or an expert that goes: they tell nothing, unless only gates are new.
+    """
+    current, ids = _with_epoch(state).current, asked.named | asked.removed
+    if any((id in current) != (id in before) for id in ids):
+        return True
+    gates_alone = not asked.removed and all(is_gate_id(id) for id in asked.built)
+    return any(current.get(id) != before.get(id) for id in ids if is_layer_id(id) or (gates_alone and is_gate_id(id)))
 
 
 def _with_epoch(state: ControllerState) -> ControllerState:
