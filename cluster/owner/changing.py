@@ -116,8 +116,8 @@ class Changing:
             wait_for(self._backend(), fresh, deadline, log.info)
             self._declared.topology = both
             versions = self._decided(old, new, asked, deadline)
-        except OutcomeUnknown:
-            raise
+        except _OutcomeUnknown as unknown:
+            raise Unavailable(str(unknown)) from None
         except BaseException:
             self._declared.topology = before
             self._tell(old)
@@ -209,7 +209,7 @@ class Changing:
             time.sleep(LOOK_SECONDS)
         with suppress(ExpertMeshError):
             return self._declare(new, committed, LOOK_SECONDS)  # and again, once there is a controller
-        raise OutcomeUnknown(f"{failure.message}; the controller does not answer, and will be told again")
+        raise _OutcomeUnknown(f"{failure.message}; the controller does not answer, and will be told again")
 
     def _is_committed(self, old: Mapping[str, Layer], before: Mapping[str, str], asked: Asked) -> bool:
         """Whether a change is durable. If not, it will not be: the old layers are declared. Raises what is `OPEN`."""
@@ -265,7 +265,7 @@ class Changing:
         return check_layer(layer, code_elsewhere=self._code_elsewhere, checked=known)
 
 
-class OutcomeUnknown(Unavailable):
+class _OutcomeUnknown(Exception):
     """The controller was not reached before it was known whether a change is durable."""
 
 
