@@ -45,11 +45,16 @@ def longest_gap(seen: Iterable[SeenEpoch], begin: float, end: float) -> float:
 
 def went_back(seen: Sequence[SeenEpoch]) -> int:
     """How many requests of one client were answered from an older epoch than one answered before they were sent."""
-    events = sorted([(one.done, 0, one.reply.epoch) for one in seen if not one.error], key=lambda event: event[:2])
-    newest, place, found = 0, 0, 0
+    return behind(seen, [(one.done, one.reply.epoch) for one in seen if not one.error])
+
+
+def behind(seen: Iterable[SeenEpoch], known: Iterable[tuple[float, int]]) -> int:
+    """How many requests were answered from an older epoch than one that was known, as (time, epoch), when they were
+    sent."""
+    events, place, newest, found = sorted(known), 0, 0, 0
     for one in sorted((one for one in seen if not one.error), key=lambda one: one.sent):
         while place < len(events) and events[place][0] < one.sent:
-            newest = max(newest, events[place][2])
+            newest = max(newest, events[place][1])
             place += 1
         found += one.reply.epoch < newest
     return found

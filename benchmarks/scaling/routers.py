@@ -8,13 +8,13 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.chaos.figures import judged, say
-from benchmarks.chaos.load import Load, SeenEpoch
+from benchmarks.chaos.figures import behind, judged, say
+from benchmarks.chaos.load import Load
 from benchmarks.chaos.mesh import CALL_SECONDS, Mesh, chaos_mesh, wait_until
 from benchmarks.chaos.swaps import KINDS, Swapper, make_swap
 
@@ -84,17 +84,6 @@ class Acknowledged:
         return max((done - began for began, done in self.spans if began < end and done > begin), default=0.0)
 
 
-def stale(seen: Iterable[SeenEpoch], acknowledged: Sequence[tuple[float, int]]) -> int:
-    """How many requests were sent after a swap was acknowledged to anybody, and answered by an epoch before it."""
-    swaps, place, newest, found = sorted(acknowledged), 0, 0, 0
-    for one in sorted((one for one in seen if not one.error), key=lambda one: one.sent):
-        while place < len(swaps) and swaps[place][0] < one.sent:
-            newest = max(newest, swaps[place][1])
-            place += 1
-        found += one.reply.epoch < newest
-    return found
-
-
 def run(options: argparse.Namespace) -> list[str]:
     """Every part that is wanted."""
     problems: list[str] = []
@@ -130,7 +119,7 @@ def said(mesh: Mesh, loads: Mapping[str, Any], acked: Acknowledged, may_fail: It
     say("answers recomputed: right / failed / wrong / mixed / stale", "")
     for name, load in loads.items():
         found = judged(mesh.checker(), load)
-        late = stale(load.seen, acked.times)
+        late = behind(load.seen, acked.times)  # of what was acknowledged to anybody
         line = " / ".join(str(found[key]) for key in ("right", "failed", "wrong", "mixed"))
         say(f"  {name}", f"{line} / {late}", "failures may be" if name in may_fail else "")
         bad = found["wrong"] + found["mixed"] + late + (0 if name in may_fail else found["failed"])

@@ -105,9 +105,8 @@ class Changing(Sending):
         layer, _, name = expert_id.partition("/")
         comes = {name: {"factory": factory, **expert}}
         edit = {"shared": comes} if shared else {"experts": comes, "gate": gate}
-        return (
-            yield from self.change_layers({layer: edit}, **_options(timeout, change_id, allow_unverified, progress))
-        )
+        options = _options(timeout, change_id, allow_unverified, progress)
+        return (yield from self.change_layers({layer: edit}, **options))
 
     def remove_expert(
         self,
@@ -148,9 +147,8 @@ class Changing(Sending):
         ([16], "float32"). Returns and raises as `add_expert`.
         """
         edit = {"kind": "add", "experts": experts, "shared": shared or {}, "gate": gate, "settings": settings}
-        return (
-            yield from self.change_layers({layer: edit}, **_options(timeout, change_id, allow_unverified, progress))
-        )
+        options = _options(timeout, change_id, allow_unverified, progress)
+        return (yield from self.change_layers({layer: edit}, **options))
 
     def remove_layer(self, layer: str, *, timeout: float = 120.0, change_id: str | None = None) -> Flow[dict[str, Any]]:
         """Remove a layer, under traffic; it must not be the last one. Returns and raises as `add_expert`."""
@@ -239,7 +237,7 @@ class _Files:
                     found[expert] = yield from self._of_expert(f"{name}/{expert}", entry)
                 plain[group] = found
         if "gate" in plain:
-            plain["gate"] = yield from self._of_file(f"{name}/gate", self._saved(name, plain["gate"]))
+            plain["gate"] = yield from self._of_file(f"{name}/gate", self._saved(plain["gate"]))
         if "settings" in plain and "input" in plain["settings"]:
             plain["settings"] = {**plain["settings"], "input": _rows(plain["settings"]["input"])}
         for key in ("remove", "order"):
@@ -263,7 +261,7 @@ class _Files:
         upload = self.uploads[id] = yield from prepare(id, path)
         return {"upload": upload.upload_id, "sha256": upload.sha256}
 
-    def _saved(self, layer: str, gate: Any) -> Any:
+    def _saved(self, gate: Any) -> Any:
         if isinstance(gate, (str, os.PathLike)) or not callable(getattr(gate, "save", None)):
             return gate
         path = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="expertmesh-"))) / "gate.safetensors"

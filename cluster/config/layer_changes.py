@@ -12,9 +12,7 @@ from ...experts.spec import Autoscale, Expert
 from ...experts.suggestion import suggestion
 from ...router.gates import Gate
 from ...router.mixture.layer import Layer
-
-ADD, CHANGE, REMOVE = "add", "change", "remove"
-SETTINGS = ("combine", "on_missing", "max_lost_mass", "input", "capacity", "on_dropped")
+from ..rpc.changes import ADD, CHANGE, REMOVE, SETTINGS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, NoReturn
+from typing import Any
 
-from ...experts.errors import ConfigError
 from ...experts.identity.canonical import canonical, sha256
 from ...experts.spec import Autoscale, Expert, TensorSpec
-from ...router.gates import Fixed, Gate
+from ...router.gates import Fixed
 from ...router.mixture.capacity import Capacity
-from ...router.mixture.layer import Layer
+from ...router.mixture.layer import Layer, not_in_this_process
 
 REVISION = 1
 _PLAIN = ("combine", "on_missing", "max_lost_mass", "on_dropped")
@@ -38,12 +37,12 @@ def layer_digest(layer: Layer) -> str:
     return sha256("layer", str(REVISION), canonical(document))
 
 
-def layer_of(name: str, document: Mapping[str, Any], gate: Gate | None = None) -> Layer:
-    """The layer of a document, with experts that only say where they run; without a gate it has some other one."""
+def layer_of(name: str, document: Mapping[str, Any]) -> Layer:
+    """The layer of a document, with some other gate, and experts that only say where they run."""
     capacity = document["capacity"]
     return Layer(
         name,
-        Fixed([1.0] * len(document["experts"])) if gate is None else gate,
+        Fixed([1.0] * len(document["experts"])),
         {name: _placed(expert) for name, expert in document["experts"]},
         shared={name: _placed(expert) for name, expert in document["shared"]},
         capacity=None if capacity is None else Capacity(**capacity),
@@ -83,7 +82,7 @@ def _placed(document: Mapping[str, Any]) -> Expert:
         pack=document["pack"],
         output=spec_of(document["output"]),
         autoscale=None if rule is None else Autoscale(**rule),
-        live=None if place["factory"] else _elsewhere,
+        live=None if place["factory"] else not_in_this_process,
         **place,
     )
 
@@ -95,7 +94,3 @@ def _environment(environment: Mapping[str, Any] | None) -> dict[str, Any] | None
     except (TypeError, ValueError):
         return None
     return plain
-
-
-def _elsewhere(rows: object) -> NoReturn:
-    raise ConfigError("this live expert runs in its replica, not here")

@@ -54,16 +54,16 @@ class RouterPort(Protocol):
     """How the controller reaches the router. Every order raises Fenced where another controller has given one since."""
 
     async def declare(self, router: str, handle: Any, desired: Desired) -> None:
-        """Hand over the declared layers."""
+        """Say that more was declared, and hand over how replicas are reached; layers come as versions."""
 
     async def sync(self, order: Order, router: str, handle: Any, update: RouterUpdate) -> RouterReport:
         """Hand over what is known; answers with what the router knows."""
 
     async def stage(self, order: Order, router: str, handle: Any, candidate: Candidate) -> Receipt:
-        """Have a gate staged and verified."""
+        """Have a gate, or a layer, staged and verified."""
 
     async def unload(self, order: Order, router: str, handle: Any, id: str, version: str) -> None:
-        """Have a gate forgotten."""
+        """Have a gate, or a layer, forgotten."""
 
 
 class ReplicaPort(Protocol):

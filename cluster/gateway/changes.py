@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
 from ...experts.errors import ConfigError, ExpertMeshError, InvalidRequest, RouterUnavailable, Unavailable
+from ...experts.names import GATE
 from ...experts.protocol import from_mapping
 from ...experts.spec import ANY, Autoscale, Expert, TensorSpec
 from ...experts.wire import Frame
@@ -89,13 +90,13 @@ class ChangeMethods:
             layers=edits,
             adopts=asked.adopts,
             versions=asked.versions,
-            files={self._store(files).path(upload): sha256 for upload, sha256 in files.items()},
+            files={self._store().path(upload): sha256 for upload, sha256 in files.items()},
             timeout=float(asked.timeout),
             allow_unverified=asked.allow_unverified,
         )
 
     def _edit(self, name: str, asked: LayerAsked, files: dict[str, str], caller: Caller) -> LayerEdit:
-        gate = None if asked.gate is None else self._file(read_upload(f"{name}/gate", asked.gate), files)
+        gate = None if asked.gate is None else self._file(read_upload(f"{name}/{GATE}", asked.gate), files)
         comes = [
             {expert: self._expert(f"{name}/{expert}", entry, files, caller) for expert, entry in group.items()}
             for group in (asked.experts, asked.shared)
@@ -136,11 +137,11 @@ class ChangeMethods:
             raise InvalidRequest(f"{id}: {error.message}") from None
 
     def _file(self, asked: UploadAsked, files: dict[str, str]) -> Any:
-        path = self._store(files).path(asked.upload)
+        path = self._store().path(asked.upload)
         files[asked.upload] = asked.sha256
         return path
 
-    def _store(self, files: object) -> Uploads:
+    def _store(self) -> Uploads:
         if self._uploads is None:
             raise RouterUnavailable("this router is not where the cluster's state is: ask another one")
         return self._uploads
@@ -172,8 +173,8 @@ def _settings(layer: str, asked: Mapping[str, Any]) -> dict[str, Any]:
             settings["input"] = _spec(settings["input"])
     except (ConfigError, InvalidRequest) as error:
         raise InvalidRequest(f"layer {layer}: {error.message}") from None
-    for name, kind in (("combine", str), ("on_missing", str), ("on_dropped", str)):
-        if name in settings and not isinstance(settings[name], kind):
+    for name in ("combine", "on_missing", "on_dropped"):
+        if name in settings and not isinstance(settings[name], str):
             raise InvalidRequest(f"layer {layer}: {name} must be text")
     mass = settings.get("max_lost_mass")
     if mass is not None and type(mass) not in (int, float):

@@ -99,12 +99,12 @@ class Changing:
         """
         deadline = time.monotonic() + request.timeout
         for path, sha256 in request.files.items():
-            check_file(path, sha256)
+            _check_upload(path, sha256)
         request = replace(request, layers=self._with_gates(request))
         old, before = self._declared.layers, self._declared.topology
         new = edited(old, request.layers, self._factories)
-        asked = Asked.of(old, new, request)
-        new |= {name: self._checked(new[name], old.get(name), asked.built) for name in request.layers if name in new}
+        affected = Affected.of(old, new, request)
+        new |= {name: self._checked(new[name], old.get(name), affected.built) for name in request.layers if name in new}
         after = topology_of(new.values(), _still_there(before.scaled, new.values()))
         both = together(before, after)
         if problem := unplaceable([*both.planned.values()], self._backend().nodes()):
@@ -115,7 +115,7 @@ class Changing:
                 self._start(replica)
             wait_for(self._backend(), fresh, deadline, log.info)
             self._declared.topology = both
-            versions = self._decided(old, new, asked, deadline)
+            versions = self._decided(old, new, affected, deadline)
         except _OutcomeUnknown as unknown:
             raise Unavailable(str(unknown)) from None
         except BaseException:
@@ -124,7 +124,6 @@ class Changing:
             for replica in fresh:
                 self._backend().stop_replica(replica.id)
             raise
-        self._declared.keep(asked.kept)
         epoch = self._state(time.monotonic() + UNDO_SECONDS).epoch
         with suppress(ExpertMeshError):  # what is left is ended later
             ends = min(deadline, time.monotonic() + RETIRE_SECONDS)
@@ -133,7 +132,7 @@ class Changing:
         return {
             "epoch": epoch,
             "layers": {name: {"before": _names(old, name), "after": _names(new, name)} for name in request.layers},
-            "versions": {id: versions[id] for id in sorted(asked.named & versions.keys())},
+            "versions": {id: versions[id] for id in sorted(affected.named & versions.keys())},
         }
 
     def _with_gates(self, request: LayersRequest) -> dict[str, LayerEdit]:
@@ -179,7 +178,7 @@ class Changing:
         return Topology(planned={id: one for id, one in has.planned.items() if not there >= one.experts.keys()})
 
     def _decided(
-        self, old: Mapping[str, Layer], new: Mapping[str, Layer], asked: Asked, deadline: float
+        self, old: Mapping[str, Layer], new: Mapping[str, Layer], affected: Affected, deadline: float
     ) -> Mapping[str, str]:
         """Declare the new layers; returns the versions that then serve.
 
@@ -189,16 +188,16 @@ class Changing:
         before = dict(self._state(deadline).current)
         while True:
             try:
-                return self._declare(new, asked, deadline - time.monotonic())
+                return self._declare(new, affected, deadline - time.monotonic())
             except ExpertMeshError as error:
                 failure = error
             if not isinstance(failure, OPEN) or time.monotonic() > deadline:
                 break
             time.sleep(LOOK_SECONDS)
-        ends, committed = time.monotonic() + UNDO_SECONDS, replace(asked, built=frozenset())
+        ends, committed = time.monotonic() + UNDO_SECONDS, replace(affected, built=frozenset())
         while time.monotonic() < ends:
             try:
-                is_committed = self._is_committed(old, before, asked)
+                is_committed = self._is_committed(old, before, affected)
             except OPEN:
                 time.sleep(LOOK_SECONDS)
                 continue
@@ -211,11 +210,11 @@ class Changing:
             return self._declare(new, committed, LOOK_SECONDS)  # and again, once there is a controller
         raise _OutcomeUnknown(f"{failure.message}; the controller does not answer, and will be told again")
 
-    def _is_committed(self, old: Mapping[str, Layer], before: Mapping[str, str], asked: Asked) -> bool:
+    def _is_committed(self, old: Mapping[str, Layer], before: Mapping[str, str], affected: Affected) -> bool:
         """Whether a change is durable. If not, it will not be: the old layers are declared. Raises what is `OPEN`."""
         backend = self._backend()
         state = backend.state()
-        if state.epoch and _committed(state, before, asked):
+        if state.epoch and _committed(state, before, affected):
             return True
         try:
             self._declared.declare(backend, old, UNDO_SECONDS)
@@ -223,7 +222,7 @@ class Changing:
             raise
         except ExpertMeshError as error:  # it was heard all the same, after what was told before
             log.debug("the old layers are refused: %s", error)
-        return _committed(backend.state(), before, asked)
+        return _committed(backend.state(), before, affected)
 
     def _state(self, deadline: float) -> ControllerState:
         """What the controller knows; one that has restarted is told what is declared first.
@@ -240,17 +239,17 @@ class Changing:
                     raise
             time.sleep(LOOK_SECONDS)
 
-    def _declare(self, layers: Mapping[str, Layer], asked: Asked, timeout: float) -> Mapping[str, str]:
+    def _declare(self, layers: Mapping[str, Layer], affected: Affected, timeout: float) -> Mapping[str, str]:
         return self._declared.declare(
             self._backend(),
             layers,
             max(1.0, timeout),
-            asked.named,
-            renewed=asked.built,
-            unverified=asked.request.allow_unverified,
-            removed=asked.removed,
-            adopts=asked.request.adopts,
-            versions=asked.request.versions,
+            affected.named,
+            renewed=affected.built,
+            unverified=affected.request.allow_unverified,
+            removed=affected.removed,
+            adopts=affected.request.adopts,
+            versions=affected.request.versions,
         )
 
     def _tell(self, layers: Mapping[str, Layer]) -> None:
@@ -270,7 +269,7 @@ class _OutcomeUnknown(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class Affected:
     """The ids that a request is about: the `named` are declared by name, the `built` among them are new, and the
     `removed` are in no layer any more."""
 
@@ -280,7 +279,7 @@ class Asked:
     removed: frozenset[str]
 
     @classmethod
-    def of(cls, old: Mapping[str, Layer], new: Mapping[str, Layer], request: LayersRequest) -> Asked:
+    def of(cls, old: Mapping[str, Layer], new: Mapping[str, Layer], request: LayersRequest) -> Affected:
         """Compare the layers of a request before and after it."""
         before = {id for name in request.layers if name in old for id in _ids(old[name])}
         after = {id for name in request.layers if name in new for id in _ids(new[name])}
@@ -293,27 +292,16 @@ class Asked:
             removed=frozenset(before - after),
         )
 
-    @property
-    def kept(self) -> frozenset[str]:
-        """The ids whose declaration is what the registry says: the files that they came from are not kept."""
-        uploaded = {
-            f"{name}/{expert}"
-            for name, edit in self.request.layers.items()
-            for expert, made in (*edit.experts.items(), *edit.shared.items())
-            if made.weights in self.request.files
-        }
-        return frozenset(uploaded | self.request.adopts.keys() | self.request.versions.keys())
 
-
-def _committed(state: ControllerState, before: Mapping[str, str], asked: Asked) -> bool:
+def _committed(state: ControllerState, before: Mapping[str, str], affected: Affected) -> bool:
     """Whether the current epoch is one that the request has made. Raises Unavailable where there is none yet.
 
     A swap may have replaced a gate meanwhile, or an expert that goes: they tell nothing, unless only gates are new.
     """
-    current, ids = _with_epoch(state).current, asked.named | asked.removed
+    current, ids = _with_epoch(state).current, affected.named | affected.removed
     if any((id in current) != (id in before) for id in ids):
         return True
-    gates_alone = not asked.removed and all(is_gate_id(id) for id in asked.built)
+    gates_alone = not affected.removed and all(is_gate_id(id) for id in affected.built)
     return any(current.get(id) != before.get(id) for id in ids if is_layer_id(id) or (gates_alone and is_gate_id(id)))
 
 
@@ -332,12 +320,12 @@ def _names(layers: Mapping[str, Layer], name: str) -> list[str]:
 
 
 def _still_there(scaled: Mapping[str, int], layers: Iterable[Layer]) -> dict[str, int]:
-    """The numbers of replicas that were asked for, without those of groups that are no more."""
+    """The numbers of replicas that were affected for, without those of groups that are no more."""
     groups = {group for layer in layers for group in groups_of(layer)}
     return {group: number for group, number in scaled.items() if group in groups}
 
 
-def check_file(path: Path, sha256: str) -> None:
+def _check_upload(path: Path, sha256: str) -> None:
     """Check that an upload is there as it was announced. Raises DataLoss."""
     try:
         found = hash_file(path)[0]

@@ -48,8 +48,6 @@ from .topology import resumed_numbers, topology_of, wait_for
 Progress = Callable[[str], None]
 SUPERVISE_SECONDS = 0.5
 STOP_GRACE = 5.0
-BEHAVIOUR = ("factory", "args", "kwargs", "weights", "input", "output", "framework", "live")
-"""The fields of an expert that define what it computes; the others define where and how often it runs."""
 
 log = logging.getLogger(__name__)
 
@@ -315,7 +313,7 @@ class Cluster(LayerMethods):
         self._announce(run_file(config, places, backend.temp_dir, backend.ray()))
         wait_for(backend, planned, deadline, self._say)
         self._say("loading and verifying experts")
-        self._declared.keep(found.ids)
+        self._declared.resume(found.ids)
         left, named = max(1.0, deadline - time.monotonic()), redeclare | found.redeclare
         self._declared.declare(backend, found.layers, left, named, renewed=redeclare)
         for line in [*resumed(backend.state()), *found.lines, *scaled_lines] if self._keeps_state else []:

@@ -54,27 +54,16 @@ class Declaring:
         )
         self._run_by(backend, self.topology)
         try:
-            versions = backend.declare(self._desired, timeout)
-            # from now on the registry says what is declared: a file that is edited, or gone, changes nothing by itself
-            known = {id for layer in layers.values() for id in (*layer.everyone_by_id, layer.gate_id, layer.layer_id)}
-            self._desired = replace(self._desired, resumed=self._desired.resumed | known)
-            return versions
+            serving = backend.declare(self._desired, timeout)
+            # a file that is edited, or gone, changes nothing by itself
+            self.resume(frozenset(id for layer in layers.values() for id in (*layer.everyone_by_id, *layer.own_ids)))
+            return serving
         finally:  # a controller that restarts later is told what is declared, not to build it once more
             self._desired = replace(self._desired, renewed=frozenset(), unverified=True)
 
-    def keep(self, ids: frozenset[str]) -> None:
+    def resume(self, ids: frozenset[str]) -> None:
         """Declare these ids from now on by what the registry says of them."""
-        kept = {
-            name: layer.with_experts(
-                {
-                    expert: replace(made, weights=None) if f"{name}/{expert}" in ids else made
-                    for expert, made in layer.everyone.items()
-                }
-            )
-            for name, layer in self.layers.items()
-        }
-        self.layers = kept
-        self._desired = replace(self._desired, layers=kept, resumed=self._desired.resumed | ids)
+        self._desired = replace(self._desired, resumed=self._desired.resumed | ids)
 
     def scale(self, backend: Backend, topology: Topology, timeout: float) -> None:
         """Have the controller take another topology; nothing else of what is declared changes."""

@@ -8,7 +8,8 @@ from typing import Any
 from ...experts.spec import Expert, check_expert
 from ...router.gates import Gate
 from ...router.mixture.layer import Layer
-from ..config.layer_changes import REMOVE, LayerEdit, LayersRequest
+from ..config.layer_changes import LayerEdit, LayersRequest
+from ..rpc.changes import REMOVE
 
 
 class LayerMethods:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...experts.errors import ExpertMeshError, FailedPrecondition, NotFound
-from ...experts.names import is_layer_id
+from ...experts.names import GATE, is_layer_id
 from ...experts.spec import Expert
 from ...router.gates import Gate
 from ...router.mixture.layer import Layer
@@ -43,8 +43,8 @@ def resumed_layers(declared: Mapping[str, Layer], state_dir: Path, redeclare: Co
     What is named in `redeclare` is taken as it is declared. Raises NotFound for an id in it that nobody knows.
     """
     kept, removed = kept_records(state_dir), removed_layers(state_dir)
-    known = {id for layer in declared.values() for id in (*layer.everyone_by_id, *groups_of(layer), layer.gate_id)}
-    known |= {layer.layer_id for layer in declared.values()} | kept.keys() | removed
+    known = {id for layer in declared.values() for id in (*layer.everyone_by_id, *groups_of(layer), *layer.own_ids)}
+    known |= kept.keys() | removed
     if unknown := sorted(set(redeclare) - known):
         raise NotFound(
             f"redeclare: there is no expert or gate {unknown[0]!r}; known are {', '.join(sorted(known)[:20])}"
@@ -55,9 +55,8 @@ def resumed_layers(declared: Mapping[str, Layer], state_dir: Path, redeclare: Co
         lines=tuple(f"layer {name} was removed and stays away; redeclare {name}/layer to have it" for name in gone),
     )
     changed = {id: record for id, record in kept.items() if is_layer_id(id) and not record.declared}
-    store = VersionStore(state_dir) if changed else None
     for id, record in changed.items():
-        found = _with(found, declared.get(id.partition("/")[0]), record, kept, store, redeclare)
+        found = _with(found, declared.get(id.partition("/")[0]), record, kept, VersionStore(state_dir), redeclare)
     return found
 
 
@@ -66,14 +65,14 @@ def _with(
     declared: Layer | None,
     record: VersionRecord,
     kept: Mapping[str, VersionRecord],
-    store: VersionStore | None,
+    store: VersionStore,
     redeclare: Collection[str],
 ) -> Resumed:
     """With one layer that was changed by name."""
     name = record.id.partition("/")[0]
     if declared is not None and layer_digest(declared) == record.digest:
         return found
-    gate_id = f"{name}/gate"
+    gate_id = f"{name}/{GATE}"
     if record.id in redeclare:
         return replace(found, redeclare=found.redeclare | {gate_id} if declared is not None else found.redeclare)
     if gate_id in redeclare:
@@ -97,7 +96,7 @@ def _layer(
     document: Mapping[str, Any],
     declared: Layer | None,
     kept: Mapping[str, VersionRecord],
-    store: VersionStore | None,
+    store: VersionStore,
 ) -> tuple[Layer | None, set[str]]:
     """The layer of a document, and the ids that are not declared; None where live objects are missing."""
     layer = layer_of(name, document)
@@ -116,20 +115,20 @@ def _layer(
             behaviour = {key: getattr(made, key) for key in ("factory", "args", "kwargs", "framework", "input")}
             experts[expert] = replace(placed, **behaviour, live=None)
             ids.add(id)
-    gate = _gate(f"{name}/gate", kept, store)
+    gate = _gate(f"{name}/{GATE}", kept, store)
     if gate is None and declared is not None and declared.gate.num_experts == layer.gate.num_experts:
         gate = declared.gate
     elif gate is None:
         return None, set()
     else:
-        ids.add(f"{name}/gate")
+        ids.add(f"{name}/{GATE}")
     return replace(layer.with_experts(experts), gate=gate), ids
 
 
-def _gate(id: str, kept: Mapping[str, VersionRecord], store: VersionStore | None) -> Gate | None:
+def _gate(id: str, kept: Mapping[str, VersionRecord], store: VersionStore) -> Gate | None:
     """The gate that serves; None for a live one. Where its file is damaged, the controller will say so."""
     record = kept.get(id)
-    if store is None or record is None or record.origin.get("live"):
+    if record is None or record.origin.get("live"):
         return None
     try:
         weights = store.weights(id, record.version)

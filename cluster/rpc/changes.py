@@ -17,7 +17,7 @@ from .swaps import MAX_CHANGES, MAX_TIMEOUT, SHA256, check_upload
 MOST_REPLICAS = 1000
 """The maximum number of replicas of an expert that can be asked for."""
 
-KINDS = ("add", "change", "remove")
+KINDS = ADD, CHANGE, REMOVE = "add", "change", "remove"
 SETTINGS = ("combine", "on_missing", "max_lost_mass", "on_dropped", "capacity", "input")
 """The fields of a layer that can be asked for."""
 
@@ -71,7 +71,7 @@ class ExpertAsked:
 class LayerAsked:
     """What becomes of one layer: see `LayerEdit`, whose JSON this is. `gate` is a map of `UploadAsked`."""
 
-    kind: str = "change"
+    kind: str = CHANGE
     experts: dict[str, dict[str, Any]] = field(default_factory=dict)
     shared: dict[str, dict[str, Any]] = field(default_factory=dict)
     remove: list[str] = field(default_factory=list)
@@ -85,9 +85,9 @@ class LayerAsked:
         if self.kind not in KINDS:
             raise InvalidRequest(f"kind must be one of {', '.join(KINDS)}, not {self.kind[:64]!r}")
         says = any((self.experts, self.shared, self.remove, self.order, self.gate, self.settings, self.autoscale))
-        if says == (self.kind == "remove"):
+        if says == (self.kind == REMOVE):
             raise InvalidRequest("a layer that is removed takes nothing else" if says else "say what is to change")
-        if self.kind == "add" and not self.experts:
+        if self.kind == ADD and not self.experts:
             raise InvalidRequest("a layer that is added needs experts")
         comes = [*self.experts, *self.shared]
         for name in (*comes, *self.remove, *self.order):

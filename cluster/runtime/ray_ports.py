@@ -126,7 +126,7 @@ class RayControlPort:
         return await awaited(self._actor().swap.remote(request), request.timeout + SWAP_GRACE)
 
     async def change(self, request: ScaleRequest | LayersRequest) -> dict[str, Any]:
-        """Have the owner change numbers of replicas."""
+        """Have the owner change numbers of replicas, or layers."""
         return await awaited(self._actor().change.remote(request), request.timeout + SWAP_GRACE)
 
     async def progress(self, swap_id: str) -> dict[str, Any]:

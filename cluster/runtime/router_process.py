@@ -346,7 +346,7 @@ def staged_gate(candidate: Candidate, old: Gate | None) -> tuple[Gate, float | N
 
 def _not_declared(layers: Mapping[str, Layer], versions: Mapping[str, str]) -> dict[str, str]:
     """The versions of ids that are in no layer any more: kept, and served by nobody."""
-    declared = {id for layer in layers.values() for id in (layer.layer_id, layer.gate_id, *layer.everyone_by_id)}
+    declared = {id for layer in layers.values() for id in (*layer.own_ids, *layer.everyone_by_id)}
     return {id: version for id, version in sorted(versions.items()) if id not in declared}
 
 

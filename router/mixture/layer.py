@@ -100,7 +100,7 @@ class Layer:
     def without_live_objects(self) -> Layer:
         """A copy for a process that does not run the experts: placeholders replace the live objects."""
         return self.with_experts(
-            {name: replace(e, live=_not_in_this_process) if e.ephemeral else e for name, e in self.everyone.items()}
+            {name: replace(e, live=not_in_this_process) if e.ephemeral else e for name, e in self.everyone.items()}
         )
 
     def with_experts(self, everyone: Mapping[str, Expert]) -> Layer:
@@ -149,6 +149,11 @@ class Layer:
         """The id `layer/layer`, of which a version is what the layer is made of: its experts, by name, and policies."""
         return f"{self.name}/{LAYER}"
 
+    @property
+    def own_ids(self) -> tuple[str, str]:
+        """The ids of which routers hold versions: of the gate, and of the layer itself."""
+        return self.gate_id, self.layer_id
+
 
 def check_name(name: object, what: str) -> None:
     """Check the name of a layer, an expert or a cluster. Raises ConfigError."""
@@ -158,5 +163,6 @@ def check_name(name: object, what: str) -> None:
         )
 
 
-def _not_in_this_process(rows: object) -> NoReturn:
+def not_in_this_process(rows: object) -> NoReturn:
+    """Stands for a live expert where it does not run. Raises ConfigError."""
     raise ConfigError("this live expert runs in its replica, not here")

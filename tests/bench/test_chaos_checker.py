@@ -12,7 +12,7 @@ import pytest
 import torch
 from benchmarks.chaos.checker import MIXED, RIGHT, UNKNOWN, WRONG, Checker, Ledger
 from benchmarks.chaos.exact import CLASSES, WIDTH, Maker, Shape, chosen, rows
-from benchmarks.chaos.figures import harm, judged, longest_gap, overlapped, p99_ms, went_back
+from benchmarks.chaos.figures import behind, harm, judged, longest_gap, overlapped, p99_ms, went_back
 from benchmarks.chaos.load import Load, SeenEpoch, share
 from benchmarks.chaos.swaps import KINDS
 from hypothesis import given
@@ -188,6 +188,8 @@ def answered(number: int, sent: float, done: float, epoch: int) -> SeenEpoch:
 def test_an_answer_that_is_older_than_one_seen_before_it_was_asked_for() -> None:
     seen = [answered(0, 0.0, 1.0, 2), answered(1, 0.5, 1.5, 1), answered(2, 1.2, 2.0, 1), answered(3, 1.2, 2.0, 2)]
     assert went_back(seen) == 1  # number 1 was asked for before 0 was answered, number 2 after
+    assert behind(seen, []) == 0
+    assert behind(seen, [(min(one.sent for one in seen) - 1, 10**6)]) == len(seen)  # acknowledged before all were sent
 
 
 def test_overlaps_gaps_and_latency_from_when_a_request_was_due() -> None:

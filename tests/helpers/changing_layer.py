@@ -5,12 +5,11 @@ Each expert multiplies by a whole number and the gate takes all of them, so that
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from helpers.waiting import eventually
+from helpers.calling import Callers
 
 from expertmesh import Client, Expert, Layer, Reply, TensorSpec, Unavailable, gates
 
@@ -57,47 +56,24 @@ class Ledger:
         return "" if np.array_equal(reply.output, total * x) else f"{reply.output} is not {total} times {x}"
 
 
-class Callers:
-    """Calls without pause from several threads, until the block ends; then every answer is looked at.
+class Recomputed(Callers):
+    """Callers of layer l; afterwards every answer is looked at. What is Unavailable is counted apart."""
 
-    Of a cluster whose processes are killed, what is Unavailable is counted apart.
-    """
-
-    def __init__(self, client: Client, ledger: Ledger, threads: int = 3) -> None:
+    def __init__(self, client: Client, ledger: Ledger) -> None:
+        super().__init__(self._ask)
         self.answers: list[tuple[Any, Reply]] = []
-        self.failed: list[BaseException] = []
         self.unavailable = 0
         self._client = client
         self._ledger = ledger
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._call, args=(number,)) for number in range(threads)]
 
-    def _call(self, number: int) -> None:
+    def _ask(self, number: int) -> bool:
         x = X * (number + 1)
-        while not self._stop.is_set():
-            try:
-                self.answers.append((x, self._client.call("l", x)))
-            except Unavailable:
-                self.unavailable += 1
-            except Exception as error:  # noqa: BLE001 (whatever it is, the test fails with it)
-                self.failed.append(error)
-                return
-
-    def __enter__(self) -> Callers:
-        for thread in self._threads:
-            thread.start()
-        self.go_on()
-        return self
-
-    def go_on(self) -> None:
-        """Wait until some more calls were answered."""
-        before = len(self.answers)
-        eventually(lambda: len(self.answers) > before + 20 or self.failed, 30, "calls are answered")
-
-    def __exit__(self, *raised: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(60)
+        try:
+            self.answers.append((x, self._client.call("l", x)))
+        except Unavailable:
+            self.unavailable += 1
+            return False
+        return True
 
     def problems(self) -> list[str]:
         """What failed, and what is wrong with the answers."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from helpers.changing_layer import ROWS, Callers, Ledger, X, expert, gate, layer
+from helpers.changing_layer import ROWS, Ledger, Recomputed, X, expert, gate, layer
 from helpers.waiting import eventually
 
 from expertmesh import Client, Cluster, Layer
@@ -57,7 +57,8 @@ def test_eight_nine_eight_with_a_new_gate_each_time(cluster: Cluster, client: Cl
     ledger = Ledger()
     ledger.knows(cluster.status()["versions"], EIGHT, gate(8))
     before, pids = sorted(replicas(cluster)), set[int]()
-    with Callers(client, ledger) as callers:
+    callers = Recomputed(client, ledger)
+    with callers:
         for number in range(1, 5):
             cluster.add_expert("l/e8", expert(20 + number, num_cpus=0), gate=gate(9, number))
             nine = {**EIGHT, "e8": 20 + number}
@@ -83,7 +84,8 @@ def test_a_controller_that_is_killed_in_the_middle_leaves_the_old_layer_or_the_n
     cluster.remove_expert("l/e8", gate=weights)
     ledger.knows(cluster.status()["versions"], factors, weights)
     made = 0
-    with Callers(client, ledger) as callers:
+    callers = Recomputed(client, ledger)
+    with callers:
         for number in range(6):
             adds = "e8" not in factors
             wanted = {**EIGHT, "e8": 50 + number} if adds else dict(EIGHT)

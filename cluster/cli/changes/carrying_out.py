@@ -71,7 +71,7 @@ class Course:
 
     def _by_tensors(self, change: Change) -> bool:
         """Whether a swap names no code: it goes back to a version, or brings weights for what serves."""
-        return self.versions is not None or bool(_only_weights(change))
+        return self.versions is not None or _only_weights(change)
 
     def make(self, steps: Sequence[Step], progress: Callable[[str], object]) -> list[Any]:
         """Make steps one after another; `progress` is told of each that was made. Returns what became of each."""
@@ -113,8 +113,7 @@ def _replacement(course: Course, change: Change, folder: Path) -> dict[str, Any]
 def _only_weights(change: Change) -> bool:
     """Whether an expert is to have other weights, and the same code."""
     before, after = change.before, change.after
-    same = all(before[key] == after[key] for key in ("factory", "args", "kwargs"))
-    return same and after["weights"] is not None
+    return after["weights"] is not None and all(before[key] == after[key] for key in ("factory", "args", "kwargs"))
 
 
 def _obstacles(step: Step) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ....experts.names import GATE
+from ....experts.names import is_gate_id
 from ...placement.change_plan import Change, Step
 
 LAYER_STEPS = ("add_layer", "add_expert", "change_experts", "remove_expert", "remove_layer", "set", "autoscale")
@@ -46,7 +46,7 @@ def coming(step: Step) -> Iterator[Change]:
 
 def has_gate(step: Step) -> bool:
     """Whether a step brings a gate."""
-    return any(change.key.endswith(f"/{GATE}") for change in coming(step))
+    return any(is_gate_id(change.key) for change in coming(step))
 
 
 def has_policies(step: Step) -> bool:

@@ -18,18 +18,13 @@ from ..connect import cluster_options, connect
 from ..output import new_console, new_table, output_option, print_json
 from .carrying_out import Course
 
-TIMEOUT = click.option(
-    "--timeout", type=float, default=300.0, show_default=True, help="Seconds to start, fill and verify."
-)
-UNVERIFIED = click.option(
-    "--allow-unverified", is_flag=True, help="Accept what cannot be tried, because no rows were declared or served."
-)
-
 
 @click.command()
 @click.argument("mesh", type=click.Path(path_type=Path))
 @click.argument("id")
-@UNVERIFIED
+@click.option(
+    "--allow-unverified", is_flag=True, help="Accept what cannot be tried, because no rows were declared or served."
+)
 @cluster_options
 @output_option
 def add(
@@ -75,7 +70,7 @@ def add(
     type=click.Path(path_type=Path),
     help="File of the layer's new gate, as `Gate.save` writes it; not for a layer or a shared expert.",
 )
-@TIMEOUT
+@click.option("--timeout", type=float, default=300.0, show_default=True, help="Seconds until it is gone.")
 @cluster_options
 @output_option
 def remove(

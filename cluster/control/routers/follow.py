@@ -224,7 +224,7 @@ class Routers:
             actions += self._lost(name)
             self._reconciler.router_told(name, update.epochs)
         if not self._executor.changed_since(name, sent):
-            declared = {id for layer in self.desired.layers.values() for id in (layer.gate_id, layer.layer_id)}
+            declared = {id for layer in self.desired.layers.values() for id in layer.own_ids}
             ids = self._reconciler.structure() | declared
             actions += self._reconciler.member_reported(name, report.incarnation, ids, report.gates)
         actions += self._reconciler.router_reported(name, report.epoch, report.oldest_pinned, update.epochs)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from expertmesh.cluster.config.layer_changes import ADD, REMOVE, LayerEdit, edited
+from expertmesh.cluster.config.layer_changes import LayerEdit, edited
+from expertmesh.cluster.rpc.changes import ADD, REMOVE
 from expertmesh.experts.errors import ExpertMeshError, InvalidRequest, NotFound
 from expertmesh.experts.spec import Autoscale, Expert, TensorSpec
 from expertmesh.router import gates

@@ -325,6 +325,27 @@ def test_what_was_taken_away_is_used_until_no_router_pins_it() -> None:
     assert control.used() == one.keys()
 
 
+def test_what_is_used_again_is_not_ended() -> None:
+    """An epoch may have been recalled since the owner has looked at what is used."""
+    control = started("m")
+    control.committed("s", 2, {"l/b": "v1"})
+    control.router_reported("r", 2, 2, [2])
+    control.check_unused(A)
+    control.recall(1)
+    with pytest.raises(Aborted, match="l/a: a request may still need it"):
+        control.check_unused(A)
+
+
+def test_a_recalled_epoch_lacks_what_is_not_declared_any_more_until_it_is_loaded() -> None:
+    control = started("m")
+    control.declared = frozenset({"l/b"})
+    control.committed("s", 2, {"l/b": "v1"})
+    control.recall(1)
+    assert ("l/a", "v1") not in control.lacking(1)
+    control.member_reported("m", "m.2", A, held())
+    assert ("l/a", "v1") in control.lacking(1)
+
+
 def test_what_a_router_pins_that_has_not_reported_may_be_anything() -> None:
     control = Reconciler()
     control.restore({1: ONE, 2: {"l/a": "v1"}}, ["r"])

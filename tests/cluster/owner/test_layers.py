@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.changing_layer import ROWS, Callers, Ledger, X, expert, gate, layer
+from helpers.changing_layer import ROWS, Ledger, Recomputed, X, expert, gate, layer
 from helpers.waiting import eventually
 
 from expertmesh import Client, Cluster, Expert, Layer, gates
@@ -46,7 +47,8 @@ def test_experts_come_and_go_under_traffic_and_no_answer_mixes(tmp_path: Path) -
     with running(tmp_path) as (cluster, client):
         ledger, factors = Ledger(), dict(THREE)
         ledger.knows(cluster.status()["versions"], factors, gate(3))
-        with Callers(client, ledger) as callers:
+        callers = Recomputed(client, ledger)
+        with callers:
             for number in range(8):
                 cluster.add_expert("l/d", expert(7 + number), gate=gate(4, number))
                 factors["d"] = 7 + number
@@ -304,3 +306,48 @@ def test_a_controller_that_is_lost_for_long_leaves_the_old_layers(
             cluster.add_expert("l/d", expert(7), gate=gate(4), timeout=0.5)
         np.testing.assert_array_equal(client.forward("l", X), total(THREE, gate(3)) * X)
         assert replicas(cluster) == ["l/a#0", "l/b#0", "l/c#0"]
+
+
+def test_a_change_that_is_committed_while_it_is_taken_back_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The controller was slow: it still carries the change out when it is told to go back."""
+    with running(tmp_path) as (cluster, client):
+        real, told = Controller.declare, list[Any]()
+
+        async def declare(self: Controller, desired: Any, timeout: float) -> Any:
+            told.append(desired)
+            if len(told) == 1:
+                await asyncio.sleep(timeout)
+                raise Unavailable("the controller was slow on purpose")
+            if len(told) == 2:
+                assert "d" not in desired.layers["l"].experts
+                await real(self, told[0], 30.0)
+            return await real(self, desired, timeout)
+
+        monkeypatch.setattr(Controller, "declare", declare)
+        outcome = cluster.add_expert("l/d", expert(7), gate=gate(4), timeout=0.5)
+        assert outcome["layers"]["l"]["after"] == ["a", "b", "c", "d"]
+        np.testing.assert_array_equal(client.forward("l", X), (2 + 6 + 15 + 28) * X)
+        assert replicas(cluster) == ["l/a#0", "l/b#0", "l/c#0", "l/d#0"]
+        assert [item["version"][:3] for item in client.history("l/d")] == ["v1-"]
+
+
+def test_a_change_that_is_refused_is_not_taken_for_durable_because_a_gate_was_swapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(tmp_path) as (cluster, client):
+        gate(3, 5).save(tmp_path / "gate.safetensors")
+        real = Controller.declare
+
+        async def declare(self: Controller, desired: Any, timeout: float) -> Any:
+            if "d" not in desired.layers["l"].experts:
+                return await real(self, desired, timeout)
+            await asyncio.to_thread(client.swap, {"l/gate": tmp_path / "gate.safetensors"})
+            raise FailedPrecondition("refused on purpose")
+
+        monkeypatch.setattr(Controller, "declare", declare)
+        with pytest.raises(FailedPrecondition, match="on purpose"):
+            cluster.add_expert("l/d", expert(7), gate=gate(4))
+        assert replicas(cluster) == ["l/a#0", "l/b#0", "l/c#0"]
+        np.testing.assert_array_equal(client.forward("l", X), total(THREE, gate(3, 5)) * X)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.calling import Callers
 from helpers.swap_cluster import IDS, SwapCluster, swap_cluster
 from helpers.waiting import eventually
 
@@ -25,44 +26,8 @@ def ready(cluster: Cluster, group: str) -> list[str]:
     return sorted(id for id, seen in found.items() if id.startswith(f"{group}#") and seen["state"] == "ready")
 
 
-class Callers:
-    """Calls without pause from three threads; every reply is recomputed."""
-
-    def __init__(self, running: SwapCluster) -> None:
-        self.answered = 0
-        self.failed: list[BaseException] = []
-        self._running = running
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._call) for _ in range(3)]
-
-    def _call(self) -> None:
-        while not self._stop.is_set():
-            try:
-                self._running.call()
-                self.answered += 1
-            except Exception as error:  # noqa: BLE001 (whatever it is, the test fails with it)
-                self.failed.append(error)
-                return
-
-    def __enter__(self) -> Callers:
-        for thread in self._threads:
-            thread.start()
-        self.go_on()
-        return self
-
-    def go_on(self) -> None:
-        before = self.answered
-        eventually(lambda: self.answered > before + 20 or self.failed, 30, "calls are answered")
-
-    def __exit__(self, *raised: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(30)
-        assert not self.failed, self.failed
-
-
 def test_up_and_down_under_load_no_call_fails_and_no_version_changes(tmp_path: Path) -> None:
-    with swap_cluster(tmp_path) as running, Callers(running) as callers:
+    with swap_cluster(tmp_path) as running, Callers(lambda _: running.call()) as callers:
         cluster, before = running.cluster, running.cluster.status()
         for _ in range(3):
             assert cluster.scale("l/a", 3) == {"l/a": {"before": 1, "after": 3}}
