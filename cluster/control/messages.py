@@ -143,10 +143,10 @@ class RouterUpdate:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterReport:
-    """What a router says of itself: what it was told, its epoch and pins, the gates that it holds, and what it counted.
+    """What a router says of itself: what it was told, its epoch and pins, what it holds, and what it counted.
 
-    `loads` are by replica, for those to which it sends; the `busy` ones owe it an answer. `facts` are for the status:
-    where it is, and what it is doing.
+    `gates` are the gates and layers that it holds. `loads` are by replica, for those to which it sends; the `busy` ones
+    owe it an answer. `facts` are for the status: where it is, and what it is doing.
     """
 
     incarnation: str

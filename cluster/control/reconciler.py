@@ -54,8 +54,8 @@ class _Router:
 class Reconciler:
     """What is known of members, routers, epochs and swaps, and what follows from it.
 
-    Members are replicas, and routers as holders of gates. `epochs` are those that the registry keeps; ids of them that
-    are not `declared` any more are nobody's to hold.
+    Members are replicas, and routers as holders of gates and layers. `epochs` are those that the registry
+    keeps; ids of them that are not `declared` any more are nobody's to hold.
     """
 
     def __init__(self) -> None:

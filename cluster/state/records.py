@@ -21,7 +21,7 @@ _SWAP_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 @dataclass(frozen=True, kw_only=True)
 class VersionRecord:
-    """One immutable version of an expert or gate.
+    """One immutable version of an expert, a gate, or what a layer is made of.
 
     `digest` and `tensor_digest` are sha256 as hexadecimal text, of the behaviour and of the tensors alone; `origin` is
     the declaration it came from, as JSON has it; `nbytes` is the size of its weights in bytes; `created` is in seconds
@@ -69,7 +69,10 @@ class VersionRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochRecord:
-    """One immutable map {expert or gate id -> version}, and the swap that made it; `created` in seconds since 1970."""
+    """One immutable map {id of an expert, gate or layer -> version}, and the swap that made it.
+
+    `created` is in seconds since 1970.
+    """
 
     number: int
     versions: Mapping[str, str]

@@ -11,7 +11,7 @@ from ...experts.errors import RouterUnavailable, VersionGone
 
 @dataclass(frozen=True)
 class Epoch:
-    """One immutable map {expert or gate id -> version} over all layers, with the layers' definitions.
+    """One immutable map {id of an expert, gate or layer -> version} over all layers, with the layers' definitions.
 
     `cluster` is the id of the cluster that numbers the epochs.
     """
