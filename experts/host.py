@@ -8,17 +8,18 @@ import threading
 import time
 import uuid
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .construct.factory import RowFunction
 from .errors import ExpertMeshError, NotFound
-from .protocol import ExpertCall, ExpertReply, Part, PartFailure
+from .protocol import ExpertCall, ExpertReply, Part, PartFailure, TrainCall, TrainReply
 from .staging.stage import Proposal, Receipt, stage
 from .sums.device_rows import to_device, to_host_all
 from .sums.partial_sum import add_up
+from .training.desk import TrainingDesk
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class ExpertHost:
         self._lock = threading.Lock()
         self._computing: tuple[str, float, float] | None = None
         self._staging: tuple[str, float, float] | None = None
+        self._training = TrainingDesk(self._loaded, device)
 
     def stage(self, proposal: Proposal, replaces: str | None = None, mode: str = "double") -> Receipt:
         """Build and verify a version beside the serving ones, and compare it with the one it replaces, if loaded.
@@ -107,9 +109,9 @@ class ExpertHost:
         with self._lock:
             return frozenset(self._slots)
 
-    def computes(self, call: ExpertCall) -> bool:
+    def computes(self, call: ExpertCall | TrainCall) -> bool:
         """Whether a message keeps a core busy: modules do; plain functions may block on something else."""
-        return any(
+        return isinstance(call, TrainCall) or any(
             function is not None and function.module is not None
             for function in (self._slots.get((part.expert, part.version)) for part in call.parts)
         )
@@ -147,6 +149,20 @@ class ExpertHost:
         sums, lost = add_up(call, outputs)
         unsummed = (None if at in summed and isinstance(out, Tensor) else out for at, out in enumerate(outputs))
         return ExpertReply(self.incarnation, tuple(unsummed), sums, lost, computed=time.perf_counter() - began)
+
+    def train(self, call: TrainCall) -> TrainReply:
+        """Carry out a message of training; a part that fails does not affect the others. Raises InvalidRequest."""
+        self._computing = (call.expert, time.monotonic(), call.timeout)
+        try:
+            return replace(self._training.answer(call), incarnation=self.incarnation)
+        finally:
+            self._computing = None
+
+    def _loaded(self, expert_id: str, version: str | None) -> RowFunction | None:
+        """The function of an expert in a version, or in any that is loaded."""
+        if version is not None:
+            return self._resident(expert_id, version)
+        return next((held for (id, _), held in list(self._slots.items()) if id == expert_id), None)
 
     def _parts(self, call: ExpertCall, rows_N: Tensor, keep: Collection[int]) -> list[Tensor | PartFailure]:
         began, outputs = time.monotonic(), []

@@ -95,6 +95,11 @@ class ExpertCall:
     sums: tuple[PartialSum, ...] = ()
     timeout: float = math.inf
 
+    @property
+    def size(self) -> int:
+        """The number of rows that it carries."""
+        return int(self.rows.shape[0])
+
 
 @dataclass(frozen=True)
 class PartFailure:
@@ -120,6 +125,40 @@ class ExpertReply:
     lost: Any = None
     queued: float = 0.0
     computed: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainCall:
+    """One message of training to one replica: an operation, its fields and its tensors by name (`training/desk.py`).
+
+    `timeout` is the remaining time of its caller, in seconds.
+    """
+
+    attempt: int
+    meta: Mapping[str, Any]
+    tensors: Mapping[str, Any]
+    timeout: float = math.inf
+
+    @property
+    def size(self) -> int:
+        """The number of rows that it carries."""
+        rows = self.tensors.get("rows")
+        return int(rows.shape[0]) if rows is not None and rows.shape else 0
+
+    @property
+    def expert(self) -> str:
+        """The id of the first expert that it concerns."""
+        parts = self.meta.get("parts")
+        return str(parts[0][0]) if isinstance(parts, list) and parts and isinstance(parts[0], list) else ""
+
+
+@dataclass(frozen=True)
+class TrainReply:
+    """The answer to a `TrainCall`: `outcomes` has an entry for each of its parts, beside tensors by name."""
+
+    incarnation: str
+    outcomes: tuple[Mapping[str, Any], ...]
+    tensors: Mapping[str, Any] = field(default_factory=dict)
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any]) -> T:

@@ -22,7 +22,7 @@ from ...router.fanout.transport import Transport
 from ..client.retry import Answer, Attempt
 from ..control.messages import Desired
 from ..control.ports import ControlPort
-from ..gateway.gateway import CallInfo
+from ..gateway.gateway import TRAINING, CallInfo
 from ..machine.tokens import new_token, token_digest
 from ..rpc.methods import Role
 from ..rpc.status import LAYER_KEY, REQUEST_ID_KEY
@@ -171,6 +171,8 @@ class Engine:
             return payload
 
         try:
+            if isinstance(payload, Frame) and method in TRAINING:
+                return await gateway.trained(method, payload, gateway.authorise(method, self.token), call)
             if isinstance(payload, Frame):
                 return await gateway.exchange(payload, call)
             return await gateway.unary(method, read, call)

@@ -32,7 +32,24 @@ class AttachedCalls(Calls):
     ) -> Flow[Frame]:
         """Hand the rows over where they are; no limit of a message applies."""
         frame = Frame("call", meta, tensors)
-        answer = yield from self._send(self.retries, CALL, frame, timeout, meta["request_id"], meta["layer"], route)
+        return (yield from self._frame(CALL, frame, timeout, meta["request_id"], meta["layer"], route))
+
+    def _trained(
+        self, method: str, meta: dict[str, Any], tensors: dict[str, WireTensor], timeout: float | None
+    ) -> Flow[Frame]:
+        """Hand a message of training over as it is."""
+        return (yield from self._frame(f"/{SERVICE}/{method}", Frame("train", meta, tensors), timeout, self.new_id()))
+
+    def _frame(
+        self,
+        method: str,
+        frame: Frame,
+        timeout: float | None,
+        request_id: str,
+        layer: str = "",
+        route: Route | None = None,
+    ) -> Flow[Frame]:
+        answer = yield from self._send(self.retries, method, frame, timeout, request_id, layer, route)
         if not isinstance(answer, Frame):
             raise ExpertMeshError("a router of this process answered with bytes")
         return answer

@@ -7,6 +7,8 @@ A message is eight bytes of length, little endian, and one frame of `experts/wir
     replica   welcome  {proof, credits}                   the replica's proof, and how many calls may be in flight
     router    call     {attempt, timeout, parts, sums}    rows, index?, weights?
     replica   reply    {attempt, outputs, sums, failures, seconds} rows0, rows1, ... and lost?
+    router    train    {attempt, timeout, ...}            an operation of training, with its own fields and tensors
+    replica   trained  {attempt, outcomes, problem}       its tensors, or why the message could not be read
     router    cancel   {attempt}                          the reply is no longer needed
     replica   refused  {proof}                            the controller has given the router up; nothing follows
 
@@ -26,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...experts.errors import InvalidRequest
-from ...experts.protocol import ExpertCall, ExpertReply, Part, PartFailure, PartialSum
+from ...experts.errors import ExpertFailed, ExpertMeshError, InvalidRequest
+from ...experts.protocol import ExpertCall, ExpertReply, Part, PartFailure, PartialSum, TrainCall, TrainReply
 from ...experts.tensors import byte_view, dtype_name, from_wire
 from ...experts.wire import MAX_TENSORS, Buffer, Frame, encode_scattered
 
@@ -150,6 +152,47 @@ def decode_reply(frame: Frame, incarnation: str) -> ExpertReply:
     if not isinstance(queued, float) or not isinstance(computed, float):
         raise InvalidRequest("the seconds of a reply must be two floats")
     return ExpertReply(incarnation, outputs, sums, remaining.get("lost"), queued, computed)
+
+
+def encode_train(call: TrainCall) -> list[Buffer]:
+    """Encode a message of training; no tensor is copied."""
+    timeout = call.timeout if math.isfinite(call.timeout) else None
+    meta = {**call.meta, "attempt": call.attempt, "timeout": timeout}
+    return _framed(encode_scattered("train", meta, {name: _pieces([t]) for name, t in call.tensors.items()}))
+
+
+def decode_train(frame: Frame) -> TrainCall:
+    """Decode a message of training; the host checks what it says. Raises InvalidRequest."""
+    meta, timeout = dict(frame.meta), frame.meta.get("timeout")
+    if not (timeout is None or isinstance(timeout, (int, float))):
+        raise InvalidRequest("timeout must be a number of seconds")
+    tensors = {name: from_wire(tensor) for name, tensor in frame.tensors.items()}
+    return TrainCall(attempt_of(frame), meta, tensors, math.inf if timeout is None else timeout)
+
+
+def encode_trained(attempt: int, reply: TrainReply | str) -> list[Buffer]:
+    """Encode the answer to a message of training, or why there is none; no tensor is copied."""
+    if isinstance(reply, str):
+        return message("trained", attempt=attempt, outcomes=[], problem=reply[:1000])
+    meta = {"attempt": attempt, "outcomes": [dict(outcome) for outcome in reply.outcomes], "problem": ""}
+    return _framed(encode_scattered("trained", meta, {name: _pieces([t]) for name, t in reply.tensors.items()}))
+
+
+def decode_trained(frame: Frame, incarnation: str) -> TrainReply | ExpertMeshError:
+    """Decode the answer to a message of training, or its error. Its tensors share the frame's memory.
+
+    Raises InvalidRequest.
+    """
+    meta = _expect(frame, "trained", "attempt", "outcomes", "problem")
+    outcomes = meta["outcomes"]
+    if not isinstance(meta["problem"], str) or not isinstance(outcomes, list):
+        raise InvalidRequest("the answer to a message of training must have outcomes")
+    if meta["problem"]:
+        return ExpertFailed(meta["problem"])
+    if not all(isinstance(outcome, dict) for outcome in outcomes):
+        raise InvalidRequest("the outcomes of a message of training must be maps")
+    tensors = {name: from_wire(tensor) for name, tensor in frame.tensors.items()}
+    return TrainReply(incarnation, tuple(outcomes), tensors)
 
 
 def attempt_of(frame: Frame) -> int:

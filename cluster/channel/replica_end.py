@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ...experts.errors import ExpertMeshError, InvalidRequest, Unauthenticated
 from ...experts.host import ExpertHost
-from ...experts.protocol import ExpertCall, ExpertReply, PartFailure
+from ...experts.protocol import ExpertCall, ExpertReply, PartFailure, TrainCall
 from ...experts.wire import Buffer, Frame, decode
 from ..machine.ports import family_of
 from .core_slots import CoreSlots
@@ -35,7 +35,9 @@ from .messages import (
     ROUTER,
     attempt_of,
     decode_call,
+    decode_train,
     encode_reply,
+    encode_trained,
     message,
     proof,
     text_of,
@@ -65,7 +67,7 @@ class _Peer:
         self.router = ""
         self.proof = ""
         self.since = now
-        self.waiting: deque[tuple[ExpertCall, float]] = deque()
+        self.waiting: deque[tuple[ExpertCall | TrainCall, float]] = deque()
 
 
 class ChannelServer:
@@ -138,7 +140,7 @@ class ChannelServer:
 
     def queued_rows(self) -> int:
         """The rows of the calls that wait to be computed."""
-        return sum(int(call.rows.shape[0]) for peer in self._peers for call, _ in peer.waiting)
+        return sum(call.size for peer in self._peers for call, _ in peer.waiting)
 
     def _listen_tcp(self, host: str) -> str:
         listener = socket.create_server((host, 0), family=family_of(host))
@@ -238,8 +240,8 @@ class ChannelServer:
     def _take(self, peer: _Peer, frame: Frame) -> None:
         if not peer.authenticated:
             self._prove(peer, frame)
-        elif frame.kind == "call":
-            call = decode_call(frame)
+        elif frame.kind in ("call", "train"):
+            call = decode_call(frame) if frame.kind == "call" else decode_train(frame)
             if len(peer.waiting) >= CREDITS:
                 raise InvalidRequest(f"it has more than {CREDITS} calls in flight")
             peer.waiting.append((call, time.monotonic()))
@@ -264,7 +266,7 @@ class ChannelServer:
         peer.framed.limit = MAX_MESSAGE_BYTES
         self._send(peer, message("welcome", proof=peer.proof, credits=str(CREDITS)))
 
-    def _next(self) -> tuple[_Peer, ExpertCall, float] | None:
+    def _next(self) -> tuple[_Peer, ExpertCall | TrainCall, float] | None:
         """The next queued call, round-robin over the peers."""
         for _ in range(len(self._peers)):
             peer = self._peers[0]
@@ -273,7 +275,7 @@ class ChannelServer:
                 return peer, *peer.waiting[0]
         return None
 
-    def _serve(self, peer: _Peer, call: ExpertCall, arrived: float) -> None:
+    def _serve(self, peer: _Peer, call: ExpertCall | TrainCall, arrived: float) -> None:
         try:
             if self._slots is not None and self._host.computes(call) and self._slots.take():
                 self._turn(0.0)  # it may have been cancelled in the meantime
@@ -283,10 +285,8 @@ class ChannelServer:
             queued = time.monotonic() - arrived
             if queued > call.timeout:
                 self.counted["expired"] += 1
-                late = _all_failed(
-                    self._host, call, "DeadlineExceeded", "the deadline passed while the rows were queued"
-                )
-                reply = encode_reply(call.attempt, late, queued)
+                late = "the deadline passed while the rows were queued"
+                reply = self._failed_reply(call, "DeadlineExceeded", late, queued)
             else:
                 self.counted["computed"] += 1
                 reply = self._computed(call, queued)
@@ -296,13 +296,22 @@ class ChannelServer:
         if peer.router not in self._refused:
             self._send(peer, reply)
 
-    def _computed(self, call: ExpertCall, queued: float) -> list[Buffer]:
+    def _computed(self, call: ExpertCall | TrainCall, queued: float) -> list[Buffer]:
         try:
+            if isinstance(call, TrainCall):
+                return encode_trained(call.attempt, self._host.train(call))
             return encode_reply(call.attempt, self._host.compute(call), queued)
+        except InvalidRequest as error:
+            return self._failed_reply(call, "InvalidRequest", error.message, queued)
         except BaseException as error:  # out of memory, a device error, foreign code: it fails this call, no other
             log.exception("a call failed", extra={"attempt": call.attempt})
             text = f"the replica raised {type(error).__name__}; see its log"
-            return encode_reply(call.attempt, _all_failed(self._host, call, "ExpertFailed", text), queued)
+            return self._failed_reply(call, "ExpertFailed", text, queued)
+
+    def _failed_reply(self, call: ExpertCall | TrainCall, error: str, text: str, queued: float) -> list[Buffer]:
+        if isinstance(call, TrainCall):
+            return encode_trained(call.attempt, text)
+        return encode_reply(call.attempt, _all_failed(self._host, call, error, text), queued)
 
     def _send(self, peer: _Peer, parts: list[Buffer]) -> None:
         if peer.framed.fileno() < 0:

@@ -15,12 +15,13 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from ...experts.errors import ExpertMeshError, InvalidRequest, Unauthenticated, Unavailable
-from ...experts.protocol import ExpertCall
+from ...experts.protocol import ExpertCall, TrainCall
 from ...experts.wire import Buffer, Frame, decode
 from ...router.fanout.replica_view import Replica
-from ...router.fanout.transport import Cancel, Died, Done, Lost
+from ...router.fanout.transport import Cancel, Died, Done, Lost, Trained
 from ..machine.ports import family_of
 from .framed_socket import MAX_MESSAGE_BYTES, FramedSocket, tuned
 from .messages import (
@@ -29,7 +30,9 @@ from .messages import (
     ROUTER,
     attempt_of,
     decode_reply,
+    decode_trained,
     encode_call,
+    encode_train,
     message,
     proof,
     text_of,
@@ -60,12 +63,21 @@ class ChannelTransport:
 
     def send(self, replica: Replica, call: ExpertCall, done: Done) -> Cancel:
         """Send a call on the connection to this incarnation."""
+        return self._sent(replica, call.attempt, encode_call(call), call.size, done)
+
+    def train(self, replica: Replica, call: TrainCall, done: Trained) -> Cancel:
+        """Send a message of training on the connection to this incarnation."""
+        return self._sent(replica, call.attempt, encode_train(call), call.size, done)
+
+    def _sent(
+        self, replica: Replica, attempt: int, parts: list[Buffer], rows: int, done: Callable[[Any], None]
+    ) -> Cancel:
         channel = self._channels.get(replica.id)
         if channel is None or channel.closed or channel.replica.incarnation != replica.incarnation:
             error = Unavailable("there is no connection to the replica; retry")
             return asyncio.get_running_loop().call_soon(done, error).cancel
-        self.carried[channel.kind] += int(call.rows.shape[0])
-        return channel.send(call, done)
+        self.carried[channel.kind] += rows
+        return channel.send(attempt, parts, done)
 
     async def responds(self, replica: Replica) -> bool:
         """Whether the process of a replica runs; its end of the channel says nothing while it computes."""
@@ -130,7 +142,7 @@ class Channel:
         self._open = False
         self._opened: asyncio.Future[None] = self._loop.create_future()
         self._early: dict[int, list[Buffer]] = {}
-        self._pending: dict[int, Done] = {}
+        self._pending: dict[int, Callable[[Any], None]] = {}
 
     async def connect(self) -> None:
         """Connect and authenticate both ends; a failure closes the connection."""
@@ -147,15 +159,14 @@ class Channel:
                 connection.close()
             self.close(Unavailable(f"the replica cannot be reached ({type(error).__name__}); retry"))
 
-    def send(self, call: ExpertCall, done: Done) -> Cancel:
-        """Send a call as soon as the connection is open; `done` gets the reply, or how the connection was closed."""
-        parts = encode_call(call)
-        self._pending[call.attempt] = done
+    def send(self, attempt: int, parts: list[Buffer], done: Callable[[Any], None]) -> Cancel:
+        """Send a message as soon as the connection is open; `done` gets the reply, or how the connection was closed."""
+        self._pending[attempt] = done
         if self._open:
             self._write(parts)
         else:
-            self._early[call.attempt] = parts
-        return partial(self._cancel, call.attempt)
+            self._early[attempt] = parts
+        return partial(self._cancel, attempt)
 
     def _cancel(self, attempt: int) -> None:
         if self._pending.pop(attempt, None) is None:
@@ -230,8 +241,8 @@ class Channel:
         self._lost(self.replica)
 
     def _take(self, frame: Frame) -> None:
-        if frame.kind == "reply" and self._open:
-            reply = decode_reply(frame, self.replica.incarnation)
+        if frame.kind in ("reply", "trained") and self._open:
+            reply = (decode_reply if frame.kind == "reply" else decode_trained)(frame, self.replica.incarnation)
             done = self._pending.pop(attempt_of(frame), None)
             if done is None:
                 self.late += 1  # cancelled: the rows are dropped

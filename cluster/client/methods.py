@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ...experts.errors import ExpertMeshError
+from ..rpc.documents import decode_document
 from ..rpc.swaps import Lease
 from .calls import Calls
 from .retry import Answer, Flow, Step, drive, drive_async
+from .training.options import TrainingOptions
+from .training.schedule import Schedule, schedule_of
+from .training.session import TrainingSession, holder
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -76,6 +80,78 @@ class BlockingMethods:
     swap_progress = _blocking(Calls.swap_progress)
     leases = _blocking(Calls.leases)
     end_lease = _blocking(Calls.end_lease)
+    _training = _blocking(Calls.training)
+
+    def train(
+        self,
+        layer: str,
+        *,
+        experts: Sequence[str] | None = None,
+        optimizer: str | None = "torch.optim:AdamW",
+        lr: float = 1e-3,
+        schedule: str | Schedule | None = None,
+        total_steps: int | None = None,
+        warmup_steps: int = 0,
+        clip_norm: float | None = None,
+        accumulate: int = 1,
+        durable_every: int | None = 100,
+        on_missing: str = "error",
+        patience: float | None = None,
+        seed: int | None = None,
+        resume: str | None = None,
+        **arguments: Any,
+    ) -> TrainingSession:
+        """Open a session of training on copies of the experts of a layer, beside those that serve, which learn nothing.
+
+        `experts` are the ids of those to train, by default all; each needs to be a torch module. `optimizer` is one of
+        torch.optim, which lives beside each expert; `arguments` are its own, such as `weight_decay` or `betas`. None
+        leaves the update to you. `lr` times `schedule` is the learning rate of a step: "constant", "linear" or "cosine"
+        over `total_steps` after `warmup_steps`, or a function of the step. `clip_norm` bounds the norm of the gradients
+        of all experts together, `accumulate` is the number of calls of `step` for each update.
+
+        Every `durable_every` steps the session survives the loss of every process (None: when you `save`); what was
+        learned since is repeated to an expert that is lost and comes back. `on_missing` "leave_out" lets training go on
+        without an expert that has not answered for `patience` seconds, "error" raises its error. `seed` makes dropout
+        reproducible. `resume` is the id of a session to go on with at its durable step, with its own optimizer.
+
+        An expert has one session: another one that wants it is refused, and told who has it. Needs the role operator.
+
+        Raises NotFound, InvalidRequest, ConfigError for an optimizer that is unknown or refuses its arguments, and
+        FailedPrecondition for an expert that is in another session, or the disk is full.
+        """
+        options = TrainingOptions(
+            lr=lr,
+            schedule=schedule_of(schedule, total_steps, warmup_steps),
+            clip_norm=clip_norm,
+            accumulate=accumulate,
+            durable_every=durable_every,
+            on_missing=on_missing,
+            patience=patience,
+            seed=seed,
+        )
+        if resume is not None:
+            frame = self._training("Train", {"op": "resume", "session": resume}, {})
+            saved = bytes(frame.tensors["caller"].data) if "caller" in frame.tensors else None
+            return TrainingSession(self, frame.meta, options, saved)
+        meta: dict[str, Any] = {
+            "op": "open",
+            "layer": layer,
+            "optimizer": optimizer,
+            "arguments": arguments,
+            "holder": holder(),
+        }
+        if experts is not None:
+            meta["experts"] = list(experts)
+        frame = self._training("Train", meta, {})
+        return TrainingSession(self, frame.meta, options)
+
+    def training_sessions(self) -> list[dict[str, Any]]:
+        """All sessions of training: "id", "layer", "experts", "holder", "optimizer", "opened_at" and "durable" step."""
+        return list(decode_document(self._training("Train", {"op": "sessions"}, {}), "train")["sessions"])
+
+    def end_training(self, session_id: str) -> None:
+        """End a session of training by its id, and forget what it has learned; that of another token needs an admin."""
+        self._training("Train", {"op": "close", "session": session_id}, {})
 
     @contextmanager
     def pin(self, ttl: float = 30.0) -> Iterator[Lease]:

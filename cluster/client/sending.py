@@ -33,6 +33,9 @@ STREAM_SHARE = 4
 So is what is larger than the largest message that a server receives.
 """
 
+LARGE_REPLIES = ("weights", "gradients", "resume")
+"""The operations of training whose replies may be much larger than their requests."""
+
 _TOKEN = re.compile(r"[!-~]{1,4096}")
 
 
@@ -180,14 +183,43 @@ class Sending:
         small = size <= min(self.max_message_bytes // STREAM_SHARE, MAX_RECEIVED_BYTES)
         if stream is False or (stream is None and small):
             return (yield from self._ask_once("Call", parts, timeout, request_id, meta["layer"], route))
+        return (yield from self._in_chunks("CallStream", parts, timeout, request_id, meta["layer"], route))
+
+    def training(
+        self, method: str, meta: dict[str, Any], tensors: dict[str, WireTensor], timeout: float | None = None
+    ) -> Flow[Frame]:
+        """Send a message of training, by the method "Pass" or "Train"."""
+        return (yield from self._trained(method, meta, tensors, timeout))
+
+    def _trained(
+        self, method: str, meta: dict[str, Any], tensors: dict[str, WireTensor], timeout: float | None
+    ) -> Flow[Frame]:
+        """Send a message of training, in chunks where it or its reply may be large."""
+        parts, request_id = encode_parts("train", meta, tensors), self.new_id()
+        size = sum(len(part) for part in parts)
+        if meta["op"] not in LARGE_REPLIES and size <= min(self.max_message_bytes // STREAM_SHARE, MAX_RECEIVED_BYTES):
+            return (yield from self._ask_once(method, parts, timeout, request_id))
+        return (yield from self._in_chunks(f"{method}Stream", parts, timeout, request_id))
+
+    def _in_chunks(
+        self,
+        method: str,
+        parts: list[Buffer],
+        timeout: float | None,
+        request_id: Any,
+        layer: str = "",
+        route: Route | None = None,
+    ) -> Flow[Frame]:
+        size = sum(len(part) for part in parts)
         if size > self.max_request_bytes:
             raise TooLarge(
                 f"the request has {size} bytes, but max_request_bytes of this client is {self.max_request_bytes}: "
                 "send fewer rows per call, or raise it on both the client and the cluster"
             )
         streamed = Streamed.of(parts, max_message_bytes=self.max_message_bytes, most=self.max_request_bytes)
-        method = f"/{SERVICE}/CallStream"
-        answer = yield from self._send(self.retries, method, streamed, timeout, request_id, meta["layer"], route)
+        answer = yield from self._send(
+            self.retries, f"/{SERVICE}/{method}", streamed, timeout, request_id, layer, route
+        )
         return decoded(answer, self.max_request_bytes, request_id)
 
     def _ask_once(

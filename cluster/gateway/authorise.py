@@ -9,6 +9,9 @@ from ...experts.errors import PermissionDenied, Unauthenticated
 from ..machine.tokens import check_digest, token_digest
 from ..rpc.methods import METHODS, Role
 
+ID_DIGITS = 16
+"""How many digits of its token's digest are the id of a caller."""
+
 
 @dataclass(frozen=True)
 class Caller:
@@ -34,6 +37,10 @@ class TokenTable:
         """
         check_digest(sha256)
         self._entries.append((sha256, role, expires))
+
+    def knows(self, caller_id: str) -> bool:
+        """Whether the token of this caller is one of the cluster's."""
+        return any(sha256[:ID_DIGITS] == caller_id for sha256, _, _ in self._entries)
 
     def authorise(self, method: str, token: str | None, now: float) -> Role:
         """The role with which `token` may call `method` at the time `now`, in seconds since 1970.

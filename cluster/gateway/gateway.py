@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from ...experts.errors import DeadlineExceeded, ExpertMeshError, InvalidRequest, Overloaded, RouterUnavailable, TooLarge
-from ...experts.wire import Buffer, Frame, decode
+from ...experts.wire import Buffer, Frame, decode, encode_parts
 from ...router.request.admission import CallAdmission
 from ...router.request.answer import ForwardReply
 from ...router.request.forward import Router
@@ -22,7 +22,7 @@ from ..rpc import health
 from ..rpc.documents import encode_document
 from ..rpc.health import ServingStatus
 from ..rpc.methods import SERVICE
-from .authorise import Caller, TokenTable
+from .authorise import ID_DIGITS, Caller, TokenTable
 from .frames import forward_request, one_message, reply_frame, reply_parts
 from .streams import Read, StreamContext, StreamedCalls, StreamLimits
 from .swaps import FrameHandler
@@ -30,7 +30,14 @@ from .swaps import FrameHandler
 log = logging.getLogger(__name__)
 NOT_WHILE_DRAINING = {
     "Call": "requests", "CallStream": "requests", "Upload": "changes", "Swap": "changes", "Pin": "leases",
+    "Pass": "requests", "PassStream": "requests", "Train": "requests", "TrainStream": "requests",
 }  # fmt: skip
+
+TRAINING = ("Pass", "Train")
+"""The methods of training, each of which is also called in chunks, with "Stream" after its name."""
+
+Trainer = Callable[[Frame, Caller, bool, float], Coroutine[Any, Any, Frame]]
+"""Answers a frame of training: of a session or not, within some seconds."""
 
 T = TypeVar("T")
 
@@ -93,6 +100,7 @@ class Gateway:
         more: Mapping[str, FrameHandler] | None = None,
         run: Run = _here,
         clock: Callable[[], float] = time.monotonic,
+        train: Trainer | None = None,
     ) -> None:
         self.settings = settings
         self.streams = StreamedCalls(settings.streams, settings.max_message_bytes)
@@ -111,6 +119,9 @@ class Gateway:
             "Check": self._check,
         }
         self._unary |= {method: self._framed(method, handler) for method, handler in (more or {}).items()}
+        self._train = train
+        if train is not None:
+            self._unary |= {method: self._trained_message(method) for method in TRAINING}
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -120,7 +131,7 @@ class Gateway:
     def authorise(self, method: str, token: str | None) -> Caller:
         """Whose token may call a method. Raises Unauthenticated or PermissionDenied."""
         role = self._tokens.authorise(method, token, time.time())
-        return Caller(role, token_digest(token or "")[:16])
+        return Caller(role, token_digest(token or "")[:ID_DIGITS])
 
     async def unary(self, method: str, read: Read, call: CallInfo) -> bytes:
         """Authorise a call of one message, then `read` and answer it. Raises an ExpertMeshError."""
@@ -132,15 +143,39 @@ class Gateway:
         with self.streams.holding(len(request)):
             return await self._unary[method](request, caller, call)
 
-    async def stream(self, context: StreamContext, call: CallInfo) -> None:
+    async def stream(self, context: StreamContext, call: CallInfo, method: str = "CallStream") -> None:
         """Authorise a call in chunks, then read and answer it through `context`. Raises an ExpertMeshError.
 
         A cancelled stream also releases its memory reservation.
         """
-        caller = self.authorise("CallStream", call.token)
-        self._check_draining("CallStream")
-        self._check_wait(call.layer, call)
-        await self.streams.serve(context, caller.id, self._seconds(call), lambda frame: self.answer(frame, call))
+        caller = self.authorise(method, call.token)
+        self._check_draining(method)
+        if method == "CallStream":
+            self._check_wait(call.layer, call)
+            await self.streams.serve(context, caller.id, self._seconds(call), lambda frame: self.answer(frame, call))
+            return
+
+        async def trained(frame: Frame) -> list[Buffer]:
+            answer = await self.trained(method.removesuffix("Stream"), frame, caller, call)
+            return encode_parts(answer.kind, answer.meta, answer.tensors)
+
+        await self.streams.serve(context, caller.id, self._seconds(call), trained)
+
+    async def trained(self, method: str, frame: Frame, caller: Caller, call: CallInfo) -> Frame:
+        """Answer an authorised frame of training. Raises an ExpertMeshError."""
+        self._check_draining(method)
+        if self._train is None:
+            raise InvalidRequest("this router trains nothing")
+        return await self._run(self._train(frame, caller, method == "Train", self._seconds(call)))
+
+    def _trained_message(self, method: str) -> Callable[[bytes, Caller, CallInfo], Awaitable[bytes]]:
+        async def trained(request: bytes, caller: Caller, call: CallInfo) -> bytes:
+            frame = decode(request, max_bytes=self.settings.max_message_bytes)
+            answer = await self.trained(method, frame, caller, call)
+            parts = encode_parts(answer.kind, answer.meta, answer.tensors)
+            return one_message(parts, self.settings.max_message_bytes)
+
+        return trained
 
     async def answer(self, frame: Frame, call: CallInfo) -> list[Buffer]:
         """Answer an authorised call with the buffers of its reply frame. Raises an ExpertMeshError."""

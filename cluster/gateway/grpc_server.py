@@ -19,7 +19,7 @@ from ..rpc import health
 from ..rpc.channel_options import server_options
 from ..rpc.methods import SERVICE, new_request_id
 from ..rpc.status import LAYER_KEY, REQUEST_ID_KEY, is_request_id, to_status
-from .gateway import CallInfo, Gateway, GatewaySettings
+from .gateway import TRAINING, CallInfo, Gateway, GatewaySettings
 
 Status = tuple[str, str, tuple[tuple[str, str], ...]]
 
@@ -52,7 +52,8 @@ class GrpcServer:
     def _handlers(self) -> grpc.GenericRpcHandler:
         paths = {method: f"/{SERVICE}/{method}" for method in self._gateway.methods} | {"Check": health.CHECK}
         table = {path: grpc.stream_unary_rpc_method_handler(self._unary(method)) for method, path in paths.items()}
-        table[f"/{SERVICE}/CallStream"] = grpc.stream_stream_rpc_method_handler(self._stream)
+        for method in ("CallStream", *(f"{name}Stream" for name in TRAINING)):
+            table[f"/{SERVICE}/{method}"] = grpc.stream_stream_rpc_method_handler(self._stream(method))
         table[f"/{health.SERVICE}/Watch"] = grpc.stream_stream_rpc_method_handler(self._watch)
 
         class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
@@ -72,13 +73,16 @@ class GrpcServer:
 
         return unary
 
-    async def _stream(self, requests: object, context: grpc.aio.ServicerContext) -> None:
-        call = _call_info(context)
-        try:
-            return await self._gateway.stream(context, call)
-        except Exception as error:  # noqa: BLE001 (as above)
-            status = self._status("CallStream", error, call)
-        _end(context, status)
+    def _stream(self, method: str) -> Callable[[object, grpc.aio.ServicerContext], Awaitable[None]]:
+        async def stream(requests: object, context: grpc.aio.ServicerContext) -> None:
+            call = _call_info(context)
+            try:
+                return await self._gateway.stream(context, call, method)
+            except Exception as error:  # noqa: BLE001 (as above)
+                status = self._status(method, error, call)
+            _end(context, status)
+
+        return stream
 
     async def _watch(self, requests: object, context: grpc.aio.ServicerContext) -> None:
         call = _call_info(context)

@@ -46,12 +46,16 @@ METHODS: Mapping[str, Role] = MappingProxyType(
         "History": Role.READER,
         "Pin": Role.READER,
         "Unpin": Role.READER,
+        "Pass": Role.READER,
+        "PassStream": Role.READER,
         "Drain": Role.OPERATOR,
         "Upload": Role.OPERATOR,
         "Swap": Role.OPERATOR,
         "Leases": Role.OPERATOR,
         "Declared": Role.OPERATOR,
         "Scale": Role.OPERATOR,
+        "Train": Role.OPERATOR,
+        "TrainStream": Role.OPERATOR,
         "Change": Role.ADMIN,
     }
 )

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ...experts.errors import ExpertMeshError, Fenced, Unavailable
-from ...experts.protocol import ExpertCall, ExpertReply
+from ...experts.errors import ExpertMeshError, FailedPrecondition, Fenced, Unavailable
+from ...experts.protocol import ExpertCall, ExpertReply, TrainCall
 from ...experts.tensors import from_bytes
 from ...router.fanout.replica_view import Replica
-from ...router.fanout.transport import Cancel, Died, Done, Lost, in_task
+from ...router.fanout.transport import Cancel, Died, Done, Lost, Trained, in_task
 from ..channel.router_end import ChannelTransport
 from ..channel.settings import ChannelSettings
 from .ray_ports import actor_ended, awaited, pack
@@ -34,6 +34,11 @@ class RayTransport:
     def send(self, replica: Replica, call: ExpertCall, done: Done) -> Cancel:
         """Call the actor."""
         return in_task(self._exchange(replica, call), done)
+
+    def train(self, replica: Replica, call: TrainCall, done: Trained) -> Cancel:
+        """Refuse: nobody trains over the baseline of the benchmarks."""
+        error = FailedPrecondition("training needs `transport: channel`, the default")
+        return asyncio.get_running_loop().call_soon(done, error).cancel
 
     async def _exchange(self, replica: Replica, call: ExpertCall) -> ExpertReply | Died:
         handle = self.handles.get(replica.id)

@@ -40,7 +40,9 @@ from ..gateway.authorise import TokenTable
 from ..gateway.changes import ChangeMethods
 from ..gateway.gateway import Gateway, GatewaySettings
 from ..gateway.swaps import SwapMethods
+from ..gateway.training import TrainMethods
 from ..rpc.methods import Role
+from ..state.training_sessions import TrainingSessions
 from ..state.uploads import UploadLimits, Uploads
 from ..state.version_folders import VersionStore
 from .router_thread import RouterThread, elsewhere
@@ -114,7 +116,10 @@ class RouterService:
         )
         drop, allowed = self.swaps.drop_uploads, settings.allowed_factories
         handlers = {**self.swaps.handlers(), **ChangeMethods(control, uploads, drop, allowed).handlers()}
-        self.gateway = Gateway(self.router, self._tokens, settings.gateway, self.status, handlers, run=self._thread.run)
+        sessions = None if state_dir is None else TrainingSessions(state_dir)
+        train = TrainMethods(self.router, sessions, self._tokens.knows).answer
+        run = self._thread.run
+        self.gateway = Gateway(self.router, self._tokens, settings.gateway, self.status, handlers, run=run, train=train)
         self._revision = 0
         self._held: dict[tuple[str, str], Gate | Layer] = {}
         self._heard = 0.0

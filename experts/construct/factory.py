@@ -75,6 +75,16 @@ class RowFunction:
             self.served = TensorSpec(tuple(given.shape[1:]), DTYPE_NAMES.get(given.dtype))
         return answer
 
+    @property
+    def rows_dtype(self) -> torch.dtype | None:
+        """The dtype that floating-point rows are cast to; None to leave them."""
+        return self._dtype
+
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether torch can follow what it computes: numpy's functions leave no trace."""
+        return not self._numpy
+
     def floats_only(self, rows: Tensor) -> str:
         """The floating-point dtype that the expert computes in, if that may be why it refuses `rows`; else ""."""
         if rows.is_floating_point() or self._whole:

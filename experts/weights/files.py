@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor, nn
 
 from ..errors import DataLoss, NotFound, SpecMismatch
@@ -46,6 +46,22 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         return tensors, dict(file.metadata() or {})
+
+
+def tensors_to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The content of the safetensors file that `save_tensors` would write."""
+    contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    return save(contiguous, dict(metadata) if metadata else None)
+
+
+def tensors_from_bytes(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the text metadata of the content of a safetensors file. Raises DataLoss."""
+    try:
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return tensors, {str(key): str(text) for key, text in header.get("__metadata__", {}).items()}
+    except (SafetensorError, ValueError, AttributeError) as error:
+        raise DataLoss(f"it is not complete safetensors: {error}") from None
 
 
 def describe_tensors(path: str | os.PathLike[str]) -> dict[str, tuple[tuple[int, ...], str]]:

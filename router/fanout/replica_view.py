@@ -109,6 +109,14 @@ class View:
         drawn = self._rng.sample(usable, 2)  # in random order, so that ties alternate
         return self._entries[min(drawn, key=lambda name: self._rows.get(name, 0))].replica
 
+    def first(self, expert: str) -> Replica:
+        """The first replica of an expert, by id, that can be chosen now: the one that trains it. Raises Unavailable."""
+        for name in sorted(self._entries):
+            entry = self._entries[name]
+            if expert in entry.replica.experts and entry.replica.state == READY and not entry.suspect:
+                return entry.replica
+        raise Unavailable(f"no replica of {expert} is ready; retry in a moment")
+
     def holds(self, replica_id: str, expert: str, version: str) -> bool:
         """Whether a replica holds this version and can be chosen now."""
         return replica_id in self._by_version.get((expert, version), ()) and not self._entries[replica_id].suspect

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from ...experts.errors import ExpertMeshError, Unavailable
 from ...experts.host import ExpertHost
-from ...experts.protocol import ExpertCall, ExpertReply
+from ...experts.protocol import ExpertCall, ExpertReply, TrainCall, TrainReply
 from .replica_view import READY, Replica
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ class Died:
 
 
 Done = Callable[[ExpertReply | ExpertMeshError | Died], None]
+Trained = Callable[[TrainReply | ExpertMeshError | Died], None]
 Cancel = Callable[[], object]
 Lost = Callable[[Replica], None]
 
@@ -45,6 +46,9 @@ class Transport(Protocol):
         It gets Unavailable if this incarnation cannot be reached, and Died if it is lost with the call. After a
         cancellation there is no reply, and the replica may skip what it has not computed yet.
         """
+
+    def train(self, replica: Replica, call: TrainCall, done: Trained) -> Cancel:
+        """Send a message of training, as `send` does."""
 
     async def responds(self, replica: Replica) -> bool:
         """Whether the process of a replica runs, whatever its experts do; within a second at most."""
@@ -87,15 +91,24 @@ class LocalTransport:
 
     def send(self, replica: Replica, call: ExpertCall, done: Done) -> Cancel:
         """Compute the call in the thread of the host."""
+        return self._run(replica, lambda host: host.compute(call), call.size, done)
+
+    def train(self, replica: Replica, call: TrainCall, done: Trained) -> Cancel:
+        """Carry out a message of training in the thread of the host."""
+        return self._run(replica, lambda host: host.train(call), call.size, done)
+
+    def _run(
+        self, replica: Replica, work: Callable[[ExpertHost], Any], rows: int, done: Callable[[Any], None]
+    ) -> Cancel:
         loop = asyncio.get_running_loop()
         host, thread = self._hosts.get(replica.id), self._threads.get(replica.id)
         try:
             if host is None or thread is None:
                 raise RuntimeError
-            answer = loop.run_in_executor(thread, host.compute, call)
+            answer = loop.run_in_executor(thread, work, host)
         except RuntimeError:  # the host was removed, perhaps by another thread just now
             return loop.call_soon(done, Unavailable("the replica is gone; retry")).cancel
-        self.carried["local"] += int(call.rows.shape[0])
+        self.carried["local"] += rows
         answer.add_done_callback(lambda future: _deliver(future, done))
         return answer.cancel
 
@@ -135,7 +148,7 @@ def in_task(exchange: Coroutine[Any, Any, ExpertReply | Died], done: Done) -> Ca
     return task.cancel
 
 
-def _deliver(future: asyncio.Future[Any], done: Done) -> None:
+def _deliver(future: asyncio.Future[Any], done: Callable[[Any], None]) -> None:
     """The border to hosts and foreign libraries: whatever they raise ends the wait of the requests."""
     if future.cancelled():
         return

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .cluster.config.loader import ClusterConfig
     from .cluster.owner.cluster import Cluster
     from .cluster.rpc.swaps import Lease, SwapOutcome
+    from .cluster.torch_client.remote_moe import RemoteMoE
     from .experts.spec import Autoscale, Expert, TensorSpec
     from .router import gates
     from .router.mixture.layer import Layer
@@ -57,6 +58,7 @@ _MODULES = {
     "Expert": "experts.spec",
     "Layer": "router.mixture.layer",
     "Lease": "cluster.rpc.swaps",
+    "RemoteMoE": "cluster.torch_client.remote_moe",
     "Reply": "cluster.client.reply",
     "SwapOutcome": "cluster.rpc.swaps",
     "TensorSpec": "experts.spec",
@@ -87,6 +89,7 @@ __all__ = [
     "NotFound",
     "Overloaded",
     "PermissionDenied",
+    "RemoteMoE",
     "Reply",
     "RouterUnavailable",
     "SpecMismatch",

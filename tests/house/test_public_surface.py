@@ -18,7 +18,7 @@ ERRORS = [
     "Unauthenticated", "Unavailable", "VersionGone",
 ]  # fmt: skip
 CLIENT = ["AsyncClient", "Client", "Lease", "Reply", "SwapOutcome"]
-ATTACH = ["AttachedRouter", "attach"]
+ATTACH = ["AttachedRouter", "RemoteMoE", "attach"]
 CLUSTER = ["Autoscale", "Cluster", "ClusterConfig", "Expert", "Layer", "TensorSpec", "gates"]
 SURFACE = sorted([*ERRORS, *CLIENT, *ATTACH, *CLUSTER, "__version__", "errors"])
 

@@ -1,0 +1,139 @@
+"""Delivers the messages of a session: each update once and in order, to experts that are lost and come back."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from ....experts.errors import (
+    DataLoss,
+    DeadlineExceeded,
+    ExpertFailed,
+    ExpertMeshError,
+    Unavailable,
+    VersionGone,
+)
+from ....experts.wire import Frame, WireTensor
+from ...rpc.swaps import SwapOutcome
+from ...rpc.training import error_of
+from .options import TrainingOptions
+from .updates import Part, Updates
+
+LEFT_OUT = (Unavailable, DeadlineExceeded, ExpertFailed, VersionGone)
+"""What an expert that does not answer fails with."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
+MOST_ROUNDS = 1000
+"""How often one message is repeated at most, while experts are lost again and again as they catch up."""
+
+
+class Connection(Protocol):
+    """What a session needs of the client, or attached router, that it was opened with."""
+
+    def _training(
+        self, method: str, meta: dict[str, Any], tensors: dict[str, WireTensor], timeout: float | None = None
+    ) -> Frame: ...
+
+    @property
+    def swap(self) -> Callable[..., SwapOutcome]: ...
+
+
+class Delivery:
+    """The messages of one session, of which `applied` steps are made and `durable` ones survive everything.
+
+    `restored` tells of each expert that had lost steps, which were repeated; `left_out` counts calls given up.
+    """
+
+    def __init__(self, connection: Connection, session_id: str, options: TrainingOptions, step: int) -> None:
+        self.applied = self.durable = step
+        self.restored: list[dict[str, Any]] = []
+        self.left_out = 0
+        self.updates = Updates()
+        self._connection = connection
+        self._session_id = session_id
+        self._options = options
+        self._uncertain: set[str] = set()
+
+    def ask(
+        self, meta: dict[str, Any], parts: Sequence[Part], tensors: dict[str, WireTensor], *, may_leave: bool = True
+    ) -> tuple[Frame, dict[str, ExpertMeshError]]:
+        """Ask until every expert has answered, or its error is final; the errors of those that are left out.
+
+        An expert that lacks updates is given them first: then all are asked again, for whom a repetition changes
+        nothing. Raises the first error of an expert that may not be left out.
+        """
+        leaving = may_leave and self._options.on_missing == "leave_out"
+        pauses, rounds = self.pauses(), itertools.count()
+        while next(rounds) < MOST_ROUNDS:
+            for id in [part[0] for part in parts if part[0] in self._uncertain]:
+                self._settle(id)
+            frame = self.send(meta, parts, tensors)
+            outcomes = [dict(outcome) for outcome in frame.meta["outcomes"]]
+            behind = [(part[0], out) for part, out in zip(parts, outcomes, strict=True) if "behind" in out]
+            for id, outcome in behind:
+                self.catch_up(id, outcome)
+            if behind:
+                continue
+            errors = {part[0]: error_of(out) for part, out in zip(parts, outcomes, strict=True) if "error" in out}
+            lost = [error for error in errors.values() if isinstance(error, (Unavailable, VersionGone))]
+            if lost and (pause := next(pauses, None)) is not None:
+                time.sleep(pause)
+                continue
+            for id, error in errors.items():
+                if not leaving or not isinstance(error, LEFT_OUT):
+                    raise error
+                self.left_out += 1
+                if meta["op"] == "backward":
+                    self._uncertain.add(id)
+            return frame, errors
+        raise Unavailable("an expert of the session does not answer")
+
+    def _settle(self, id: str) -> None:
+        """Bring an expert, whose last backward pass it may have computed or not, back to those that are kept."""
+        frame = self.send({"op": "forget", "step": self.applied + 1}, [(id, "", 0, 0, 0)], {})
+        outcome = dict(frame.meta["outcomes"][0])
+        if "ok" in outcome:
+            self._uncertain.discard(id)
+            self._repeat(id, self.applied, 0)
+        elif "behind" in outcome:
+            self._uncertain.discard(id)
+            self.catch_up(id, outcome)
+
+    def catch_up(self, id: str, outcome: Mapping[str, Any]) -> None:
+        """Repeat to an expert the updates that it lacks. Raises DataLoss where they are not kept."""
+        applied, passes = int(outcome["applied"]), int(outcome["passes"])
+        if applied > self.applied + 1 or applied < self.durable:
+            raise DataLoss(
+                f"{id} has applied {applied} steps, but this session {self.applied}, of which {self.durable} are "
+                "durable: is it used by another process? Resume it by its id"
+            )
+        lost = self.applied - applied
+        if lost > 0:
+            self.restored.append({"expert": id, "at_step": self.applied, "lost_steps": lost})
+        self._repeat(id, applied, passes)
+
+    def _repeat(self, id: str, applied: int, passes: int) -> None:
+        for update in self.updates.after(id, applied, passes):
+            meta, tensors = update.message
+            frame = self.send(meta, [update.parts[id]], tensors)
+            outcome = dict(frame.meta["outcomes"][0])
+            if "ok" not in outcome:
+                return  # it was lost again, or is further than it said: whoever asked asks again
+
+    def send(self, meta: dict[str, Any], parts: Sequence[Part], tensors: dict[str, WireTensor]) -> Frame:
+        """Send one message, and return its answer."""
+        fields = {**meta, "session": self._session_id}
+        if parts:
+            fields["parts"] = [list(part) for part in parts]
+        return self._connection._training("Train", fields, tensors)
+
+    def pauses(self) -> Iterator[float]:
+        """Pauses before asking again, in seconds, until the patience of the session ends."""
+        end = time.monotonic() + self._options.seconds
+        for number in itertools.count():
+            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(number, 20))
+            if time.monotonic() + pause > end:
+                return
+            yield pause

@@ -1,0 +1,1 @@
+"""Layers of a cluster as modules of torch, with gradients."""

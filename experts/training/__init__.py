@@ -1,0 +1,1 @@
+"""Training of experts: where they live, exactly once, and on which rows."""

@@ -1,0 +1,229 @@
+"""A candidate of one expert: a copy that learns beside the versions that serve, with its optimizer and its ledger."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, DataLoss, FailedPrecondition, SpecMismatch
+from ..weights.files import check_fit, load_into, tensors_from_bytes, tensors_of, tensors_to_bytes
+from .ledger import Ledger
+from .optimizer import build_optimizer
+from .passes import Function, Gradients, backward, forward
+
+WEIGHTS, MOMENTS, LEDGER = "weights.", "optimizer.", "ledger"
+
+
+@dataclass(frozen=True)
+class TrainedBy:
+    """The optimizer of a session, by name and arguments; None where its gradients go to the caller."""
+
+    optimizer: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Candidate:
+    """A copy of a serving module that is trained. One thread at a time uses it."""
+
+    def __init__(self, module: nn.Module, by: TrainedBy, dtype: torch.dtype | None) -> None:
+        """Copy `module`, which serves on; floating-point rows are cast to `dtype`.
+
+        Raises ConfigError for an expert without parameters to train, or an optimizer that cannot be had.
+        """
+        self.module = copy.deepcopy(module).train()
+        self.ledger = Ledger()
+        self._dtype = dtype
+        self._by = by
+        self._parameters = [parameter for parameter in self.module.parameters() if parameter.is_floating_point()]
+        for parameter in self._parameters:
+            parameter.requires_grad_(True)
+        if not self._parameters:
+            raise ConfigError("it has no parameters to train")
+        self._optimizer: torch.optim.Optimizer | None = None
+        if by.optimizer is not None:
+            self._optimizer = build_optimizer(by.optimizer, self._parameters, by.arguments)
+
+    def forward(self, rows_n: Tensor, step: int, seed: int) -> Tensor:
+        """The answers [n, ...] of the state before `step`; nothing changes. Raises OutOfStep."""
+        self.ledger.check_step(step)
+        with self._same_buffers():
+            return forward(self._function(), self._cast(rows_n), seed)
+
+    def backward(
+        self, rows_n: Tensor, gradients_n: Tensor, weights_n: Tensor | None, step: int, number: int, seed: int
+    ) -> Gradients:
+        """The backward pass `number` of a step, as `passes.backward`; a repeated one adds no gradients.
+
+        Raises OutOfStep for a pass that does not follow.
+        """
+        if self.ledger.is_new_pass(step, number):
+            found = self._pass(rows_n, gradients_n, weights_n, seed)
+            for parameter, gradient in zip(self._parameters, found.parameters, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            self.ledger.passes += 1
+            return found
+        with self._same_buffers():
+            return self._pass(rows_n, gradients_n, weights_n, seed)
+
+    def _pass(self, rows_n: Tensor, gradients_n: Tensor, weights_n: Tensor | None, seed: int) -> Gradients:
+        return backward(self._function(), self._cast(rows_n), gradients_n, weights_n, self._parameters, seed)
+
+    def square(self, step: int, passes: int) -> float:
+        """The sum of the squared gradients of the next step; NaN or infinity if one is not finite. Raises OutOfStep."""
+        self.ledger.check_passes(step, passes)
+        return self._square()
+
+    def _square(self) -> float:
+        found = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        if not found:
+            return 0.0
+        norm = float(torch.nn.utils.get_total_norm(found))
+        return norm * norm
+
+    def forget_gradients(self, step: int) -> None:
+        """Drop the gradients of the next step. Raises OutOfStep."""
+        self.ledger.check_step(step)
+        self._drop()
+
+    def _drop(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+        self.ledger.passes = 0
+
+    def update(self, step: int, passes: int, lr: float | None, scale: float) -> dict[str, Any]:
+        """Apply the next step once, its gradients times `scale`, at the learning rate `lr`; returns its result.
+
+        Raises OutOfStep, and what `Ledger.recorded` raises.
+        """
+        request = {"passes": passes, "lr": lr, "scale": scale}
+        if (known := self.ledger.recorded(step, request)) is not None:
+            return known
+        if self._optimizer is None:
+            raise FailedPrecondition("the session has no optimizer: load the weights that yours has computed")
+        square = self._square()
+        if not math.isfinite(square):
+            raise FailedPrecondition("its gradients are not finite (NaN or infinity): nothing was changed")
+        if passes:
+            for group in self._optimizer.param_groups:
+                if lr is not None:
+                    group["lr"] = lr
+            if scale != 1.0:
+                for parameter in self._parameters:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(scale)
+            self._optimizer.step()
+        return self._recorded(step, request, {"square": square})
+
+    def check_weights(self, weights: bytes) -> None:
+        """Check that weights fit, and are finite. Raises SpecMismatch or DataLoss."""
+        tensors, _ = tensors_from_bytes(weights)
+        own = self.module.state_dict()
+        check_fit(
+            {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()},
+            {name: (tuple(value.shape), value.dtype) for name, value in own.items()},
+            "the weights",
+        )
+        if not all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point()):
+            raise SpecMismatch("the weights are not finite (NaN or infinity): nothing was changed")
+
+    def load(self, step: int, weights: bytes | None) -> dict[str, Any]:
+        """Take weights that the caller has computed as the next step, once; None to keep them.
+
+        Raises OutOfStep, SpecMismatch or DataLoss.
+        """
+        request = {"passes": self.ledger.passes, "lr": None, "scale": 0.0}
+        if step <= self.ledger.applied:
+            request["passes"] = self.ledger.results.get(step, {}).get("request", request)["passes"]
+        if (known := self.ledger.recorded(step, request)) is not None:
+            return known
+        if weights is not None:
+            self.check_weights(weights)
+            with torch.no_grad():
+                load_into(self.module, tensors_from_bytes(weights)[0], "the weights")
+        return self._recorded(step, request, {"square": 0.0})
+
+    def _recorded(self, step: int, request: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+        self.ledger.record(step, request, result)
+        self._drop()
+        return result
+
+    def gradients(self, step: int, passes: int) -> bytes:
+        """The gradients of the next step by parameter, as safetensors; those that it has. Raises OutOfStep."""
+        self.ledger.check_passes(step, passes)
+        named = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
+        return tensors_to_bytes(named)
+
+    def weights(self) -> bytes:
+        """The weights as safetensors, as a swap takes them."""
+        return tensors_to_bytes(tensors_of(self.module))
+
+    def state(self) -> bytes:
+        """Weights, optimizer and ledger at the end of the last step, as safetensors."""
+        tensors = {f"{WEIGHTS}{name}": tensor for name, tensor in tensors_of(self.module).items()}
+        document: dict[str, Any] = {"ledger": self.ledger.document()}
+        if self._optimizer is not None:
+            state = self._optimizer.state_dict()
+            plain: dict[str, dict[str, Any]] = {}
+            for index, entry in state["state"].items():
+                plain[str(index)] = {}
+                for key, value in entry.items():
+                    if isinstance(value, Tensor):
+                        tensors[f"{MOMENTS}{index}.{key}"] = value
+                    else:
+                        plain[str(index)][key] = value
+            document["optimizer"] = {"plain": plain, "groups": state["param_groups"]}
+        return tensors_to_bytes(tensors, {LEDGER: json.dumps(document)})
+
+    def restore(self, state: bytes) -> None:
+        """Go back to a state that `state` returned. Raises DataLoss or SpecMismatch."""
+        tensors, metadata = tensors_from_bytes(state)
+        try:
+            document = json.loads(metadata[LEDGER])
+            ledger = Ledger.of(document["ledger"])
+            saved = document.get("optimizer")
+            moments = {} if saved is None else _moments(saved["plain"], tensors)
+            groups = None if saved is None else saved["groups"]
+        except (KeyError, ValueError, TypeError) as error:
+            raise DataLoss(f"the saved state of a candidate cannot be read: {error}") from None
+        weights = {n.removeprefix(WEIGHTS): t for n, t in tensors.items() if n.startswith(WEIGHTS)}
+        with torch.no_grad():
+            load_into(self.module, weights, "the saved state")
+        if self._optimizer is not None and groups is not None:
+            self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self._drop()
+        self.ledger = ledger
+
+    def _function(self) -> Function:
+        return self.module
+
+    def _cast(self, rows_n: Tensor) -> Tensor:
+        return rows_n.to(self._dtype) if self._dtype is not None and rows_n.is_floating_point() else rows_n
+
+    @contextmanager
+    def _same_buffers(self) -> Iterator[None]:
+        """Restore the buffers after a block: only the first backward pass counts, as in running averages of rows."""
+        before = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in before:
+                    buffer.copy_(value)
+
+
+def _moments(plain: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Any]]:
+    state: dict[int, dict[str, Any]] = {int(index): dict(entry) for index, entry in plain.items()}
+    for name, tensor in tensors.items():
+        if name.startswith(MOMENTS):
+            index, _, key = name.removeprefix(MOMENTS).partition(".")
+            state.setdefault(int(index), {})[key] = tensor
+    return state

@@ -1,0 +1,259 @@
+"""Answers the messages of training to one replica: passes through its experts, and the candidates of sessions.
+
+A message names an operation and its parts, each (expert, version, start, stop, number): pairs `start:stop` of `index`
+[N] into `rows` [R, ...]. Without a session the parts are computed by the versions that serve, which learn nothing. A
+part that fails does not affect the others; its outcome says how.
+
+    forward   rows, index                       outputs [N, ...] of the parts that answered, one after the other
+    backward  rows, index, gradients, weights   rows [R, ...] and weights [N]: gradients; the parts' passes by number
+    square    -                                 the sum of the squared gradients of each candidate
+    forget    -                                 drops the gradients of the next step
+    update    -                                 one step of the optimizer; number = the passes that it is made of
+    check     data                              whether the caller's weights could be loaded
+    load      data?                             the caller's weights, as a step; without them it changes nothing
+    gradients, weights, state                   data: safetensors, of one part
+    open      data?                             a candidate: a copy of the version, in the saved state if there is one
+    close     -                                 drops candidates
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..construct.factory import RowFunction
+from ..errors import ConfigError, ExpertMeshError, FailedPrecondition, InvalidRequest, SpecMismatch
+from ..protocol import TrainCall, TrainReply
+from ..sums.device_rows import to_device, to_host_all
+from .candidate import Candidate, TrainedBy
+from .ledger import OutOfStep
+from .passes import Gradients, backward
+
+log = logging.getLogger(__name__)
+Outcome = dict[str, Any]
+Part = tuple[str, str, int, int, int]
+Find = Callable[[str, str | None], RowFunction | None]
+
+
+class TrainingDesk:
+    """The candidates of one replica, at most one for each expert. One thread at a time uses it.
+
+    `find` returns the function of an expert in a version, or in any that is loaded if the version is None.
+    """
+
+    def __init__(self, find: Find, device: str) -> None:
+        self._find = find
+        self._device = device
+        self._candidates: dict[str, tuple[str, Candidate]] = {}
+
+    def answer(self, call: TrainCall) -> TrainReply:
+        """Carry out an operation; the host fills in `incarnation`. Raises InvalidRequest for what is malformed."""
+        operation, parts = call.meta.get("op"), _parts(call)
+        if operation == "forward":
+            return self._forward(call, parts)
+        if operation == "backward":
+            return self._backward(call, parts)
+        data: dict[str, Tensor] = {}
+        outcomes = tuple(self._guarded(part, partial(self._single, call, part, data)) for part in parts)
+        return TrainReply("", outcomes, data)
+
+    def _forward(self, call: TrainCall, parts: list[Part]) -> TrainReply:
+        rows, index = self._rows(call, parts)
+        session, step, seed = _session(call)
+        outputs: list[Tensor] = []
+
+        @torch.no_grad()
+        def one(part: Part) -> Outcome:
+            expert, version, start, stop, _ = part
+            own = rows.index_select(0, index[start:stop])
+            if session:
+                candidate = self._candidate(session, expert)
+                if candidate is None:
+                    return {"absent": True}
+                answers = candidate.forward(own, step, seed_of(seed, expert))
+            else:
+                function = self._find(expert, version)
+                if function is None:
+                    return {"error": "VersionGone", "message": f"{expert} {version} is not loaded in this replica"}
+                answers = function(own)
+            if outputs and (outputs[0].shape[1:], outputs[0].dtype) != (answers.shape[1:], answers.dtype):
+                raise SpecMismatch(f"answers rows of {list(answers.shape[1:])} {answers.dtype}, others another kind")
+            if not bool(answers.isfinite().all()):
+                return {"error": "ExpertFailed", "message": f"{expert}: its answer is not finite (NaN or infinity)"}
+            outputs.append(answers)
+            return {"ok": True}
+
+        outcomes = tuple(self._guarded(part, partial(one, part)) for part in parts)
+        tensors = {"outputs": to_host_all([torch.cat(outputs)])[0]} if outputs else {}
+        return TrainReply("", outcomes, tensors)
+
+    def _backward(self, call: TrainCall, parts: list[Part]) -> TrainReply:
+        rows, index = self._rows(call, parts)
+        session, step, seed = _session(call)
+        gradients, weights = _tensor(call, "gradients", rows.shape[0]), call.tensors.get("weights")
+        gradients = to_device(gradients, self._device)
+        weights = None if weights is None else to_device(weights, self._device)
+        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        total = torch.zeros(rows.shape, dtype=wide, device=rows.device) if rows.is_floating_point() else None
+        by_weight = torch.zeros(len(index), dtype=wide, device=rows.device)
+
+        def one(part: Part) -> Outcome:
+            expert, version, start, stop, number = part
+            own = index[start:stop]
+            given = (rows.index_select(0, own), gradients.index_select(0, own))
+            factors = None if weights is None else weights[start:stop]
+            if session:
+                candidate = self._candidate(session, expert)
+                if candidate is None:
+                    return {"absent": True}
+                found: Gradients = candidate.backward(*given, factors, step, number, seed_of(seed, expert))
+            else:
+                function = self._find(expert, version)
+                if function is None:
+                    return {"error": "VersionGone", "message": f"{expert} {version} is not loaded in this replica"}
+                found = backward(_differentiable(function), _as_served(function, given[0]), given[1], factors, (), None)
+            if total is not None and found.rows_n is not None:
+                total.index_add_(0, own, found.rows_n.to(wide))
+            by_weight[start:stop] = found.weights_n.to(wide)
+            return {"ok": True}
+
+        outcomes = tuple(self._guarded(part, partial(one, part)) for part in parts)
+        tensors = {"weights": by_weight} if total is None else {"weights": by_weight, "rows": total}
+        return TrainReply("", outcomes, dict(zip(tensors, to_host_all(list(tensors.values())), strict=True)))
+
+    def _single(self, call: TrainCall, part: Part, data: dict[str, Tensor]) -> Outcome:
+        expert, version, _, _, number = part
+        operation = call.meta["op"]
+        session, step, _ = _session(call)
+        if operation == "open":
+            return self._open(call, expert, version, session)
+        if operation == "close":
+            if self._candidate(session, expert) is not None:
+                del self._candidates[expert]
+            return {"ok": True}
+        candidate = self._candidate(session, expert)
+        if candidate is None:
+            return {"absent": True}
+        if operation == "square":
+            return {"ok": True, "square": candidate.square(step, number)}
+        if operation == "forget":
+            candidate.forget_gradients(step)
+            return {"ok": True}
+        if operation == "update":
+            lr, scale = call.meta.get("lr"), call.meta.get("scale", 1.0)
+            return {"ok": True, **candidate.update(step, number, lr, scale)}
+        if operation == "check":
+            candidate.check_weights(bytes(_tensor(call, "data").numpy()))
+            return {"ok": True}
+        if operation == "load":
+            given = bytes(_tensor(call, "data").numpy()) if "data" in call.tensors else None
+            return {"ok": True, **candidate.load(step, given)}
+        if operation in ("weights", "state") and step != candidate.ledger.applied + 1:
+            raise OutOfStep(candidate.ledger.applied, candidate.ledger.passes)
+        content = {
+            "gradients": lambda: candidate.gradients(step, number),
+            "weights": candidate.weights,
+            "state": candidate.state,
+        }
+        if operation not in content:
+            raise InvalidRequest(f"unknown operation {str(operation)[:64]!r}")
+        data["data"] = as_tensor(content[operation]())
+        ledger = candidate.ledger
+        return {"ok": True, "applied": ledger.applied, "updates": ledger.updates}
+
+    def _open(self, call: TrainCall, expert: str, version: str, session: str) -> Outcome:
+        function = self._find(expert, version) or self._find(expert, None)
+        if function is None or function.module is None:
+            raise ConfigError("it is not a torch module: only modules have parameters to train")
+        by = TrainedBy(call.meta.get("optimizer"), call.meta.get("arguments") or {})
+        candidate = Candidate(function.module, by, function.rows_dtype)
+        if "data" in call.tensors:
+            candidate.restore(bytes(_tensor(call, "data").numpy()))
+        elif self._find(expert, version) is None:
+            return {"error": "VersionGone", "message": f"{expert} {version} is not loaded in this replica"}
+        self._candidates[expert] = session, candidate
+        return {"ok": True, "applied": candidate.ledger.applied, "updates": candidate.ledger.updates}
+
+    def _candidate(self, session: str, expert: str) -> Candidate | None:
+        held = self._candidates.get(expert)
+        return held[1] if held is not None and held[0] == session else None
+
+    def _guarded(self, part: Part, work: Callable[[], Outcome]) -> Outcome:
+        """The outcome of a part, whatever its expert raises: it is foreign code."""
+        try:
+            return work()
+        except OutOfStep as error:
+            return {"behind": True, "applied": error.applied, "passes": error.passes}
+        except ExpertMeshError as error:
+            return {"error": type(error).__name__, "message": f"{part[0]}: {error.message}"}
+        except BaseException as error:  # also a panic of Rust, or too little memory
+            log.exception("expert raised in training", extra={"expert": part[0]})
+            text = f"{part[0]} raised {type(error).__name__}: {str(error)[:300]}"
+            return {"error": "ExpertFailed", "message": text}
+
+    def _rows(self, call: TrainCall, parts: list[Part]) -> tuple[Tensor, Tensor]:
+        """The rows, and the index of their pairs, on the device. Raises InvalidRequest."""
+        rows, index = _tensor(call, "rows"), _tensor(call, "index")
+        if index.dtype != torch.int64 or index.ndim != 1 or not rows.ndim:
+            raise InvalidRequest("index must be int64 [N], and rows must have a first dimension")
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < rows.shape[0]:
+            raise InvalidRequest("index points outside the rows")
+        if any(not 0 <= start <= stop <= len(index) for _, _, start, stop, _ in parts):
+            raise InvalidRequest("a part is outside the index")
+        return to_device(rows, self._device), to_device(index, self._device)
+
+
+def as_tensor(data: bytes) -> Tensor:
+    """Bytes as a tensor, uint8 [n]."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def seed_of(seed: int, expert: str) -> int:
+    """The seed of an expert for the seed of a pass: experts draw different numbers."""
+    mixed = seed
+    for byte in expert.encode():
+        mixed = (mixed * 1_000_003 ^ byte) % 2**63
+    return mixed
+
+
+def _differentiable(function: RowFunction) -> Callable[[Tensor], Tensor]:
+    if not function.is_differentiable:
+        raise FailedPrecondition("it is a function of numpy, which has no gradients: use one of torch")
+    return function.function
+
+
+def _as_served(function: RowFunction, rows: Tensor) -> Tensor:
+    dtype = function.rows_dtype
+    return rows.to(dtype) if dtype is not None and rows.is_floating_point() else rows
+
+
+def _parts(call: TrainCall) -> list[Part]:
+    parts = call.meta.get("parts")
+    kinds = (str, str, int, int, int)
+    if not isinstance(parts, list) or not parts:
+        raise InvalidRequest("a message of training must have parts")
+    for part in parts:
+        if not isinstance(part, list) or tuple(map(type, part)) != kinds:
+            raise InvalidRequest("a part is [expert, version, start, stop, number]")
+    return [tuple(part) for part in parts]
+
+
+def _session(call: TrainCall) -> tuple[str, int, int]:
+    """Session ("" for none), step and seed."""
+    fields: Mapping[str, Any] = call.meta
+    session, step, seed = fields.get("session", ""), fields.get("step", 0), fields.get("seed", 0)
+    if not isinstance(session, str) or type(step) is not int or type(seed) is not int:
+        raise InvalidRequest("session must be text, and step and seed whole numbers")
+    return session, step, seed
+
+
+def _tensor(call: TrainCall, name: str, rows: int | None = None) -> Tensor:
+    tensor = call.tensors.get(name)
+    if not isinstance(tensor, Tensor) or (rows is not None and tensor.shape[:1] != (rows,)):
+        raise InvalidRequest(f"a message of training lacks its tensor {name!r}, or has one of another length")
+    return tensor

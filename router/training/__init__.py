@@ -1,0 +1,1 @@
+"""Passes of training from a router to the replicas that compute them, and back."""

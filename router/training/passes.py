@@ -1,0 +1,99 @@
+"""Splits a pass over the rows of a layer among replicas, and adds up what they answer, in the order of the experts.
+
+Shapes: T rows, N pairs of a row and an expert, R distinct rows of one replica; rows may have any trailing shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...experts.errors import SpecMismatch
+from ...experts.protocol import TrainReply
+from .exchange import Part
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one replica computes of a pass: its parts, their positions in the pass, and its tensors by name.
+
+    `rows_R` are the positions of its rows, `pairs_N` those of its pairs.
+    """
+
+    parts: tuple[Part, ...]
+    positions: tuple[int, ...]
+    tensors: Mapping[str, Tensor]
+    rows_R: Tensor
+    pairs_N: Tensor
+
+
+def split(
+    parts: Sequence[Part],
+    positions: Sequence[int],
+    rows_T: Tensor,
+    index_N: Tensor,
+    gradients_T: Tensor | None = None,
+    weights_N: Tensor | None = None,
+) -> Share:
+    """The share of a replica with some parts of a pass, at `positions` in it: each of its rows once."""
+    pairs_N = torch.cat([torch.arange(parts[at][2], parts[at][3]) for at in positions])
+    rows_R, own_N = torch.unique(index_N[pairs_N], return_inverse=True)
+    own, start = [], 0
+    for at in positions:
+        expert, version, first, last, number = parts[at]
+        own.append((expert, version, start, start + last - first, number))
+        start += last - first
+    tensors = {"rows": rows_T.index_select(0, rows_R), "index": own_N}
+    if gradients_T is not None:
+        tensors["gradients"] = gradients_T.index_select(0, rows_R)
+    if weights_N is not None:
+        tensors["weights"] = weights_N.index_select(0, pairs_N)
+    return Share(tuple(own), tuple(positions), tensors, rows_R, pairs_N)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums of a dtype are added up in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def weighted_sum(
+    parts: Sequence[Part],
+    outputs: Mapping[int, Tensor],
+    index_N: Tensor,
+    weights_N: Tensor | None,
+    num_rows: int,
+) -> Tensor:
+    """Σ w·f(x) [T, ...] over the parts that answered: their outputs by position. Raises SpecMismatch."""
+    kinds = {(tuple(output.shape[1:]), output.dtype) for output in outputs.values()}
+    if len(kinds) != 1:
+        raise SpecMismatch(f"the experts' answers differ and cannot be added up: {sorted(map(str, kinds))}")
+    ((shape, dtype),) = kinds
+    total_T = torch.zeros((num_rows, *shape), dtype=wide(dtype))
+    for at in sorted(outputs):
+        _, _, start, stop, _ = parts[at]
+        output = outputs[at].to(wide(dtype))
+        if weights_N is not None:
+            factors = weights_N[start:stop].to(wide(dtype))
+            output = output * factors.reshape(-1, *(1,) * len(shape))
+        total_T.index_add_(0, index_N[start:stop], output)
+    return total_T.to(dtype)
+
+
+def outputs_of(share: Share, reply: TrainReply) -> dict[int, Tensor]:
+    """The outputs of a forward pass by position in the pass; those of parts that failed are missing."""
+    found, start = {}, 0
+    for at, part, outcome in zip(share.positions, share.parts, reply.outcomes, strict=True):
+        if "ok" in outcome:
+            count = part[3] - part[2]
+            found[at] = reply.tensors["outputs"][start : start + count]
+            start += count
+    return found
+
+
+def all_failed(count: int, error: str, message: str) -> tuple[dict[str, Any], ...]:
+    """The outcomes of parts whose message failed as a whole."""
+    return tuple({"error": error, "message": message} for _ in range(count))
