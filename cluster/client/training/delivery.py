@@ -25,6 +25,9 @@ LEFT_OUT = (Unavailable, DeadlineExceeded, ExpertFailed, VersionGone)
 """What an expert that does not answer fails with."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
+ROUTER_SECONDS = 60.0
+"""How long at least a router is waited for: one that Ray starts again takes some seconds."""
+
 MOST_ROUNDS = 1000
 """How often one message is repeated at most, while experts are lost again and again as they catch up."""
 
@@ -123,17 +126,29 @@ class Delivery:
                 return  # it was lost again, or is further than it said: whoever asked asks again
 
     def send(self, meta: dict[str, Any], parts: Sequence[Part], tensors: dict[str, WireTensor]) -> Frame:
-        """Send one message, and return its answer."""
+        """Send one message, again while no router answers, and return its answer."""
         fields = {**meta, "session": self._session_id}
         if parts:
             fields["parts"] = [list(part) for part in parts]
-        return self._connection._training("Train", fields, tensors)
+        pauses = pauses_of(max(ROUTER_SECONDS, self._options.seconds))
+        while True:
+            try:
+                return self._connection._training("Train", fields, tensors)
+            except Unavailable:
+                if (pause := next(pauses, None)) is None:
+                    raise
+                time.sleep(pause)
 
     def pauses(self) -> Iterator[float]:
         """Pauses before asking again, in seconds, until the patience of the session ends."""
-        end = time.monotonic() + self._options.seconds
-        for number in itertools.count():
-            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(number, 20))
-            if time.monotonic() + pause > end:
-                return
-            yield pause
+        return pauses_of(self._options.seconds)
+
+
+def pauses_of(seconds: float) -> Iterator[float]:
+    """Pauses that grow, as long as the next one ends within so many seconds from the first time that it is asked."""
+    end = time.monotonic() + seconds
+    for number in itertools.count():
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(number, 20))
+        if time.monotonic() + pause > end:
+            return
+        yield pause

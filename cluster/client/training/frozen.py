@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from ....experts.errors import ExpertMeshError, Unavailable
 from ....experts.wire import WireTensor
 from ...rpc.training import error_of
-from .delivery import FIRST_PAUSE, LEFT_OUT, LONGEST_PAUSE, Connection
+from .delivery import LEFT_OUT, Connection, pauses_of
 from .options import PATIENCE, Passed
 from .updates import Part
 
@@ -42,19 +41,18 @@ class ServingPasses:
         self, operation: str, parts: Sequence[Part], tensors: dict[str, WireTensor]
     ) -> tuple[Passed, dict[str, str]]:
         meta = {"op": operation, "layer": self._layer, "parts": [list(part) for part in parts]}
-        end = time.monotonic() + PATIENCE[self._on_missing]
-        for number in itertools.count():
+        pauses = pauses_of(PATIENCE[self._on_missing])
+        while True:
             frame = self._connection._training("Pass", meta, tensors)
             outcomes = [dict(outcome) for outcome in frame.meta["outcomes"]]
             errors: dict[str, ExpertMeshError] = {
                 part[0]: error_of(outcome) for part, outcome in zip(parts, outcomes, strict=True) if "error" in outcome
             }
-            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0**number)
-            if any(isinstance(error, Unavailable) for error in errors.values()) and time.monotonic() + pause < end:
+            lost = any(isinstance(error, Unavailable) for error in errors.values())
+            if lost and (pause := next(pauses, None)) is not None:
                 time.sleep(pause)
                 continue
             for error in errors.values():
                 if self._on_missing != "leave_out" or not isinstance(error, LEFT_OUT):
                     raise error
             return Passed(frame.tensors, errors), dict(frame.meta["versions"])
-        raise Unavailable("an expert does not answer")

@@ -1,0 +1,1 @@
+"""Experiments with training on a real Ray: kills, failures, and training beside requests."""
