@@ -23,7 +23,7 @@ ORDER = (  # a folder, or a file beside the folders, imports only from its own a
     "experts/errors", "experts/optional_imports", "experts/package_version", "experts/names", "experts/suggestion",
     "experts/wire", "experts/spec", "experts/protocol", "experts/tensors", "experts/weights", "experts/identity",
     "experts/construct", "experts/sums", "experts/staging", "experts/grouped", "experts/modules",
-    "experts/training", "experts/chaos", "experts/host",
+    "experts/training", "experts/transform", "experts/chaos", "experts/host",
     "router/gates", "router/mixture", "router/epochs", "router/fanout", "router/training", "router/request",
     "cluster/rpc", "cluster/machine", "cluster/client", "cluster/placement", "cluster/config", "cluster/state",
     "cluster/control", "cluster/channel", "cluster/gateway", "cluster/runtime", "cluster/attach",
