@@ -25,9 +25,11 @@ class Failing(FeedForward):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._draw = random.Random(1)
+        self._draw: random.Random | None = None
 
     def forward(self, x_RD: Tensor) -> Tensor:
+        if self._draw is None:  # each expert its own, from its weights
+            self._draw = random.Random(float(self.up_proj.weight.detach().sum()))
         if self.training and self._draw.random() < SHARE:
             raise RuntimeError("it was told to fail")
         return super().forward(x_RD)

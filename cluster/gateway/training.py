@@ -195,7 +195,7 @@ class TrainMethods:
                 raise InvalidRequest(
                     f"there are gradients for {list(gradients_T.shape[:1])} rows, but {list(rows_T.shape[:1])} rows"
                 )
-        meta: dict[str, Any] = {"op": asked.op, "step": asked.step, "seed": asked.seed}
+        meta: dict[str, Any] = {"op": asked.op, "step": asked.step, "seed": asked.seed, "training": asked.training}
         if record is not None:
             meta["session"] = record.id
 

@@ -60,6 +60,11 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def write_private(path: Path, text: str) -> None:
+    """Write a private file of text, as `write_private_bytes`."""
+    write_private_bytes(path, text.encode())
+
+
+def write_private_bytes(path: Path, data: bytes) -> None:
     """Write a private file atomically: it replaces an existing one, and a reader never sees part of it.
 
     Raises OSError.
@@ -67,7 +72,7 @@ def write_private(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with _new(temporary, 0o600) as file:
-            file.write(text.encode())
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -44,6 +44,7 @@ class TrainAsked:
     parts: list[list[Any]] = field(default_factory=list)
     step: int = 0
     seed: int = 0
+    training: bool = True
     lr: float | None = None
     scale: float = 1.0
     optimizer: str | None = None

@@ -34,8 +34,8 @@ class RemoteMoE(nn.Module):
 
     `gate` is a local module that maps rows to a `Routing`, such as one of `expertmesh.gates`: its parameters are those
     of this module. Without one, pass `indices` and `weights` to each call. With a `session` the candidates of that
-    session answer and get gradients, which its `step()` applies; without one, what serves answers, and only rows and
-    weights get gradients.
+    session answer, in training mode or not as this module is, and get gradients, which its `step()` applies; without
+    one, what serves answers, and only rows and weights get gradients.
 
     `combine` is "weighted_sum", "mean" or "residual", by default that of the layer. Shared experts of the layer are
     always added. `capacity` limits the rows of an expert. With `on_missing="leave_out"` (that of the session, if there
@@ -120,7 +120,7 @@ class RemoteMoE(nn.Module):
         handle = dispatch(routing, len(self.experts))
         parts, weights_N = self._pairs(handle)
         call = _Call(self._door(), parts)
-        y = _Passes.apply(call, x, handle.rows_N, weights_N)  # type: ignore[no-untyped-call]
+        y = _Passes.apply(call, self._anchor(), x, handle.rows_N, weights_N)  # type: ignore[no-untyped-call]
         self.left_out = call.left_out
         return self._with_shared(self._finished(y, x, handle, call), x)
 
@@ -177,7 +177,7 @@ class RemoteMoE(nn.Module):
         parts: list[Part] = [(id, "", at * count, (at + 1) * count, 0) for at, id in enumerate(self.shared)]
         index_N = torch.arange(count, device=x.device).repeat(len(parts))
         call = _Call(self._door(), parts)
-        added: Tensor = _Passes.apply(call, x, index_N, y.new_ones(len(index_N)))  # type: ignore[no-untyped-call]
+        added: Tensor = _Passes.apply(call, self._anchor(), x, index_N, y.new_ones(len(index_N)))  # type: ignore[no-untyped-call]
         for error in call.left_out.values():
             raise error
         return y + added
@@ -201,9 +201,13 @@ class RemoteMoE(nn.Module):
             y = torch.where(empty_T.view(column), x.to(y.dtype), y)  # it has no answer
         return y
 
+    def _anchor(self) -> Tensor:
+        """What has a gradient where candidates have parameters, so that torch asks for their backward pass."""
+        return torch.zeros((), requires_grad=self.session is not None)
+
     def _door(self) -> _Door:
         if self.session is not None:
-            return _SessionDoor(self.session)
+            return _SessionDoor(self.session, self.training)
         return _ServingDoor(self._serving)
 
 
@@ -218,15 +222,15 @@ class _Door:
 
 
 class _SessionDoor(_Door):
-    def __init__(self, session: TrainingSession) -> None:
-        self._session = session
+    def __init__(self, session: TrainingSession, training: bool) -> None:
+        self._session, self._training = session, training
         self._seed, self._step = session.new_seed(), session.step_count + 1
 
     def forward(self, parts: list[Part], tensors: dict[str, WireTensor]) -> Passed:
-        return self._session.forward(parts, tensors, self._seed)
+        return self._session.forward(parts, tensors, self._seed, training=self._training)
 
     def backward(self, parts: list[Part], tensors: dict[str, WireTensor]) -> Passed:
-        return self._session.backward(parts, tensors, self._seed, self._step)
+        return self._session.backward(parts, tensors, self._seed, self._step, training=self._training)
 
 
 class _ServingDoor(_Door):
@@ -256,7 +260,7 @@ class _Passes(torch.autograd.Function):
     """Σ w·f(x) [T, ...] over the parts of a call, computed elsewhere in both directions."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, x: Tensor, index_N: Tensor, weights_N: Tensor) -> Tensor:
+    def forward(ctx: Any, call: _Call, anchor: Tensor, x: Tensor, index_N: Tensor, weights_N: Tensor) -> Tensor:
         ctx.call = call
         ctx.save_for_backward(x, index_N, weights_N)
         if not call.parts:
@@ -269,16 +273,16 @@ class _Passes(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradients_T: Tensor) -> tuple[None, Tensor | None, None, Tensor | None]:
+    def backward(ctx: Any, gradients_T: Tensor) -> tuple[None, None, Tensor | None, None, Tensor | None]:
         x, index_N, weights_N = ctx.saved_tensors
         call: _Call = ctx.call
         parts = [part for part in call.parts if part[0] not in call.left_out]
         if not parts:
-            return None, torch.zeros_like(x), None, torch.zeros_like(weights_N)
+            return None, None, torch.zeros_like(x), None, torch.zeros_like(weights_N)
         tensors = _wired(rows=x, index=index_N, weights=weights_N, gradients=gradients_T)
         found = call.door.backward(parts, tensors).tensors
         rows = from_wire(found["rows"]).to(x.device, x.dtype) if "rows" in found else None
-        return None, rows, None, from_wire(found["weights"]).to(weights_N.device, weights_N.dtype)
+        return None, None, rows, None, from_wire(found["weights"]).to(weights_N.device, weights_N.dtype)
 
 
 def _wired(**tensors: Tensor) -> dict[str, WireTensor]:

@@ -51,20 +51,31 @@ class Candidate:
         if by.optimizer is not None:
             self._optimizer = build_optimizer(by.optimizer, self._parameters, by.arguments)
 
-    def forward(self, rows_n: Tensor, step: int, seed: int) -> Tensor:
-        """The answers [n, ...] of the state before `step`; nothing changes. Raises OutOfStep."""
+    def forward(self, rows_n: Tensor, step: int, seed: int, *, training: bool = True) -> Tensor:
+        """The answers [n, ...] of the state before `step`, in training mode or not. Raises OutOfStep."""
         self.ledger.check_step(step)
+        self.module.train(training)
         with self._same_buffers():
             return forward(self._function(), self._cast(rows_n), seed)
 
     def backward(
-        self, rows_n: Tensor, gradients_n: Tensor, weights_n: Tensor | None, step: int, number: int, seed: int
+        self,
+        rows_n: Tensor,
+        gradients_n: Tensor,
+        weights_n: Tensor | None,
+        step: int,
+        number: int,
+        seed: int,
+        *,
+        training: bool = True,
     ) -> Gradients:
         """The backward pass `number` of a step, as `passes.backward`; a repeated one adds no gradients.
 
         Raises OutOfStep for a pass that does not follow.
         """
-        if self.ledger.is_new_pass(step, number):
+        is_new = self.ledger.is_new_pass(step, number)
+        self.module.train(training)
+        if is_new:
             found = self._pass(rows_n, gradients_n, weights_n, seed)
             for parameter, gradient in zip(self._parameters, found.parameters, strict=True):
                 if gradient is not None:

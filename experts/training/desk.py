@@ -64,7 +64,7 @@ class TrainingDesk:
 
     def _forward(self, call: TrainCall, parts: list[Part]) -> TrainReply:
         rows, index = self._rows(call, parts)
-        session, step, seed = _session(call)
+        (session, step, seed), training = _session(call), call.meta.get("training") is not False
         outputs: list[Tensor] = []
 
         @torch.no_grad()
@@ -75,7 +75,7 @@ class TrainingDesk:
                 candidate = self._candidate(session, expert)
                 if candidate is None:
                     return {"absent": True}
-                answers = candidate.forward(own, step, seed_of(seed, expert))
+                answers = candidate.forward(own, step, seed_of(seed, expert), training=training)
             else:
                 function = self._find(expert, version)
                 if function is None:
@@ -94,7 +94,7 @@ class TrainingDesk:
 
     def _backward(self, call: TrainCall, parts: list[Part]) -> TrainReply:
         rows, index = self._rows(call, parts)
-        session, step, seed = _session(call)
+        (session, step, seed), training = _session(call), call.meta.get("training") is not False
         gradients, weights = _tensor(call, "gradients", rows.shape[0]), call.tensors.get("weights")
         gradients = to_device(gradients, self._device)
         weights = None if weights is None else to_device(weights, self._device)
@@ -111,7 +111,9 @@ class TrainingDesk:
                 candidate = self._candidate(session, expert)
                 if candidate is None:
                     return {"absent": True}
-                found: Gradients = candidate.backward(*given, factors, step, number, seed_of(seed, expert))
+                found: Gradients = candidate.backward(
+                    *given, factors, step, number, seed_of(seed, expert), training=training
+                )
             else:
                 function = self._find(expert, version)
                 if function is None:

@@ -27,7 +27,7 @@ ORDER = (  # a folder, or a file beside the folders, imports only from its own a
     "router/gates", "router/mixture", "router/epochs", "router/fanout", "router/training", "router/request",
     "cluster/rpc", "cluster/machine", "cluster/client", "cluster/placement", "cluster/config", "cluster/state",
     "cluster/control", "cluster/channel", "cluster/gateway", "cluster/runtime", "cluster/attach",
-    "cluster/torch_client", "cluster/owner", "cluster/bench", "cluster/demo", "cluster/cli",
+    "cluster/torch_client", "cluster/training", "cluster/owner", "cluster/bench", "cluster/demo", "cluster/cli",
 )  # fmt: skip
 FENCES = {  # who alone may import what
     "ray": tuple(f"cluster/runtime/ray_{name}.py" for name in ("actors", "attach", "backend", "ports")),

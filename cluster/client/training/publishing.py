@@ -24,7 +24,9 @@ class Candidates(Protocol):
     layer: str
     versions: dict[str, str]
 
-    def forward(self, parts: Sequence[Part], tensors: dict[str, WireTensor], seed: int) -> Passed:
+    def forward(
+        self, parts: Sequence[Part], tensors: dict[str, WireTensor], seed: int, *, training: bool = True
+    ) -> Passed:
         """A forward pass of the candidates."""
 
 
@@ -36,7 +38,7 @@ def check_probe(session: Candidates, connection: Connection, probe: Any, max_dri
     rows = np.ascontiguousarray(np.asarray(probe))
     tensors = {"rows": WireTensor.from_numpy(rows), "index": WireTensor.from_numpy(np.arange(len(rows)))}
     for id, version in session.versions.items():
-        new = session.forward([(id, "", 0, len(rows), 0)], tensors, 0)
+        new = session.forward([(id, "", 0, len(rows), 0)], tensors, 0, training=False)
         meta = {"op": "forward", "layer": session.layer, "parts": [[id, version, 0, len(rows), 0]]}
         frame = connection._training("Pass", meta, tensors)
         outcome: Mapping[str, Any] = frame.meta["outcomes"][0]

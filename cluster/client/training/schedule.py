@@ -10,14 +10,17 @@ from ....experts.errors import ConfigError
 Schedule = Callable[[int], float]
 """The factor for a step, counted from 0, as torch.optim.lr_scheduler.LambdaLR has it."""
 
-NAMES = ("constant", "linear", "cosine")
+NAMES = ("constant", "linear", "cosine", "one_cycle")
+RISE, FROM, TO = 0.3, 1 / 25, 1 / 25e4
+"""The share of the steps in which one_cycle rises, and the factors that it begins and ends with, as in torch."""
 
 
 def schedule_of(name: str | Schedule | None, total_steps: int | None, warmup_steps: int) -> Schedule:
     """The schedule of a name, or the function that is given.
 
     After `warmup_steps` of linear growth, "constant" stays, "linear" falls to 0 at `total_steps`, and so does "cosine"
-    (Loshchilov and Hutter 2017, eq. 5, without restarts). Raises ConfigError.
+    (Loshchilov and Hutter 2017, eq. 5, without restarts). "one_cycle" rises to 1 and falls to almost 0 along cosines
+    (Smith and Topin 2018, as torch.optim.lr_scheduler.OneCycleLR has it); it takes no warmup. Raises ConfigError.
     """
     if callable(name):
         return name
@@ -30,6 +33,8 @@ def schedule_of(name: str | Schedule | None, total_steps: int | None, warmup_ste
         return lambda step: _warm(step, warmup_steps)
     if total_steps is None or total_steps <= warmup_steps:
         raise ConfigError(f"schedule {name!r} needs total_steps, more than warmup_steps={warmup_steps}")
+    if name == "one_cycle":
+        return lambda step: _one_cycle(step, total_steps)
     span = total_steps - warmup_steps
 
     def falling(step: int) -> float:
@@ -42,3 +47,14 @@ def schedule_of(name: str | Schedule | None, total_steps: int | None, warmup_ste
 
 def _warm(step: int, warmup_steps: int) -> float:
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+
+
+def _one_cycle(step: int, total: int) -> float:
+    top, last = RISE * total - 1, total - 1
+    if step <= top:
+        return _between(FROM, 1.0, step / max(top, 1e-9))
+    return _between(1.0, TO, min(1.0, (step - top) / max(last - top, 1e-9)))
+
+
+def _between(first: float, last: float, share: float) -> float:
+    return last + (first - last) / 2.0 * (1.0 + math.cos(math.pi * share))

@@ -102,15 +102,19 @@ class TrainingSession:
         """A seed for a forward pass and its backward pass."""
         return self._seeds.randrange(SEEDS)
 
-    def forward(self, parts: Sequence[Part], tensors: dict[str, WireTensor], seed: int) -> Passed:
-        """A forward pass of the candidates, for `RemoteMoE`. Raises the error of an expert, unless it is left out."""
+    def forward(
+        self, parts: Sequence[Part], tensors: dict[str, WireTensor], seed: int, *, training: bool = True
+    ) -> Passed:
+        """A forward pass of the candidates, in training mode or not, for `RemoteMoE`. Raises an expert's error."""
         with self._lock:
             self._check_open()
-            meta = {"op": "forward", "seed": seed, "step": self.step_count + 1}
+            meta = {"op": "forward", "seed": seed, "step": self.step_count + 1, "training": training}
             frame, errors = self._delivery.ask(meta, parts, tensors)
             return Passed(frame.tensors, errors)
 
-    def backward(self, parts: Sequence[Part], tensors: dict[str, WireTensor], seed: int, step: int) -> Passed:
+    def backward(
+        self, parts: Sequence[Part], tensors: dict[str, WireTensor], seed: int, step: int, *, training: bool = True
+    ) -> Passed:
         """The backward pass of a forward pass of `step`, for `RemoteMoE`: the candidates keep their gradients."""
         with self._lock:
             self._check_open()
@@ -121,7 +125,7 @@ class TrainingSession:
                 )
             if self._pending is not None:
                 raise FailedPrecondition("the last step was not finished: call step() again first")
-            meta = {"op": "backward", "seed": seed, "step": step}
+            meta = {"op": "backward", "seed": seed, "step": step, "training": training}
             numbered = [(id, version, a, b, self._passes[id]) for id, version, a, b, _ in parts]
             frame, errors = self._delivery.ask(meta, numbered, tensors)
             done = [part for part in numbered if part[0] not in errors]
@@ -131,13 +135,15 @@ class TrainingSession:
                 self._passes[part[0]] += 1
             return Passed(frame.tensors, errors)
 
-    def step(self) -> StepResult:
+    def step(self, lr: float | None = None) -> StepResult:
         """Update the experts with the gradients of all backward passes since the last step, as an optimizer's `step`.
 
-        With `accumulate` it does so at every so many calls, with the mean of their gradients. Calling it again after an
-        error does not repeat what is applied. Raises FailedPrecondition without a backward pass, for gradients that are
-        not finite (then nothing is changed, and the gradients are dropped), and without an optimizer; and the error of
-        an expert that does not answer in time, unless it may be left out.
+        `lr` takes the place of the session's learning rate for this step. With `accumulate` it does so at every so many
+        calls, with the mean of their gradients. Calling it again after an error does not repeat what is applied.
+
+        Raises FailedPrecondition without a backward pass, for gradients that are not finite (then nothing is changed,
+        and the gradients are dropped), and without an optimizer; and the error of an expert that does not answer in
+        time, unless it may be left out.
         """
         with self._lock:
             self._check_open()
@@ -152,11 +158,11 @@ class TrainingSession:
                 self._accumulated += 1
                 if self._accumulated < self._options.accumulate:
                     return self._result(applied=False, norm=0.0)
-                self._pending = self._prepared()
+                self._pending = self._prepared(self.lr if lr is None else lr)
             result = self._apply(self._pending)
         return result
 
-    def _prepared(self) -> dict[str, Any]:
+    def _prepared(self, lr: float) -> dict[str, Any]:
         """The update of the next step: the learning rate, and the factor of its gradients, from the norm of all."""
         step = self.step_count + 1
         with_gradients = [id for id, passes in self._passes.items() if passes]
@@ -177,7 +183,7 @@ class TrainingSession:
         scale, clip = 1.0 / self._options.accumulate, self._options.clip_norm
         if clip is not None:
             scale *= min(1.0, clip / (norm + CLIP_EPSILON))
-        return {"step": step, "lr": float(self.lr), "scale": scale, "norm": norm}
+        return {"step": step, "lr": float(lr), "scale": scale, "norm": norm}
 
     def _apply(self, pending: Mapping[str, Any]) -> StepResult:
         step = pending["step"]
