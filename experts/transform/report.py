@@ -38,7 +38,7 @@ class Report:
             elif isinstance(value, Mapping):
                 lines += [_line(f"{name}: {key}", change) for key, change in value.items()]
             elif value is not None:
-                plain.append(f"{name} {_text(value) if isinstance(value, (int, float)) else value}")
+                plain.append(f"{name} {_plain(value)}")
         return "\n".join([*([", ".join(plain)] if plain else []), *aligned(lines)])
 
 
@@ -52,6 +52,12 @@ def aligned(lines: list[tuple[str, str, str]]) -> list[str]:
 
 def _line(name: str, change: Change) -> tuple[str, str, str]:
     return name, _text(change.before), _text(change.after)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(_plain(item) for item in value)
+    return _text(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
 
 
 def _text(figure: Figure) -> str:
