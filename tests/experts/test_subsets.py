@@ -110,7 +110,9 @@ def test_every_row_has_its_place(rows: int, experts: int, nearest: int, share: f
 def test_the_share_is_one_of_all_other_rows() -> None:
     seen_TE = subsets.by_random(4000, 4, share=0.25)
     assert float(seen_TE.float().mean()) == pytest.approx(0.25 + 0.75 * 0.25, abs=0.02)
-    assert not torch.equal(seen_TE, subsets.by_random(4000, 4, share=0.25, seed=1))
+    labels_T = torch.arange(400) % 4
+    first_TE, other_TE = (subsets.by_label(labels_T, 4, share=0.25, seed=seed) for seed in (0, 1))
+    assert not torch.equal(first_TE, other_TE)
 
 
 def test_random_subsets_are_equal_and_labels_stay_together() -> None:

@@ -171,6 +171,14 @@ def test_s2_a_gate_learns_which_expert_is_right() -> None:
     assert sum(weights) <= 1
 
 
+def test_experts_that_are_not_chosen_learn_through_the_mixture_of_all() -> None:
+    """The weight of a single expert is one whatever its score: only the second term of the loss trains such a gate."""
+    experts, x, y = specialists()
+    torch.manual_seed(0)
+    _, report = fit_gate(gates.TopK(3, 2, k=1), experts, x, y, epochs=40, learning_rate=0.1)
+    assert (report.held_out_loss.after or 0) < 0.2 * (report.held_out_loss.before or 0)
+
+
 def test_the_report_is_of_what_the_layer_answers() -> None:
     torch.manual_seed(0)
     x, labels_T = rows(90), torch.arange(90) % 3
