@@ -21,6 +21,8 @@ _COMMANDS: Mapping[str, tuple[str, str]] = {
     "add": ("Add an expert or layer of a YAML file to a running cluster, under traffic.", "cluster"),
     "remove": ("Remove an expert or layer of a running cluster, under traffic.", "cluster"),
     "scale": ("Give experts other numbers of replicas under traffic.", "cluster"),
+    "train": ("Train the experts and the gate of a layer, here or in a running cluster.", "cluster"),
+    "sessions": ("Show who trains which experts of a running cluster.", "cluster"),
     "rollback": ("Restore earlier versions of experts and gates.", "cluster"),
     "history": ("List the stored versions of an expert or gate.", "cluster"),
     "bench": ("Send load to a running cluster; report latency and throughput.", "cluster"),
@@ -33,6 +35,8 @@ _MODULES = {
     "remove": "changes.layers",
     "apply": "changes.apply",
     "scale": "changes.scale",
+    "train": "training.train",
+    "sessions": "training.sessions",
     "history": "versions",
     "rollback": "versions",
 }
@@ -92,6 +96,7 @@ def cli(debug: bool) -> None:
     Look at it:             expertmesh status
     Measure it under load:  expertmesh bench mesh.yaml
     Replace an expert:      expertmesh swap news/e3=e3_v2.safetensors
+    Train a layer:          expertmesh train train.yaml
     Call it from Python:    Client().forward("news", rows)
 
     `expertmesh COMMAND --help` shows the options and examples of a command.

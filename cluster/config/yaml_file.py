@@ -37,17 +37,17 @@ def read_trusted(path: Path) -> str:
         raise ConfigError(f"{path} cannot be read: {error}") from None
 
 
-def read_document(text: str, source: str) -> Document:
+def read_document(text: str, source: str, needs: str = "layers") -> Document:
     """Read a file that must be a map; unreadable values and duplicate keys are recorded as mistakes of the document.
 
-    Raises ConfigError if the text is not YAML, or not a map.
+    `needs` names the keys that such a file must have. Raises ConfigError if the text is not YAML, or not a map.
     """
     loader = _Loader(text)
     loader.document = document = Document(source)
     try:
         root = loader.get_single_node()
         if root is None:
-            raise ConfigError(f"{source}:1: the file is empty; it needs `layers`")
+            raise ConfigError(f"{source}:1: the file is empty; it needs `{needs}`")
         document.data = loader.read(root, (), Place(1, f"{source}:1"))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
@@ -56,7 +56,7 @@ def read_document(text: str, source: str) -> Document:
     finally:
         loader.dispose()
     if not isinstance(document.data, dict):
-        raise ConfigError(f"{source}:1: the file must be a map with the key `layers`")
+        raise ConfigError(f"{source}:1: the file must be a map with `{needs}`")
     return document
 
 

@@ -1,0 +1,1 @@
+"""The commands that train, and that show who trains."""
