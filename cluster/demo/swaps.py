@@ -17,7 +17,7 @@ from ..client.reply import Reply
 from ..rpc.swaps import SwapOutcome
 from .features import Dataset
 from .traffic import Traffic, TrafficReport
-from .training import Trained, train_expert, train_gate
+from .training import HIDDEN, Trained, train_dense, train_gate
 
 TOLERANCE = 1e-4
 PROBES = 256
@@ -84,10 +84,9 @@ def swap_under_traffic(
 ) -> SwapReport:
     """Train replacements for three experts and the gate, then swap them in under traffic."""
     progress("training replacements for three experts and the gate")
-    all_rows = torch.ones(len(data.train_y_T), dtype=torch.bool)
-    new = {number: train_expert(data, all_rows) for number in (3, 1, 5)}
+    new = {number: train_dense(data, HIDDEN, seed=number) for number in (3, 1, 5)}
     experts = [new.get(number, expert) for number, expert in enumerate(trained.experts)]
-    gate = train_gate(data, experts, trained.centres_ED)
+    gate = train_gate(data, experts)
     judge = Judge(layer, len(experts))
     status = client.status()["layers"][layer]
     versions = {id: expert["version"] for id, expert in status["experts"].items()}

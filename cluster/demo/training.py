@@ -1,52 +1,50 @@
-"""The demo's training: each expert on its own subset of the rows, then their gate, and a dense model for comparison.
+"""The demo's training: each expert on its own rows, then their gate, and a dense model for comparison.
 
-Shapes: T rows, D features, E experts, C classes, K experts per row.
+Shapes: T rows, D features, E experts, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from sklearn.cluster import KMeans
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ...experts.modules import FeedForward
+from ...experts.spec import Expert
 from ...router import gates
+from ...router.mixture.layer import Layer
+from ..training.data import TrainingData
+from ..training.mixture import LocalMixture
+from ..training.phases import Phase
+from ..training.record import Progress
+from ..training.trainer import Trainer
 from .features import Dataset
 
 NUM_EXPERTS = 8
 TOP_K = 2
 HIDDEN = 32
 NEAREST = 2
-"""The number of expert regions that a row belongs to."""
+"""The number of experts in whose region a row is."""
 
 SHARE = 0.4
 """The share of all other rows that an expert also trains on, so that it has seen every label."""
 
-BATCH = 128
-DROPOUT = 0.5
-EXPERT_EPOCHS = 30
-DENSE_EPOCHS = 20
-GATE_EPOCHS = 10
-EXPERT_RATE = 1e-3
-DENSE_RATE = 1e-3
-GATE_RATE = 1e-3
-WEIGHT_DECAY = 0.01
-GATE_SHARPNESS = 2.0
+FEED_FORWARD = "expertmesh.experts.modules:FeedForward"
+OPTIONS: dict[str, Any] = {"batch": 128, "dropout": 0.5, "arguments": {"weight_decay": 0.01}}
+EXPERTS = Phase(kind="experts", epochs=30, lr=1e-3, schedule="one_cycle")
+GATE = Phase(kind="gate", epochs=10, lr=1e-3, schedule="one_cycle")
+DENSE = Phase(kind="experts", epochs=20, lr=1e-3, schedule="one_cycle")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The experts, the rows each was trained on (bool [T, E]), their gate, the dense model, and the region centres."""
+    """The experts, the rows each was trained on (bool [T, E]), their gate, and the dense model."""
 
-    experts: tuple[FeedForward, ...]
+    experts: tuple[nn.Module, ...]
     seen_TE: Tensor
     gate: gates.TopK
-    dense: FeedForward
-    centres_ED: Tensor
+    dense: nn.Module
 
     @property
     def sparse_parameters(self) -> int:
@@ -55,91 +53,70 @@ class Trained:
 
 
 def train(data: Dataset, *, seed: int = 0, progress: Callable[[str], None] = lambda message: None) -> Trained:
-    """Train experts, gate and dense model on the training rows; calls `progress` with a message before each step."""
-    torch.manual_seed(seed)
+    """Train experts, gate and dense model on the training rows; `progress` is called with a message now and then."""
+    experts = {f"e{number}": _declared(data, HIDDEN) for number in range(NUM_EXPERTS)}
+    layer = Layer("text", gates.TopK(data.width, NUM_EXPERTS, k=TOP_K, bias=True), experts)
     progress("clustering the training rows into one region per expert")
-    centres_ED = regions(data.train_x_TD, seed)
-    near_TE = torch.cdist(data.train_x_TD, centres_ED).topk(NEAREST, largest=False).indices
-    seen_TE = F.one_hot(near_TE, NUM_EXPERTS).any(dim=1) | (torch.rand(len(near_TE), NUM_EXPERTS) < SHARE)
-    experts = []
-    for expert in range(NUM_EXPERTS):
-        rows = int(seen_TE[:, expert].sum())
-        progress(f"training expert {expert + 1} of {NUM_EXPERTS} on its {rows} rows")
-        experts.append(train_expert(data, seen_TE[:, expert]))
+    trainer = Trainer(
+        layer, _rows(data), phases=(EXPERTS,), subsets="cluster", nearest=NEAREST, share=SHARE, seed=seed, **OPTIONS
+    )
+    rows = trainer.seen_TE.sum(dim=0).tolist()
+    progress(f"training {NUM_EXPERTS} experts, each on its own {min(rows)} to {max(rows)} rows")
+    trainer.fit(_told(progress))
+    trained = _modules(trainer)
     progress("training the gate")
-    gate = train_gate(data, experts, centres_ED)
-    total = sum(parameters(model) for model in (*experts, gate))
+    gate = train_gate(data, trained, seed=seed)
+    total = sum(parameters(model) for model in (*trained, gate))
     progress(f"training a dense model with as many parameters ({total:,}) on all rows")
-    dense = FeedForward(data.width, equal_width(total, data), out_features=len(data.names))
-    fit(dense, data.train_x_TD, data.train_y_T, DENSE_EPOCHS, DENSE_RATE)
-    return Trained(tuple(experts), seen_TE, gate, dense, centres_ED)
+    dense = train_dense(data, equal_width(total, data), DENSE, seed=seed)
+    return Trained(trained, trainer.seen_TE, gate, dense)
 
 
-def train_expert(data: Dataset, seen_T: Tensor) -> FeedForward:
-    """Train an expert on its own subset of the rows, with AdamW and cross-entropy."""
-    expert = FeedForward(data.width, HIDDEN, out_features=len(data.names))
-    fit(expert, data.train_x_TD[seen_T], data.train_y_T[seen_T], EXPERT_EPOCHS, EXPERT_RATE)
-    return expert
+def train_gate(data: Dataset, experts: Sequence[nn.Module], *, seed: int = 0) -> gates.TopK:
+    """Train a top-k gate for experts as they are, starting from their regions.
 
-
-def regions(x_TD: Tensor, seed: int) -> Tensor:
-    """The region centres [E, D], by k-means."""
-    clusters = KMeans(NUM_EXPERTS, n_init=3, random_state=seed).fit(x_TD.numpy())
-    return torch.from_numpy(clusters.cluster_centers_).float()
-
-
-def train_gate(data: Dataset, experts: Iterable[nn.Module], centres_ED: Tensor) -> gates.TopK:
-    """Train a top-k gate for frozen experts, starting from the region centres.
-
-    The loss is the cross-entropy of the mixture of the chosen experts plus that of the mixture of all experts.
+    The loss is that of the mixture of the chosen experts plus that of the mixture of all experts.
     """
-    x_TD, y_T = data.train_x_TD, data.train_y_T
-    gate = gates.TopK(data.width, NUM_EXPERTS, k=TOP_K, bias=True)
-    scale = GATE_SHARPNESS / data.width**0.5
-    with torch.no_grad():
-        gate.weight.copy_(centres_ED * scale)
-        gate.get_parameter("bias").copy_(-(centres_ED**2).sum(dim=1) / 2 * scale)
-        answers_TEC = torch.stack([expert(x_TD) for expert in experts], dim=1)
-
-    def loss(rows: Tensor) -> Tensor:
-        scores_TE = gate.scores(F.dropout(x_TD[rows], DROPOUT))
-        routing = gate.select(scores_TE)
-        sparse_TE = torch.zeros_like(scores_TE).scatter(1, routing.indices_TK, routing.weights_TK)
-        chosen_TC, all_TC = (mixture(answers_TEC[rows], w_TE) for w_TE in (sparse_TE, scores_TE.softmax(dim=1)))
-        return F.cross_entropy(chosen_TC, y_T[rows]) + F.cross_entropy(all_TC, y_T[rows])
-
-    descend(gate.parameters(), loss, len(x_TD), GATE_EPOCHS, GATE_RATE)
+    live = {f"e{number}": Expert.from_module(expert) for number, expert in enumerate(experts)}
+    gate = gates.TopK(data.width, len(live), k=TOP_K, bias=True)
+    trainer = Trainer(
+        Layer("text", gate, live), _rows(data), phases=(GATE,), explore=1.0, balance=0.0, seed=seed, **OPTIONS
+    )
+    trainer.fit()
     return gate.eval()
 
 
-def mixture(answers_TEC: Tensor, weights_TE: Tensor) -> Tensor:
-    """The weighted sum of the experts' answers [T, C]."""
-    return (answers_TEC * weights_TE[:, :, None]).sum(dim=1)
+def train_dense(data: Dataset, hidden: int, phase: Phase = EXPERTS, *, seed: int = 0) -> nn.Module:
+    """Train one model on all rows: a layer of a single expert."""
+    layer = Layer("dense", gates.Fixed([1.0]), {"e0": _declared(data, hidden)})
+    trainer = Trainer(layer, _rows(data), phases=(phase,), subsets="all", seed=seed, **OPTIONS)
+    trainer.fit()
+    return _modules(trainer)[0]
 
 
-def fit(model: nn.Module, x_TD: Tensor, y_T: Tensor, epochs: int, rate: float) -> None:
-    """Train a classifier with input dropout, and leave it in evaluation mode."""
-
-    def loss(rows: Tensor) -> Tensor:
-        return F.cross_entropy(model(F.dropout(x_TD[rows], DROPOUT)), y_T[rows])
-
-    descend(model.parameters(), loss, len(x_TD), epochs, rate)
-    model.eval()
+def _declared(data: Dataset, hidden: int) -> Expert:
+    return Expert(FEED_FORWARD, args=(data.width, hidden), kwargs={"out_features": len(data.names)})
 
 
-def descend(
-    weights: Iterable[nn.Parameter], loss: Callable[[Tensor], Tensor], rows: int, epochs: int, rate: float
-) -> None:
-    """AdamW over shuffled batches of row indices, with a one-cycle learning rate (Smith 2018)."""
-    optimiser = torch.optim.AdamW(weights, lr=rate, weight_decay=WEIGHT_DECAY)
-    steps = epochs * -(-rows // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
-    for _ in range(epochs):
-        for batch in torch.split(torch.randperm(rows), BATCH):
-            optimiser.zero_grad()
-            torch.autograd.backward(loss(batch))
-            optimiser.step()
-            schedule.step()
+def _rows(data: Dataset) -> TrainingData:
+    return TrainingData(data.train_x_TD, data.train_y_T, data.held_x_TD, data.held_y_T, data.names)
+
+
+def _modules(trainer: Trainer) -> tuple[nn.Module, ...]:
+    mixture = trainer.mixture
+    if not isinstance(mixture, LocalMixture):
+        raise TypeError("the demo trains in its own process")
+    return tuple(module.eval().requires_grad_(False) for module in mixture.modules)
+
+
+def _told(progress: Callable[[str], None]) -> Callable[[Progress], None]:
+    """A line at the end of every tenth epoch."""
+
+    def tell(told: Progress) -> None:
+        if told.epoch % 10 == 0 and told.step * told.epochs == told.epoch * told.steps:
+            progress(str(told))
+
+    return tell
 
 
 def accuracy(scores_TC: Tensor, y_T: Tensor) -> float:

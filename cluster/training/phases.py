@@ -55,39 +55,40 @@ class Phase:
 
 @dataclass(frozen=True)
 class Pairs:
-    """What one epoch trains on: rows [N], and for experts on subsets the expert of each, else None."""
+    """The rows [N] of one step, and for experts on subsets the expert of each, ascending; else None."""
 
     rows_N: Tensor
-    experts_N: Tensor | None
+    experts_N: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows_N)
 
-    def part(self, start: int, stop: int) -> Pairs:
-        """The pairs start:stop."""
-        experts_N = None if self.experts_N is None else self.experts_N[start:stop]
-        return Pairs(self.rows_N[start:stop], experts_N)
 
+def epoch_batches(kind: str, seen_TE: Tensor, batch: int, draw: tuple[int, ...]) -> list[Pairs]:
+    """The steps of an epoch: the same for the same numbers `draw`.
 
-def epoch_pairs(kind: str, seen_TE: Tensor, seed: int, phase: int, epoch: int) -> Pairs:
-    """The pairs of an epoch in the order in which they are trained on: the same for the same numbers."""
-    generator = torch.Generator().manual_seed(hash((seed, phase, epoch)) % 2**62)
-    if kind == "experts":
-        rows_N, experts_N = seen_TE.nonzero(as_tuple=True)
-        order = torch.randperm(len(rows_N), generator=generator)
-        return Pairs(rows_N[order], experts_N[order])
-    return Pairs(torch.randperm(len(seen_TE), generator=generator), None)
-
-
-def batch_size(kind: str, batch: int, num_experts: int) -> int:
-    """How many pairs a step has: `batch` for each expert where all are trained on their own rows."""
-    return batch * num_experts if kind == "experts" else batch
+    Of `batch` rows each; or where experts are trained on their own rows, of `batch` rows of each expert, so that one
+    with more rows than others makes more steps.
+    """
+    generator = torch.Generator().manual_seed(hash(draw) % 2**62)
+    if kind != "experts":
+        return [Pairs(rows_N) for rows_N in torch.split(torch.randperm(len(seen_TE), generator=generator), batch)]
+    own = []
+    for expert in range(seen_TE.shape[1]):
+        rows_N = seen_TE[:, expert].nonzero()[:, 0]
+        own.append(torch.split(rows_N[torch.randperm(len(rows_N), generator=generator)], batch))
+    batches = []
+    for step in range(max(len(parts) for parts in own)):
+        present = [(expert, parts[step]) for expert, parts in enumerate(own) if step < len(parts)]
+        experts_N = torch.cat([torch.full_like(rows_N, expert) for expert, rows_N in present])
+        batches.append(Pairs(torch.cat([rows_N for _, rows_N in present]), experts_N))
+    return batches
 
 
 def steps_of(kind: str, seen_TE: Tensor, batch: int) -> int:
     """The number of steps of an epoch."""
-    count = int(seen_TE.sum()) if kind == "experts" else len(seen_TE)
-    return -(-count // batch_size(kind, batch, seen_TE.shape[1]))
+    count = int(seen_TE.sum(dim=0).max()) if kind == "experts" else len(seen_TE)
+    return -(-count // batch)
 
 
 def should_stop(figures: Sequence[float], patience: int | None, *, higher_is_better: bool) -> bool:

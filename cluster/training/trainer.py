@@ -28,7 +28,7 @@ from ..rpc.swaps import SwapOutcome
 from ..torch_client.remote_moe import RemoteMoE
 from .data import TrainingData
 from .mixture import ClusterMixture, LocalMixture, optimizer_tensors, restore_optimizer
-from .phases import SUBSETS, Pairs, Phase, batch_size, epoch_pairs, should_stop, steps_of
+from .phases import SUBSETS, Pairs, Phase, epoch_batches, should_stop, steps_of
 from .record import EpochResult, Log, Progress, Tell, TrainingReport, results_of
 from .start import Loss, aim_gate, loss_of, subsets_of
 from .written import write_layer
@@ -158,15 +158,13 @@ class Trainer:
         saved = began = self._clock()
         done = 0
         for epoch in range(first, phase.epochs):
-            pairs = epoch_pairs(phase.kind, self.seen_TE, self._seed, number, epoch)
-            size = batch_size(phase.kind, self._batch, self.seen_TE.shape[1])
+            batches = epoch_batches(phase.kind, self.seen_TE, self._batch, (self._seed, number, epoch))
             total, epoch_began = 0.0, self._clock()
-            for at in range(each):
+            for at, pairs in enumerate(batches):
                 step = epoch * each + at
                 rate = phase.rate(step, phase.epochs * each)
-                part = pairs.part(at * size, (at + 1) * size)
-                loss = self._step(phase.kind, part, rate, (self._seed, number, step))
-                total, done = total + loss, done + len(part)
+                loss = self._step(phase.kind, pairs, rate, (self._seed, number, step))
+                total, done = total + loss, done + len(pairs)
                 spent = self._clock() - began
                 left = spent / (step + 1 - first * each) * (phase.epochs * each - step - 1)
                 tell(
@@ -177,7 +175,7 @@ class Trainer:
                 )  # fmt: skip
             figure = self.evaluate()
             held.append(figure)
-            speed = len(pairs) / max(self._clock() - epoch_began, 1e-9)
+            speed = sum(map(len, batches)) / max(self._clock() - epoch_began, 1e-9)
             yield EpochResult(self._name(number), epoch + 1, (epoch + 1) * each, total / each, figure, rate, speed)
             if should_stop(held, phase.patience, higher_is_better=self._figure == "accuracy"):
                 return
@@ -192,18 +190,22 @@ class Trainer:
 
     def _step(self, kind: str, pairs: Pairs, rate: float, draw: tuple[int, ...]) -> float:
         x, y = self.data.x[pairs.rows_N], self.data.y[pairs.rows_N]
+        whole = x
         if self._dropout:
             keep = torch.rand(x.shape, generator=torch.Generator().manual_seed(hash(draw) % 2**62)) >= self._dropout
             x = x * keep / (1 - self._dropout)
         self.mixture.train(kind != "gate")
         if self._gate_optimizer is not None:
             self._gate_optimizer.zero_grad()
-        if kind == "experts" and pairs.experts_N is not None:
+        if pairs.experts_N is not None:
             answers = self.mixture(x, pairs.experts_N[:, None], torch.ones(len(x), 1))
-            loss = self._loss(answers, y)
-            torch.autograd.backward(loss * len(self.mixture.names))  # each has the mean over its own rows
+            sizes = [count for count in torch.bincount(pairs.experts_N).tolist() if count]
+            parts = zip(torch.split(answers, sizes), torch.split(y, sizes), strict=True)
+            losses = torch.stack([self._loss(own, wanted) for own, wanted in parts])  # each of its own rows alone
+            torch.autograd.backward(losses.sum())
+            loss = losses.mean()
         else:
-            loss = self._mixed(x, y)
+            loss = self._mixed(x, whole if kind == "gate" else x, y)
             torch.autograd.backward(loss)
         if not math.isfinite(float(loss.detach())):
             self.mixture.forget()
@@ -221,8 +223,8 @@ class Trainer:
             self._gate_optimizer.step()
         return float(loss.detach())
 
-    def _mixed(self, x: Tensor, y: Tensor) -> Tensor:
-        scores_TE = self.gate.scores(x)
+    def _mixed(self, seen_by_gate: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        scores_TE = self.gate.scores(seen_by_gate)
         routing = self.gate.select(scores_TE)
         loss = self._loss(self.mixture(x, routing.indices_TK, routing.weights_TK), y)
         if self._explore:

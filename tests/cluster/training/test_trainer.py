@@ -13,7 +13,7 @@ from torch import Tensor
 
 from expertmesh import Client, Cluster, ConfigError, Expert, Layer, TensorSpec, gates
 from expertmesh.cluster.training.data import TrainingData, read_data
-from expertmesh.cluster.training.phases import Phase, epoch_pairs, should_stop, steps_of
+from expertmesh.cluster.training.phases import Phase, epoch_batches, should_stop, steps_of
 from expertmesh.cluster.training.record import Progress
 from expertmesh.cluster.training.trainer import CHECKPOINT, Trainer
 from expertmesh.experts.errors import FailedPrecondition, MissingExtra
@@ -186,12 +186,14 @@ def test_early_stop_and_what_an_epoch_is() -> None:
     assert not should_stop([0.5, 0.4, 0.6], 2, higher_is_better=True)
     assert should_stop([0.5, 0.6, 0.5], 2, higher_is_better=False)
     seen_TE = torch.tensor([[1, 0], [1, 1], [0, 1]], dtype=torch.bool)
-    pairs = epoch_pairs("experts", seen_TE, 0, 0, 0)
-    assert pairs.experts_N is not None
-    found = sorted(zip(pairs.rows_N.tolist(), pairs.experts_N.tolist(), strict=True))
-    assert found == [(0, 0), (1, 0), (1, 1), (2, 1)]
-    assert sorted(epoch_pairs("joint", seen_TE, 0, 0, 0).rows_N.tolist()) == [0, 1, 2]
-    assert (steps_of("experts", seen_TE, 1), steps_of("joint", seen_TE, 2)) == (2, 2)
+    for batch in (1, 2, 5):
+        batches = epoch_batches("experts", seen_TE, batch, (0, 0, 0))
+        assert len(batches) == steps_of("experts", seen_TE, batch)
+        found = [(e, row) for b in batches for row, e in zip(b.rows_N.tolist(), b.experts_N.tolist(), strict=True)]  # type: ignore[union-attr]
+        assert sorted(found) == [(0, 0), (0, 1), (1, 1), (1, 2)]
+        assert all(b.experts_N.tolist() == sorted(b.experts_N.tolist()) for b in batches)  # type: ignore[union-attr]
+    rows = [row for b in epoch_batches("joint", seen_TE, 2, (0,)) for row in b.rows_N.tolist()]
+    assert (sorted(rows), steps_of("joint", seen_TE, 2)) == ([0, 1, 2], 2)
     patient = Trainer(layer(), classes(), phases=(Phase(kind="gate", epochs=50, lr=0.0, patience=2),))
     assert len(patient.fit().epochs) == 3
 

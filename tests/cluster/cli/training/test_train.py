@@ -57,7 +57,7 @@ def test_it_trains_here_writes_and_goes_on(folder: Path) -> None:
     assert (folder / "trained" / "mesh.yaml").is_file()
     again = run("train", folder / "train.yaml", "-o", "json")
     told = json.loads(again.stdout)
-    assert told["after"] > 0.9
+    assert told["after"] > told["before"]
     assert len(told["epochs"]) == 4
     assert set(told["files"]) == {"l/e0", "l/e1", "l/gate"}
     assert "epoch" not in again.stderr  # nothing was left to do
