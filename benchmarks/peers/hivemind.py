@@ -51,8 +51,8 @@ class Hivemind:
     def block(self, what: str, rows: int, in_flight: int, seconds: float) -> dict[str, float]:
         """What the client saw over about so many seconds: `p50` in seconds, `rows_per_second`.
 
-        `what` is "expert" or "layer"; the rate is the better one of one call and of `in_flight` at a time. Raises
-        ArmUnavailable where the client has ended.
+        `what` is "expert", "layer", or "training", which is a forward and a backward pass of the layer; the rate is the
+        better one of one call and of `in_flight` at a time. Raises ArmUnavailable where the client has ended.
         """
         asked = {"what": what, "rows": rows, "in_flight": in_flight, "seconds": seconds}
         found: dict[str, float] | None = self._client.ask(asked)

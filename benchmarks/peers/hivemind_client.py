@@ -1,9 +1,9 @@
 """Runs in hivemind's environment: asks a server of experts, block by block, and prints what it saw as JSON lines.
 
 Arguments: ADDRESS EXPERTS WIDTH. Says {"version"} when it is ready. Then each line of its input, {"what", "rows",
-"in_flight", "seconds"} with "expert" or "layer", is answered by a line {"p50", "rows_per_second", "calls"}: the better
-rate of one and of `in_flight` calls at a time. What was not asked before is called once to warm up. It ends with its
-input.
+"in_flight", "seconds"} with "expert", "layer" or "training", is answered by a line {"p50", "rows_per_second", "calls"}:
+the better rate of one and of `in_flight` calls at a time. What was not asked before is called once to warm up. It ends
+with its input.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ def main() -> None:
             for line in sys.stdin:
                 asked = json.loads(line)
                 what, rows = asked["what"], asked["rows"]
-                call = partial(expert if what == "expert" else in_parts, torch.randn(rows, width))
+                x = torch.randn(rows, width)
+                call: Callable[[], Any] = partial(expert if what == "expert" else in_parts, x)
+                if what == "training":
+                    call = partial(_trained, in_parts, x)
                 if (what, rows) not in warm:
                     warm.add((what, rows))
                     call()
@@ -60,6 +63,12 @@ def main() -> None:
                 say(max(found, key=lambda one: one["rows_per_second"]))
         finally:
             dht.shutdown()
+
+
+def _trained(layer: Callable[[torch.Tensor], torch.Tensor], x_TD: torch.Tensor) -> None:
+    """A forward and a backward pass; the server updates its experts, if they have optimizers."""
+    with torch.enable_grad():
+        torch.autograd.backward(layer(x_TD.requires_grad_(True)).square().mean())
 
 
 def _measured(call: Callable[[], Any], rows: int, in_flight: int, seconds: float) -> dict[str, float]:

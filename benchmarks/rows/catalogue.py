@@ -1,4 +1,4 @@
-"""All rows by name, C1 to C12: those that are comparisons of arms are declared here.
+"""All rows by name, C1 to C13: those that are comparisons of arms are declared here.
 
 C1 to C4 and C6 are called through `attach`, from a process with a router of its own: against the layer in process, Ray
 actors, and all-to-all over gloo. C5 and C11 are the gRPC client against Ray Serve and a raw echo; C12 is one call
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .case import ADDED, LIMIT, P50, PLACEMENTS, RATE, Comparison, Condition, Row, at_least, at_most
 
-NAMES = tuple(f"C{number}" for number in range(1, 13))
+NAMES = tuple(f"C{number}" for number in range(1, 14))
 CLIENTS = ("expertmesh_client", "expertmesh_client_2")
 TWO = ("expertmesh_2",)
 ECHOES = ("grpc_echo", "grpc_echo_stream")

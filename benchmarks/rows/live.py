@@ -1,4 +1,4 @@
-"""C8 to C10 on the product's own cluster, each in a process of its own: `python -m benchmarks.rows.live ROW QUICK`.
+"""C8 to C10 and C13 on the product's own cluster, each in a process: `python -m benchmarks.rows.live ROW QUICK`.
 
 The process prints its lines and its timeline as JSON on the last line; everything else goes to standard error.
 """
@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.compare import Ratio
 from benchmarks.peers.helper import speaking
 
-from . import live_faults, live_skew
+from . import live_faults, live_skew, live_training
 from .verdict import Line
 
 Found = tuple[list[Line], dict[str, Any]]
@@ -27,8 +27,9 @@ ROWS: dict[str, Callable[[bool], Found]] = {
     "C8": live_faults.kills,
     "C9": live_faults.swaps,
     "C10": live_skew.run,
+    "C13": live_training.run,
 }
-MOST_SECONDS = 240.0
+MOST_SECONDS = 600.0
 
 
 def main() -> None:

@@ -195,7 +195,8 @@ class TrainMethods:
                 raise InvalidRequest(
                     f"there are gradients for {list(gradients_T.shape[:1])} rows, but {list(rows_T.shape[:1])} rows"
                 )
-        meta: dict[str, Any] = {"op": asked.op, "step": asked.step, "seed": asked.seed, "training": asked.training}
+        meta: dict[str, Any] = {"op": asked.op, "step": asked.step, "seed": asked.seed}
+        meta |= {"training": asked.training, "keep": asked.keep, "of_rows": asked.of_rows}
         if record is not None:
             meta["session"] = record.id
 

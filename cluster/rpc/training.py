@@ -45,6 +45,8 @@ class TrainAsked:
     step: int = 0
     seed: int = 0
     training: bool = True
+    keep: bool = False
+    of_rows: bool = True
     lr: float | None = None
     scale: float = 1.0
     optimizer: str | None = None

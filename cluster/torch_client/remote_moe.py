@@ -212,12 +212,12 @@ class RemoteMoE(nn.Module):
 
 
 class _Door:
-    """One forward pass, and its backward pass."""
+    """One forward pass, and its backward pass, which gives gradients of the rows if `of_rows`."""
 
-    def forward(self, parts: list[Part], tensors: dict[str, WireTensor]) -> Passed:
+    def forward(self, parts: list[Part], tensors: dict[str, WireTensor], *, keep: bool, of_rows: bool) -> Passed:
         raise NotImplementedError
 
-    def backward(self, parts: list[Part], tensors: dict[str, WireTensor]) -> Passed:
+    def backward(self, parts: list[Part], tensors: dict[str, WireTensor], *, of_rows: bool) -> Passed:
         raise NotImplementedError
 
 
@@ -226,11 +226,13 @@ class _SessionDoor(_Door):
         self._session, self._training = session, training
         self._seed, self._step = session.new_seed(), session.step_count + 1
 
-    def forward(self, parts: list[Part], tensors: dict[str, WireTensor]) -> Passed:
-        return self._session.forward(parts, tensors, self._seed, training=self._training)
+    def forward(self, parts: list[Part], tensors: dict[str, WireTensor], *, keep: bool, of_rows: bool) -> Passed:
+        options = {"training": self._training, "keep": keep, "of_rows": of_rows}
+        return self._session.forward(parts, tensors, self._seed, **options)
 
-    def backward(self, parts: list[Part], tensors: dict[str, WireTensor]) -> Passed:
-        return self._session.backward(parts, tensors, self._seed, self._step, training=self._training)
+    def backward(self, parts: list[Part], tensors: dict[str, WireTensor], *, of_rows: bool) -> Passed:
+        training = self._training
+        return self._session.backward(parts, tensors, self._seed, self._step, training=training, of_rows=of_rows)
 
 
 class _ServingDoor(_Door):
@@ -238,11 +240,11 @@ class _ServingDoor(_Door):
         self._serving = serving
         self._versions: dict[str, str] = {}
 
-    def forward(self, parts: list[Part], tensors: dict[str, WireTensor]) -> Passed:
+    def forward(self, parts: list[Part], tensors: dict[str, WireTensor], *, keep: bool, of_rows: bool) -> Passed:
         passed, self._versions = self._serving.forward(parts, tensors)
         return passed
 
-    def backward(self, parts: list[Part], tensors: dict[str, WireTensor]) -> Passed:
+    def backward(self, parts: list[Part], tensors: dict[str, WireTensor], *, of_rows: bool) -> Passed:
         named = [(id, self._versions[id], start, stop, number) for id, _, start, stop, number in parts]
         return self._serving.backward(named, tensors)
 
@@ -265,7 +267,9 @@ class _Passes(torch.autograd.Function):
         ctx.save_for_backward(x, index_N, weights_N)
         if not call.parts:
             return torch.zeros_like(x)
-        passed = call.door.forward(call.parts, _wired(rows=x, index=index_N, weights=weights_N))
+        keep, of_rows = any(ctx.needs_input_grad), ctx.needs_input_grad[2]
+        wired = _wired(rows=x, index=index_N, weights=weights_N)
+        passed = call.door.forward(call.parts, wired, keep=keep, of_rows=of_rows)
         call.left_out.update(passed.left_out)
         if "outputs" not in passed.tensors:
             raise next(iter(passed.left_out.values()))
@@ -280,8 +284,9 @@ class _Passes(torch.autograd.Function):
         if not parts:
             return None, None, torch.zeros_like(x), None, torch.zeros_like(weights_N)
         tensors = _wired(rows=x, index=index_N, weights=weights_N, gradients=gradients_T)
-        found = call.door.backward(parts, tensors).tensors
-        rows = from_wire(found["rows"]).to(x.device, x.dtype) if "rows" in found else None
+        of_rows = ctx.needs_input_grad[2]
+        found = call.door.backward(parts, tensors, of_rows=of_rows).tensors
+        rows = from_wire(found["rows"]).to(x.device, x.dtype) if of_rows and "rows" in found else None
         return None, None, rows, None, from_wire(found["weights"]).to(weights_N.device, weights_N.dtype)
 
 

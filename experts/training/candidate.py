@@ -17,7 +17,7 @@ from ..errors import ConfigError, DataLoss, FailedPrecondition, SpecMismatch
 from ..weights.files import check_fit, load_into, tensors_from_bytes, tensors_of, tensors_to_bytes
 from .ledger import Ledger
 from .optimizer import build_optimizer
-from .passes import Function, Gradients, backward, forward
+from .passes import Function, Gradients, Graph, forward, gradients_of, graph_of
 
 WEIGHTS, MOMENTS, LEDGER = "weights.", "optimizer.", "ledger"
 
@@ -47,14 +47,27 @@ class Candidate:
             parameter.requires_grad_(True)
         if not self._parameters:
             raise ConfigError("it has no parameters to train")
+        self._kept: dict[int, Graph] = {}
+        self._may_keep = next(self.module.buffers(), None) is None  # or their first backward pass would not count
         self._optimizer: torch.optim.Optimizer | None = None
         if by.optimizer is not None:
             self._optimizer = build_optimizer(by.optimizer, self._parameters, by.arguments)
 
-    def forward(self, rows_n: Tensor, step: int, seed: int, *, training: bool = True) -> Tensor:
-        """The answers [n, ...] of the state before `step`, in training mode or not. Raises OutOfStep."""
+    def forward(
+        self, rows_n: Tensor, step: int, seed: int, *, training: bool = True, keep: int = 0, of_rows: bool = True
+    ) -> Tensor:
+        """The answers [n, ...] of the state before `step`, in training mode or not.
+
+        What their backward pass, with the same seed, needs is kept for that if `keep`: of so many passes at most.
+        Otherwise, or where it comes too late, it computes the forward pass again. Raises OutOfStep.
+        """
         self.ledger.check_step(step)
         self.module.train(training)
+        if keep and self._may_keep:
+            while len(self._kept) >= keep:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[seed] = graph = graph_of(self._function(), self._cast(rows_n), seed, of_rows=of_rows)
+            return graph.answers_n.detach()
         with self._same_buffers():
             return forward(self._function(), self._cast(rows_n), seed)
 
@@ -68,6 +81,7 @@ class Candidate:
         seed: int,
         *,
         training: bool = True,
+        of_rows: bool = True,
     ) -> Gradients:
         """The backward pass `number` of a step, as `passes.backward`; a repeated one adds no gradients.
 
@@ -76,17 +90,22 @@ class Candidate:
         is_new = self.ledger.is_new_pass(step, number)
         self.module.train(training)
         if is_new:
-            found = self._pass(rows_n, gradients_n, weights_n, seed)
+            found = self._pass(rows_n, gradients_n, weights_n, seed, of_rows)
             for parameter, gradient in zip(self._parameters, found.parameters, strict=True):
                 if gradient is not None:
                     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
             self.ledger.passes += 1
             return found
         with self._same_buffers():
-            return self._pass(rows_n, gradients_n, weights_n, seed)
+            return self._pass(rows_n, gradients_n, weights_n, seed, of_rows)
 
-    def _pass(self, rows_n: Tensor, gradients_n: Tensor, weights_n: Tensor | None, seed: int) -> Gradients:
-        return backward(self._function(), self._cast(rows_n), gradients_n, weights_n, self._parameters, seed)
+    def _pass(
+        self, rows_n: Tensor, gradients_n: Tensor, weights_n: Tensor | None, seed: int, of_rows: bool
+    ) -> Gradients:
+        graph = self._kept.pop(seed, None)
+        if graph is None:
+            graph = graph_of(self._function(), self._cast(rows_n), seed, of_rows=of_rows)
+        return gradients_of(graph, gradients_n, weights_n, self._parameters)
 
     def square(self, step: int, passes: int) -> float:
         """The sum of the squared gradients of the next step; NaN or infinity if one is not finite. Raises OutOfStep."""
@@ -109,6 +128,7 @@ class Candidate:
         for parameter in self._parameters:
             parameter.grad = None
         self.ledger.passes = 0
+        self._kept.clear()
 
     def update(self, step: int, passes: int, lr: float | None, scale: float) -> dict[str, Any]:
         """Apply the next step once, its gradients times `scale`, at the learning rate `lr`; returns its result.

@@ -4,7 +4,7 @@ A message names an operation and its parts, each (expert, version, start, stop, 
 [N] into `rows` [R, ...]. Without a session the parts are computed by the versions that serve, which learn nothing. A
 part that fails does not affect the others; its outcome says how.
 
-    forward   rows, index                       outputs [N, ...] of the parts that answered, one after the other
+    forward   rows, index; keep?                outputs [N, ...] of the parts that answered, one after the other
     backward  rows, index, gradients, weights   rows [R, ...] and weights [N]: gradients; the parts' passes by number
     square    -                                 the sum of the squared gradients of each candidate
     forget    -                                 drops the gradients of the next step
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 Outcome = dict[str, Any]
 Part = tuple[str, str, int, int, int]
 Find = Callable[[str, str | None], RowFunction | None]
+MOST_KEPT = 4
+"""Of how many forward passes a candidate keeps what their backward passes need: the layers of a model, say."""
 
 
 class TrainingDesk:
@@ -65,6 +67,8 @@ class TrainingDesk:
     def _forward(self, call: TrainCall, parts: list[Part]) -> TrainReply:
         rows, index = self._rows(call, parts)
         (session, step, seed), training = _session(call), call.meta.get("training") is not False
+        keep = MOST_KEPT if call.meta.get("keep") is True else 0
+        of_rows = call.meta.get("of_rows") is not False
         outputs: list[Tensor] = []
 
         @torch.no_grad()
@@ -75,7 +79,9 @@ class TrainingDesk:
                 candidate = self._candidate(session, expert)
                 if candidate is None:
                     return {"absent": True}
-                answers = candidate.forward(own, step, seed_of(seed, expert), training=training)
+                answers = candidate.forward(
+                    own, step, seed_of(seed, expert), training=training, keep=keep, of_rows=of_rows
+                )
             else:
                 function = self._find(expert, version)
                 if function is None:
@@ -95,6 +101,7 @@ class TrainingDesk:
     def _backward(self, call: TrainCall, parts: list[Part]) -> TrainReply:
         rows, index = self._rows(call, parts)
         (session, step, seed), training = _session(call), call.meta.get("training") is not False
+        of_rows = call.meta.get("of_rows") is not False
         gradients, weights = _tensor(call, "gradients", rows.shape[0]), call.tensors.get("weights")
         gradients = to_device(gradients, self._device)
         weights = None if weights is None else to_device(weights, self._device)
@@ -112,7 +119,7 @@ class TrainingDesk:
                 if candidate is None:
                     return {"absent": True}
                 found: Gradients = candidate.backward(
-                    *given, factors, step, number, seed_of(seed, expert), training=training
+                    *given, factors, step, number, seed_of(seed, expert), training=training, of_rows=of_rows
                 )
             else:
                 function = self._find(expert, version)

@@ -1,4 +1,4 @@
-"""Forward and backward passes through one expert. The backward pass computes the forward pass again.
+"""Forward and backward passes through one expert.
 
 With L the loss, y = w·f(x) of a row and its weight, and g = dL/dy: dL/dw = g·f(x), dL/dx = w·g·f'(x), and likewise for
 the parameters. Shapes: n rows, with any trailing shape.
@@ -38,6 +38,56 @@ def forward(function: Function, rows_n: Tensor, seed: int | None) -> Tensor:
         return _checked(function(rows_n), rows_n)
 
 
+@dataclass(frozen=True)
+class Graph:
+    """A forward pass that can be differentiated: its rows, and its answers [n, ...]."""
+
+    rows_n: Tensor
+    answers_n: Tensor
+
+
+def graph_of(function: Function, rows_n: Tensor, seed: int | None, *, of_rows: bool = True) -> Graph:
+    """A forward pass, of whose rows there will be gradients if `of_rows`."""
+    with _random_as(seed, rows_n.device), torch.enable_grad():
+        x = rows_n.detach()
+        if x.is_floating_point() and of_rows:
+            x = x.clone().requires_grad_(True)
+        return Graph(x, _checked(function(x), rows_n))
+
+
+def gradients_of(
+    graph: Graph, gradients_n: Tensor, weights_n: Tensor | None, parameters: Sequence[nn.Parameter]
+) -> Gradients:
+    """The gradients for rows, weights and parameters, from `gradients_n` [n, ...], those of the weighted answers.
+
+    Raises SpecMismatch for gradients of another shape than the answers, FailedPrecondition for an expert that is not
+    differentiable.
+    """
+    x, answers_n = graph.rows_n, graph.answers_n
+    if answers_n.shape != gradients_n.shape:
+        raise SpecMismatch(
+            f"the gradients have the shape {list(gradients_n.shape)}, but the answers {list(answers_n.shape)}"
+        )
+    wanted = [parameter for parameter in parameters if parameter.requires_grad]
+    inputs = ([x] if x.requires_grad else []) + wanted
+    if not answers_n.requires_grad:
+        raise FailedPrecondition(
+            "it is not differentiable: neither its rows nor its parameters have a gradient. Train a torch module, or a "
+            "function of torch on floating-point rows"
+        )
+    wide = torch.float64 if answers_n.dtype == torch.float64 else torch.float32
+    with torch.enable_grad():
+        products_n = answers_n.to(wide) * gradients_n.to(wide)
+        dots_n = products_n.reshape(len(x), math.prod(answers_n.shape[1:])).sum(dim=1)
+        total = dots_n.sum() if weights_n is None else (dots_n * weights_n.to(wide)).sum()
+        found = list(torch.autograd.grad(total, inputs, allow_unused=True))
+    rows = found.pop(0) if x.requires_grad else None
+    if rows is None and x.requires_grad:
+        rows = torch.zeros_like(x)
+    by_parameter = dict(zip(map(id, wanted), found, strict=True))
+    return Gradients(rows, dots_n.detach(), tuple(by_parameter.get(id(parameter)) for parameter in parameters))
+
+
 def backward(
     function: Function,
     rows_n: Tensor,
@@ -45,38 +95,12 @@ def backward(
     weights_n: Tensor | None,
     parameters: Sequence[nn.Parameter],
     seed: int | None,
+    *,
+    of_rows: bool = True,
 ) -> Gradients:
-    """The gradients for rows, weights and parameters, from `gradients_n` [n, ...], those of the weighted answers.
-
-    Raises SpecMismatch for gradients of another shape than the answers, FailedPrecondition for an expert that is not
-    differentiable.
-    """
-    with _random_as(seed, rows_n.device), torch.enable_grad():
-        x = rows_n.detach()
-        wanted = [parameter for parameter in parameters if parameter.requires_grad]
-        if x.is_floating_point():
-            x = x.clone().requires_grad_(True)
-        answers_n = _checked(function(x), rows_n)
-        if answers_n.shape != gradients_n.shape:
-            raise SpecMismatch(
-                f"the gradients have the shape {list(gradients_n.shape)}, but the answers {list(answers_n.shape)}"
-            )
-        if not answers_n.requires_grad:
-            raise FailedPrecondition(
-                "it is not differentiable: neither its rows nor its parameters have a gradient. Train a torch module, "
-                "or a function of torch on floating-point rows"
-            )
-        wide = torch.float64 if answers_n.dtype == torch.float64 else torch.float32
-        products_n = answers_n.to(wide) * gradients_n.to(wide)
-        dots_n = products_n.reshape(len(x), math.prod(answers_n.shape[1:])).sum(dim=1)
-        total = dots_n.sum() if weights_n is None else (dots_n * weights_n.to(wide)).sum()
-        inputs = ([x] if x.requires_grad else []) + wanted
-        found = list(torch.autograd.grad(total, inputs, allow_unused=True))
-    rows = found.pop(0) if x.requires_grad else None
-    if rows is None and x.requires_grad:
-        rows = torch.zeros_like(x)
-    by_parameter = dict(zip(map(id, wanted), found, strict=True))
-    return Gradients(rows, dots_n.detach(), tuple(by_parameter.get(id(parameter)) for parameter in parameters))
+    """A forward pass, and its gradients as `gradients_of`; of rows only if `of_rows`."""
+    graph = graph_of(function, rows_n, seed, of_rows=of_rows)
+    return gradients_of(graph, gradients_n, weights_n, parameters)
 
 
 def _checked(answers: object, rows_n: Tensor) -> Tensor:

@@ -101,6 +101,27 @@ def test_a_forward_pass_changes_nothing_but_what_it_returns() -> None:
     assert torch.equal(one, candidate.forward(rows(1)[0], 1, 1))
 
 
+@pytest.mark.parametrize("of_rows", [True, False])
+def test_a_kept_forward_pass_has_the_gradients_of_a_repeated_one(of_rows: bool) -> None:
+    def plain() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.ReLU(), nn.Linear(8, 3))
+
+    kept, repeated = (Candidate(plain(), ADAM, torch.float32) for _ in range(2))
+    for number in range(1, 4):
+        for at in range(6):  # more than are kept
+            x, _, _ = rows(10 * number + at)
+            answers = [c.forward(x, number, at, keep=4 * (c is kept), of_rows=of_rows) for c in (kept, repeated)]
+            assert torch.equal(*answers)
+        for at in range(6):
+            found = [c.backward(*rows(10 * number + at), number, at, at, of_rows=of_rows) for c in (kept, repeated)]
+            assert (found[0].rows_n is not None) == of_rows
+            assert not of_rows or torch.equal(found[0].rows_n, found[1].rows_n)
+            assert torch.equal(found[0].weights_n, found[1].weights_n)
+        assert kept.update(number, 6, None, 1.0) == repeated.update(number, 6, None, 1.0)
+        assert same(state_of(kept), state_of(repeated))
+
+
 def test_what_does_not_follow_is_told_and_not_done() -> None:
     candidate = Candidate(module(), ADAM, torch.float32)
     before = state_of(candidate)

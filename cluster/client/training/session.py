@@ -103,17 +103,37 @@ class TrainingSession:
         return self._seeds.randrange(SEEDS)
 
     def forward(
-        self, parts: Sequence[Part], tensors: dict[str, WireTensor], seed: int, *, training: bool = True
+        self,
+        parts: Sequence[Part],
+        tensors: dict[str, WireTensor],
+        seed: int,
+        *,
+        training: bool = True,
+        keep: bool = False,
+        of_rows: bool = True,
     ) -> Passed:
-        """A forward pass of the candidates, in training mode or not, for `RemoteMoE`. Raises an expert's error."""
+        """A forward pass of the candidates, in training mode or not, for `RemoteMoE`. Raises an expert's error.
+
+        `keep` says that a backward pass will follow, which needs the gradients of the rows if `of_rows`.
+        """
         with self._lock:
             self._check_open()
-            meta = {"op": "forward", "seed": seed, "step": self.step_count + 1, "training": training}
+            meta = {
+                "op": "forward", "seed": seed, "step": self.step_count + 1, "training": training, "keep": keep,
+                "of_rows": of_rows,
+            }  # fmt: skip
             frame, errors = self._delivery.ask(meta, parts, tensors)
             return Passed(frame.tensors, errors)
 
     def backward(
-        self, parts: Sequence[Part], tensors: dict[str, WireTensor], seed: int, step: int, *, training: bool = True
+        self,
+        parts: Sequence[Part],
+        tensors: dict[str, WireTensor],
+        seed: int,
+        step: int,
+        *,
+        training: bool = True,
+        of_rows: bool = True,
     ) -> Passed:
         """The backward pass of a forward pass of `step`, for `RemoteMoE`: the candidates keep their gradients."""
         with self._lock:
@@ -125,7 +145,7 @@ class TrainingSession:
                 )
             if self._pending is not None:
                 raise FailedPrecondition("the last step was not finished: call step() again first")
-            meta = {"op": "backward", "seed": seed, "step": step, "training": training}
+            meta = {"op": "backward", "seed": seed, "step": step, "training": training, "of_rows": of_rows}
             numbered = [(id, version, a, b, self._passes[id]) for id, version, a, b, _ in parts]
             frame, errors = self._delivery.ask(meta, numbered, tensors)
             done = [part for part in numbered if part[0] not in errors]
