@@ -75,7 +75,7 @@ class TrainMethods:
             return await self._open(asked, caller, timeout)
         record = None
         if asked.session:
-            record = await asyncio.to_thread(self._record, asked.session, caller)
+            record = self._record(asked.session, caller)
         elif asked.op not in ("forward", "backward"):
             raise InvalidRequest(f"{asked.op[:64]} needs a session")
         if asked.op in ("forward", "backward"):

@@ -8,7 +8,7 @@ A frame of kind "train" carries the fields of `TrainAsked`, and tensors by name:
     open                                           a session, on copies of what serves; step 0 is durable
     resume     caller?                             a session again, at its durable step, with what its caller saved
     sessions                                       all sessions
-    square, forget, update, check, load,
+    forget, update, check, load,
     gradients, weights                             as in experts/training/desk.py
     save       caller?                             makes the last step durable
     rebase                                         notes the versions that a session was published as

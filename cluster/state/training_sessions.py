@@ -57,6 +57,7 @@ class TrainingSessions:
 
     def __init__(self, state_dir: str | os.PathLike[str]) -> None:
         self._root = Path(state_dir).absolute() / FOLDER
+        self._known: dict[str, tuple[tuple[int, int], SessionRecord]] = {}
 
     def add(self, record: SessionRecord) -> None:
         """Record a session. Raises FailedPrecondition if another one trains one of its experts, or the disk is full."""
@@ -165,8 +166,15 @@ class TrainingSessions:
     def _read(self, session_id: str) -> SessionRecord:
         path = self._root / session_id / RECORD
         try:
-            return from_mapping(SessionRecord, json.loads(path.read_text(encoding="utf-8")))
+            status = path.stat()
+            seen = status.st_mtime_ns, status.st_ino  # each record is a file of its own
+            known = self._known.get(session_id)
+            if known is None or known[0] != seen:
+                known = seen, from_mapping(SessionRecord, json.loads(path.read_text(encoding="utf-8")))
+                self._known[session_id] = known
+            return known[1]
         except FileNotFoundError:
+            self._known.pop(session_id, None)
             raise NotFound("there is no such session of training: it was aborted, or is of another cluster") from None
         except (OSError, ValueError, InvalidRequest) as error:
             raise DataLoss(f"the record of a session, {path}, cannot be read: {error}") from None

@@ -31,7 +31,10 @@ class TrainedBy:
 
 
 class Candidate:
-    """A copy of a serving module that is trained. One thread at a time uses it."""
+    """A copy of a serving module that is trained. One thread at a time uses it.
+
+    `square` is the sum of the squared gradients of the next step: NaN or infinity if one is not finite.
+    """
 
     def __init__(self, module: nn.Module, by: TrainedBy, dtype: torch.dtype | None) -> None:
         """Copy `module`, which serves on; floating-point rows are cast to `dtype`.
@@ -47,6 +50,7 @@ class Candidate:
             parameter.requires_grad_(True)
         if not self._parameters:
             raise ConfigError("it has no parameters to train")
+        self.square = 0.0
         self._kept: dict[int, Graph] = {}
         self._may_keep = next(self.module.buffers(), None) is None  # or their first backward pass would not count
         self._optimizer: torch.optim.Optimizer | None = None
@@ -95,6 +99,7 @@ class Candidate:
                 if gradient is not None:
                     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
             self.ledger.passes += 1
+            self.square = self._measure()
             return found
         with self._same_buffers():
             return self._pass(rows_n, gradients_n, weights_n, seed, of_rows)
@@ -107,12 +112,7 @@ class Candidate:
             graph = graph_of(self._function(), self._cast(rows_n), seed, of_rows=of_rows)
         return gradients_of(graph, gradients_n, weights_n, self._parameters)
 
-    def square(self, step: int, passes: int) -> float:
-        """The sum of the squared gradients of the next step; NaN or infinity if one is not finite. Raises OutOfStep."""
-        self.ledger.check_passes(step, passes)
-        return self._square()
-
-    def _square(self) -> float:
+    def _measure(self) -> float:
         found = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         if not found:
             return 0.0
@@ -127,7 +127,7 @@ class Candidate:
     def _drop(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
-        self.ledger.passes = 0
+        self.ledger.passes, self.square = 0, 0.0
         self._kept.clear()
 
     def update(self, step: int, passes: int, lr: float | None, scale: float) -> dict[str, Any]:
@@ -140,8 +140,7 @@ class Candidate:
             return known
         if self._optimizer is None:
             raise FailedPrecondition("the session has no optimizer: load the weights that yours has computed")
-        square = self._square()
-        if not math.isfinite(square):
+        if not math.isfinite(self.square):
             raise FailedPrecondition("its gradients are not finite (NaN or infinity): nothing was changed")
         if passes:
             for group in self._optimizer.param_groups:
@@ -152,7 +151,7 @@ class Candidate:
                     if parameter.grad is not None:
                         parameter.grad.mul_(scale)
             self._optimizer.step()
-        return self._recorded(step, request, {"square": square})
+        return self._recorded(step, request, {"square": self.square})
 
     def check_weights(self, weights: bytes) -> None:
         """Check that weights fit, and are finite. Raises SpecMismatch or DataLoss."""

@@ -6,7 +6,6 @@ part that fails does not affect the others; its outcome says how.
 
     forward   rows, index; keep?                outputs [N, ...] of the parts that answered, one after the other
     backward  rows, index, gradients, weights   rows [R, ...] and weights [N]: gradients; the parts' passes by number
-    square    -                                 the sum of the squared gradients of each candidate
     forget    -                                 drops the gradients of the next step
     update    -                                 one step of the optimizer; number = the passes that it is made of
     check     data                              whether the caller's weights could be loaded
@@ -32,7 +31,7 @@ from ..protocol import TrainCall, TrainReply
 from ..sums.device_rows import to_device, to_host_all
 from .candidate import Candidate, TrainedBy
 from .ledger import OutOfStep
-from .passes import Gradients, backward
+from .passes import backward
 
 log = logging.getLogger(__name__)
 Outcome = dict[str, Any]
@@ -114,11 +113,11 @@ class TrainingDesk:
             own = index[start:stop]
             given = (rows.index_select(0, own), gradients.index_select(0, own))
             factors = None if weights is None else weights[start:stop]
-            if session:
-                candidate = self._candidate(session, expert)
-                if candidate is None:
-                    return {"absent": True}
-                found: Gradients = candidate.backward(
+            candidate = self._candidate(session, expert) if session else None
+            if session and candidate is None:
+                return {"absent": True}
+            if candidate is not None:
+                found = candidate.backward(
                     *given, factors, step, number, seed_of(seed, expert), training=training, of_rows=of_rows
                 )
             else:
@@ -129,7 +128,7 @@ class TrainingDesk:
             if total is not None and found.rows_n is not None:
                 total.index_add_(0, own, found.rows_n.to(wide))
             by_weight[start:stop] = found.weights_n.to(wide)
-            return {"ok": True}
+            return {"ok": True} if candidate is None else {"ok": True, "square": candidate.square}
 
         outcomes = tuple(self._guarded(part, partial(one, part)) for part in parts)
         tensors = {"weights": by_weight} if total is None else {"weights": by_weight, "rows": total}
@@ -148,8 +147,6 @@ class TrainingDesk:
         candidate = self._candidate(session, expert)
         if candidate is None:
             return {"absent": True}
-        if operation == "square":
-            return {"ok": True, "square": candidate.square(step, number)}
         if operation == "forget":
             candidate.forget_gradients(step)
             return {"ok": True}

@@ -58,6 +58,7 @@ class TrainingSession:
         self._options = options
         self._delivery = Delivery(connection, self.id, options, int(record["durable"]))
         self._passes = dict.fromkeys(self.experts, 0)
+        self._squares = dict.fromkeys(self.experts, 0.0)
         self._accumulated = 0
         self._pending: dict[str, Any] | None = None
         self._lock = threading.RLock()
@@ -151,8 +152,10 @@ class TrainingSession:
             done = [part for part in numbered if part[0] not in errors]
             if done:
                 self._delivery.updates.add(step, (meta, tensors), done, closes=False)
-            for part in done:
-                self._passes[part[0]] += 1
+            for part, outcome in zip(numbered, frame.meta["outcomes"], strict=True):
+                if part[0] not in errors:
+                    self._passes[part[0]] += 1
+                    self._squares[part[0]] = float(outcome["square"])
             return Passed(frame.tensors, errors)
 
     def step(self, lr: float | None = None) -> StepResult:
@@ -184,26 +187,20 @@ class TrainingSession:
 
     def _prepared(self, lr: float) -> dict[str, Any]:
         """The update of the next step: the learning rate, and the factor of its gradients, from the norm of all."""
-        step = self.step_count + 1
-        with_gradients = [id for id, passes in self._passes.items() if passes]
-        parts = [(id, "", 0, 0, self._passes[id]) for id in with_gradients]
-        frame, _ = self._delivery.ask({"op": "square", "step": step}, parts, {})
-        squares = [outcome["square"] for outcome in frame.meta["outcomes"] if "ok" in outcome]
-        total = math.sqrt(sum(squares)) if all(map(math.isfinite, squares)) else math.nan
-        if not math.isfinite(total):
-            guilty = [
-                part[0] for part, outcome in zip(parts, frame.meta["outcomes"], strict=True) if _is_not_finite(outcome)
-            ]
+        squares = {id: self._squares[id] for id, passes in self._passes.items() if passes}
+        guilty = [id for id, square in squares.items() if not math.isfinite(square)]
+        if guilty:
             self.zero_grad()
             raise FailedPrecondition(
                 f"the gradients of {', '.join(guilty)} are not finite (NaN or infinity), perhaps because the loss is "
                 "not: nothing was changed, and the gradients are dropped"
             )
+        total = math.sqrt(sum(squares.values()))
         norm = total / self._options.accumulate
         scale, clip = 1.0 / self._options.accumulate, self._options.clip_norm
         if clip is not None:
             scale *= min(1.0, clip / (norm + CLIP_EPSILON))
-        return {"step": step, "lr": float(lr), "scale": scale, "norm": norm}
+        return {"step": self.step_count + 1, "lr": float(lr), "scale": scale, "norm": norm}
 
     def _apply(self, pending: Mapping[str, Any]) -> StepResult:
         step = pending["step"]
@@ -389,7 +386,3 @@ class TrainingSession:
 def holder() -> str:
     """Who opens a session, for people: process and machine."""
     return f"process {os.getpid()} on {socket.gethostname()}"
-
-
-def _is_not_finite(outcome: Mapping[str, Any]) -> bool:
-    return "ok" in outcome and not math.isfinite(outcome["square"])
