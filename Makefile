@@ -7,7 +7,7 @@ BENCH_STAMP := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-ray check format clean bench bench-quick bench-plane
-.PHONY: sim chaos-swap chaos-kill chaos-slow chaos-break chaos-routers scaling soak-swap leak
+.PHONY: sim chaos-swap chaos-kill chaos-slow chaos-break chaos-routers chaos-train scaling soak-swap leak
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -50,7 +50,7 @@ format: $(STAMP) ## put the code in the form that check wants
 BENCH = OMP_NUM_THREADS=1 GRPC_ENABLE_FORK_SUPPORT=0 $(BIN)/python -m benchmarks
 RESULTS := out/bench
 
-bench: $(BENCH_STAMP) ## every comparison with limits and peers, C1 to C12 (up to 30 minutes)
+bench: $(BENCH_STAMP) ## every comparison with limits and peers, C1 to C13 (up to 30 minutes)
 	@mkdir -p $(RESULTS)
 	$(BENCH) --json $(RESULTS)/bench.json --plots $(RESULTS)
 
@@ -85,6 +85,11 @@ chaos-break: $(STAMP) ## what breaks around a cluster: frozen, overloaded, full 
 
 chaos-routers: $(STAMP) ## two routers and an attached one, each killed and frozen under load and swaps (5 minutes)
 	$(BIN)/python -m benchmarks.scaling routers
+
+chaos-train: $(STAMP) ## 1,000 updates under kills and repetitions, failing experts, and training beside requests (6 minutes)
+	$(BIN)/python -m benchmarks.training kills
+	$(BIN)/python -m benchmarks.training failures
+	$(BIN)/python -m benchmarks.training serving
 
 scaling: $(STAMP) ## replicas up and down fifty times, what four carry, and scaling by load (12 minutes)
 	$(BIN)/python -m benchmarks.scaling replicas

@@ -75,7 +75,7 @@ class Engine:
         tokens = ((token_digest(self.token), Role.ADMIN, None),)
         here = connection.settings.state_dir is not None and Path(connection.settings.state_dir).is_dir()
         state_dir = connection.settings.state_dir if here else None
-        settings = replace(connection.settings, router=self.name, tokens=tokens, state_dir=state_dir)
+        settings = replace(connection.settings, router=self.name, tokens=tokens, state_dir=state_dir, attached=True)
         self._service = RouterService(settings, connection.transport, connection.control)
         self._service.where = connection.where
         self._follower = Follower(connection.seat, self.name, self._carry, self._is_fresh)

@@ -8,7 +8,7 @@ A message is eight bytes of length, little endian, and one frame of `experts/wir
     router    call     {attempt, timeout, parts, sums}    rows, index?, weights?
     replica   reply    {attempt, outputs, sums, failures, seconds} rows0, rows1, ... and lost?
     router    train    {attempt, timeout, ...}            an operation of training, with its own fields and tensors
-    replica   trained  {attempt, outcomes, problem}       its tensors, or why the message could not be read
+    replica   trained  {attempt, outcomes, error, ...}    its tensors, or why the message could not be read
     router    cancel   {attempt}                          the reply is no longer needed
     replica   refused  {proof}                            the controller has given the router up; nothing follows
 
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...experts.errors import ExpertFailed, ExpertMeshError, InvalidRequest
+from ...experts.errors import DeadlineExceeded, ExpertFailed, ExpertMeshError, InvalidRequest
 from ...experts.protocol import ExpertCall, ExpertReply, Part, PartFailure, PartialSum, TrainCall, TrainReply
 from ...experts.tensors import byte_view, dtype_name, from_wire
 from ...experts.wire import MAX_TENSORS, Buffer, Frame, encode_scattered
@@ -170,11 +170,12 @@ def decode_train(frame: Frame) -> TrainCall:
     return TrainCall(attempt_of(frame), meta, tensors, math.inf if timeout is None else timeout)
 
 
-def encode_trained(attempt: int, reply: TrainReply | str) -> list[Buffer]:
+def encode_trained(attempt: int, reply: TrainReply | PartFailure) -> list[Buffer]:
     """Encode the answer to a message of training, or why there is none; no tensor is copied."""
-    if isinstance(reply, str):
-        return message("trained", attempt=attempt, outcomes=[], problem=reply[:1000])
-    meta = {"attempt": attempt, "outcomes": [dict(outcome) for outcome in reply.outcomes], "problem": ""}
+    if isinstance(reply, PartFailure):
+        return message("trained", attempt=attempt, outcomes=[], error=reply.error, problem=reply.message[:1000])
+    outcomes = [dict(outcome) for outcome in reply.outcomes]
+    meta = {"attempt": attempt, "outcomes": outcomes, "error": "", "problem": ""}
     return _framed(encode_scattered("trained", meta, {name: _pieces([t]) for name, t in reply.tensors.items()}))
 
 
@@ -183,12 +184,14 @@ def decode_trained(frame: Frame, incarnation: str) -> TrainReply | ExpertMeshErr
 
     Raises InvalidRequest.
     """
-    meta = _expect(frame, "trained", "attempt", "outcomes", "problem")
+    meta = _expect(frame, "trained", "attempt", "outcomes", "error", "problem")
     outcomes = meta["outcomes"]
-    if not isinstance(meta["problem"], str) or not isinstance(outcomes, list):
+    texts = isinstance(meta["problem"], str) and isinstance(meta["error"], str)
+    if not texts or not isinstance(outcomes, list):
         raise InvalidRequest("the answer to a message of training must have outcomes")
-    if meta["problem"]:
-        return ExpertFailed(meta["problem"])
+    if meta["error"]:
+        kind = {error.__name__: error for error in (DeadlineExceeded, InvalidRequest)}.get(meta["error"], ExpertFailed)
+        return kind(meta["problem"])
     if not all(isinstance(outcome, dict) for outcome in outcomes):
         raise InvalidRequest("the outcomes of a message of training must be maps")
     tensors = {name: from_wire(tensor) for name, tensor in frame.tensors.items()}

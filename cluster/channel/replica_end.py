@@ -310,7 +310,7 @@ class ChannelServer:
 
     def _failed_reply(self, call: ExpertCall | TrainCall, error: str, text: str, queued: float) -> list[Buffer]:
         if isinstance(call, TrainCall):
-            return encode_trained(call.attempt, text)
+            return encode_trained(call.attempt, PartFailure(error, text))
         return encode_reply(call.attempt, _all_failed(self._host, call, error, text), queued)
 
     def _send(self, peer: _Peer, parts: list[Buffer]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -13,9 +14,12 @@ from ..rpc.documents import decode_document
 from ..rpc.swaps import Lease
 from .calls import Calls
 from .retry import Answer, Flow, Step, drive, drive_async
-from .training.options import TrainingOptions
+from .training.options import TrainingOptions, holder
 from .training.schedule import Schedule, schedule_of
-from .training.session import TrainingSession, holder
+from .training.session import TrainingSession
+
+OPEN_SECONDS = 300.0
+"""How long a session may take to be opened: the weights of all its experts are written."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -130,19 +134,14 @@ class BlockingMethods:
             seed=seed,
         )
         if resume is not None:
-            frame = self._training("Train", {"op": "resume", "session": resume}, {})
+            frame = self._training("Train", {"op": "resume", "session": resume, "layer": layer}, {}, OPEN_SECONDS)
             saved = bytes(frame.tensors["caller"].data) if "caller" in frame.tensors else None
             return TrainingSession(self, frame.meta, options, saved)
-        meta: dict[str, Any] = {
-            "op": "open",
-            "layer": layer,
-            "optimizer": optimizer,
-            "arguments": arguments,
-            "holder": holder(),
-        }
+        meta: dict[str, Any] = {"op": "open", "layer": layer, "optimizer": optimizer, "arguments": arguments}
+        meta |= {"holder": holder(), "session": uuid.uuid4().hex}  # drawn here: a retry opens the same one
         if experts is not None:
             meta["experts"] = list(experts)
-        frame = self._training("Train", meta, {})
+        frame = self._training("Train", meta, {}, OPEN_SECONDS)
         return TrainingSession(self, frame.meta, options)
 
     def training_sessions(self) -> list[dict[str, Any]]:
@@ -150,7 +149,10 @@ class BlockingMethods:
         return list(decode_document(self._training("Train", {"op": "sessions"}, {}), "train")["sessions"])
 
     def end_training(self, session_id: str) -> None:
-        """End a session of training by its id, and forget what it has learned; that of another token needs an admin."""
+        """End a session of training by its id, and forget what it has learned; that of another token needs an admin.
+
+        Raises NotFound for one that there is not, and PermissionDenied.
+        """
         self._training("Train", {"op": "close", "session": session_id}, {})
 
     @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from ...experts.errors import InvalidRequest
 from ...experts.protocol import TrainReply
 from ...experts.tensors import to_wire
 from ...experts.wire import Frame
+from ...router.epochs.epochs import Epoch
+from ...router.mixture.layer import Layer
 from ...router.training.exchange import Part
 from ...router.training.passes import Share, wide
 from ..rpc.training import TrainAsked, error_of
@@ -19,6 +22,8 @@ from ..state.training_sessions import SessionRecord
 
 Outcome = dict[str, Any]
 MOST_PARTS = 4096
+MOST_CHOICES = 4
+"""How often a row may choose one expert: more would make much work, and memory, of few bytes."""
 
 
 def parts_of(asked: TrainAsked, record: SessionRecord | None, current: Mapping[str, str] | None) -> list[Part]:
@@ -50,6 +55,8 @@ def check_pass(parts: Sequence[Part], rows_T: Tensor, index_N: Tensor, weights_N
         raise InvalidRequest(f"index points outside the {len(rows_T)} rows")
     if weights_N is not None and weights_N.shape != index_N.shape:
         raise InvalidRequest(f"there must be one weight for each of {len(index_N)} pairs, not {list(weights_N.shape)}")
+    if any(stop - start > MOST_CHOICES * len(rows_T) for _, _, start, stop, _ in parts):
+        raise InvalidRequest(f"an expert may be chosen at most {MOST_CHOICES} times by a row, on average")
     if any(not 0 <= start < stop <= len(index_N) for _, _, start, stop, _ in parts):
         raise InvalidRequest("a part must have pairs, within those of the index")
 
@@ -84,3 +91,15 @@ def raise_first(outcomes: Sequence[Outcome]) -> None:
 def frame_of(meta: dict[str, Any], tensors: Mapping[str, Tensor] | None = None) -> Frame:
     """A frame that answers."""
     return Frame("train", meta, {name: to_wire(tensor) for name, tensor in (tensors or {}).items()})
+
+
+def layer_frame(layer: Layer, epoch: Epoch) -> Frame:
+    """What a client needs to know of a layer to train it: its experts in the order of the gate, and their versions."""
+    ids = (layer.gate_id, *layer.everyone_by_id)
+    return frame_of(
+        {
+            "epoch": epoch.number, "versions": {id: epoch.versions[id] for id in ids},
+            "experts": list(layer.expert_ids), "shared": list(layer.shared_ids), "combine": layer.combine,
+            "on_dropped": layer.on_dropped, "capacity": {} if layer.capacity is None else asdict(layer.capacity),
+        }
+    )  # fmt: skip

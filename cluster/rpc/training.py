@@ -43,6 +43,8 @@ class TrainAsked:
     versions: dict[str, str] = field(default_factory=dict)
     parts: list[list[Any]] = field(default_factory=list)
     step: int = 0
+    durable: int = 0
+    generation: int = 0
     seed: int = 0
     training: bool = True
     keep: bool = False

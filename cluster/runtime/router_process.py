@@ -59,7 +59,8 @@ class ServiceSettings:
     The metrics page has the TLS of the gateway, unless `metrics_host` is loopback. The owner holds its port or not, as
     the gateway's. `tokens` are (sha256, role, expiry in seconds since 1970 or None). Uploads go to `state_dir`, which
     the controller shares; where that is None, none is taken. `allowed_factories` are those that an admin may name over
-    the network. `router` is the name of this one among the routers of the cluster.
+    the network. `router` is the name of this one among the routers of the cluster; one that is `attached` is in a
+    caller's own process.
     """
 
     name: str
@@ -72,6 +73,7 @@ class ServiceSettings:
     state_dir: str | None
     uploads: UploadLimits = field(default_factory=UploadLimits)
     allowed_factories: tuple[str, ...] = ()
+    attached: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +119,7 @@ class RouterService:
         drop, allowed = self.swaps.drop_uploads, settings.allowed_factories
         handlers = {**self.swaps.handlers(), **ChangeMethods(control, uploads, drop, allowed).handlers()}
         sessions = None if state_dir is None else TrainingSessions(state_dir)
-        train = TrainMethods(self.router, sessions, self._tokens.knows).answer
+        train = TrainMethods(self.router, sessions, self._tokens.knows, attached=settings.attached).answer
         run = self._thread.run
         self.gateway = Gateway(self.router, self._tokens, settings.gateway, self.status, handlers, run=run, train=train)
         self._revision = 0

@@ -1,16 +1,18 @@
 """Sessions of training that survive a restart: who trains which experts, and their last durable step.
 
     <state_dir>/training/<session>/session.json       the record
-    <state_dir>/training/<session>/<step>/<expert>    the state of each expert at a step, and of the caller: safetensors
+    <state_dir>/training/<session>/<step>.<hex>/<expert>  the state of each expert at a step, and of the caller
 
-A step is written beside the last durable one, and becomes durable by one replacement of the record: so all experts of
-a session have the same durable step. Several routers share the folder; a lock of the kernel keeps them apart.
+A step is written beside the last durable one, and becomes durable by one replacement of the record, which names its
+folder: so all experts of a session have the same durable step. Several routers share the folder; a lock of the kernel
+keeps them apart.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import re
 import secrets
@@ -30,6 +32,7 @@ RECORD = "session.json"
 CALLER = ".caller"
 """The file of what the caller saves with a step: no expert has such a name."""
 
+log = logging.getLogger(__name__)
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -38,7 +41,8 @@ class SessionRecord:
     """A session: `experts` maps the ids that it trains to the versions that they were copied from.
 
     `holder` says to people who has it; `owner` is the id of the token that opened it. `durable` is its last durable
-    step, and `opened_at` is in seconds since 1970.
+    step, whose states are in `folder`; `opened_at` is in seconds since 1970. `generation` counts who has taken it up:
+    the last one has it.
     """
 
     id: str
@@ -50,6 +54,8 @@ class SessionRecord:
     optimizer: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     durable: int = 0
+    folder: str = ""
+    generation: int = 0
 
 
 class TrainingSessions:
@@ -63,6 +69,8 @@ class TrainingSessions:
         """Record a session. Raises FailedPrecondition if another one trains one of its experts, or the disk is full."""
         with self._locked():
             for other in self._all():
+                if other.id == record.id and other.owner == record.owner:
+                    return  # it was asked for before, and the answer was lost
                 if shared := sorted(other.experts.keys() & record.experts.keys()):
                     raise FailedPrecondition(
                         f"{shared[0]} is being trained by {other.holder} (its step {other.durable} is durable): wait "
@@ -83,9 +91,11 @@ class TrainingSessions:
         return sorted(self._all(), key=lambda record: record.opened_at)
 
     def rebase(self, session_id: str, versions: Mapping[str, str]) -> None:
-        """Note that experts of a session have been published as these versions."""
+        """Note that experts of a session have been published as these versions. Raises InvalidRequest for others."""
         with self._locked():
             record = self._read(session_id)
+            if unknown := versions.keys() - record.experts.keys():
+                raise InvalidRequest(f"{min(unknown)[:64]!r} is no expert of this session")
             self._write(replace(record, experts={**record.experts, **versions}))
 
     def save(self, session_id: str, step: int, states: Mapping[str, bytes], caller: bytes | None) -> int:
@@ -98,7 +108,7 @@ class TrainingSessions:
         if step < record.durable:
             return record.durable
         home = self._root / session_id
-        folder = home / f".{step}.{secrets.token_hex(8)}"
+        folder = home / f"{step}.{secrets.token_hex(8)}"
         with _told_if_full(f"step {step} cannot be saved, and step {record.durable} stays durable"):
             try:
                 folder.mkdir(mode=0o700)
@@ -107,27 +117,29 @@ class TrainingSessions:
                 if caller is not None:
                     write_file(folder / CALLER, caller)
                 sync_folder(folder)
+                sync_folder(home)
                 self._commit(session_id, step, folder)
-            finally:
+            except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
+                raise
         return step
 
     def _commit(self, session_id: str, step: int, folder: Path) -> None:
         with self._locked():
-            record, home = self._read(session_id), self._root / session_id
-            if step < record.durable:
-                return
-            target = home / str(step)
-            before = home / f".{step}.replaced"
-            if target.exists():  # the same step again: its states are the same, what the caller saves may not be
-                shutil.rmtree(before, ignore_errors=True)
-                target.rename(before)
-            folder.rename(target)
-            sync_folder(home)
-            self._write(replace(record, durable=step))
-            for old in home.iterdir():
-                if old.is_dir() and old.name != str(step) and (not old.name.startswith(".") or old == before):
+            record = self._read(session_id)
+            if step >= record.durable:
+                self._write(replace(record, durable=step, folder=folder.name))
+            for old in folder.parent.iterdir():  # but not what a repeated request may be writing
+                if old.is_dir() and int(old.name.partition(".")[0]) < step:
                     shutil.rmtree(old, ignore_errors=True)
+
+    def take_up(self, session_id: str) -> SessionRecord:
+        """Give a session to whoever resumes it: whoever had it before is refused from now on."""
+        with self._locked():
+            record = self._read(session_id)
+            record = replace(record, generation=record.generation + 1)
+            self._write(record)
+            return record
 
     def state(self, record: SessionRecord, expert_id: str) -> bytes | None:
         """The state of an expert at the durable step; None before the first one. Raises DataLoss."""
@@ -135,15 +147,14 @@ class TrainingSessions:
 
     def caller(self, record: SessionRecord) -> bytes | None:
         """What the caller saved with the durable step, if anything."""
-        path = self._root / record.id / str(record.durable) / CALLER
-        return path.read_bytes() if path.is_file() else None
+        path = self._root / record.id / record.folder / CALLER
+        return path.read_bytes() if record.folder and path.is_file() else None
 
     def _content(self, record: SessionRecord, name: str) -> bytes | None:
-        folder = self._root / record.id / str(record.durable)
-        if not folder.is_dir() and record.durable == 0:
+        if not record.folder:
             return None
         try:
-            return (folder / name).read_bytes()
+            return (self._root / record.id / record.folder / name).read_bytes()
         except OSError as error:
             raise DataLoss(f"the state of {name} at step {record.durable} cannot be read: {error.strerror}") from None
 
@@ -159,8 +170,12 @@ class TrainingSessions:
     def _all(self) -> list[SessionRecord]:
         records = []
         for path in self._root.glob(f"*/{RECORD}") if self._root.is_dir() else ():
-            with suppress(NotFound):
+            try:
                 records.append(self._read(path.parent.name))
+            except NotFound:
+                continue
+            except DataLoss as error:  # one session that is damaged must not hold up the others
+                log.error("%s", error.message)
         return records
 
     def _read(self, session_id: str) -> SessionRecord:

@@ -17,7 +17,7 @@ from ...experts.errors import ConfigError, ExpertMeshError, InvalidRequest
 from ...experts.tensors import from_wire, to_wire
 from ...experts.wire import WireTensor
 from ...router.gates import Gate, Routing
-from ...router.mixture.balance import load, load_balance_loss, z_loss
+from ...router.mixture.balance import balanced_bias, load, load_balance_loss, z_loss
 from ...router.mixture.capacity import Capacity
 from ...router.mixture.dispatch import Dispatch, dispatch
 from ..client.methods import BlockingMethods
@@ -37,9 +37,9 @@ class RemoteMoE(nn.Module):
     session answer, in training mode or not as this module is, and get gradients, which its `step()` applies; without
     one, what serves answers, and only rows and weights get gradients.
 
-    `combine` is "weighted_sum", "mean" or "residual", by default that of the layer. Shared experts of the layer are
-    always added. `capacity` limits the rows of an expert. With `on_missing="leave_out"` (that of the session, if there
-    is one) an expert that does not answer is left out, and the weights of its rows are scaled up to their sum.
+    `combine` is "weighted_sum", "mean" or "residual", and `capacity` limits the rows of an expert; both are by default
+    those of the layer, whose shared experts are always added. With `on_missing="leave_out"` (that of the session, if
+    there is one) an expert that does not answer is left out, and the weights of its rows are scaled up to their sum.
 
     After each call, `load` is the number of choices of each expert, int64 [E]; `routing` the choices; `aux_loss` the
     load-balance loss of the gate's scores (1 at perfect balance), to be added with a small factor to yours; `z_loss`
@@ -70,11 +70,12 @@ class RemoteMoE(nn.Module):
         self.gate = gate
         self.layer = layer
         self.session = session
-        self.capacity = capacity
         self._serving = ServingPasses(connection, layer, on_missing)
         described = self._serving.describe()
         self.experts: tuple[str, ...] = tuple(described["experts"])
         self.shared: tuple[str, ...] = tuple(described["shared"])
+        declared = described["capacity"]
+        self.capacity = Capacity(**declared) if capacity is None and declared else capacity
         self.combine = described["combine"] if combine is None else combine
         self._residual_for_dropped = described["on_dropped"] == "residual"
         if self.combine not in METHODS:
@@ -88,6 +89,7 @@ class RemoteMoE(nn.Module):
         if session is not None and (missing := {*self.experts, *self.shared} - set(session.experts)):
             raise ConfigError(f"the session does not train {min(missing)}: open it for all experts of the layer")
         self.load = torch.zeros(len(self.experts), dtype=torch.int64)
+        self._load_since = torch.zeros(len(self.experts), dtype=torch.int64)
         self.routing: Routing | None = None
         self.left_out: Mapping[str, ExpertMeshError] = {}
         self.epoch_versions: Mapping[str, str] = dict(described["versions"])
@@ -118,6 +120,8 @@ class RemoteMoE(nn.Module):
             routing = self.capacity.apply(routing, len(self.experts))
         self.routing, self.load = routing, load(routing, len(self.experts))
         handle = dispatch(routing, len(self.experts))
+        if self.training:
+            self._load_since += self.load.cpu()
         parts, weights_N = self._pairs(handle)
         call = _Call(self._door(), parts)
         y = _Passes.apply(call, self._anchor(), x, handle.rows_N, weights_N)  # type: ignore[no-untyped-call]
@@ -140,6 +144,18 @@ class RemoteMoE(nn.Module):
         if self._scores_TE is None:
             raise InvalidRequest("there is no z-loss: call the module first, with a gate that has scores")
         return z_loss(self._scores_TE)
+
+    @torch.no_grad()
+    def update_bias(self, rate: float = 1e-3) -> None:
+        """Move the gate's expert bias by the load since the last update: loss-free balancing (Wang et al. 2024).
+
+        Call it after each step. Raises InvalidRequest for a gate without such a bias.
+        """
+        bias = getattr(self.gate, "expert_bias", None)
+        if not isinstance(bias, Tensor):
+            raise InvalidRequest("the gate has no expert_bias: gates.Sigmoid has one")
+        bias.copy_(balanced_bias(bias, self._load_since.to(bias.device), rate))
+        self._load_since.zero_()
 
     def _routed(self, features: Tensor, indices: Tensor | None, weights: Tensor | None) -> Routing:
         self._scores_TE = None
@@ -255,6 +271,7 @@ class _Call:
 
     door: _Door
     parts: list[Part]
+    differentiated: bool = field(default_factory=torch.is_grad_enabled)
     left_out: dict[str, ExpertMeshError] = field(default_factory=dict)
 
 
@@ -267,7 +284,7 @@ class _Passes(torch.autograd.Function):
         ctx.save_for_backward(x, index_N, weights_N)
         if not call.parts:
             return torch.zeros_like(x)
-        keep, of_rows = any(ctx.needs_input_grad), ctx.needs_input_grad[2]
+        keep, of_rows = call.differentiated and any(ctx.needs_input_grad), ctx.needs_input_grad[2]
         wired = _wired(rows=x, index=index_N, weights=weights_N)
         passed = call.door.forward(call.parts, wired, keep=keep, of_rows=of_rows)
         call.left_out.update(passed.left_out)

@@ -41,6 +41,11 @@ class TrainingData:
                 raise ConfigError(f"there are no {what} rows: at least one is needed")
             _check_finite(x, f"{what} rows")
             _check_finite(y, f"{what} targets")
+        if not self.y.is_floating_point():
+            for name in ("y", "held_y"):
+                object.__setattr__(self, name, getattr(self, name).long())
+                if bool((getattr(self, name) < 0).any()):
+                    raise ConfigError("classes must be 0 or more")
         if self.x.shape[1:] != self.held_x.shape[1:] or self.y.shape[1:] != self.held_y.shape[1:]:
             raise ConfigError("training and held-out rows must have the same shape")
 

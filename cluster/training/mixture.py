@@ -56,9 +56,10 @@ class LocalMixture:
     ) -> None:
         """Raises ConfigError for an optimizer that cannot be had."""
         self.names = tuple(experts)
-        self.experts = nn.ModuleDict({name: module.requires_grad_(True) for name, module in experts.items()})
+        self.experts = nn.ModuleDict(dict(experts))
         self.modules = list(experts.values())
-        self._optimizer = build_optimizer(optimizer, self.experts.parameters(), arguments)
+        learning = [parameter for parameter in self.experts.parameters() if parameter.requires_grad]
+        self._optimizer = build_optimizer(optimizer, learning, arguments) if learning else None
         self._write = write
 
     @classmethod
@@ -71,7 +72,9 @@ class LocalMixture:
             function = build(expert, id=f"{layer}/{name}")
             if function.module is None:
                 raise ConfigError(f"{layer}/{name} is not a torch module: only modules have parameters to train")
-            modules[name] = copy.deepcopy(function.module)
+            modules[name] = module = copy.deepcopy(function.module)
+            for key, parameter in module.named_parameters():
+                parameter.requires_grad_(parameter.is_floating_point() and key not in function.frozen)
         return cls(modules, optimizer, arguments, write)
 
     def __call__(self, x: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -90,6 +93,8 @@ class LocalMixture:
 
     def step(self, lr: float) -> None:
         """Update the experts."""
+        if self._optimizer is None:
+            raise ConfigError("the experts have no parameters to train: train the gate alone")
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
@@ -97,7 +102,7 @@ class LocalMixture:
 
     def forget(self) -> None:
         """Drop the gradients."""
-        self._optimizer.zero_grad()
+        self.experts.zero_grad()
 
     def train(self, training: bool) -> None:
         """Whether dropout and the like are on."""
@@ -105,7 +110,7 @@ class LocalMixture:
 
     def save(self, caller: bytes) -> None:
         """Write the checkpoint."""
-        tensors, plain = optimizer_tensors(self._optimizer)
+        tensors, plain = ({}, {}) if self._optimizer is None else optimizer_tensors(self._optimizer)
         tensors |= {f"experts.{name}": tensor for name, tensor in tensors_of(self.experts).items()}
         self._write(
             tensors_to_bytes({**tensors, "caller": torch.frombuffer(bytearray(caller), dtype=torch.uint8)}, plain)
@@ -117,7 +122,8 @@ class LocalMixture:
         try:
             own = {name.removeprefix("experts."): t for name, t in tensors.items() if name.startswith("experts.")}
             self.experts.load_state_dict(own)
-            restore_optimizer(self._optimizer, tensors, metadata)
+            if self._optimizer is not None:
+                restore_optimizer(self._optimizer, tensors, metadata)
             return bytes(tensors["caller"].numpy())
         except (KeyError, ValueError, RuntimeError) as error:
             raise DataLoss(f"the checkpoint is of other experts, or damaged: {error}") from None
@@ -156,7 +162,8 @@ class ClusterMixture:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state of an optimizer as tensors and text."""
     state = optimizer.state_dict()
-    tensors, plain = {}, {}
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
     for index, entry in state["state"].items():
         for key, value in entry.items():
             if isinstance(value, Tensor):

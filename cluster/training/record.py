@@ -14,9 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ...experts.errors import MissingExtra
 
-COLUMNS = ("phase", "epoch", "step", "loss", "held_out", "lr", "rows_per_second")
+COLUMNS = ("phase", "epoch", "step", "loss", "held_out", "lr", "rows_per_second", "load")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ Tell = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class EpochResult:
-    """One epoch: its mean loss, and the held-out figure after it (accuracy of classes, else the mean loss)."""
+    """One epoch: its mean loss, and the held-out figure after it (accuracy of classes, else the mean loss).
+
+    `load` is the share of the gate's choices that each expert got; empty where the gate was not asked.
+    """
 
     phase: str
     epoch: int
@@ -54,6 +59,7 @@ class EpochResult:
     held_out: float
     lr: float
     rows_per_second: float
+    load: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,8 @@ class Log:
         if self._board is not None:
             for name in ("loss", "held_out", "lr", "rows_per_second"):
                 self._board.add_scalar(f"{result.phase}/{name}", getattr(result, name), result.step)
+            for expert, share in enumerate(result.load):
+                self._board.add_scalar(f"{result.phase}/load/{expert}", share, result.step)
             self._board.flush()
 
     def close(self) -> None:
@@ -128,7 +136,7 @@ class Log:
     def _line(self, result: EpochResult) -> None:
         if self._path is not None:
             with self._path.open("a", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerow([getattr(result, name) for name in COLUMNS])
+                csv.writer(file).writerow([_cell(getattr(result, name)) for name in COLUMNS])
 
 
 def _summary_writer(folder: Path) -> Any:
@@ -138,6 +146,16 @@ def _summary_writer(folder: Path) -> Any:
         raise MissingExtra("TensorBoard is not installed: pip install tensorboard, or leave tensorboard out") from None
 
 
+def _cell(value: object) -> object:
+    return " ".join(f"{share:.4f}" for share in value) if isinstance(value, tuple) else value
+
+
+def shares_of(load_E: Tensor) -> tuple[float, ...]:
+    """The share of all choices that each expert got, rounded; empty if there were none."""
+    total = int(load_E.sum())
+    return tuple(round(count / total, 4) for count in load_E.tolist()) if total else ()
+
+
 def results_of(text: str) -> tuple[EpochResult, ...]:
     """The epochs of a JSON text that `json.dumps` made of them."""
-    return tuple(EpochResult(**entry) for entry in json.loads(text))
+    return tuple(EpochResult(**{**entry, "load": tuple(entry["load"])}) for entry in json.loads(text))

@@ -11,7 +11,7 @@ from ...experts.errors import ConfigError
 from ...router.mixture.layer import Layer
 from ..config.document import Mistakes, as_map, each
 from ..config.loader import load_config
-from ..config.records import filled
+from ..config.records import filled, typed
 from ..config.yaml_file import read_document, read_trusted
 from .data import TrainingData, read_data
 from .phases import Phase
@@ -98,6 +98,8 @@ def _phase(number: int, declared: object) -> Phase:
     entries: Mapping[str, Any] = as_map(declared, "a phase")
     if unknown := sorted(entries.keys() - {item.name for item in fields(Phase)}):
         raise ConfigError(f"a phase has no key {unknown[0]!r}; its keys are {', '.join(i.name for i in fields(Phase))}")
+    for key, value in entries.items():
+        typed(Phase, key, value)
     if "kind" not in entries:
         raise ConfigError("a phase needs a kind: experts, gate or joint")
     return Phase(**entries)

@@ -15,6 +15,7 @@ from ...experts.errors import ConfigError
 from ...experts.training.k_means import k_means
 from ...experts.training.subsets import by_cluster, by_label, by_random
 from ...router.gates.linear import LinearGate
+from ...router.mixture.layer import Layer
 from .data import TrainingData
 
 SHARPNESS = 2.0
@@ -33,6 +34,17 @@ def loss_of(loss: str | Loss | None, data: TrainingData) -> tuple[Loss, str]:
     if name not in known:
         raise ConfigError(f"loss must be one of {', '.join(known)}, or a function, not {name!r}")
     return known[name], "accuracy" if name == "cross_entropy" and data.is_classified else "loss"
+
+
+def check_local(layer: Layer) -> None:
+    """Check that a layer can be trained in one process: its plain weighted sum alone. Raises ConfigError."""
+    usual: dict[str, object] = {"combine": "weighted_sum", "shared": {}, "capacity": None}
+    for name, value in usual.items():
+        if getattr(layer, name) != value:
+            raise ConfigError(
+                f"layer {layer.name} has its own {name}, which training in this process does not know: train it in a "
+                "running cluster"
+            )
 
 
 def subsets_of(subsets: str, data: TrainingData, count: int, nearest: int, share: float, seed: int) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: T rows, E experts, B rows of a step, K choices per row.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -20,7 +21,7 @@ from ...experts.errors import ConfigError, DataLoss, FailedPrecondition
 from ...experts.weights.files import tensors_from_bytes, tensors_of, tensors_to_bytes
 from ...router.gates import Gate
 from ...router.gates.linear import LinearGate
-from ...router.mixture.balance import load_balance_loss
+from ...router.mixture.balance import load, load_balance_loss
 from ..client.client import Client
 from ..client.methods import BlockingMethods
 from ..machine.durable_files import write_private_bytes
@@ -29,8 +30,8 @@ from ..torch_client.remote_moe import RemoteMoE
 from .data import TrainingData
 from .mixture import ClusterMixture, LocalMixture, optimizer_tensors, restore_optimizer
 from .phases import SUBSETS, Pairs, Phase, epoch_batches, should_stop, steps_of
-from .record import EpochResult, Log, Progress, Tell, TrainingReport, results_of
-from .start import Loss, aim_gate, loss_of, subsets_of
+from .record import EpochResult, Log, Progress, Tell, TrainingReport, results_of, shares_of
+from .start import Loss, aim_gate, check_local, loss_of, subsets_of
 from .written import write_layer
 
 CHECKPOINT, SESSION = "checkpoint.safetensors", "session"
@@ -109,6 +110,11 @@ class Trainer:
         self._at, self._caller = (0, 0), b""
         self._history: tuple[EpochResult, ...] = ()
         arguments = dict(arguments or {})
+        self.seen_TE = subsets_of(subsets, data, own.num_experts, nearest, share, seed)
+        if connection is None:
+            check_local(layer)
+        settings = (self.phases, batch, subsets, nearest, share, balance, explore, dropout, optimizer, seed)
+        self._settings = hashlib.sha256(repr((settings, sorted(arguments.items()))).encode()).hexdigest()
         self.mixture: LocalMixture | ClusterMixture
         if connection is None:
             self.mixture = self._local(optimizer, arguments)
@@ -116,12 +122,13 @@ class Trainer:
             self.mixture = self._remote(connection, optimizer, arguments)
         count = len(self.mixture.names)
         if self.gate.num_experts != count:
+            if connection is not None:
+                self.session.abort()
             raise ConfigError(f"the gate chooses among {self.gate.num_experts} experts, but the layer has {count}")
         parameters = [parameter for parameter in self.gate.parameters() if parameter.is_floating_point()]
         self._gate_optimizer: torch.optim.Optimizer | None = None
         if parameters:
             self._gate_optimizer = torch.optim.AdamW(parameters, weight_decay=arguments.get("weight_decay", 0.01))
-        self.seen_TE = subsets_of(subsets, data, count, nearest, share, seed)
         if self._caller:
             self._restore(self._caller)
         elif subsets == "cluster" and isinstance(self.gate, LinearGate):
@@ -160,6 +167,7 @@ class Trainer:
         for epoch in range(first, phase.epochs):
             batches = epoch_batches(phase.kind, self.seen_TE, self._batch, (self._seed, number, epoch))
             total, epoch_began = 0.0, self._clock()
+            self._load_E = torch.zeros(self.gate.num_experts, dtype=torch.int64)
             for at, pairs in enumerate(batches):
                 step = epoch * each + at
                 rate = phase.rate(step, phase.epochs * each)
@@ -176,7 +184,16 @@ class Trainer:
             figure = self.evaluate()
             held.append(figure)
             speed = sum(map(len, batches)) / max(self._clock() - epoch_began, 1e-9)
-            yield EpochResult(self._name(number), epoch + 1, (epoch + 1) * each, total / each, figure, rate, speed)
+            yield EpochResult(
+                self._name(number),
+                epoch + 1,
+                (epoch + 1) * each,
+                total / each,
+                figure,
+                rate,
+                speed,
+                shares_of(self._load_E),
+            )
             if should_stop(held, phase.patience, higher_is_better=self._figure == "accuracy"):
                 return
             self._at = (number, epoch + 1)
@@ -226,6 +243,7 @@ class Trainer:
     def _mixed(self, seen_by_gate: Tensor, x: Tensor, y: Tensor) -> Tensor:
         scores_TE = self.gate.scores(seen_by_gate)
         routing = self.gate.select(scores_TE)
+        self._load_E += load(routing, self.gate.num_experts)
         loss = self._loss(self.mixture(x, routing.indices_TK, routing.weights_TK), y)
         if self._explore:
             everyone = torch.arange(self.gate.num_experts).expand(len(x), -1)
@@ -255,6 +273,7 @@ class Trainer:
             return
         tensors = {f"gate.{name}": tensor for name, tensor in tensors_of(self.gate).items()}
         plain: dict[str, str] = {
+            "settings": self._settings,
             "at": json.dumps(self._at),
             "history": json.dumps([asdict(result) for result in self._history]),
         }
@@ -266,6 +285,11 @@ class Trainer:
 
     def _restore(self, saved: bytes) -> None:
         tensors, metadata = tensors_from_bytes(saved)
+        if metadata.get("settings") != self._settings:
+            raise ConfigError(
+                "the checkpoint in the folder is of a training with other settings: take another folder, or begin anew "
+                "by removing it"
+            )
         try:
             self.gate.load_state_dict({n.removeprefix("gate."): t for n, t in tensors.items() if n.startswith("gate.")})
             if self._gate_optimizer is not None:
@@ -319,10 +343,12 @@ class Trainer:
         path = self._session_file()
         known = path.read_text(encoding="utf-8").strip() if path is not None and path.is_file() else None
         if known:
-            self.session = connection.train(self.layer, resume=known, durable_every=None)
+            self.session = connection.train(self.layer, resume=known, durable_every=None, seed=self._seed)
             self._caller = self.session.saved or b""
         else:
-            self.session = connection.train(self.layer, optimizer=optimizer, durable_every=None, **arguments)
+            self.session = connection.train(
+                self.layer, optimizer=optimizer, durable_every=None, seed=self._seed, **arguments
+            )
             if path is not None:
                 path.write_text(self.session.id, encoding="utf-8")
         return ClusterMixture(RemoteMoE(connection, self.layer, session=self.session), self.session)

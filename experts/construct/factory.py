@@ -38,7 +38,8 @@ class RowFunction:
     """An expert that is ready to run: rows [n, ...] in, rows [n, ...] out, on one device.
 
     Floating-point rows are cast to the dtype that the expert declares, else to that of the module's first parameter
-    whose dtype rows can have: weights in 8 bits say nothing of rows. `served` are the rows that it answered last.
+    whose dtype rows can have: weights in 8 bits say nothing of rows. `served` are the rows that it answered last,
+    `frozen` the names of the parameters that its constructor froze.
     One thread calls it at a time, since it may answer in a buffer of its own: a version is probed while it serves.
     """
 
@@ -51,6 +52,7 @@ class RowFunction:
         self._served: tuple[torch.Size, torch.dtype] | None = None
         self._calling = threading.Lock()
         self._whole = False  # whether it has answered rows of whole numbers
+        self.frozen: frozenset[str] = frozenset()
         self._numpy = (expert.framework or _framework_of(function)) == "numpy"
         self._dtype = _floating_dtype(self.module, expert)
 
@@ -74,6 +76,12 @@ class RowFunction:
             self._whole = self._whole or not given.is_floating_point()
             self.served = TensorSpec(tuple(given.shape[1:]), DTYPE_NAMES.get(given.dtype))
         return answer
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other threads from calling it during a block."""
+        with self._calling:
+            yield
 
     @property
     def rows_dtype(self) -> torch.dtype | None:
@@ -104,6 +112,7 @@ class RowFunction:
         function = self.function.to(device) if isinstance(self.function, nn.Module) else self.function
         moved = RowFunction(function, self.expert, device)
         moved.served, moved._calling, moved._whole = self.served, self._calling, self._whole
+        moved.frozen = self.frozen
         return moved
 
     def state(self) -> dict[str, Tensor]:
@@ -171,12 +180,14 @@ def build(expert: Expert, device: str = "cpu", *, load_weights: bool = True, id:
     """
     place = torch.device(device)
     declared = f"{expert.factory}|{canonical(expert.args)}|{canonical(dict(expert.kwargs))}" + (f"|{id}" if id else "")
+    frozen: frozenset[str] = frozenset()
     with seeded(declared), torch.device("meta" if place.type == "meta" else "cpu"):
         function = expert.live if expert.live is not None else _construct(expert)
     if isinstance(function, nn.Module):
         if expert.weights is not None and load_weights:
             load_into(function, load_tensors(expert.weights)[0], f"weights {str(expert.weights)!r}")
         function = _placed(function, place).eval()
+        frozen = frozenset(name for name, parameter in function.named_parameters() if not parameter.requires_grad)
         for parameter in function.parameters():
             parameter.requires_grad_(False)
         place = _place_of(function, place)
@@ -184,7 +195,9 @@ def build(expert: Expert, device: str = "cpu", *, load_weights: bool = True, id:
         raise ConfigError.of(
             (("weights",), "a plain function has no parameters to load weights into: leave out weights")
         )
-    return RowFunction(function, expert, place)
+    built = RowFunction(function, expert, place)
+    built.frozen = frozen
+    return built
 
 
 def _placed(module: nn.Module, place: torch.device) -> nn.Module:

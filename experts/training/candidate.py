@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from ..errors import ConfigError, DataLoss, FailedPrecondition, SpecMismatch
 from ..weights.files import check_fit, load_into, tensors_from_bytes, tensors_of, tensors_to_bytes
 from .ledger import Ledger
 from .optimizer import build_optimizer
-from .passes import Function, Gradients, Graph, forward, gradients_of, graph_of
+from .passes import Gradients, Graph, forward, gradients_of, graph_of
 
 WEIGHTS, MOMENTS, LEDGER = "weights.", "optimizer.", "ledger"
 
@@ -36,23 +37,36 @@ class Candidate:
     `square` is the sum of the squared gradients of the next step: NaN or infinity if one is not finite.
     """
 
-    def __init__(self, module: nn.Module, by: TrainedBy, dtype: torch.dtype | None) -> None:
-        """Copy `module`, which serves on; floating-point rows are cast to `dtype`.
+    def __init__(
+        self,
+        module: nn.Module,
+        by: TrainedBy,
+        dtype: torch.dtype | None,
+        *,
+        frozen: Collection[str] = (),
+        name: str = "",
+    ) -> None:
+        """Copy `module`, which serves on; floating-point rows are cast to `dtype`, and parameters `frozen` stay so.
 
-        Raises ConfigError for an expert without parameters to train, or an optimizer that cannot be had.
+        Experts of another `name` draw other random numbers. Raises ConfigError for an expert without parameters to
+        train, or an optimizer that cannot be had.
         """
         self.module = copy.deepcopy(module).train()
         self.ledger = Ledger()
+        self.square = 0.0
         self._dtype = dtype
-        self._by = by
-        self._parameters = [parameter for parameter in self.module.parameters() if parameter.is_floating_point()]
+        self._name = name
+        self._parameters = [
+            parameter
+            for key, parameter in self.module.named_parameters()
+            if parameter.is_floating_point() and key not in frozen
+        ]
         for parameter in self._parameters:
             parameter.requires_grad_(True)
         if not self._parameters:
             raise ConfigError("it has no parameters to train")
-        self.square = 0.0
         self._kept: dict[int, Graph] = {}
-        self._may_keep = next(self.module.buffers(), None) is None  # or their first backward pass would not count
+        self._buffers = _buffers_of(self.module)
         self._optimizer: torch.optim.Optimizer | None = None
         if by.optimizer is not None:
             self._optimizer = build_optimizer(by.optimizer, self._parameters, by.arguments)
@@ -67,13 +81,14 @@ class Candidate:
         """
         self.ledger.check_step(step)
         self.module.train(training)
-        if keep and self._may_keep:
-            while len(self._kept) >= keep:
+        drawn = seed_of(seed, self._name)
+        if keep and not self._buffers:  # or the first backward pass would not count in them
+            while len(self._kept) >= keep and seed not in self._kept:
                 self._kept.pop(next(iter(self._kept)))
-            self._kept[seed] = graph = graph_of(self._function(), self._cast(rows_n), seed, of_rows=of_rows)
+            self._kept[seed] = graph = graph_of(self.module, self._cast(rows_n), drawn, of_rows=of_rows)
             return graph.answers_n.detach()
         with self._same_buffers():
-            return forward(self._function(), self._cast(rows_n), seed)
+            return forward(self.module, self._cast(rows_n), drawn)
 
     def backward(
         self,
@@ -89,28 +104,25 @@ class Candidate:
     ) -> Gradients:
         """The backward pass `number` of a step, as `passes.backward`; a repeated one adds no gradients.
 
-        Raises OutOfStep for a pass that does not follow.
+        Raises OutOfStep for a pass that does not follow. One that fails changes nothing.
         """
-        is_new = self.ledger.is_new_pass(step, number)
+        is_new = self.ledger.is_new_pass(step, number, seed)
         self.module.train(training)
-        if is_new:
-            found = self._pass(rows_n, gradients_n, weights_n, seed, of_rows)
-            for parameter, gradient in zip(self._parameters, found.parameters, strict=True):
-                if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-            self.ledger.passes += 1
-            self.square = self._measure()
-            return found
-        with self._same_buffers():
-            return self._pass(rows_n, gradients_n, weights_n, seed, of_rows)
-
-    def _pass(
-        self, rows_n: Tensor, gradients_n: Tensor, weights_n: Tensor | None, seed: int, of_rows: bool
-    ) -> Gradients:
-        graph = self._kept.pop(seed, None)
-        if graph is None:
-            graph = graph_of(self._function(), self._cast(rows_n), seed, of_rows=of_rows)
-        return gradients_of(graph, gradients_n, weights_n, self._parameters)
+        with self._same_buffers() as counts:
+            graph = self._kept.pop(seed, None)
+            if graph is None:
+                drawn = seed_of(seed, self._name)
+                graph = graph_of(self.module, self._cast(rows_n), drawn, of_rows=of_rows)
+            found = gradients_of(graph, gradients_n, weights_n, self._parameters)
+            if not is_new:
+                return found
+            counts()
+        for parameter, gradient in zip(self._parameters, found.parameters, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        self.ledger.seeds.append(seed)
+        self.square = self._measure()
+        return found
 
     def _measure(self) -> float:
         found = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
@@ -120,24 +132,28 @@ class Candidate:
         return norm * norm
 
     def forget_gradients(self, step: int) -> None:
-        """Drop the gradients of the next step. Raises OutOfStep."""
+        """Drop the backward passes of the next step, and what they changed. Raises OutOfStep."""
         self.ledger.check_step(step)
-        self._drop()
+        _put_back(self.module, self._buffers)
+        self._begin_step()
 
-    def _drop(self) -> None:
+    def _begin_step(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
-        self.ledger.passes, self.square = 0, 0.0
+        self.ledger.seeds, self.square = [], 0.0
         self._kept.clear()
+        self._buffers = _buffers_of(self.module)
 
-    def update(self, step: int, passes: int, lr: float | None, scale: float) -> dict[str, Any]:
+    def update(self, step: int, passes: int, seeds: int, lr: float | None, scale: float) -> dict[str, Any]:
         """Apply the next step once, its gradients times `scale`, at the learning rate `lr`; returns its result.
 
-        Raises OutOfStep, and what `Ledger.recorded` raises.
+        It is made of so many `passes`, with this chain of `seeds`. Whoever is told another error than those below must
+        drop the candidate: it may be half updated. Raises OutOfStep, and what `Ledger.recorded` raises.
         """
-        request = {"passes": passes, "lr": lr, "scale": scale}
+        request = {"passes": passes, "seeds": seeds, "lr": lr, "scale": scale}
         if (known := self.ledger.recorded(step, request)) is not None:
             return known
+        self.ledger.check_passes(step, passes, seeds)
         if self._optimizer is None:
             raise FailedPrecondition("the session has no optimizer: load the weights that yours has computed")
         if not math.isfinite(self.square):
@@ -170,9 +186,7 @@ class Candidate:
 
         Raises OutOfStep, SpecMismatch or DataLoss.
         """
-        request = {"passes": self.ledger.passes, "lr": None, "scale": 0.0}
-        if step <= self.ledger.applied:
-            request["passes"] = self.ledger.results.get(step, {}).get("request", request)["passes"]
+        request = {"weights": hashlib.sha256(weights or b"").hexdigest()}
         if (known := self.ledger.recorded(step, request)) is not None:
             return known
         if weights is not None:
@@ -183,12 +197,12 @@ class Candidate:
 
     def _recorded(self, step: int, request: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
         self.ledger.record(step, request, result)
-        self._drop()
+        self._begin_step()
         return result
 
-    def gradients(self, step: int, passes: int) -> bytes:
+    def gradients(self, step: int, passes: int, seeds: int) -> bytes:
         """The gradients of the next step by parameter, as safetensors; those that it has. Raises OutOfStep."""
-        self.ledger.check_passes(step, passes)
+        self.ledger.check_passes(step, passes, seeds)
         named = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
         return tensors_to_bytes(named)
 
@@ -228,26 +242,51 @@ class Candidate:
         with torch.no_grad():
             load_into(self.module, weights, "the saved state")
         if self._optimizer is not None and groups is not None:
-            self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self._drop()
+            self._optimizer.load_state_dict({"state": {}, "param_groups": groups})
+            for index, entry in moments.items():  # as they were: load_state_dict would cast some of them
+                self._optimizer.state[self._parameters[index]] = entry
+        self._begin_step()
         self.ledger = ledger
-
-    def _function(self) -> Function:
-        return self.module
 
     def _cast(self, rows_n: Tensor) -> Tensor:
         return rows_n.to(self._dtype) if self._dtype is not None and rows_n.is_floating_point() else rows_n
 
     @contextmanager
-    def _same_buffers(self) -> Iterator[None]:
-        """Restore the buffers after a block: only the first backward pass counts, as in running averages of rows."""
-        before = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+    def _same_buffers(self) -> Iterator[Callable[[], None]]:
+        """Restore the buffers after a block, such as running averages of rows, unless it says that it counts."""
+        before = _buffers_of(self.module) if self._buffers else {}
+        counted: list[bool] = []
         try:
-            yield
+            yield lambda: counted.append(True)
         finally:
-            with torch.no_grad():
-                for buffer, value in before:
-                    buffer.copy_(value)
+            if not counted:
+                _put_back(self.module, before)
+
+
+def seed_of(seed: int, name: str) -> int:
+    """The seed of an expert for the seed of a pass: experts draw different numbers."""
+    mixed = seed
+    for byte in name.encode():
+        mixed = (mixed * 1_000_003 ^ byte) % 2**63
+    return mixed
+
+
+Buffers = dict[tuple[str, str], Tensor]
+"""Copies of buffers, by the name of their module and their own."""
+
+
+def _buffers_of(module: nn.Module) -> Buffers:
+    return {
+        (path, name): buffer.clone()
+        for path, part in module.named_modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    }
+
+
+def _put_back(module: nn.Module, buffers: Buffers) -> None:
+    for (path, name), buffer in buffers.items():  # by name: a module may have put another tensor in the place of one
+        module.get_submodule(path)._buffers[name] = buffer.clone()
 
 
 def _moments(plain: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Any]]:

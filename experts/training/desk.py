@@ -7,7 +7,8 @@ part that fails does not affect the others; its outcome says how.
     forward   rows, index; keep?                outputs [N, ...] of the parts that answered, one after the other
     backward  rows, index, gradients, weights   rows [R, ...] and weights [N]: gradients; the parts' passes by number
     forget    -                                 drops the gradients of the next step
-    update    -                                 one step of the optimizer; number = the passes that it is made of
+    update    -                                 one step of the optimizer; number = its passes, start = the chain
+                                                of their seeds
     check     data                              whether the caller's weights could be loaded
     load      data?                             the caller's weights, as a step; without them it changes nothing
     gradients, weights, state                   data: safetensors, of one part
@@ -75,19 +76,19 @@ class TrainingDesk:
             expert, version, start, stop, _ = part
             own = rows.index_select(0, index[start:stop])
             if session:
-                candidate = self._candidate(session, expert)
+                candidate = self._candidate(call, expert)
                 if candidate is None:
                     return {"absent": True}
-                answers = candidate.forward(
-                    own, step, seed_of(seed, expert), training=training, keep=keep, of_rows=of_rows
-                )
+                answers = candidate.forward(own, step, seed, training=training, keep=keep, of_rows=of_rows)
             else:
                 function = self._find(expert, version)
                 if function is None:
                     return {"error": "VersionGone", "message": f"{expert} {version} is not loaded in this replica"}
                 answers = function(own)
             if outputs and (outputs[0].shape[1:], outputs[0].dtype) != (answers.shape[1:], answers.dtype):
-                raise SpecMismatch(f"answers rows of {list(answers.shape[1:])} {answers.dtype}, others another kind")
+                raise SpecMismatch(
+                    f"it answers with rows of {list(answers.shape[1:])} {answers.dtype}, and other experts do not"
+                )
             if not bool(answers.isfinite().all()):
                 return {"error": "ExpertFailed", "message": f"{expert}: its answer is not finite (NaN or infinity)"}
             outputs.append(answers)
@@ -105,7 +106,8 @@ class TrainingDesk:
         gradients = to_device(gradients, self._device)
         weights = None if weights is None else to_device(weights, self._device)
         wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        total = torch.zeros(rows.shape, dtype=wide, device=rows.device) if rows.is_floating_point() else None
+        wanted = of_rows and rows.is_floating_point()
+        total = torch.zeros(rows.shape, dtype=wide, device=rows.device) if wanted else None
         by_weight = torch.zeros(len(index), dtype=wide, device=rows.device)
 
         def one(part: Part) -> Outcome:
@@ -113,18 +115,18 @@ class TrainingDesk:
             own = index[start:stop]
             given = (rows.index_select(0, own), gradients.index_select(0, own))
             factors = None if weights is None else weights[start:stop]
-            candidate = self._candidate(session, expert) if session else None
+            candidate = self._candidate(call, expert) if session else None
             if session and candidate is None:
                 return {"absent": True}
             if candidate is not None:
-                found = candidate.backward(
-                    *given, factors, step, number, seed_of(seed, expert), training=training, of_rows=of_rows
-                )
+                found = candidate.backward(*given, factors, step, number, seed, training=training, of_rows=of_rows)
             else:
                 function = self._find(expert, version)
                 if function is None:
                     return {"error": "VersionGone", "message": f"{expert} {version} is not loaded in this replica"}
-                found = backward(_differentiable(function), _as_served(function, given[0]), given[1], factors, (), None)
+                with function.alone():
+                    rows_n = _as_served(function, given[0])
+                    found = backward(_differentiable(function), rows_n, given[1], factors, (), None, of_rows=of_rows)
             if total is not None and found.rows_n is not None:
                 total.index_add_(0, own, found.rows_n.to(wide))
             by_weight[start:stop] = found.weights_n.to(wide)
@@ -135,16 +137,16 @@ class TrainingDesk:
         return TrainReply("", outcomes, dict(zip(tensors, to_host_all(list(tensors.values())), strict=True)))
 
     def _single(self, call: TrainCall, part: Part, data: dict[str, Tensor]) -> Outcome:
-        expert, version, _, _, number = part
+        expert, version, chain, _, number = part
         operation = call.meta["op"]
         session, step, _ = _session(call)
         if operation == "open":
             return self._open(call, expert, version, session)
         if operation == "close":
-            if self._candidate(session, expert) is not None:
+            if self._candidate(call, expert) is not None:
                 del self._candidates[expert]
             return {"ok": True}
-        candidate = self._candidate(session, expert)
+        candidate = self._candidate(call, expert)
         if candidate is None:
             return {"absent": True}
         if operation == "forget":
@@ -152,7 +154,13 @@ class TrainingDesk:
             return {"ok": True}
         if operation == "update":
             lr, scale = call.meta.get("lr"), call.meta.get("scale", 1.0)
-            return {"ok": True, **candidate.update(step, number, lr, scale)}
+            try:
+                return {"ok": True, **candidate.update(step, number, chain, lr, scale)}
+            except (ExpertMeshError, OutOfStep):
+                raise
+            except BaseException:  # it may be half updated: it is opened again, at what is durable
+                del self._candidates[expert]
+                raise
         if operation == "check":
             candidate.check_weights(bytes(_tensor(call, "data").numpy()))
             return {"ok": True}
@@ -162,7 +170,7 @@ class TrainingDesk:
         if operation in ("weights", "state") and step != candidate.ledger.applied + 1:
             raise OutOfStep(candidate.ledger.applied, candidate.ledger.passes)
         content = {
-            "gradients": lambda: candidate.gradients(step, number),
+            "gradients": lambda: candidate.gradients(step, number, chain),
             "weights": candidate.weights,
             "state": candidate.state,
         }
@@ -177,7 +185,7 @@ class TrainingDesk:
         if function is None or function.module is None:
             raise ConfigError("it is not a torch module: only modules have parameters to train")
         by = TrainedBy(call.meta.get("optimizer"), call.meta.get("arguments") or {})
-        candidate = Candidate(function.module, by, function.rows_dtype)
+        candidate = Candidate(function.module, by, function.rows_dtype, frozen=function.frozen, name=expert)
         if "data" in call.tensors:
             candidate.restore(bytes(_tensor(call, "data").numpy()))
         elif self._find(expert, version) is None:
@@ -185,9 +193,15 @@ class TrainingDesk:
         self._candidates[expert] = session, candidate
         return {"ok": True, "applied": candidate.ledger.applied, "updates": candidate.ledger.updates}
 
-    def _candidate(self, session: str, expert: str) -> Candidate | None:
-        held = self._candidates.get(expert)
-        return held[1] if held is not None and held[0] == session else None
+    def _candidate(self, call: TrainCall, expert: str) -> Candidate | None:
+        """The candidate of a session, unless it is behind what is durable: then it was left here, and is dropped."""
+        held, durable = self._candidates.get(expert), call.meta.get("durable", 0)
+        if held is None or held[0] != call.meta.get("session"):
+            return None
+        if isinstance(durable, int) and held[1].ledger.applied < durable:
+            del self._candidates[expert]
+            return None
+        return held[1]
 
     def _guarded(self, part: Part, work: Callable[[], Outcome]) -> Outcome:
         """The outcome of a part, whatever its expert raises: it is foreign code."""
@@ -217,14 +231,6 @@ class TrainingDesk:
 def as_tensor(data: bytes) -> Tensor:
     """Bytes as a tensor, uint8 [n]."""
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-
-
-def seed_of(seed: int, expert: str) -> int:
-    """The seed of an expert for the seed of a pass: experts draw different numbers."""
-    mixed = seed
-    for byte in expert.encode():
-        mixed = (mixed * 1_000_003 ^ byte) % 2**63
-    return mixed
 
 
 def _differentiable(function: RowFunction) -> Callable[[Tensor], Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -41,6 +42,10 @@ def build_optimizer(
     if unknown:
         known = ", ".join(key for key in accepted if key != "params")
         raise ConfigError(f"optimizer {name!r} takes no argument {unknown[0]!r}; its arguments are {known}")
+    for key, value in arguments.items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+            raise ConfigError(f"optimizer {name!r}: {key} must be finite, not {value!r}")
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     try:
         return kind(list(parameters), **given)  # type: ignore[no-any-return]

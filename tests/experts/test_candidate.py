@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from expertmesh.experts.errors import ConfigError, DataLoss, FailedPrecondition, InvalidRequest, SpecMismatch
 from expertmesh.experts.training.candidate import Candidate, TrainedBy
-from expertmesh.experts.training.ledger import KEPT_RESULTS, Ledger, OutOfStep
+from expertmesh.experts.training.ledger import KEPT_RESULTS, OTHER_PASSES, Ledger, OutOfStep, chain
 from expertmesh.experts.training.optimizer import build_optimizer, known_optimizers
 from expertmesh.experts.training.passes import backward, forward
 from expertmesh.experts.weights.files import tensors_from_bytes, tensors_to_bytes
@@ -42,7 +43,12 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def step(candidate: Candidate, number: int, passes: int = 1) -> dict[str, object]:
     for at in range(passes):
         candidate.backward(*rows(10 * number + at), number, at, seed=at)
-    return candidate.update(number, passes, None, 1.0)
+    return update(candidate, number, range(passes))
+
+
+def update(candidate: Candidate, number: int, seeds: Iterable[int], lr: float | None = None) -> dict[str, object]:
+    made_of = list(seeds)
+    return candidate.update(number, len(made_of), chain(made_of), lr, 1.0)
 
 
 def test_a_candidate_computes_what_torch_computes() -> None:
@@ -63,7 +69,7 @@ def test_a_candidate_computes_what_torch_computes() -> None:
         assert torch.allclose(found.weights_n, (y * gradients).sum(dim=1))
         optimizer.step()
         optimizer.zero_grad()
-        candidate.update(number, 1, None, 1.0)
+        update(candidate, number, [number])
     for name, tensor in twin.state_dict().items():
         assert torch.allclose(candidate.module.state_dict()[name], tensor), name
     assert not own.training or own.state_dict()["1.num_batches_tracked"] == 0
@@ -85,9 +91,9 @@ def test_repeated_messages_and_restored_states_change_nothing(plan: list[tuple[i
         for at in range(passes):
             answers = [tried.backward(*rows(10 * number + at), number, at, seed=at) for _ in range(times)]
             assert all(torch.equal(answer.rows_n, answers[0].rows_n) for answer in answers)
-        assert [tried.update(number, passes, None, 1.0) for _ in range(updates)] == [expected] * updates
+        assert [update(tried, number, range(passes)) for _ in range(updates)] == [expected] * updates
         for before in range(1, number):
-            assert tried.update(before, plan[before - 1][0], None, 1.0)  # a late one gets its own result
+            assert update(tried, before, range(plan[before - 1][0]))  # a late one gets its own result
         assert same(state_of(plain), state_of(tried))
     assert (tried.ledger.applied, tried.ledger.updates) == (len(plan), len(plan))
 
@@ -118,7 +124,7 @@ def test_a_kept_forward_pass_has_the_gradients_of_a_repeated_one(of_rows: bool) 
             assert (found[0].rows_n is not None) == of_rows
             assert not of_rows or torch.equal(found[0].rows_n, found[1].rows_n)
             assert torch.equal(found[0].weights_n, found[1].weights_n)
-        assert kept.update(number, 6, None, 1.0) == repeated.update(number, 6, None, 1.0)
+        assert update(kept, number, range(6)) == update(repeated, number, range(6))
         assert same(state_of(kept), state_of(repeated))
 
 
@@ -130,8 +136,8 @@ def test_what_does_not_follow_is_told_and_not_done() -> None:
         lambda: candidate.forward(x, 2, 0),
         lambda: candidate.backward(x, gradients, weights, 2, 0, 0),
         lambda: candidate.backward(x, gradients, weights, 1, 1, 0),
-        lambda: candidate.update(2, 0, None, 1.0),
-        lambda: candidate.update(1, 1, None, 1.0),
+        lambda: update(candidate, 2, []),
+        lambda: update(candidate, 1, [0]),
     ):
         with pytest.raises(OutOfStep) as told:
             refused()
@@ -139,7 +145,7 @@ def test_what_does_not_follow_is_told_and_not_done() -> None:
     assert same(before, state_of(candidate))
     step(candidate, 1)
     with pytest.raises(InvalidRequest, match="another update"):
-        candidate.update(1, 1, 0.5, 1.0)
+        update(candidate, 1, [0], 0.5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -149,7 +155,7 @@ def test_gradients_that_are_not_finite_update_nothing(bad: float) -> None:
     before = state_of(candidate)["4.weight"]
     candidate.backward(x, gradients * bad, weights, 1, 0, 0)
     with pytest.raises(FailedPrecondition, match="not finite"):
-        candidate.update(1, 1, None, 1.0)
+        update(candidate, 1, [0])
     assert torch.equal(before, state_of(candidate)["4.weight"])
     candidate.forget_gradients(1)
     step(candidate, 1)
@@ -159,7 +165,7 @@ def test_gradients_that_are_not_finite_update_nothing(bad: float) -> None:
 def test_a_step_without_rows_counts_and_changes_nothing() -> None:
     candidate = Candidate(module(), ADAM, torch.float32)
     before = state_of(candidate)
-    candidate.update(1, 0, None, 1.0)
+    update(candidate, 1, [])
     assert same(before, state_of(candidate))
     assert (candidate.ledger.applied, candidate.ledger.updates) == (1, 0)
 
@@ -167,7 +173,7 @@ def test_a_step_without_rows_counts_and_changes_nothing() -> None:
 def test_weights_of_the_caller_are_a_step_of_their_own() -> None:
     candidate = Candidate(module(), TrainedBy(None), torch.float32)
     candidate.backward(*rows(1), 1, 0, 0)
-    named, _ = tensors_from_bytes(candidate.gradients(1, 1))
+    named, _ = tensors_from_bytes(candidate.gradients(1, 1, chain([0])))
     assert named.keys() == dict(candidate.module.named_parameters()).keys()
     weights, _ = tensors_from_bytes(candidate.weights())
     weights["4.bias"] += 1
@@ -179,7 +185,7 @@ def test_weights_of_the_caller_are_a_step_of_their_own() -> None:
     with pytest.raises(SpecMismatch, match="missing"):
         candidate.load(2, tensors_to_bytes({"4.bias": weights["4.bias"]}))
     with pytest.raises(FailedPrecondition, match="no optimizer"):
-        candidate.update(2, 0, None, 1.0)
+        update(candidate, 2, [])
     assert candidate.ledger.applied == 1
 
 
@@ -224,6 +230,80 @@ def test_optimizers_are_of_torch_alone() -> None:
     assert {"torch.optim:AdamW", "torch.optim:SGD"} <= set(known_optimizers())
     assert "torch.optim:Optimizer" not in known_optimizers()
     assert build_optimizer("AdamW", nn.Linear(2, 2).parameters(), {"betas": [0.5, 0.9]}).defaults["betas"] == (0.5, 0.9)
+
+
+def test_passes_of_somebody_else_are_told_and_are_no_part_of_an_update() -> None:
+    """As after a pass whose answer was lost and whose caller began anew, or with two who hold one session."""
+    candidate, plain = (Candidate(module(), ADAM, torch.float32) for _ in range(2))
+    candidate.backward(*rows(1), 1, 0, seed=7)
+    for refused in (
+        lambda: candidate.backward(*rows(2), 1, 0, seed=8),
+        lambda: update(candidate, 1, []),
+        lambda: update(candidate, 1, [8]),
+        lambda: candidate.gradients(1, 1, chain([8])),
+    ):
+        with pytest.raises(OutOfStep) as told:
+            refused()
+        assert told.value.passes == OTHER_PASSES
+    candidate.forget_gradients(1)
+    for one in (candidate, plain):
+        one.backward(*rows(2), 1, 0, seed=8)
+        update(one, 1, [8])
+    assert same(state_of(candidate), state_of(plain))
+
+
+class Counting(nn.Module):
+    """Counts its rows in a buffer that it replaces, and fails where it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("n", torch.zeros(()))
+        self.fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.n = self.n + len(x)
+        if self.fails:
+            raise RuntimeError("told to")
+        y: Tensor = self.linear(x)
+        return y
+
+
+def test_buffers_count_each_step_once() -> None:
+    candidate = Candidate(Counting(), ADAM, torch.float32)
+    inner = candidate.module
+    candidate.forward(rows(1)[0], 1, 0, keep=4)
+    candidate.backward(*rows(1), 1, 0, 0)
+    candidate.backward(*rows(1), 1, 0, 0)
+    assert float(inner.n) == 5
+    inner.fails = True
+    with pytest.raises(RuntimeError):
+        candidate.backward(*rows(2), 1, 1, 1)
+    inner.fails = False
+    assert (float(inner.n), candidate.ledger.passes) == (5, 1)
+    candidate.forget_gradients(1)
+    assert float(inner.n) == 0
+    candidate.backward(*rows(1), 1, 0, 0)
+    update(candidate, 1, [0])
+    candidate.forget_gradients(2)
+    assert float(inner.n) == 5
+
+
+def test_what_a_constructor_froze_stays_as_it_is() -> None:
+    candidate = Candidate(module(), ADAM, torch.float32, frozen={"0.weight", "0.bias"})
+    before = state_of(candidate)
+    step(candidate, 1)
+    changed = {name for name, tensor in state_of(candidate).items() if not torch.equal(tensor, before[name])}
+    assert changed.isdisjoint({"0.weight", "0.bias"})
+    assert "4.weight" in changed
+
+
+def test_other_weights_are_another_update() -> None:
+    candidate = Candidate(module(), TrainedBy(None), torch.float32)
+    weights, _ = tensors_from_bytes(candidate.weights())
+    candidate.load(1, tensors_to_bytes(weights))
+    with pytest.raises(InvalidRequest, match="another update"):
+        candidate.load(1, None)
 
 
 def test_results_are_kept_for_a_while() -> None:

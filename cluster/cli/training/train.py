@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ....experts.errors import InvalidRequest, NotFound
+from ...client.client import Client
 from ...training import record
 from ...training.settings import read_train_file
 from ...training.trainer import Trainer
@@ -62,11 +64,11 @@ def train(
       expertmesh train train.yaml --in-cluster --publish
     """
     read = read_train_file(config)
-    if fresh and read.out.is_dir():
-        _forget(read.out)
     options: dict[str, Any] = read.settings.trainer_options() | {"folder": read.out}
     with ExitStack() as stack:
         client = stack.enter_context(connect(name, endpoint, ca_cert)) if in_cluster or publish else None
+        if fresh and read.out.is_dir():
+            _forget(read.out, client if in_cluster else None)
         if in_cluster:
             trainer = Trainer(read.layer.name, read.data, connection=client, gate=read.layer.gate, **options)
         else:
@@ -91,8 +93,12 @@ def train(
         click.echo(f"`expertmesh sessions --end {trainer.session.id}` forgets it")
 
 
-def _forget(out: Path) -> None:
-    """Remove what a training goes on from."""
+def _forget(out: Path, client: Client | None) -> None:
+    """Remove what a training goes on from, and end its session."""
+    session = out / "session"
+    if client is not None and session.is_file():
+        with suppress(NotFound, InvalidRequest):
+            client.end_training(session.read_text(encoding="utf-8").strip())
     for name in ("checkpoint.safetensors", "session", "train.csv"):
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "tensorboard", ignore_errors=True)

@@ -24,6 +24,9 @@ from .updates import Part, Updates
 LEFT_OUT = (Unavailable, DeadlineExceeded, ExpertFailed, VersionGone)
 """What an expert that does not answer fails with."""
 
+OTHER_PASSES = -1
+"""In the place of a number of passes: an expert has some that are not those of this session."""
+
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 ROUTER_SECONDS = 60.0
 """How long at least a router is waited for: one that Ray starts again takes some seconds."""
@@ -46,18 +49,20 @@ class Connection(Protocol):
 class Delivery:
     """The messages of one session, of which `applied` steps are made and `durable` ones survive everything.
 
-    `restored` tells of each expert that had lost steps, which were repeated; `left_out` counts calls given up.
+    `restored` tells of each expert that had lost steps, which were repeated; `left_out` counts answers given up.
     """
 
-    def __init__(self, connection: Connection, session_id: str, options: TrainingOptions, step: int) -> None:
+    def __init__(
+        self, connection: Connection, session_id: str, generation: int, options: TrainingOptions, step: int
+    ) -> None:
         self.applied = self.durable = step
+        self._generation = generation
         self.restored: list[dict[str, Any]] = []
         self.left_out = 0
         self.updates = Updates()
         self._connection = connection
         self._session_id = session_id
         self._options = options
-        self._uncertain: set[str] = set()
 
     def ask(
         self, meta: dict[str, Any], parts: Sequence[Part], tensors: dict[str, WireTensor], *, may_leave: bool = True
@@ -70,8 +75,6 @@ class Delivery:
         leaving = may_leave and self._options.on_missing == "leave_out"
         pauses, rounds = self.pauses(), itertools.count()
         while next(rounds) < MOST_ROUNDS:
-            for id in [part[0] for part in parts if part[0] in self._uncertain]:
-                self._settle(id)
             frame = self.send(meta, parts, tensors)
             outcomes = [dict(outcome) for outcome in frame.meta["outcomes"]]
             behind = [(part[0], out) for part, out in zip(parts, outcomes, strict=True) if "behind" in out]
@@ -84,37 +87,28 @@ class Delivery:
             if lost and (pause := next(pauses, None)) is not None:
                 time.sleep(pause)
                 continue
-            for id, error in errors.items():
+            for error in errors.values():
                 if not leaving or not isinstance(error, LEFT_OUT):
                     raise error
                 self.left_out += 1
-                if meta["op"] == "backward":
-                    self._uncertain.add(id)
             return frame, errors
-        raise Unavailable("an expert of the session does not answer")
-
-    def _settle(self, id: str) -> None:
-        """Bring an expert, whose last backward pass it may have computed or not, back to those that are kept."""
-        frame = self.send({"op": "forget", "step": self.applied + 1}, [(id, "", 0, 0, 0)], {})
-        outcome = dict(frame.meta["outcomes"][0])
-        if "ok" in outcome:
-            self._uncertain.discard(id)
-            self._repeat(id, self.applied, 0)
-        elif "behind" in outcome:
-            self._uncertain.discard(id)
-            self.catch_up(id, outcome)
+        raise Unavailable("an expert of the session is lost again and again while it catches up; retry")
 
     def catch_up(self, id: str, outcome: Mapping[str, Any]) -> None:
         """Repeat to an expert the updates that it lacks. Raises DataLoss where they are not kept."""
         applied, passes = int(outcome["applied"]), int(outcome["passes"])
-        if applied > self.applied + 1 or applied < self.durable:
+        if applied > self.applied or applied < self.durable:
             raise DataLoss(
                 f"{id} has applied {applied} steps, but this session {self.applied}, of which {self.durable} are "
-                "durable: is it used by another process? Resume it by its id"
+                "durable: resume it by its id, which goes back to what is durable"
             )
         lost = self.applied - applied
         if lost > 0:
             self.restored.append({"expert": id, "at_step": self.applied, "lost_steps": lost})
+        if passes == OTHER_PASSES or passes > self.updates.passes(id, applied + 1):
+            # It has computed a pass whose answer did not come, or came to nothing: it forgets those of this step.
+            self.send({"op": "forget", "step": applied + 1}, [(id, "", 0, 0, 0)], {})
+            passes = 0
         self._repeat(id, applied, passes)
 
     def _repeat(self, id: str, applied: int, passes: int) -> None:
@@ -122,12 +116,14 @@ class Delivery:
             meta, tensors = update.message
             frame = self.send(meta, [update.parts[id]], tensors)
             outcome = dict(frame.meta["outcomes"][0])
+            if "error" in outcome and not isinstance(error := error_of(outcome), LEFT_OUT):
+                raise error
             if "ok" not in outcome:
                 return  # it was lost again, or is further than it said: whoever asked asks again
 
     def send(self, meta: dict[str, Any], parts: Sequence[Part], tensors: dict[str, WireTensor]) -> Frame:
         """Send one message, again while no router answers, and return its answer."""
-        fields = {**meta, "session": self._session_id}
+        fields = {**meta, "session": self._session_id, "durable": self.durable, "generation": self._generation}
         if parts:
             fields["parts"] = [list(part) for part in parts]
         pauses = pauses_of(max(ROUTER_SECONDS, self._options.seconds))

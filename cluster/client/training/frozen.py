@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from ....experts.errors import ExpertMeshError, Unavailable
+from ....experts.errors import ExpertMeshError, Unavailable, VersionGone
 from ....experts.wire import WireTensor
 from ...rpc.training import error_of
 from .delivery import LEFT_OUT, Connection, pauses_of
@@ -48,7 +48,8 @@ class ServingPasses:
             errors: dict[str, ExpertMeshError] = {
                 part[0]: error_of(outcome) for part, outcome in zip(parts, outcomes, strict=True) if "error" in outcome
             }
-            lost = any(isinstance(error, Unavailable) for error in errors.values())
+            passing = (Unavailable, VersionGone) if operation == "forward" else Unavailable
+            lost = any(isinstance(error, passing) for error in errors.values())
             if lost and (pause := next(pauses, None)) is not None:
                 time.sleep(pause)
                 continue

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -72,3 +74,15 @@ class Passed:
 
     tensors: Mapping[str, WireTensor]
     left_out: Mapping[str, ExpertMeshError]
+
+
+def checked_rate(lr: float) -> float:
+    """A learning rate. Raises InvalidRequest for one that is negative or not finite."""
+    if not isinstance(lr, (int, float)) or not 0 <= lr < math.inf:
+        raise InvalidRequest(f"the learning rate must be a finite number of 0 or more, not {lr!r}")
+    return float(lr)
+
+
+def holder() -> str:
+    """Who opens a session, for people: process and machine."""
+    return f"process {os.getpid()} on {socket.gethostname()}"

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from ....experts.errors import FailedPrecondition
+from ....experts.errors import FailedPrecondition, InvalidRequest
 from ....experts.wire import WireTensor, bfloat16_to_float32
+from ...rpc.swaps import SwapOutcome
 from ...rpc.training import error_of
+from ..arrays import to_wire
 from .delivery import Connection
 from .options import Passed
 from .updates import Part
@@ -35,11 +38,16 @@ def check_probe(session: Candidates, connection: Connection, probe: Any, max_dri
 
     Raises FailedPrecondition for one whose relative L2 distance is not finite, or above `max_drift`.
     """
-    rows = np.ascontiguousarray(np.asarray(probe))
-    tensors = {"rows": WireTensor.from_numpy(rows), "index": WireTensor.from_numpy(np.arange(len(rows)))}
+    rows, _ = to_wire(probe, name="probe")
+    if not rows.shape or not rows.shape[0]:
+        raise InvalidRequest("probe must be rows, [T, ...]")
+    count = rows.shape[0]
+    tensors = {"rows": rows, "index": WireTensor.from_numpy(np.arange(count))}
     for id, version in session.versions.items():
-        new = session.forward([(id, "", 0, len(rows), 0)], tensors, 0, training=False)
-        meta = {"op": "forward", "layer": session.layer, "parts": [[id, version, 0, len(rows), 0]]}
+        new = session.forward([(id, "", 0, count, 0)], tensors, 0, training=False)
+        for error in new.left_out.values():
+            raise error
+        meta = {"op": "forward", "layer": session.layer, "parts": [[id, version, 0, count, 0]]}
         frame = connection._training("Pass", meta, tensors)
         outcome: Mapping[str, Any] = frame.meta["outcomes"][0]
         if "error" in outcome:
@@ -53,13 +61,21 @@ def check_probe(session: Candidates, connection: Connection, probe: Any, max_dri
             )
 
 
-def saved_gate(gate: Any, folder: Path) -> Any:
-    """The file of a gate, written to a folder where it is an object."""
-    if isinstance(gate, (str, os.PathLike)):
-        return gate
-    path = folder / "gate.safetensors"
-    gate.save(path)
-    return path
+def swap_in(
+    connection: Connection, contents: Mapping[str, bytes], gate_id: str, gate: Any, **options: Any
+) -> SwapOutcome:
+    """Swap in weights by id, and the gate where there is one: a file, or an object with a `save(path)` method."""
+    with tempfile.TemporaryDirectory(prefix="expertmesh-train-") as folder:
+        changes: dict[str, Any] = {}
+        for number, (id, content) in enumerate(contents.items()):
+            path = changes[id] = Path(folder) / f"{number}.safetensors"
+            path.write_bytes(content)
+        if isinstance(gate, (str, os.PathLike)):
+            changes[gate_id] = gate
+        elif gate is not None:
+            path = changes[gate_id] = Path(folder) / "gate.safetensors"
+            gate.save(path)
+        return connection.swap(changes, **options)
 
 
 def _wide(tensor: WireTensor) -> Any:

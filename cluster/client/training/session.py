@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
 import random
-import socket
-import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-from ....experts.errors import DataLoss, ExpertMeshError, FailedPrecondition, InvalidRequest, Unavailable
+from ....experts.errors import DataLoss, ExpertMeshError, FailedPrecondition, InvalidRequest, NotFound, Unavailable
 from ....experts.wire import WireTensor
 from ...rpc.swaps import SwapOutcome
 from ...rpc.training import error_of
 from .delivery import Connection, Delivery
-from .options import Passed, StepResult, TrainingOptions
-from .publishing import check_probe, saved_gate
+from .options import Passed, StepResult, TrainingOptions, checked_rate
+from .publishing import check_probe, swap_in
 from .updates import Part
 
 SEEDS = 1 << 62
@@ -56,13 +53,15 @@ class TrainingSession:
         self.closed = False
         self._connection = connection
         self._options = options
-        self._delivery = Delivery(connection, self.id, options, int(record["durable"]))
+        self._delivery = Delivery(connection, self.id, int(record["generation"]), options, int(record["durable"]))
         self._passes = dict.fromkeys(self.experts, 0)
         self._squares = dict.fromkeys(self.experts, 0.0)
         self._accumulated = 0
         self._pending: dict[str, Any] | None = None
+        self._loading: dict[str, bytes] | None = None
         self._lock = threading.RLock()
-        self._seeds = random.Random(options.seed)
+        self._seeds = random.Random()
+        self._drawn = (0, 0)
 
     def __repr__(self) -> str:
         return f"TrainingSession({self.id!r}, layer={self.layer!r}, step={self.step_count}, durable={self.durable})"
@@ -100,8 +99,13 @@ class TrainingSession:
         return self._options.lr * self._options.schedule(self.step_count)
 
     def new_seed(self) -> int:
-        """A seed for a forward pass and its backward pass."""
-        return self._seeds.randrange(SEEDS)
+        """A seed for a forward pass and its backward pass; with a seed of the session, the same one after a resume."""
+        if self._options.seed is None:
+            return self._seeds.randrange(SEEDS)
+        if self._drawn[0] != self.step_count:
+            self._drawn = (self.step_count, 0)
+        self._drawn = (self.step_count, self._drawn[1] + 1)
+        return random.Random(f"{self._options.seed} {self._drawn}").randrange(SEEDS)
 
     def forward(
         self,
@@ -119,6 +123,7 @@ class TrainingSession:
         """
         with self._lock:
             self._check_open()
+            self._check_settled("another pass")
             meta = {
                 "op": "forward", "seed": seed, "step": self.step_count + 1, "training": training, "keep": keep,
                 "of_rows": of_rows,
@@ -141,11 +146,9 @@ class TrainingSession:
             self._check_open()
             if step != self.step_count + 1:
                 raise FailedPrecondition(
-                    f"this backward pass is of step {step}, but step {self.step_count} is applied already: call "
-                    "forward again after each step"
+                    f"step {step} of this backward pass is over: call forward again after each step"
                 )
-            if self._pending is not None:
-                raise FailedPrecondition("the last step was not finished: call step() again first")
+            self._check_settled("another pass")
             meta = {"op": "backward", "seed": seed, "step": step, "training": training, "of_rows": of_rows}
             numbered = [(id, version, a, b, self._passes[id]) for id, version, a, b, _ in parts]
             frame, errors = self._delivery.ask(meta, numbered, tensors)
@@ -171,19 +174,15 @@ class TrainingSession:
         with self._lock:
             self._check_open()
             if self.optimizer is None:
-                raise FailedPrecondition(
-                    "this session has no optimizer: take its gradients() and load() what yours computes, or open it "
-                    'with optimizer="torch.optim:AdamW"'
-                )
+                raise FailedPrecondition("this session has no optimizer: load() what yours makes of its gradients()")
             if self._pending is None:
                 if not any(self._passes.values()):
                     raise FailedPrecondition("there is nothing to update with: call forward and loss.backward() first")
                 self._accumulated += 1
                 if self._accumulated < self._options.accumulate:
                     return self._result(applied=False, norm=0.0)
-                self._pending = self._prepared(self.lr if lr is None else lr)
-            result = self._apply(self._pending)
-        return result
+                self._pending = self._prepared(checked_rate(self.lr if lr is None else lr))
+            return self._apply(self._pending)
 
     def _prepared(self, lr: float) -> dict[str, Any]:
         """The update of the next step: the learning rate, and the factor of its gradients, from the norm of all."""
@@ -205,7 +204,8 @@ class TrainingSession:
     def _apply(self, pending: Mapping[str, Any]) -> StepResult:
         step = pending["step"]
         meta = {"op": "update", "step": step, "lr": pending["lr"], "scale": pending["scale"]}
-        parts = [(id, "", 0, 0, passes) for id, passes in self._passes.items()]
+        chains = {id: self._delivery.updates.chain(id, step) for id in self.experts}
+        parts = [(id, "", chains[id], 0, passes) for id, passes in self._passes.items()]
         _, errors = self._delivery.ask(meta, parts, {})
         updated = tuple(id for id, passes in self._passes.items() if passes and id not in errors)
         return self._applied(step, meta, {}, parts, updated, errors, pending)
@@ -223,10 +223,14 @@ class TrainingSession:
         self._delivery.updates.add(step, (meta, tensors), parts, closes=True)
         self._passes = dict.fromkeys(self.experts, 0)
         self._delivery.applied, self._pending, self._accumulated = step, None, 0
-        every = self._options.durable_every
-        due = every is not None and step - self.durable >= every
-        if (due or self._delivery.updates.nbytes > self._options.replay_bytes) and not errors:
-            self.save()
+        if not errors:
+            self._save_if_due()
+        elif self._delivery.updates.nbytes > self._options.replay_bytes:
+            id, error = next(iter(errors.items()))
+            raise Unavailable(
+                f"{id} has been left out since about step {self.durable}, and more updates cannot be kept for it: "
+                f"{error.message}"
+            )
         left_out = {id: error.message for id, error in errors.items()}
         return self._result(applied=True, norm=pending["norm"], lr=pending["lr"], updated=updated, left_out=left_out)
 
@@ -237,13 +241,13 @@ class TrainingSession:
     def zero_grad(self) -> None:
         """Drop the gradients of all backward passes since the last step."""
         with self._lock:
-            parts = [(id, "", 0, 0, 0) for id, passes in self._passes.items() if passes]
+            self._check_open()
+            self._check_settled("dropping gradients")
             step = self.step_count + 1
-            self._delivery.updates.forget_passes(step)
-            if parts:
-                self._delivery.ask({"op": "forget", "step": step}, parts, {})
+            self._delivery.updates.forget_passes(step)  # who still has passes is told so by the next message
             self._passes = dict.fromkeys(self.experts, 0)
             self._accumulated = 0
+            self._delivery.ask({"op": "forget", "step": step}, [(id, "", 0, 0, 0) for id in self.experts], {})
 
     def gradients(self) -> dict[str, bytes]:
         """The gradients since the last step of each expert that has any, by id: the bytes of a safetensors file."""
@@ -270,20 +274,32 @@ class TrainingSession:
                 raise InvalidRequest(f"{unknown[0]!r} is no expert of this session")
             if self.optimizer is not None:
                 raise FailedPrecondition("this session has an optimizer, which updates the experts: call step()")
-            step = self.step_count + 1
             given = {id: {"data": WireTensor("uint8", (len(data),), data)} for id, data in weights.items()}
-            for id, tensors in given.items():  # all of them or none
-                self._delivery.ask({"op": "check", "step": step}, [(id, "", 0, 0, 0)], tensors, may_leave=False)
+            step = self.step_count + 1
+            if self._loading is None:
+                for id, tensors in given.items():  # all of them or none
+                    self._delivery.ask({"op": "check", "step": step}, [(id, "", 0, 0, 0)], tensors, may_leave=False)
+                self._loading = dict(weights)
+            elif self._loading != dict(weights):
+                raise FailedPrecondition("the last load was not finished: load the same weights again first")
             for id in self.experts:
                 tensors = given.get(id, {})
                 meta, parts = {"op": "load", "step": step}, [(id, "", 0, 0, 0)]
                 self._delivery.ask(meta, parts, tensors, may_leave=False)
-                self._delivery.updates.add(step, (meta, tensors), parts, closes=True)
+            for id in self.experts:
+                self._delivery.updates.add(
+                    step, ({"op": "load", "step": step}, given.get(id, {})), [(id, "", 0, 0, 0)], closes=True
+                )
+            self._loading = None
             self._passes = dict.fromkeys(self.experts, 0)
             self._delivery.applied = step
-            if self._options.durable_every is not None and step - self.durable >= self._options.durable_every:
-                self.save()
+            self._save_if_due()
             return self._result(applied=True, norm=0.0, updated=tuple(weights))
+
+    def _save_if_due(self) -> None:
+        every, size = self._options.durable_every, self._delivery.updates.nbytes
+        if (every is not None and self.step_count - self.durable >= every) or size > self._options.replay_bytes:
+            self.save()
 
     def save(self, caller: bytes | None = None) -> int:
         """Make the last step of all experts durable, weights and optimizers, and return its number.
@@ -319,6 +335,8 @@ class TrainingSession:
         gate: Any = None,
         max_drift: float | None = None,
         probe: Any = None,
+        expect: Mapping[str, str] | None = None,
+        allow_norm: bool = True,
         timeout: float = 60.0,
         **options: Any,
     ) -> SwapOutcome:
@@ -326,7 +344,8 @@ class TrainingSession:
 
         `gate` is an object with a `save(path)` method, as those of `expertmesh.gates`, or a file. `max_drift` bounds
         the relative L2 distance between old and new answers of each expert: on the rows `probe` [T, ...] where they
-        are given, else on the probe rows of the swap. `options` are those of `Client.swap`. The session goes on from
+        are given, else on the probe rows of the swap. `expect` are the versions that must serve now, by default those
+        that the session began with or published last. `options` are those of `Client.swap`. The session goes on from
         what it has published.
 
         Raises FailedPrecondition for a candidate whose weights are not finite, or beyond `max_drift`, Aborted where
@@ -339,16 +358,10 @@ class TrainingSession:
             if probe is not None:
                 check_probe(self, self._connection, probe, max_drift)
                 max_drift = None
-            with tempfile.TemporaryDirectory(prefix="expertmesh-train-") as folder:
-                changes: dict[str, Any] = {}
-                for id in self.experts:
-                    path = changes[id] = Path(folder) / f"{len(changes)}.safetensors"
-                    path.write_bytes(self._content("weights", id))
-                if gate is not None:
-                    changes[f"{self.layer}/gate"] = saved_gate(gate, Path(folder))
-                outcome = self._connection.swap(
-                    changes, expect=self.versions, max_drift=max_drift, timeout=timeout, allow_norm=True, **options
-                )
+            contents = {id: self._content("weights", id) for id in self.experts}
+            expect = self.versions if expect is None else expect
+            swap = {"expect": expect, "max_drift": max_drift, "timeout": timeout, "allow_norm": allow_norm, **options}
+            outcome = swap_in(self._connection, contents, f"{self.layer}/gate", gate, **swap)
             if outcome.committed:
                 self.versions |= {id: version for id, version in outcome.after.items() if id in self.versions}
                 self._delivery.send({"op": "rebase", "versions": self.versions}, [], {})
@@ -358,7 +371,8 @@ class TrainingSession:
         """End the session, and forget what it has learned since it was published last; idempotent."""
         with self._lock:
             if not self.closed:
-                self._delivery.send({"op": "close"}, [], {})
+                with suppress(NotFound):  # a first request may have ended it, whose answer was lost
+                    self._delivery.send({"op": "close"}, [], {})
                 self.closed = True
 
     def close(self) -> None:
@@ -367,8 +381,9 @@ class TrainingSession:
 
     def _content(self, operation: str, id: str) -> bytes:
         """The bytes that an operation returns for one expert."""
+        chain = self._delivery.updates.chain(id, self.step_count + 1)
         frame, errors = self._delivery.ask(
-            {"op": operation, "step": self.step_count + 1}, [(id, "", 0, 0, self._passes[id])], {}, may_leave=False
+            {"op": operation, "step": self.step_count + 1}, [(id, "", chain, 0, self._passes[id])], {}, may_leave=False
         )
         if errors or "data" not in frame.tensors:
             raise DataLoss(f"{operation} of {id} did not come")
@@ -379,10 +394,7 @@ class TrainingSession:
             raise FailedPrecondition("this session is closed: open another one, or resume it by its id")
 
     def _check_settled(self, what: str) -> None:
+        if self._loading is not None:
+            raise FailedPrecondition(f"the last load was not finished: load the same weights again before {what}")
         if self._pending is not None:
             raise FailedPrecondition(f"the last step was not finished: call step() again before {what}")
-
-
-def holder() -> str:
-    """Who opens a session, for people: process and machine."""
-    return f"process {os.getpid()} on {socket.gethostname()}"

@@ -12,6 +12,8 @@ from typing import Any
 Message = tuple[dict[str, Any], dict[str, Any]]
 """The fields of a request, without its parts, and its tensors by name."""
 
+CHAIN, MOST = 1_000_003, 1 << 62
+
 Part = tuple[str, str, int, int, int]
 """(expert, version, start, stop, number)."""
 
@@ -53,6 +55,18 @@ class Updates:
             if update.closes or update.step > applied + 1 or part[4] >= passes:
                 lacking.append(update)
         return lacking
+
+    def passes(self, expert: str, step: int) -> int:
+        """How many backward passes of a step an expert has, by what is kept."""
+        return sum(1 for update in self._kept if update.step == step and not update.closes and expert in update.parts)
+
+    def chain(self, expert: str, step: int) -> int:
+        """The chain of the seeds of these passes, as `experts/training/ledger.py` has it."""
+        value = 0
+        for update in self._kept:
+            if update.step == step and not update.closes and expert in update.parts:
+                value = (value * CHAIN ^ (update.message[0]["seed"] + 1)) % MOST
+        return value
 
     def forget_passes(self, step: int) -> None:
         """Drop the backward passes of a step that is not made."""

@@ -145,6 +145,22 @@ def test_what_a_call_tells(double: Trained) -> None:
     assert float(gate.weight.grad.abs().sum()) > 0
 
 
+def test_the_bias_of_a_gate_follows_the_load(double: Trained) -> None:
+    gate = gates.Sigmoid(WIDTH, 4, k=1).double()
+    moe = RemoteMoE(double.client, "l", gate=gate)
+    first, second = moe(rows(1, 10, TWICE)), moe(rows(2, 10, TWICE))
+    assert first.shape == second.shape
+    load_E = sum((F.one_hot(gate(rows(n, 10, TWICE)).indices_TK[:, 0], 4).sum(dim=0) for n in (1, 2)), torch.zeros(4))
+    moe.update_bias(0.1)
+    assert torch.allclose(gate.expert_bias.float(), 0.1 * (load_E.mean() - load_E).sign())
+    moe.eval()(rows(3, 10, TWICE))  # evaluation is no load
+    before = gate.expert_bias.clone()
+    moe.update_bias(0.1)
+    assert torch.equal(gate.expert_bias, before)
+    with pytest.raises(InvalidRequest, match="has no expert_bias"):
+        RemoteMoE(double.client, "l", gate=GATES["top_k"]().double()).update_bias()
+
+
 def test_the_callers_own_routing(double: Trained) -> None:
     moe = RemoteMoE(double.client, "l")
     x = rows(7, 3, TWICE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,12 +173,20 @@ def test_a_cluster_is_trained_stopped_resumed_and_published(tmp_path: Path) -> N
 
 def test_a_loss_that_is_not_finite_ends_it_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     data = classes()
-    Trainer(layer(), data, phases=SHORT[:1], batch=32, folder=tmp_path).fit()
+
+    def stop(progress: Progress) -> None:
+        if progress.phase == "gate":
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        Trainer(layer(), data, phases=SHORT, batch=32, folder=tmp_path).fit(stop)
     before = (tmp_path / CHECKPOINT).read_bytes()
     bad = Trainer(layer(), data, phases=SHORT, batch=32, folder=tmp_path, loss=lambda y, t: y.sum() * float("nan"))
     with pytest.raises(FailedPrecondition, match="the loss is nan"):
         bad.fit()
     assert (tmp_path / CHECKPOINT).read_bytes() == before
+    with pytest.raises(ConfigError, match="a training with other settings"):
+        Trainer(layer(), data, phases=SHORT[:1], batch=32, folder=tmp_path)
 
 
 def test_early_stop_and_what_an_epoch_is() -> None:
@@ -215,6 +224,8 @@ def test_bad_input_is_told(tmp_path: Path) -> None:
             Phase(**wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="those of row 3 are not"):
         TrainingData.of(torch.tensor([[0.0], [0.0], [0.0], [float("nan")]]), torch.zeros(4), held_out=0.01, seed=5)
+    with pytest.raises(ConfigError, match="has its own combine"):
+        Trainer(replace(layer(), combine="residual"), data)
     with pytest.raises(ConfigError, match="is not a torch module"):
         Trainer(Layer("l", gates.Fixed([1.0]), {"s": Expert("torch:sin")}), data)
     trainer = Trainer(layer(), data, phases=SHORT[:1], folder=tmp_path, tensorboard=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import resource
 from collections.abc import Iterator
@@ -21,7 +22,18 @@ from expertmesh.cluster.client.training.session import TrainingSession
 from expertmesh.cluster.machine.run_files import token_path
 from expertmesh.cluster.machine.tokens import read_token
 from expertmesh.cluster.rpc.methods import Role
-from expertmesh.experts.errors import Aborted, ConfigError, InvalidRequest, NotFound, PermissionDenied, SpecMismatch
+from expertmesh.experts.errors import (
+    Aborted,
+    ConfigError,
+    ExpertFailed,
+    Fenced,
+    InvalidRequest,
+    NotFound,
+    PermissionDenied,
+    SpecMismatch,
+    VersionGone,
+)
+from expertmesh.experts.tensors import to_wire
 from expertmesh.experts.training.desk import TrainingDesk
 from expertmesh.experts.weights.files import tensors_from_bytes, tensors_to_bytes
 
@@ -261,8 +273,6 @@ def test_bad_input_is_one_clear_error_and_nothing_changes(running: Trained) -> N
 
 
 def _request(session: TrainingSession, gradients: Tensor) -> tuple[Any, ...]:
-    from expertmesh.experts.tensors import to_wire
-
     tensors = {"rows": X, "index": torch.arange(16), "weights": torch.ones(16), "gradients": gradients}
     wired = {name: to_wire(tensor) for name, tensor in tensors.items()}
     return [("l/e0", "", 0, 16, 0)], wired, 0, session.step_count + 1
@@ -364,7 +374,7 @@ def test_a_full_disk_loses_nothing_that_is_durable(running: Trained) -> None:
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
         assert session.save() == session.durable == 4
         left = sorted(path.name for path in (running.state_dir / "training" / session.id).iterdir())
-        assert left == ["4", "session.json"]
+        assert [name.partition(".")[0] for name in left] == ["4", "session"]
 
 
 def test_plain_functions_are_not_trained_and_have_gradients(tmp_path: Path) -> None:
@@ -416,3 +426,137 @@ def test_an_expert_that_does_not_answer_is_left_out(running: Trained, monkeypatc
         with pytest.raises(Unavailable, match="it is not there"):
             descend(strict, running.client, 1)
         lost.clear()
+
+
+def test_a_backward_pass_that_failed_leaves_nothing_behind(running: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other experts have computed theirs: neither the next batch nor the next step may take it for its own."""
+    whole, fails = TrainingDesk.answer, [False]
+
+    def failing(desk: TrainingDesk, call: Any) -> Any:
+        if fails[0] and call.expert == "l/e1" and call.meta["op"] == "backward":
+            raise ExpertFailed("told to")
+        return whole(desk, call)
+
+    monkeypatch.setattr(TrainingDesk, "answer", failing)
+    found = []
+    for fail in (False, True):
+        for drops in (True, False):
+            with running.client.train("l", **SGD) as session:
+                moe = RemoteMoE(running.client, "l", gate=gate(), session=session)
+                if fail:
+                    loss = F.mse_loss(moe(rows(77, 8)), rows(78, 8)) * 100
+                    fails[0] = True
+                    with pytest.raises(ExpertFailed, match="told to"):
+                        loss.backward()
+                    fails[0] = False
+                    if drops:
+                        session.zero_grad()
+                x = rows(1, 8)
+                loss = F.mse_loss(moe(x, indices=torch.zeros(8, 1, dtype=torch.int64), weights=torch.ones(8, 1)), x)
+                loss.backward()
+                session.step()
+                found.append(weights_of(session))
+    assert all(torch.equal(other[name], tensor) for other in found[1:] for name, tensor in found[0].items())
+
+
+def test_who_resumes_a_session_has_it_alone(running: Trained) -> None:
+    first = running.client.train("l", **SGD)
+    descend(first, running.client, 2)
+    first.save()
+    second = running.client.train("l", resume=first.id, **SGD)
+    with pytest.raises(Fenced, match="another process has resumed"):
+        descend(first, running.client, 1)
+    assert len(descend(second, running.client, 2, 2)) == 2
+    with pytest.raises(InvalidRequest, match="this session trains layer l, not m"):
+        running.client.train("m", resume=first.id)
+    second.abort()
+    second.closed = False
+    second.abort()  # as where the answer to the first was lost
+
+
+def test_a_step_that_was_not_finished_is_finished_first(running: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, lost = TrainingDesk.answer, set[str]()
+
+    def failing(desk: TrainingDesk, call: Any) -> Any:
+        if call.expert in lost and call.meta["op"] in ("update", "load"):
+            raise Unavailable("it is not there; retry")
+        return whole(desk, call)
+
+    monkeypatch.setattr(TrainingDesk, "answer", failing)
+    with running.client.train("l", **SGD, patience=0.0) as plain:
+        wanted = descend(plain, running.client, 3)
+    with running.client.train("l", **SGD, patience=0.0) as session:
+        found = descend(session, running.client, 1)
+        moe = RemoteMoE(running.client, "l", gate=gate(), session=session)
+        x = rows(1, 8)
+        loss = F.mse_loss(moe(x), x.sin())
+        loss.backward()
+        with pytest.raises(InvalidRequest, match="learning rate must be a finite number"):
+            session.step(lr=float("inf"))
+        lost.add("l/e2")
+        with pytest.raises(Unavailable, match="it is not there"):
+            session.step()
+        for refused in (lambda: moe(x), session.zero_grad, session.save, session.publish):
+            with pytest.raises(FailedPrecondition, match=r"call step\(\) again"):
+                refused()
+        lost.clear()
+        session.step()
+        found += [float(loss.detach()), *descend(session, running.client, 1, 2)]
+        assert found == wanted
+    with running.client.train("l", optimizer=None, patience=0.0) as session:
+        one = session.weights()
+        two = {id: tensors_to_bytes({n: t * 2 for n, t in tensors_from_bytes(c)[0].items()}) for id, c in one.items()}
+        lost.add("l/e2")
+        with pytest.raises(Unavailable):
+            session.load(two)
+        with pytest.raises(FailedPrecondition, match="load the same weights again"):
+            session.load(one)
+        lost.clear()
+        session.load(two)
+        assert {id: tensors_from_bytes(c)[0]["up_proj.bias"].tolist() for id, c in session.weights().items()} == {
+            id: tensors_from_bytes(c)[0]["up_proj.bias"].tolist() for id, c in two.items()
+        }
+
+
+def test_a_candidate_that_was_left_behind_is_opened_again(running: Trained) -> None:
+    backend: Any = running.cluster._backend
+    desks = [host._training for host in backend._hosts.values()]
+    with running.client.train("l", **SGD, durable_every=2) as plain:
+        wanted = descend(plain, running.client, 6)
+    with running.client.train("l", **SGD, durable_every=2) as session:
+        found = descend(session, running.client, 1)
+        old = [copy.deepcopy(desk._candidates) for desk in desks]  # as on a replica that was out of reach for a while
+        found += descend(session, running.client, 3, 1)
+        for desk, candidates in zip(desks, old, strict=True):
+            desk._candidates = candidates
+        assert found + descend(session, running.client, 2, 4) == wanted
+
+
+def test_an_operator_cannot_take_the_session_of_an_attached_process(running: Trained) -> None:
+    with running.attached.train("l", **SGD) as session:
+        with pytest.raises(PermissionDenied, match="belongs to process"):
+            running.client.train("l", resume=session.id)
+        with pytest.raises(PermissionDenied):
+            running.client.end_training(session.id)
+
+
+def test_a_few_bytes_cannot_ask_for_much(running: Trained) -> None:
+    tensors = {"rows": rows(0, 1), "index": torch.zeros(1000, dtype=torch.int64)}
+    wired = {name: to_wire(tensor) for name, tensor in tensors.items()}
+    meta: dict[str, Any] = {"op": "forward", "layer": "l", "parts": [["l/e0", "", 0, 1000, 0]]}
+    with pytest.raises(InvalidRequest, match="may be chosen at most"):
+        running.client._training("Pass", meta, wired)
+    meta["parts"] = [["l/e0", "v9-aaaaaaaaaaaa", 0, 1, 0]]
+    with pytest.raises(VersionGone, match="is of no epoch that is kept"):
+        running.client._training("Pass", meta, wired | {"index": to_wire(torch.zeros(1, dtype=torch.int64))})
+
+
+def test_a_damaged_record_holds_up_nobody_else(running: Trained) -> None:
+    session = running.client.train("l", experts=["l/e0"], **SGD)
+    path = running.state_dir / "training" / session.id / "session.json"
+    path.write_text("{")
+    with running.client.train("l", experts=["l/e1"], **SGD):
+        assert [told["experts"] for told in running.client.training_sessions()] == [["l/e1"]]
+    with Client(running.cluster.endpoint, token=read_token(token_path(running.name), Role.ADMIN)) as admin:
+        admin.end_training(session.id)
+    assert not path.exists()
