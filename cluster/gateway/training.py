@@ -110,7 +110,7 @@ class TrainMethods:
         if asked.op == "save":
             return await self._save(asked, tensors, record, timeout)
         if asked.op == "rebase":
-            await asyncio.to_thread(store.rebase, record.id, asked.versions)
+            await asyncio.to_thread(store.rebase, record.id, asked.versions, asked.publishing)
             return frame_of({})
         parts = parts_of(asked, record, None)
         if asked.op in BYTES and len(parts) != 1:

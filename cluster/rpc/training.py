@@ -11,7 +11,8 @@ A frame of kind "train" carries the fields of `TrainAsked`, and tensors by name:
     forget, update, check, load,
     gradients, weights                             as in experts/training/desk.py
     save       caller?                             makes the last step durable
-    rebase                                         notes the versions that a session was published as
+    rebase                                         notes the versions that a session was published as, and the
+                                                   id of the swap that publishes it, until it is over
     close                                          ends a session, and forgets what it has learned
 
 Parts are [expert, version, start, stop, number]: pairs `start:stop` of `index`, grouped by expert. The answer has an
@@ -44,6 +45,7 @@ class TrainAsked:
     parts: list[list[Any]] = field(default_factory=list)
     step: int = 0
     durable: int = 0
+    publishing: str = ""
     generation: int = 0
     seed: int = 0
     training: bool = True

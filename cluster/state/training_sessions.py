@@ -42,7 +42,7 @@ class SessionRecord:
 
     `holder` says to people who has it; `owner` is the id of the token that opened it. `durable` is its last durable
     step, whose states are in `folder`; `opened_at` is in seconds since 1970. `generation` counts who has taken it up:
-    the last one has it.
+    the last one has it. `publishing` is the id of a swap whose outcome has not been noted.
     """
 
     id: str
@@ -56,6 +56,7 @@ class SessionRecord:
     durable: int = 0
     folder: str = ""
     generation: int = 0
+    publishing: str = ""
 
 
 class TrainingSessions:
@@ -90,13 +91,17 @@ class TrainingSessions:
         """The records of all sessions, oldest first."""
         return sorted(self._all(), key=lambda record: record.opened_at)
 
-    def rebase(self, session_id: str, versions: Mapping[str, str]) -> None:
-        """Note that experts of a session have been published as these versions. Raises InvalidRequest for others."""
+    def rebase(self, session_id: str, versions: Mapping[str, str], publishing: str) -> None:
+        """Note that experts of a session have been published as these versions, and the swap that publishes it now.
+
+        Raises InvalidRequest for other experts, and FailedPrecondition if the disk is full.
+        """
         with self._locked():
             record = self._read(session_id)
             if unknown := versions.keys() - record.experts.keys():
                 raise InvalidRequest(f"{min(unknown)[:64]!r} is no expert of this session")
-            self._write(replace(record, experts={**record.experts, **versions}))
+            with _told_if_full("what is published cannot be noted"):
+                self._write(replace(record, experts={**record.experts, **versions}, publishing=publishing))
 
     def save(self, session_id: str, step: int, states: Mapping[str, bytes], caller: bytes | None) -> int:
         """Make a step durable, with the states of all experts by id; returns the durable step.

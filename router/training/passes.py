@@ -1,4 +1,4 @@
-"""Splits a pass over the rows of a layer among replicas, and adds up what they answer, in the order of the experts.
+"""Splits a pass over the rows of a layer among replicas, and adds up what they answer, in a fixed order.
 
 Shapes: T rows, N pairs of a row and an expert, R distinct rows of one replica; rows may have any trailing shape.
 """

@@ -45,6 +45,12 @@ class Connection(Protocol):
     @property
     def swap(self) -> Callable[..., SwapOutcome]: ...
 
+    @property
+    def swap_progress(self) -> Callable[[str], dict[str, Any]]: ...
+
+    @property
+    def history(self) -> Callable[[str], list[dict[str, Any]]]: ...
+
 
 class Delivery:
     """The messages of one session, of which `applied` steps are made and `durable` ones survive everything.

@@ -56,7 +56,7 @@ class StepResult:
 
     `step` is the number of steps that are applied, `durable` of those that survive the loss of every process. `norm` is
     that of the gradients of all experts before clipping. `updated` are the experts that learned, `left_out` those that
-    did not answer, with the reason: their update is made up for once they answer again.
+    did not answer, with the reason: an update that they missed is made up for, a backward pass is not.
     """
 
     step: int

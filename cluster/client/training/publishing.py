@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from ....experts.errors import FailedPrecondition, InvalidRequest
+from ....experts.errors import FailedPrecondition, InvalidRequest, NotFound
 from ....experts.wire import WireTensor, bfloat16_to_float32
 from ...rpc.swaps import SwapOutcome
 from ...rpc.training import error_of
 from ..arrays import to_wire
-from .delivery import Connection
+from .delivery import Connection, Delivery
 from .options import Passed
 from .updates import Part
 
@@ -25,7 +26,10 @@ class Candidates(Protocol):
     """What is asked of a session."""
 
     layer: str
-    versions: dict[str, str]
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """The versions that the candidates would replace, by id."""
 
     def forward(
         self, parts: Sequence[Part], tensors: dict[str, WireTensor], seed: int, *, training: bool = True
@@ -61,21 +65,65 @@ def check_probe(session: Candidates, connection: Connection, probe: Any, max_dri
             )
 
 
-def swap_in(
-    connection: Connection, contents: Mapping[str, bytes], gate_id: str, gate: Any, **options: Any
-) -> SwapOutcome:
-    """Swap in weights by id, and the gate where there is one: a file, or an object with a `save(path)` method."""
-    with tempfile.TemporaryDirectory(prefix="expertmesh-train-") as folder:
-        changes: dict[str, Any] = {}
-        for number, (id, content) in enumerate(contents.items()):
-            path = changes[id] = Path(folder) / f"{number}.safetensors"
-            path.write_bytes(content)
-        if isinstance(gate, (str, os.PathLike)):
-            changes[gate_id] = gate
-        elif gate is not None:
-            path = changes[gate_id] = Path(folder) / "gate.safetensors"
-            gate.save(path)
-        return connection.swap(changes, **options)
+class Publications:
+    """The versions that candidates were copied from, or published as last, by id.
+
+    The id of a swap is noted before it is asked for, so that whoever resumes the session finds out what became of it.
+    """
+
+    def __init__(
+        self, connection: Connection, delivery: Delivery, versions: Mapping[str, str], publishing: str
+    ) -> None:
+        """`publishing` is the id of a swap whose outcome was not noted, if there is one."""
+        self.versions = dict(versions)
+        self._connection = connection
+        self._delivery = delivery
+        self._publishing = publishing
+
+    def swap(
+        self,
+        contents: Mapping[str, bytes],
+        gate_id: str,
+        gate: Any,
+        expect: Mapping[str, str] | None,
+        **options: Any,
+    ) -> SwapOutcome:
+        """Swap in weights by id, and the gate where there is one: a file, or an object with a `save(path)` method."""
+        if self._publishing:
+            self._noted(committed_by(self._connection, self._publishing, list(self.versions)))
+        self._publishing = uuid.uuid4().hex
+        self._delivery.send({"op": "rebase", "versions": {}, "publishing": self._publishing}, [], {})
+        with tempfile.TemporaryDirectory(prefix="expertmesh-train-") as folder:
+            changes: dict[str, Any] = {}
+            for number, (id, content) in enumerate(contents.items()):
+                path = changes[id] = Path(folder) / f"{number}.safetensors"
+                path.write_bytes(content)
+            if isinstance(gate, (str, os.PathLike)):
+                changes[gate_id] = gate
+            elif gate is not None:
+                path = changes[gate_id] = Path(folder) / "gate.safetensors"
+                gate.save(path)
+            expect = self.versions if expect is None else expect
+            outcome = self._connection.swap(changes, expect=expect, swap_id=self._publishing, **options)
+        self._noted(outcome.after if outcome.committed else {})
+        return outcome
+
+    def _noted(self, after: Mapping[str, str]) -> None:
+        self.versions |= {id: version for id, version in after.items() if id in self.versions}
+        self._delivery.send({"op": "rebase", "versions": self.versions, "publishing": ""}, [], {})
+        self._publishing = ""
+
+
+def committed_by(connection: Connection, swap_id: str, ids: Sequence[str]) -> dict[str, str]:
+    """The versions that a swap has committed, by id; none if it did not come to that, or is not known any more."""
+    try:
+        told = connection.swap_progress(swap_id)
+    except NotFound:
+        return {}
+    if told["phase"] != "committed":
+        return {}
+    kept = ((id, entry) for id in ids for entry in connection.history(id))
+    return {id: entry["version"] for id, entry in kept if told["epoch"] in entry["epochs"]}
 
 
 def _wide(tensor: WireTensor) -> Any:

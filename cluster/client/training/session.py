@@ -17,7 +17,7 @@ from ...rpc.swaps import SwapOutcome
 from ...rpc.training import error_of
 from .delivery import Connection, Delivery
 from .options import Passed, StepResult, TrainingOptions, checked_rate
-from .publishing import check_probe, swap_in
+from .publishing import Publications, check_probe
 from .updates import Part
 
 SEEDS = 1 << 62
@@ -47,13 +47,13 @@ class TrainingSession:
         self.id: str = record["id"]
         self.layer: str = record["layer"]
         self.experts: tuple[str, ...] = tuple(record["experts"])
-        self.versions: dict[str, str] = dict(record["experts"])
         self.optimizer: str | None = record["optimizer"]
         self.saved = saved
         self.closed = False
         self._connection = connection
         self._options = options
         self._delivery = Delivery(connection, self.id, int(record["generation"]), options, int(record["durable"]))
+        self._publications = Publications(connection, self._delivery, record["experts"], record["publishing"])
         self._passes = dict.fromkeys(self.experts, 0)
         self._squares = dict.fromkeys(self.experts, 0.0)
         self._accumulated = 0
@@ -72,6 +72,11 @@ class TrainingSession:
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
         if kind is None and not self.closed:
             self.abort()
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """The versions that the experts were copied from, or published as last, by id."""
+        return self._publications.versions
 
     @property
     def step_count(self) -> int:
@@ -359,13 +364,8 @@ class TrainingSession:
                 check_probe(self, self._connection, probe, max_drift)
                 max_drift = None
             contents = {id: self._content("weights", id) for id in self.experts}
-            expect = self.versions if expect is None else expect
-            swap = {"expect": expect, "max_drift": max_drift, "timeout": timeout, "allow_norm": allow_norm, **options}
-            outcome = swap_in(self._connection, contents, f"{self.layer}/gate", gate, **swap)
-            if outcome.committed:
-                self.versions |= {id: version for id, version in outcome.after.items() if id in self.versions}
-                self._delivery.send({"op": "rebase", "versions": self.versions}, [], {})
-            return outcome
+            swap = {"max_drift": max_drift, "timeout": timeout, "allow_norm": allow_norm, **options}
+            return self._publications.swap(contents, f"{self.layer}/gate", gate, expect, **swap)
 
     def abort(self) -> None:
         """End the session, and forget what it has learned since it was published last; idempotent."""

@@ -305,6 +305,27 @@ def test_a_swap_by_another_is_not_overridden(running: Trained, tmp_path: Path) -
         assert running.client.status()["epoch"] == swapped.epoch
 
 
+def test_a_publication_that_nobody_noted_is_found_again(running: Trained) -> None:
+    session = running.client.train("l", **SGD)
+    descend(session, running.client, 2)
+    session.save()
+    sends: Any = session._delivery.send
+
+    def interrupted(meta: dict[str, Any], *more: Any) -> Any:
+        if meta["op"] == "rebase" and not meta["publishing"]:
+            raise KeyboardInterrupt
+        return sends(meta, *more)
+
+    session._delivery.send = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        session.publish()
+    epoch = running.client.status()["epoch"]
+    with running.client.train("l", resume=session.id, **SGD) as again:
+        descend(again, running.client, 1, 2)
+        assert again.publish().epoch == epoch + 1
+        assert again.versions == {id: running.client.call("l", X).versions[id] for id in again.experts}
+
+
 def test_an_optimizer_of_the_callers_own(running: Trained) -> None:
     with running.client.train("l", **SGD, durable_every=None) as session:
         wanted = descend(session, running.client, 5)
