@@ -301,9 +301,9 @@ class ChannelServer:
             if isinstance(call, TrainCall):
                 return encode_trained(call.attempt, self._host.train(call))
             return encode_reply(call.attempt, self._host.compute(call), queued)
-        except InvalidRequest as error:
-            return self._failed_reply(call, "InvalidRequest", error.message, queued)
         except BaseException as error:  # out of memory, a device error, foreign code: it fails this call, no other
+            if isinstance(call, TrainCall) and isinstance(error, InvalidRequest):
+                return self._failed_reply(call, "InvalidRequest", error.message, queued)
             log.exception("a call failed", extra={"attempt": call.attempt})
             text = f"the replica raised {type(error).__name__}; see its log"
             return self._failed_reply(call, "ExpertFailed", text, queued)

@@ -241,6 +241,14 @@ HEALTH = {"Check", "Watch"}
 EMPTY = hashlib.sha256(b"").hexdigest()
 UPLOAD = {"upload_id": "0" * 32, "offset": 0, "total": 0, "sha256": EMPTY, "last": True}
 NOTHING = wire.WireTensor("uint8", (0,), b"")
+INDEX = wire.WireTensor.from_numpy(np.zeros(1, np.int64))
+PASS = wire.encode(
+    "train",
+    {"op": "backward", "layer": "trig", "parts": [["trig/sin", "", 0, 1, 0]], "seed": 7},
+    {"rows": wire.WireTensor.from_numpy(X[:1]), "index": INDEX, "gradients": wire.WireTensor.from_numpy(X[:1])},
+)
+SESSIONS = wire.encode("train", {"op": "sessions"}, {})
+
 PAYLOADS = {
     "Call": VALID_CALL,
     "CallStream": VALID_CALL,
@@ -256,8 +264,12 @@ PAYLOADS = {
     "Scale": encode_document("scale", {"change_id": "c", "replicas": {"trig/none": 2}}),
     "Change": encode_document("change", {"change_id": "d", "layers": {"none": {"kind": "remove"}}}),
     "Unpin": wire.encode("unpin", {"pin": "none"}),
+    "Pass": PASS,
+    "PassStream": PASS,
+    "Train": SESSIONS,
+    "TrainStream": SESSIONS,
 }
-TESTED_ELSEWHERE = ("Call", "CallStream", "Status", "Drain")
+TESTED_ELSEWHERE = ("Call", "CallStream", "Status", "Drain", "PassStream", "TrainStream")
 ANSWERED = {"Swap": "NOT_FOUND", "Scale": "NOT_FOUND", "Change": "NOT_FOUND", "SwapProgress": "NOT_FOUND"}
 
 
@@ -272,7 +284,7 @@ def code_of(cluster: Cluster, method: str, authorization: str | None) -> str:
         try:
             if method == "Watch":
                 next(channel.unary_stream(path(method))(payload, timeout=20, metadata=metadata))
-            elif method == "CallStream":
+            elif method.endswith("Stream"):
                 sent = Streamed([payload]).messages()
                 assert list(channel.stream_stream(path(method))(sent, timeout=20, metadata=metadata))
             else:

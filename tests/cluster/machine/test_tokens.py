@@ -18,8 +18,20 @@ from expertmesh.experts.errors import ConfigError, ExpertMeshError, NotFound, Pe
 
 NOW = 1_000_000.0
 TOKENS = {role.label: f"{role.label}-token" for role in Role} | {"expired": "expired-token"}
-READERS_METHODS = ("Call", "CallStream", "Status", "Check", "Watch", "SwapProgress", "History", "Pin", "Unpin")
-OPERATORS_METHODS = (*READERS_METHODS, "Drain", "Upload", "Swap", "Leases", "Declared", "Scale")
+READERS_METHODS = (
+    "Call",
+    "CallStream",
+    "Status",
+    "Check",
+    "Watch",
+    "SwapProgress",
+    "History",
+    "Pin",
+    "Unpin",
+    "Pass",
+    "PassStream",
+)
+OPERATORS_METHODS = (*READERS_METHODS, "Drain", "Upload", "Swap", "Leases", "Declared", "Scale", "Train", "TrainStream")
 OUTCOMES = {  # the table: who may call what
     "none": {},
     "wrong": {},
