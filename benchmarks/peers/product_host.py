@@ -38,7 +38,7 @@ class Stalled(torch.nn.Module):
 
 def make(shape: str, index: int, dtype: str, stall: float = 0.0) -> torch.nn.Module:
     """Expert `index` of a shape, as each actor builds it."""
-    module = expert(SHAPES[shape], index, DTYPES[dtype])
+    module = expert(SHAPES[shape], index, DTYPES[dtype]).requires_grad_(True)  # C13 trains it
     return Stalled(module, stall) if stall else module
 
 

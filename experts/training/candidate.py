@@ -64,7 +64,7 @@ class Candidate:
         for parameter in self._parameters:
             parameter.requires_grad_(True)
         if not self._parameters:
-            raise ConfigError("it has no parameters to train")
+            raise ConfigError("it has no parameters to train: none of floating point whose requires_grad is True")
         self._kept: dict[int, Graph] = {}
         self._buffers = _buffers_of(self.module)
         self._optimizer: torch.optim.Optimizer | None = None
