@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from ...experts.errors import ExpertMeshError
+from ...experts.errors import ExpertMeshError, InvalidRequest
 from ..rpc.documents import decode_document
 from ..rpc.swaps import Lease
 from .calls import Calls
@@ -123,6 +123,8 @@ class BlockingMethods:
         Raises NotFound, InvalidRequest, ConfigError for an optimizer that is unknown or refuses its arguments, and
         FailedPrecondition for an expert that is in another session, or the disk is full.
         """
+        if optimizer is not None and not isinstance(optimizer, str):
+            raise InvalidRequest('name the optimizer, as in optimizer="torch.optim:AdamW": it lives beside the expert')
         options = TrainingOptions(
             lr=lr,
             schedule=schedule_of(schedule, total_steps, warmup_steps),

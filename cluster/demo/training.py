@@ -34,6 +34,7 @@ FEED_FORWARD = "expertmesh.experts.modules:FeedForward"
 OPTIONS: dict[str, Any] = {"batch": 128, "dropout": 0.5, "arguments": {"weight_decay": 0.01}}
 EXPERTS = Phase(kind="experts", epochs=30, lr=1e-3, schedule="one_cycle")
 GATE = Phase(kind="gate", epochs=10, lr=1e-3, schedule="one_cycle")
+JOINT = Phase(kind="joint", epochs=10, lr=1e-3, schedule="one_cycle")
 DENSE = Phase(kind="experts", epochs=20, lr=1e-3, schedule="one_cycle")
 
 
@@ -43,7 +44,7 @@ class Trained:
 
     experts: tuple[nn.Module, ...]
     seen_TE: Tensor
-    gate: gates.TopK
+    gate: gates.Gate
     dense: nn.Module
 
     @property
@@ -58,18 +59,27 @@ def train(data: Dataset, *, seed: int = 0, progress: Callable[[str], None] = lam
     layer = Layer("text", gates.TopK(data.width, NUM_EXPERTS, k=TOP_K, bias=True), experts)
     progress("clustering the training rows into one region per expert")
     trainer = Trainer(
-        layer, _rows(data), phases=(EXPERTS,), subsets="cluster", nearest=NEAREST, share=SHARE, seed=seed, **OPTIONS
+        layer,
+        _rows(data),
+        phases=(EXPERTS, GATE, JOINT),
+        subsets="cluster",
+        nearest=NEAREST,
+        share=SHARE,
+        explore=1.0,
+        balance=0.0,
+        seed=seed,
+        **OPTIONS,
     )
     rows = trainer.seen_TE.sum(dim=0).tolist()
-    progress(f"training {NUM_EXPERTS} experts, each on its own {min(rows)} to {max(rows)} rows")
+    progress(
+        f"training {NUM_EXPERTS} experts, each on its own {min(rows)} to {max(rows)} rows, their gate, and all jointly"
+    )
     trainer.fit(_told(progress))
-    trained = _modules(trainer)
-    progress("training the gate")
-    gate = train_gate(data, trained, seed=seed)
+    trained, gate = _modules(trainer), layer.gate
     total = sum(parameters(model) for model in (*trained, gate))
     progress(f"training a dense model with as many parameters ({total:,}) on all rows")
     dense = train_dense(data, equal_width(total, data), DENSE, seed=seed)
-    return Trained(trained, trainer.seen_TE, gate, dense)
+    return Trained(trained, trainer.seen_TE, gate.eval(), dense)
 
 
 def train_gate(data: Dataset, experts: Sequence[nn.Module], *, seed: int = 0) -> gates.TopK:

@@ -26,6 +26,7 @@ from ..client.training.options import Passed
 from ..client.training.session import TrainingSession
 from ..client.training.updates import Part
 
+SEEDS = 1 << 62
 METHODS = ("weighted_sum", "mean", "residual")
 
 
@@ -89,11 +90,19 @@ class RemoteMoE(nn.Module):
         if session is not None and (missing := {*self.experts, *self.shared} - set(session.experts)):
             raise ConfigError(f"the session does not train {min(missing)}: open it for all experts of the layer")
         self.load = torch.zeros(len(self.experts), dtype=torch.int64)
+        self._answered: Tensor | None = None
         self._load_since = torch.zeros(len(self.experts), dtype=torch.int64)
         self.routing: Routing | None = None
         self.left_out: Mapping[str, ExpertMeshError] = {}
         self.epoch_versions: Mapping[str, str] = dict(described["versions"])
         self._scores_TE: Tensor | None = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse."""
+        raise TypeError(
+            "a RemoteMoE cannot be copied or pickled: its experts are in a cluster. Keep the state_dict() of the "
+            "module, which has the gate, and make the experts durable with session.save()"
+        )
 
     def extra_repr(self) -> str:
         return f"layer={self.layer!r}, experts={len(self.experts)}, combine={self.combine!r}"
@@ -123,9 +132,10 @@ class RemoteMoE(nn.Module):
         if self.training:
             self._load_since += self.load.cpu()
         parts, weights_N = self._pairs(handle)
-        call = _Call(self._door(), parts)
+        call = _Call(self._door(), parts, self._answered)
         y = _Passes.apply(call, self._anchor(), x, handle.rows_N, weights_N)  # type: ignore[no-untyped-call]
         self.left_out = call.left_out
+        self._answered = y.detach()[:0]
         return self._with_shared(self._finished(y, x, handle, call), x)
 
     @property
@@ -169,7 +179,12 @@ class RemoteMoE(nn.Module):
             raise InvalidRequest("pass both indices and weights, or give the module a gate")
         if not isinstance(self.gate, Gate):
             found = self.gate(features)
-            return found if isinstance(found, Routing) else Routing(*found)
+            if not isinstance(found, Routing):
+                raise ConfigError(
+                    f"the gate returned a {type(found).__name__}, not a Routing of indices and weights: take one of "
+                    "expertmesh.gates, or return expertmesh.gates.Routing(indices, weights)"
+                )
+            return found
         self._scores_TE = self.gate.scores(features)
         return self.gate.select(self._scores_TE)
 
@@ -240,7 +255,9 @@ class _Door:
 class _SessionDoor(_Door):
     def __init__(self, session: TrainingSession, training: bool) -> None:
         self._session, self._training = session, training
-        self._seed, self._step = session.new_seed(), session.step_count + 1
+        drawn = session.new_seed()
+        self._seed = int(torch.randint(SEEDS, ())) if drawn is None else drawn  # as a Dropout here would draw it
+        self._step = session.step_count + 1
 
     def forward(self, parts: list[Part], tensors: dict[str, WireTensor], *, keep: bool, of_rows: bool) -> Passed:
         options = {"training": self._training, "keep": keep, "of_rows": of_rows}
@@ -267,10 +284,11 @@ class _ServingDoor(_Door):
 
 @dataclass
 class _Call:
-    """A call of the module: its parts, and what became of them."""
+    """A call of the module: its parts, and what became of them; `like` has rows like those of an earlier answer."""
 
     door: _Door
     parts: list[Part]
+    like: Tensor | None = None
     differentiated: bool = field(default_factory=torch.is_grad_enabled)
     left_out: dict[str, ExpertMeshError] = field(default_factory=dict)
 
@@ -283,7 +301,8 @@ class _Passes(torch.autograd.Function):
         ctx.call = call
         ctx.save_for_backward(x, index_N, weights_N)
         if not call.parts:
-            return torch.zeros_like(x)
+            like = x if call.like is None else call.like
+            return torch.zeros((len(x), *like.shape[1:]), dtype=like.dtype, device=x.device)
         keep, of_rows = call.differentiated and any(ctx.needs_input_grad), ctx.needs_input_grad[2]
         wired = _wired(rows=x, index=index_N, weights=weights_N)
         passed = call.door.forward(call.parts, wired, keep=keep, of_rows=of_rows)

@@ -81,7 +81,8 @@ def read_data(path: Path, *, label: str = "", held_out: float = 0.2, seed: int =
     """Read a safetensors file with x and y (and held_x and held_y, if they are chosen already), or a CSV file.
 
     A CSV file has a header; `label` names the column of the targets, by default the last one; all others are features,
-    numbers. Targets that are all numbers with a fraction are regressed, others are classes.
+    numbers. Labels that are whole numbers of 0 or more are the classes themselves, and numbers with a fraction are
+    regressed; all others are names of classes, in the order of the alphabet.
 
     Raises NotFound, DataLoss or ConfigError, with file and line.
     """
@@ -114,7 +115,9 @@ def _read_csv(path: Path, label: str, held_out: float, seed: int) -> TrainingDat
                 if len(line) != len(header):
                     raise ConfigError(f"{path}:{lines.line_num}: {len(line)} fields, but the header has {len(header)}")
                 rows.append([_number(path, lines.line_num, header[i], v) for i, v in enumerate(line) if i != at])
-                targets.append(line[at])
+                targets.append(line[at].strip())
+                if not targets[-1]:
+                    raise ConfigError(f"{path}:{lines.line_num}: the label {header[at]!r} is missing")
     except FileNotFoundError:
         raise ConfigError(f"there is no file {str(path)!r}") from None
     except (UnicodeDecodeError, csv.Error, OSError) as error:
@@ -138,7 +141,7 @@ def _number(path: Path, line: int, column: str, text: str) -> float:
 
 
 def _targets(path: Path, texts: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
-    """Classes in the order of their names, or numbers [T, 1] where one has a fraction."""
+    """Classes, by number or in the order of their names, or numbers [T, 1] where one has a fraction."""
     try:
         numbers = [float(text) for text in texts]
     except ValueError:
@@ -146,6 +149,8 @@ def _targets(path: Path, texts: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]
     if numbers and any(not number.is_integer() for number in numbers if math.isfinite(number)):
         return torch.tensor(numbers)[:, None], ()
     names = sorted(set(texts))
+    if len(names) >= 2 and numbers and all(number.is_integer() and number >= 0 for number in numbers):
+        return torch.tensor([int(number) for number in numbers]), ()
     if len(names) < 2:
         raise ConfigError(f"{path}: all rows have the label {names[0]!r}: at least two are needed")
     place = {name: number for number, name in enumerate(names)}

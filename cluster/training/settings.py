@@ -16,6 +16,7 @@ from ..config.yaml_file import read_document, read_trusted
 from .data import TrainingData, read_data
 from .phases import Phase
 from .trainer import PHASES
+from .written import MESH
 
 HOW = (
     "loss", "batch", "subsets", "nearest", "share", "balance", "explore", "dropout", "optimizer", "arguments", "seed",
@@ -80,6 +81,12 @@ def read_train_file(path: Path) -> TrainFile:
                 raise ConfigError(f"`{key}` is missing: name a file, as in `{key}: {file}`")
     document.raise_if_wrong(wrong.found)
     folder = path.absolute().parent
+    if (folder / settings.out / MESH).resolve() == (folder / settings.mesh).resolve():
+        raise ConfigError(
+            f"{path}: `out` is the folder of {settings.mesh}, which the result would replace: name another"
+        )
+    if (folder / settings.out).exists() and not (folder / settings.out).is_dir():
+        raise ConfigError(f"{path}: `out` is {settings.out!r}, which is no folder: name another")
     layers = {layer.name: layer for layer in load_config(folder / settings.mesh, {}, {}).layers}
     name = settings.layer or next(iter(layers))
     if name not in layers or (not settings.layer and len(layers) > 1):

@@ -36,6 +36,21 @@ def loss_of(loss: str | Loss | None, data: TrainingData) -> tuple[Loss, str]:
     return known[name], "accuracy" if name == "cross_entropy" and data.is_classified else "loss"
 
 
+def fitting(loss: Loss) -> Loss:
+    """A loss that says so where answers and targets do not fit together, by ConfigError."""
+
+    def checked(answers: Tensor, targets: Tensor) -> Tensor:
+        try:
+            return loss(answers, targets)
+        except (IndexError, RuntimeError) as error:
+            raise ConfigError(
+                f"answers of {list(answers.shape[1:])} and targets of {list(targets.shape[1:])} do not fit this loss: "
+                f"{error}. Experts need an output for each class"
+            ) from None
+
+    return checked
+
+
 def check_local(layer: Layer) -> None:
     """Check that a layer can be trained in one process: its plain weighted sum alone. Raises ConfigError."""
     usual: dict[str, object] = {"combine": "weighted_sum", "shared": {}, "capacity": None}

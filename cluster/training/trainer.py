@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...experts.errors import ConfigError, DataLoss, FailedPrecondition
-from ...experts.weights.files import tensors_from_bytes, tensors_of, tensors_to_bytes
+from ...experts.weights.files import tensor_digest, tensors_from_bytes, tensors_of, tensors_to_bytes
 from ...router.gates import Gate
 from ...router.gates.linear import LinearGate
 from ...router.mixture.balance import load, load_balance_loss
@@ -31,7 +31,7 @@ from .data import TrainingData
 from .mixture import ClusterMixture, LocalMixture, optimizer_tensors, restore_optimizer
 from .phases import SUBSETS, Pairs, Phase, epoch_batches, should_stop, steps_of
 from .record import EpochResult, Log, Progress, Tell, TrainingReport, results_of, shares_of
-from .start import Loss, aim_gate, check_local, loss_of, subsets_of
+from .start import Loss, aim_gate, check_local, fitting, loss_of, subsets_of
 from .written import write_layer
 
 CHECKPOINT, SESSION = "checkpoint.safetensors", "session"
@@ -89,7 +89,8 @@ class Trainer:
         self.data = data
         self.layer = layer
         self.phases = tuple(phases)
-        self._loss, self._figure = loss_of(loss, data)
+        named, self._figure = loss_of(loss, data)
+        self._loss = fitting(named)
         self._batch, self._balance, self._explore, self._dropout = batch, balance, explore, dropout
         self._seed, self._save_every, self._clock = seed, save_every, clock
         self._folder = None if folder is None else Path(folder)
@@ -114,7 +115,10 @@ class Trainer:
         if connection is None:
             check_local(layer)
         settings = (self.phases, batch, subsets, nearest, share, balance, explore, dropout, optimizer, seed)
-        self._settings = hashlib.sha256(repr((settings, sorted(arguments.items()))).encode()).hexdigest()
+        made_of = (settings, sorted(arguments.items()), loss if isinstance(loss, str) else "", own.name, own.config())
+        experts = "" if connection is not None else repr(sorted(layer.experts.items()))
+        rows = tensor_digest({"x": data.x, "y": data.y, "held_x": data.held_x, "held_y": data.held_y})
+        self._settings = hashlib.sha256(repr((made_of, experts, rows)).encode()).hexdigest()
         self.mixture: LocalMixture | ClusterMixture
         if connection is None:
             self.mixture = self._local(optimizer, arguments)
@@ -287,8 +291,8 @@ class Trainer:
         tensors, metadata = tensors_from_bytes(saved)
         if metadata.get("settings") != self._settings:
             raise ConfigError(
-                "the checkpoint in the folder is of a training with other settings: take another folder, or begin anew "
-                "by removing it"
+                "the checkpoint in the folder is of a training with other settings, rows or experts: take another "
+                "folder, or remove it to begin anew"
             )
         try:
             self.gate.load_state_dict({n.removeprefix("gate."): t for n, t in tensors.items() if n.startswith("gate.")})

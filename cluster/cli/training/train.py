@@ -80,8 +80,10 @@ def train(
         outcome = trainer.publish(client) if publish else None
     if output == "json":
         published = None if outcome is None else {"epoch": outcome.epoch, "versions": outcome.after}
-        print_json(report.as_dict() | {"files": files, "published": published})
+        print_json(report.as_dict() | {"classes": read.data.names, "files": files, "published": published})
         return
+    if read.data.names:
+        click.echo(f"classes, in the order of the outputs: {', '.join(read.data.names)}")
     click.echo(report.table())
     click.echo(f"held-out {report.figure}: {report.before:.4f} before, {report.after:.4f} after")
     if files:

@@ -60,7 +60,6 @@ class TrainingSession:
         self._pending: dict[str, Any] | None = None
         self._loading: dict[str, bytes] | None = None
         self._lock = threading.RLock()
-        self._seeds = random.Random()
         self._drawn = (0, 0)
 
     def __repr__(self) -> str:
@@ -103,10 +102,10 @@ class TrainingSession:
         """The learning rate of the next step."""
         return self._options.lr * self._options.schedule(self.step_count)
 
-    def new_seed(self) -> int:
-        """A seed for a forward pass and its backward pass; with a seed of the session, the same one after a resume."""
+    def new_seed(self) -> int | None:
+        """A seed for a forward pass and its backward pass, the same after a resume; None without one of the session."""
         if self._options.seed is None:
-            return self._seeds.randrange(SEEDS)
+            return None
         if self._drawn[0] != self.step_count:
             self._drawn = (self.step_count, 0)
         self._drawn = (self.step_count, self._drawn[1] + 1)

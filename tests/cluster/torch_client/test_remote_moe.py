@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -173,6 +174,22 @@ def test_the_callers_own_routing(double: Trained) -> None:
     (gradient,) = torch.autograd.grad(y.sum(), weights)
     assert torch.allclose(gradient[0], experts[0](x[0]).sum().expand(2))
     assert gradient[1, 1] == 0
+
+
+def test_rows_without_an_expert_are_zero_rows_of_the_answers(double: Trained) -> None:
+    moe = RemoteMoE(double.client, "l")
+    moe(rows(1, 2, TWICE), indices=torch.zeros(2, 1, dtype=torch.int64), weights=torch.ones(2, 1))
+    y = moe(rows(1, 3, TWICE).int(), indices=torch.full((3, 1), -1), weights=torch.ones(3, 1))
+    assert torch.equal(y, torch.zeros(3, OUT, dtype=TWICE))
+
+
+def test_a_module_whose_experts_are_elsewhere_is_not_copied(double: Trained) -> None:
+    moe = RemoteMoE(double.client, "l", gate=GATES["top_k"]())
+    with pytest.raises(TypeError, match="its experts are in a cluster"):
+        copy.deepcopy(moe)
+    assert set(moe.state_dict()) == {"gate.weight"}
+    with pytest.raises(ConfigError, match="not a Routing"):
+        RemoteMoE(double.client, "l", gate=nn.Linear(WIDTH, 4).double())(rows(1, 2, TWICE))
 
 
 def test_a_batch_without_rows(double: Trained) -> None:

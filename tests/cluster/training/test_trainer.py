@@ -171,6 +171,16 @@ def test_a_cluster_is_trained_stopped_resumed_and_published(tmp_path: Path) -> N
         assert running.client.training_sessions() == []
 
 
+def test_a_checkpoint_is_of_its_rows_and_its_gate(tmp_path: Path) -> None:
+    Trainer(layer(), classes(), phases=SHORT[:1], batch=32, folder=tmp_path).fit()
+    for data, gate in ((classes(200), None), (classes(), gates.TopK(WIDTH, 3, k=1, bias=True))):
+        with pytest.raises(ConfigError, match="other settings, rows or experts"):
+            Trainer(layer(gate), data, phases=SHORT[:1], batch=32, folder=tmp_path)
+    few = TrainingData(*(torch.tensor(part) for part in ([[0.0] * WIDTH] * 4, [0, 1, 2, 7], [[0.0] * WIDTH], [0])))
+    with pytest.raises(ConfigError, match="an output for each class"):
+        Trainer(layer(), few, phases=SHORT[:1], subsets="all").fit()
+
+
 def test_a_loss_that_is_not_finite_ends_it_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     data = classes()
 
@@ -244,6 +254,7 @@ def test_bad_input_is_told(tmp_path: Path) -> None:
         ("a,b\n1,x\n2\n", "t.csv:3: 1 fields, but the header has 2"),
         ("a,b\n1,x\nz,y\n", "t.csv:3: a is 'z', not a number"),
         ("a,b\n1,x\nnan,y\n", "t.csv:3: a is 'nan', not a finite number"),
+        ("a,b\n1,x\n2, \n", "t.csv:3: the label 'b' is missing"),
         ("a,b\n1,x\n2,x\n", "all rows have the label 'x'"),
     ],
 )
@@ -261,6 +272,9 @@ def test_tables_and_tensors_are_read(tmp_path: Path) -> None:
     assert (data.names, data.x.shape, data.is_classified) == (("blue", "red"), (2, 2), True)
     with pytest.raises(ConfigError, match="no column 'color'; the columns are kind, a, b"):
         read_data(path, label="color")
+    path.write_text("a,n\n1,10\n2,2\n3, 1 \n4,0\n")
+    data = read_data(path, held_out=0.25)
+    assert sorted([*data.y.tolist(), *data.held_y.tolist()]) == [0, 1, 2, 10]
     path.write_text("a,y\n1,0.5\n2,1.5\n3,2\n")
     assert not read_data(path).is_classified
     path.write_bytes(b"a,b\n1,\xff\n")

@@ -101,6 +101,8 @@ def test_it_trains_in_a_cluster_and_publishes(folder: Path) -> None:
         (TRAIN.replace("kind: joint", "kid: joint"), "train.yaml:7: a phase has no key 'kid'"),
         (TRAIN.replace("mesh.yaml", "none.yaml"), "there is no file"),
         (TRAIN.replace("rows.safetensors", "rows.csv"), "there is no file"),
+        (f"{TRAIN}out: .\n", "which the result would replace"),
+        (f"{TRAIN}out: mesh.yaml\n", "which is no folder"),
         (f"{TRAIN}layer: m\n", "set `layer` to one of l"),
     ],
 )
