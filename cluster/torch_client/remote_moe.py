@@ -94,7 +94,6 @@ class RemoteMoE(nn.Module):
         self._load_since = torch.zeros(len(self.experts), dtype=torch.int64)
         self.routing: Routing | None = None
         self.left_out: Mapping[str, ExpertMeshError] = {}
-        self.epoch_versions: Mapping[str, str] = dict(described["versions"])
         self._scores_TE: Tensor | None = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:

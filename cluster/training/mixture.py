@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +30,7 @@ Write = Callable[[bytes], None]
 class Mixture(Protocol):
     """What a trainer asks of experts: their weighted answers, with gradients, and steps."""
 
-    names: Sequence[str]
+    names: tuple[str, ...]
 
     def __call__(self, x: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' answers, [T, ...]; a choice of -1 is none."""

@@ -28,7 +28,7 @@ from ..machine.durable_files import write_private_bytes
 from ..rpc.swaps import SwapOutcome
 from ..torch_client.remote_moe import RemoteMoE
 from .data import TrainingData
-from .mixture import ClusterMixture, LocalMixture, optimizer_tensors, restore_optimizer
+from .mixture import ClusterMixture, LocalMixture, Mixture, optimizer_tensors, restore_optimizer
 from .phases import SUBSETS, Pairs, Phase, epoch_batches, should_stop, steps_of
 from .record import EpochResult, Log, Progress, Tell, TrainingReport, results_of, shares_of
 from .start import Loss, aim_gate, check_local, fitting, loss_of, subsets_of
@@ -119,7 +119,7 @@ class Trainer:
         experts = "" if connection is not None else repr(sorted(layer.experts.items()))
         rows = tensor_digest({"x": data.x, "y": data.y, "held_x": data.held_x, "held_y": data.held_y})
         self._settings = hashlib.sha256(repr((made_of, experts, rows)).encode()).hexdigest()
-        self.mixture: LocalMixture | ClusterMixture
+        self.mixture: Mixture
         if connection is None:
             self.mixture = self._local(optimizer, arguments)
         else:

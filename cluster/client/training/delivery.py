@@ -15,6 +15,7 @@ from ....experts.errors import (
     Unavailable,
     VersionGone,
 )
+from ....experts.training.ledger import OTHER_PASSES
 from ....experts.wire import Frame, WireTensor
 from ...rpc.swaps import SwapOutcome
 from ...rpc.training import error_of
@@ -23,9 +24,6 @@ from .updates import Part, Updates
 
 LEFT_OUT = (Unavailable, DeadlineExceeded, ExpertFailed, VersionGone)
 """What an expert that does not answer fails with."""
-
-OTHER_PASSES = -1
-"""In the place of a number of passes: an expert has some that are not those of this session."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 ROUTER_SECONDS = 60.0

@@ -11,7 +11,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-from ....experts.errors import DataLoss, ExpertMeshError, FailedPrecondition, InvalidRequest, NotFound, Unavailable
+from ....experts.errors import DataLoss, FailedPrecondition, InvalidRequest, NotFound, Unavailable
 from ....experts.wire import WireTensor
 from ...rpc.swaps import SwapOutcome
 from ...rpc.training import error_of
@@ -212,19 +212,7 @@ class TrainingSession:
         parts = [(id, "", chains[id], 0, passes) for id, passes in self._passes.items()]
         _, errors = self._delivery.ask(meta, parts, {})
         updated = tuple(id for id, passes in self._passes.items() if passes and id not in errors)
-        return self._applied(step, meta, {}, parts, updated, errors, pending)
-
-    def _applied(
-        self,
-        step: int,
-        meta: dict[str, Any],
-        tensors: dict[str, WireTensor],
-        parts: Sequence[Part],
-        updated: tuple[str, ...],
-        errors: Mapping[str, ExpertMeshError],
-        pending: Mapping[str, Any],
-    ) -> StepResult:
-        self._delivery.updates.add(step, (meta, tensors), parts, closes=True)
+        self._delivery.updates.add(step, (meta, {}), parts, closes=True)
         self._passes = dict.fromkeys(self.experts, 0)
         self._delivery.applied, self._pending, self._accumulated = step, None, 0
         if not errors:

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ....experts.training.ledger import chain
+
 Message = tuple[dict[str, Any], dict[str, Any]]
 """The fields of a request, without its parts, and its tensors by name."""
-
-CHAIN, MOST = 1_000_003, 1 << 62
 
 Part = tuple[str, str, int, int, int]
 """(expert, version, start, stop, number)."""
@@ -58,15 +58,14 @@ class Updates:
 
     def passes(self, expert: str, step: int) -> int:
         """How many backward passes of a step an expert has, by what is kept."""
-        return sum(1 for update in self._kept if update.step == step and not update.closes and expert in update.parts)
+        return len(self._passes_of(expert, step))
 
     def chain(self, expert: str, step: int) -> int:
-        """The chain of the seeds of these passes, as `experts/training/ledger.py` has it."""
-        value = 0
-        for update in self._kept:
-            if update.step == step and not update.closes and expert in update.parts:
-                value = (value * CHAIN ^ (update.message[0]["seed"] + 1)) % MOST
-        return value
+        """The chain of the seeds of these passes, by which the expert tells that it has the same ones."""
+        return chain(update.message[0]["seed"] for update in self._passes_of(expert, step))
+
+    def _passes_of(self, expert: str, step: int) -> list[Update]:
+        return [update for update in self._kept if update.step == step and not update.closes and expert in update.parts]
 
     def forget_passes(self, step: int) -> None:
         """Drop the backward passes of a step that is not made."""
