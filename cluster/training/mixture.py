@@ -17,6 +17,7 @@ from ...experts.construct.factory import build
 from ...experts.errors import ConfigError, DataLoss
 from ...experts.spec import Expert
 from ...experts.training.optimizer import build_optimizer
+from ...experts.training.optimizer_state import restore, state_of
 from ...experts.weights.files import tensors_from_bytes, tensors_of, tensors_to_bytes
 from ...router.gates.routing import Routing
 from ...router.mixture.dispatch import dispatch
@@ -110,10 +111,13 @@ class LocalMixture:
 
     def save(self, caller: bytes) -> None:
         """Write the checkpoint."""
-        tensors, plain = ({}, {}) if self._optimizer is None else optimizer_tensors(self._optimizer)
+        tensors, document = ({}, {}) if self._optimizer is None else state_of(self._optimizer)
         tensors |= {f"experts.{name}": tensor for name, tensor in tensors_of(self.experts).items()}
         self._write(
-            tensors_to_bytes({**tensors, "caller": torch.frombuffer(bytearray(caller), dtype=torch.uint8)}, plain)
+            tensors_to_bytes(
+                {**tensors, "caller": torch.frombuffer(bytearray(caller), dtype=torch.uint8)},
+                {"optimizer": json.dumps(document)},
+            )
         )
 
     def restore(self, saved: bytes) -> bytes:
@@ -123,9 +127,9 @@ class LocalMixture:
             own = {name.removeprefix("experts."): t for name, t in tensors.items() if name.startswith("experts.")}
             self.experts.load_state_dict(own)
             if self._optimizer is not None:
-                restore_optimizer(self._optimizer, tensors, metadata)
+                restore(self._optimizer, tensors, json.loads(metadata["optimizer"]))
             return bytes(tensors["caller"].numpy())
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise DataLoss(f"the checkpoint is of other experts, or damaged: {error}") from None
 
 
@@ -157,33 +161,3 @@ class ClusterMixture:
     def save(self, caller: bytes) -> None:
         """Make the last step durable."""
         self._session.save(caller)
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state of an optimizer as tensors and text."""
-    state = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {}
-    for index, entry in state["state"].items():
-        for key, value in entry.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{key}"] = value
-            else:
-                plain[f"{index}.{key}"] = value
-    return tensors, {"optimizer": json.dumps({"plain": plain, "groups": state["param_groups"]})}
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> None:
-    """Put a state that `optimizer_tensors` returned back. Raises KeyError or ValueError."""
-    document = json.loads(metadata["optimizer"])
-    state: dict[int, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = tensor
-    for name, value in document["plain"].items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": document["groups"]})

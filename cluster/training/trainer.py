@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...experts.errors import ConfigError, DataLoss, FailedPrecondition
+from ...experts.training.optimizer_state import restore, state_of
 from ...experts.weights.files import tensor_digest, tensors_from_bytes, tensors_of, tensors_to_bytes
 from ...router.gates import Gate
 from ...router.gates.linear import LinearGate
@@ -28,7 +29,7 @@ from ..machine.durable_files import write_private_bytes
 from ..rpc.swaps import SwapOutcome
 from ..torch_client.remote_moe import RemoteMoE
 from .data import TrainingData
-from .mixture import ClusterMixture, LocalMixture, Mixture, optimizer_tensors, restore_optimizer
+from .mixture import ClusterMixture, LocalMixture, Mixture
 from .phases import SUBSETS, Pairs, Phase, epoch_batches, should_stop, steps_of
 from .record import EpochResult, Log, Progress, Tell, TrainingReport, results_of, shares_of
 from .start import Loss, aim_gate, check_local, fitting, loss_of, subsets_of
@@ -282,9 +283,9 @@ class Trainer:
             "history": json.dumps([asdict(result) for result in self._history]),
         }
         if self._gate_optimizer is not None:
-            moments, text = optimizer_tensors(self._gate_optimizer)
+            moments, document = state_of(self._gate_optimizer)
             tensors |= moments
-            plain |= text
+            plain["optimizer"] = json.dumps(document)
         self.mixture.save(tensors_to_bytes(tensors, plain))
 
     def _restore(self, saved: bytes) -> None:
@@ -297,7 +298,7 @@ class Trainer:
         try:
             self.gate.load_state_dict({n.removeprefix("gate."): t for n, t in tensors.items() if n.startswith("gate.")})
             if self._gate_optimizer is not None:
-                restore_optimizer(self._gate_optimizer, tensors, metadata)
+                restore(self._gate_optimizer, tensors, json.loads(metadata["optimizer"]))
             number, epoch = json.loads(metadata["at"])
             self._history = results_of(metadata["history"])
         except (KeyError, ValueError, RuntimeError, TypeError) as error:

@@ -18,9 +18,10 @@ from ..errors import ConfigError, DataLoss, FailedPrecondition, SpecMismatch
 from ..weights.files import check_fit, load_into, tensors_from_bytes, tensors_of, tensors_to_bytes
 from .ledger import Ledger
 from .optimizer import build_optimizer
+from .optimizer_state import restore, state_of
 from .passes import Gradients, Graph, forward, gradients_of, graph_of
 
-WEIGHTS, MOMENTS, LEDGER = "weights.", "optimizer.", "ledger"
+WEIGHTS, LEDGER = "weights.", "ledger"
 
 
 @dataclass(frozen=True)
@@ -215,16 +216,8 @@ class Candidate:
         tensors = {f"{WEIGHTS}{name}": tensor for name, tensor in tensors_of(self.module).items()}
         document: dict[str, Any] = {"ledger": self.ledger.document()}
         if self._optimizer is not None:
-            state = self._optimizer.state_dict()
-            plain: dict[str, dict[str, Any]] = {}
-            for index, entry in state["state"].items():
-                plain[str(index)] = {}
-                for key, value in entry.items():
-                    if isinstance(value, Tensor):
-                        tensors[f"{MOMENTS}{index}.{key}"] = value
-                    else:
-                        plain[str(index)][key] = value
-            document["optimizer"] = {"plain": plain, "groups": state["param_groups"]}
+            moments, document["optimizer"] = state_of(self._optimizer)
+            tensors |= moments
         return tensors_to_bytes(tensors, {LEDGER: json.dumps(document)})
 
     def restore(self, state: bytes) -> None:
@@ -234,17 +227,13 @@ class Candidate:
             document = json.loads(metadata[LEDGER])
             ledger = Ledger.of(document["ledger"])
             saved = document.get("optimizer")
-            moments = {} if saved is None else _moments(saved["plain"], tensors)
-            groups = None if saved is None else saved["groups"]
+            if self._optimizer is not None and saved is not None:
+                restore(self._optimizer, tensors, saved)
         except (KeyError, ValueError, TypeError) as error:
             raise DataLoss(f"the saved state of a candidate cannot be read: {error}") from None
         weights = {n.removeprefix(WEIGHTS): t for n, t in tensors.items() if n.startswith(WEIGHTS)}
         with torch.no_grad():
             load_into(self.module, weights, "the saved state")
-        if self._optimizer is not None and groups is not None:
-            self._optimizer.load_state_dict({"state": {}, "param_groups": groups})
-            for index, entry in moments.items():  # as they were: load_state_dict would cast some of them
-                self._optimizer.state[self._parameters[index]] = entry
         self._begin_step()
         self.ledger = ledger
 
@@ -287,12 +276,3 @@ def _buffers_of(module: nn.Module) -> Buffers:
 def _put_back(module: nn.Module, buffers: Buffers) -> None:
     for (path, name), buffer in buffers.items():  # by name: a module may have put another tensor in the place of one
         module.get_submodule(path)._buffers[name] = buffer.clone()
-
-
-def _moments(plain: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Any]]:
-    state: dict[int, dict[str, Any]] = {int(index): dict(entry) for index, entry in plain.items()}
-    for name, tensor in tensors.items():
-        if name.startswith(MOMENTS):
-            index, _, key = name.removeprefix(MOMENTS).partition(".")
-            state.setdefault(int(index), {})[key] = tensor
-    return state
