@@ -101,6 +101,7 @@ class BlockingMethods:
         durable_every: int | None = 100,
         on_missing: str = "error",
         patience: float | None = None,
+        replicas: str = "first",
         seed: int | None = None,
         resume: str | None = None,
         **arguments: Any,
@@ -115,8 +116,10 @@ class BlockingMethods:
 
         Every `durable_every` steps the session survives the loss of every process (None: when you `save`); what was
         learned since is repeated to an expert that is lost and comes back. `on_missing` "leave_out" lets training go on
-        without an expert that has not answered for `patience` seconds, "error" raises its error. `seed` makes dropout
-        reproducible. `resume` is the id of a session to go on with at its durable step, with its own optimizer.
+        without an expert that has not answered for `patience` seconds, "error" raises its error. `replicas` says who
+        computes: the "first" replica of each expert, or "all" that there are now, each a slice of the rows, whose
+        gradients are added up before the update. `seed` makes dropout reproducible. `resume` is the id of a session to
+        go on with at its durable step, with its own optimizer.
 
         An expert has one session: another one that wants it is refused, and told who has it. Needs the role operator.
 
@@ -140,7 +143,8 @@ class BlockingMethods:
             saved = bytes(frame.tensors["caller"].data) if "caller" in frame.tensors else None
             return TrainingSession(self, frame.meta, options, saved)
         meta: dict[str, Any] = {"op": "open", "layer": layer, "optimizer": optimizer, "arguments": arguments}
-        meta |= {"holder": holder(), "session": uuid.uuid4().hex}  # drawn here: a retry opens the same one
+        meta |= {"holder": holder(), "replicas": replicas}
+        meta["session"] = uuid.uuid4().hex  # drawn here: a retry opens the same one
         if experts is not None:
             meta["experts"] = list(experts)
         frame = self._training("Train", meta, {}, OPEN_SECONDS)

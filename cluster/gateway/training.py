@@ -8,37 +8,31 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from typing import Any
 
 from torch import Tensor
 
 from ...experts.errors import (
     DataLoss,
-    ExpertMeshError,
     Fenced,
     InvalidRequest,
-    NotFound,
     PermissionDenied,
     RouterUnavailable,
-    VersionGone,
 )
-from ...experts.protocol import TrainReply, from_mapping
+from ...experts.protocol import from_mapping
 from ...experts.tensors import from_wire
 from ...experts.training.desk import as_tensor
 from ...experts.wire import Frame
-from ...router.fanout.replica_view import READY, Replica
 from ...router.request.forward import Router
-from ...router.training.exchange import Exchange, Part
-from ...router.training.passes import Share, all_failed, outputs_of, split, weighted_sum
 from ..rpc.documents import NAME, to_tensor
 from ..rpc.methods import Role
-from ..rpc.training import OPEN_TO_READERS, TrainAsked
+from ..rpc.training import OPEN_TO_READERS, REPLICAS, TrainAsked
 from ..state.training_sessions import SessionRecord, TrainingSessions
 from .authorise import Caller
-from .training_requests import Outcome, added, check_pass, frame_of, layer_frame, needed, parts_of, raise_first
+from .training_passes import TrainingPasses
+from .training_replicas import TrainingReplicas
+from .training_requests import Outcome, frame_of, layer_frame, parts_of, raise_first
 
 MOST_HOLDER = 200
 ATTACHED = "attached "
@@ -65,7 +59,8 @@ class TrainMethods:
         self._attached = attached
         self._is_token = is_token
         self._sessions = sessions
-        self._exchange = Exchange(router.transport, router.view)
+        self._replicas = TrainingReplicas(router, sessions)
+        self._passes = TrainingPasses(router, self._replicas)
 
     async def answer(self, frame: Frame, caller: Caller, of_session: bool, timeout: float) -> Frame:
         """Answer one request, of a session or not, within `timeout` seconds. Raises an ExpertMeshError."""
@@ -91,7 +86,7 @@ class TrainMethods:
             return await self._close(asked, caller, timeout)
         record = self._record(asked, caller) if asked.session else None
         if asked.op in ("forward", "backward"):
-            return await self._pass(asked, tensors, record, timeout)
+            return await self._passes.answer(asked, tensors, record, timeout)
         if record is None:
             raise InvalidRequest(f"{asked.op[:64]} needs a session")
         return await self._of_session(asked, tensors, record, timeout)
@@ -117,10 +112,10 @@ class TrainMethods:
             raise InvalidRequest(f"{asked.op} are of one expert at a time")
         own = {"data": tensors["data"]} if asked.op in ("check", "load") and "data" in tensors else {}
         meta = {
-            "op": asked.op, "session": record.id, "step": asked.step, "lr": asked.lr, "scale": asked.scale,
+            "op": asked.op, "step": asked.step, "lr": asked.lr, "scale": asked.scale,
             "durable": asked.durable,
         }  # fmt: skip
-        outcomes, found = await self._each(record, meta, parts, own, timeout)
+        outcomes, found = await self._replicas.each(record, meta, parts, own, timeout)
         return frame_of({"outcomes": outcomes}, found)
 
     async def _list(self) -> Frame:
@@ -133,6 +128,8 @@ class TrainMethods:
 
     async def _open(self, asked: TrainAsked, caller: Caller, timeout: float) -> Frame:
         layer, epoch = self._router.layer(asked.layer), self._router.epochs.current
+        if asked.replicas not in REPLICAS:
+            raise InvalidRequest(f"replicas must be one of {', '.join(REPLICAS)}, not {asked.replicas[:64]!r}")
         chosen = asked.experts or list(layer.everyone_by_id)
         if unknown := sorted(set(chosen) - layer.everyone_by_id.keys()):
             raise InvalidRequest(f"{unknown[0]!r} is no expert of layer {layer.name}")
@@ -145,6 +142,7 @@ class TrainMethods:
             opened_at=time.time(),
             optimizer=asked.optimizer,
             arguments=asked.arguments,
+            slices={id: len(self._router.view.ready(id)) for id in chosen} if asked.replicas == "all" else {},
         )
         store = self._store()
         await asyncio.to_thread(store.add, record)
@@ -156,13 +154,14 @@ class TrainMethods:
                 raise_first(saved.meta["outcomes"])
         except BaseException:
             await asyncio.to_thread(store.remove, record.id)
-            await self._drop(record, timeout)
+            await self._replicas.drop(record, timeout)
             raise
         return frame_of(asdict(store.get(record.id)))
 
     async def _open_all(self, record: SessionRecord, timeout: float, *, fresh: bool = False) -> list[Outcome]:
         parts = [(id, version, 0, 0, 0) for id, version in record.experts.items()]
-        return list(await asyncio.gather(*(self._opened(record, part, timeout, fresh=fresh) for part in parts)))
+        opening = (self._replicas.opened(record, part, timeout, fresh=fresh) for part in parts)
+        return list(await asyncio.gather(*opening))
 
     async def _close(self, asked: TrainAsked, caller: Caller, timeout: float) -> Frame:
         """End a session; an admin ends one whose record is damaged, too."""
@@ -174,16 +173,16 @@ class TrainMethods:
                 raise
         await asyncio.to_thread(store.remove, asked.session)
         if record is not None:
-            await self._drop(record, timeout)
+            await self._replicas.drop(record, timeout)
         return frame_of({})
 
     async def _save(
         self, asked: TrainAsked, tensors: Mapping[str, Tensor], record: SessionRecord, timeout: float
     ) -> Frame:
         """Save a step of all experts; none is saved where one is not there yet."""
-        meta = {"op": "state", "session": record.id, "step": asked.step + 1, "durable": asked.durable}
+        meta = {"op": "state", "step": asked.step + 1, "durable": asked.durable}
         parts = [(id, version, 0, 0, 0) for id, version in record.experts.items()]
-        answers = await asyncio.gather(*(self._each(record, meta, [part], {}, timeout) for part in parts))
+        answers = await asyncio.gather(*(self._replicas.each(record, meta, [part], {}, timeout) for part in parts))
         states: dict[str, bytes] = {}
         for part, (outcomes, found) in zip(parts, answers, strict=True):
             if "ok" not in outcomes[0]:
@@ -192,174 +191,6 @@ class TrainMethods:
         caller = bytes(tensors["caller"].numpy()) if "caller" in tensors else None
         durable = await asyncio.to_thread(self._store().save, record.id, asked.step, states, caller)
         return frame_of({"outcomes": [{"ok": True}], "expert": "", "durable": durable})
-
-    async def _pass(
-        self, asked: TrainAsked, tensors: Mapping[str, Tensor], record: SessionRecord | None, timeout: float
-    ) -> Frame:
-        """A forward or backward pass. Without a session it is computed by versions that serve, named or current."""
-        epoch = None
-        if record is None:
-            layer, epoch = self._router.layer(asked.layer), self._router.epochs.current
-            current = {id: epoch.versions[id] for id in layer.everyone_by_id}
-            parts = parts_of(asked, None, current)
-            kept = {(id, version) for known in self._router.epochs.known() for id, version in known.versions.items()}
-            if gone := [part for part in parts if (part[0], part[1]) not in kept]:
-                raise VersionGone(f"{gone[0][0]} {gone[0][1][:64]} is of no epoch that is kept: call forward again")
-        else:
-            parts = parts_of(asked, record, None)
-        rows_T, index_N = needed(tensors, "rows"), needed(tensors, "index")
-        weights_N, gradients_T = tensors.get("weights"), None
-        check_pass(parts, rows_T, index_N, weights_N)
-        if asked.op == "backward":
-            gradients_T = needed(tensors, "gradients")
-            if gradients_T.shape[:1] != rows_T.shape[:1]:
-                raise InvalidRequest(
-                    f"there are gradients for {list(gradients_T.shape[:1])} rows, but {list(rows_T.shape[:1])} rows"
-                )
-        meta: dict[str, Any] = {"op": asked.op, "step": asked.step, "seed": asked.seed, "durable": asked.durable}
-        meta |= {"training": asked.training, "keep": asked.keep, "of_rows": asked.of_rows}
-        if record is not None:
-            meta["session"] = record.id
-
-        def share_of(positions: Sequence[int]) -> Share:
-            return split(parts, positions, rows_T, index_N, gradients_T, weights_N)
-
-        name = record.layer if record is not None else asked.layer
-        with self._router.admission.admit(name, len(index_N)):
-            outcomes, answered = await self._shared(record, meta, parts, share_of, timeout)
-        told: dict[str, Any] = {"outcomes": [outcomes[at] for at in range(len(parts))]}
-        if epoch is not None:
-            told |= {"epoch": epoch.number, "versions": {part[0]: part[1] for part in parts}}
-        if asked.op == "forward":
-            outputs = {at: out for share, reply in answered for at, out in outputs_of(share, reply).items()}
-            summed = weighted_sum(parts, outputs, index_N, weights_N, len(rows_T)) if outputs else None
-            return frame_of(told, {} if summed is None else {"outputs": summed})
-        return frame_of(told, added(answered, rows_T, index_N))
-
-    async def _shared(
-        self,
-        record: SessionRecord | None,
-        meta: Mapping[str, Any],
-        parts: Sequence[Part],
-        share_of: Callable[[Sequence[int]], Share],
-        timeout: float,
-    ) -> tuple[dict[int, Outcome], list[tuple[Share, TrainReply]]]:
-        """Have each replica compute its share; the outcomes by position, and the answers in the order of the parts."""
-        outcomes, replicas = self._located(record, parts)
-
-        async def one(replica: Replica, positions: Sequence[int]) -> tuple[Share, TrainReply]:
-            share = share_of(positions)
-
-            def send() -> Awaitable[TrainReply]:
-                return self._exchange.ask(replica, meta, share.parts, share.tensors, timeout)
-
-            return share, await self._replied(record, replica, [parts[at] for at in positions], send, timeout)
-
-        answered = list(await asyncio.gather(*(one(*found) for found in replicas)))
-        for share, reply in answered:
-            outcomes.update(zip(share.positions, map(dict, reply.outcomes), strict=True))
-        return outcomes, answered
-
-    async def _each(
-        self,
-        record: SessionRecord,
-        meta: Mapping[str, Any],
-        parts: Sequence[Part],
-        tensors: Mapping[str, Tensor],
-        timeout: float,
-    ) -> tuple[list[Outcome], dict[str, Tensor]]:
-        """Have the replicas carry out an operation without rows, on each part."""
-        outcomes, replicas = self._located(record, parts)
-        found: dict[str, Tensor] = {}
-
-        async def one(replica: Replica, positions: Sequence[int]) -> None:
-            own = [parts[at] for at in positions]
-
-            def send() -> Awaitable[TrainReply]:
-                return self._exchange.ask(replica, meta, own, tensors, timeout)
-
-            reply = await self._replied(record, replica, own, send, timeout)
-            outcomes.update(zip(positions, map(dict, reply.outcomes), strict=True))
-            found.update(reply.tensors)
-
-        await asyncio.gather(*(one(*located) for located in replicas))
-        return [outcomes[at] for at in range(len(parts))], found
-
-    def _located(
-        self, record: SessionRecord | None, parts: Sequence[Part]
-    ) -> tuple[dict[int, Outcome], list[tuple[Replica, list[int]]]]:
-        """The replica of each part, and the outcomes of those that have none now."""
-        outcomes: dict[int, Outcome] = {}
-        served = {id for layer in self._router.epochs.current.layers.values() for id in layer.everyone_by_id}
-        by_replica: dict[str, tuple[Replica, list[int]]] = {}
-        for at, (expert, version, *_) in enumerate(parts):
-            try:
-                if record is not None and expert not in served:
-                    raise NotFound(f"{expert} is in no layer any more: end the session, or add the expert again")
-                view = self._router.view
-                replica = view.choose([(expert, version)]) if record is None else view.first(expert)
-            except ExpertMeshError as error:
-                outcomes[at] = {"error": type(error).__name__, "message": error.message}
-                continue
-            by_replica.setdefault(replica.id, (replica, []))[1].append(at)
-        return outcomes, list(by_replica.values())
-
-    async def _replied(
-        self,
-        record: SessionRecord | None,
-        replica: Replica,
-        parts: Sequence[Part],
-        send: Callable[[], Awaitable[TrainReply]],
-        timeout: float,
-    ) -> TrainReply:
-        """What a replica answers, after candidates that it lacks were opened there; a lost message fails its parts."""
-        try:
-            reply = await send()
-            absent = [part for part, outcome in zip(parts, reply.outcomes, strict=True) if "absent" in outcome]
-            if not absent or record is None:
-                return reply
-            opened = await asyncio.gather(*(self._opened(record, part, timeout, replica=replica) for part in absent))
-            if all("ok" in outcome for outcome in opened):
-                reply = await send()
-            by_expert = dict(zip((part[0] for part in absent), opened, strict=True))
-            told = [
-                _lost(part, by_expert) if "absent" in outcome else dict(outcome)
-                for part, outcome in zip(parts, reply.outcomes, strict=True)
-            ]
-            return replace(reply, outcomes=tuple(told))
-        except ExpertMeshError as error:
-            return TrainReply("", all_failed(len(parts), type(error).__name__, error.message))
-
-    async def _opened(
-        self,
-        record: SessionRecord,
-        part: Part,
-        timeout: float,
-        *,
-        fresh: bool = False,
-        replica: Replica | None = None,
-    ) -> Outcome:
-        """Open a candidate at a replica, by default the first: at the durable step, or `fresh` from what serves."""
-        meta = {
-            "op": "open", "session": record.id, "optimizer": record.optimizer, "arguments": record.arguments,
-        }  # fmt: skip
-        try:
-            state = None if fresh else await asyncio.to_thread(self._store().state, record, part[0])
-            tensors = {} if state is None else {"data": as_tensor(state)}
-            where = self._router.view.first(part[0]) if replica is None else replica
-            own = (part[0], record.experts[part[0]], 0, 0, 0)
-            reply = await self._exchange.ask(where, meta, [own], tensors, timeout)
-        except ExpertMeshError as error:
-            return {"error": type(error).__name__, "message": error.message}
-        return dict(reply.outcomes[0])
-
-    async def _drop(self, record: SessionRecord, timeout: float) -> None:
-        """Drop the candidates of a session wherever they may be; those out of reach go with the next session."""
-        for replica in self._router.view.replicas():
-            own = [(id, "", 0, 0, 0) for id in record.experts if id in replica.experts]
-            if own and replica.state == READY:
-                with suppress(ExpertMeshError):
-                    await self._exchange.ask(replica, {"op": "close", "session": record.id}, own, {}, timeout)
 
     def _record(self, asked: TrainAsked, caller: Caller) -> SessionRecord:
         """The record of the session that a caller asks for. Raises NotFound, PermissionDenied or Fenced."""
@@ -382,9 +213,3 @@ class TrainMethods:
         if self._sessions is None:
             raise RouterUnavailable("this router is not where the cluster's state is: ask another one")
         return self._sessions
-
-
-def _lost(part: Part, opened: Mapping[str, Outcome]) -> Outcome:
-    outcome = opened[part[0]]
-    lost = {"error": "Unavailable", "message": f"{part[0]}: its replica was replaced meanwhile; retry"}
-    return outcome if "error" in outcome else lost

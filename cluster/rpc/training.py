@@ -5,7 +5,7 @@ A frame of kind "train" carries the fields of `TrainAsked`, and tensors by name:
     versions                                       the versions of a layer that serve, and its epoch
     forward    rows [T, ...], index [N], weights?  outputs [T, ...] = sum of w * f(x) over the parts that answered
     backward   ... and gradients [T, ...]          gradients: rows [T, ...], weights [N]
-    open                                           a session, on copies of what serves; step 0 is durable
+    open       replicas                            a session, on copies of what serves; step 0 is durable
     resume     caller?                             a session again, at its durable step, with what its caller saved
     sessions                                       all sessions
     forget, update, check, load,
@@ -28,6 +28,9 @@ from typing import Any
 
 from ...experts import errors
 from ...experts.errors import ExpertFailed, ExpertMeshError
+
+REPLICAS = ("first", "all")
+"""Which replicas of an expert compute its training."""
 
 OPEN_TO_READERS = ("versions", "forward", "backward")
 """The operations that a reader may ask for, without a session."""
@@ -56,6 +59,7 @@ class TrainAsked:
     optimizer: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     holder: str = ""
+    replicas: str = "first"
 
 
 def error_of(outcome: Mapping[str, Any]) -> ExpertMeshError:

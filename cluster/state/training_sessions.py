@@ -42,7 +42,8 @@ class SessionRecord:
 
     `holder` says to people who has it; `owner` is the id of the token that opened it. `durable` is its last durable
     step, whose states are in `folder`; `opened_at` is in seconds since 1970. `generation` counts who has taken it up:
-    the last one has it. `publishing` is the id of a swap whose outcome has not been noted.
+    the last one has it. `publishing` is the id of a swap whose outcome has not been noted. `slices` are the numbers of
+    slices that passes are computed in, by several replicas; empty where the first one computes all.
     """
 
     id: str
@@ -57,6 +58,7 @@ class SessionRecord:
     folder: str = ""
     generation: int = 0
     publishing: str = ""
+    slices: dict[str, int] = field(default_factory=dict)
 
 
 class TrainingSessions:

@@ -19,8 +19,8 @@ from .trainer import PHASES
 from .written import MESH
 
 HOW = (
-    "loss", "batch", "subsets", "nearest", "share", "balance", "explore", "dropout", "optimizer", "arguments", "seed",
-    "save_every", "tensorboard",
+    "loss", "batch", "subsets", "nearest", "share", "balance", "explore", "dropout", "optimizer", "arguments",
+    "replicas", "seed", "save_every", "tensorboard",
 )  # fmt: skip
 """The settings that are arguments of `Trainer`."""
 
@@ -49,6 +49,7 @@ class TrainSettings:
     dropout: float = 0.0
     optimizer: str = "torch.optim:AdamW"
     arguments: dict[str, Any] = field(default_factory=dict)
+    replicas: str = "first"
     seed: int = 0
     save_every: float = 30.0
     tensorboard: bool = False

@@ -51,7 +51,7 @@ class Trainer:
     "all"; `nearest` is the number of experts of a row, and each also sees `share` of all other rows. `balance` is the
     factor of the load-balance loss, `explore` that of the loss of the mixture of all experts, which teaches a gate what
     it would not choose, and `dropout` the share of the input that is zeroed. `optimizer` is one of torch.optim, with
-    `arguments` of its own.
+    `arguments` of its own. `replicas` says who computes in a cluster: the "first" of each expert, or "all".
 
     With a `folder` the training goes on there after Ctrl-C or SIGKILL, from its last checkpoint, which is written every
     `save_every` seconds and at the end of each phase; `train.csv` is there too, and with `tensorboard` its logs.
@@ -80,6 +80,7 @@ class Trainer:
         dropout: float = 0.0,
         optimizer: str = "torch.optim:AdamW",
         arguments: Mapping[str, Any] | None = None,
+        replicas: str = "first",
         seed: int = 0,
         folder: str | Path | None = None,
         save_every: float = 30.0,
@@ -124,7 +125,7 @@ class Trainer:
         if connection is None:
             self.mixture = self._local(optimizer, arguments)
         else:
-            self.mixture = self._remote(connection, optimizer, arguments)
+            self.mixture = self._remote(connection, optimizer, arguments, replicas)
         count = len(self.mixture.names)
         if self.gate.num_experts != count:
             if connection is not None:
@@ -344,7 +345,9 @@ class Trainer:
             self._caller = mixture.restore(path.read_bytes())
         return mixture
 
-    def _remote(self, connection: BlockingMethods, optimizer: str, arguments: Mapping[str, Any]) -> ClusterMixture:
+    def _remote(
+        self, connection: BlockingMethods, optimizer: str, arguments: Mapping[str, Any], replicas: str
+    ) -> ClusterMixture:
         path = self._session_file()
         known = path.read_text(encoding="utf-8").strip() if path is not None and path.is_file() else None
         if known:
@@ -352,7 +355,12 @@ class Trainer:
             self._caller = self.session.saved or b""
         else:
             self.session = connection.train(
-                self.layer, optimizer=optimizer, durable_every=None, seed=self._seed, **arguments
+                self.layer,
+                optimizer=optimizer,
+                durable_every=None,
+                replicas=replicas,
+                seed=self._seed,
+                **arguments,
             )
             if path is not None:
                 path.write_text(self.session.id, encoding="utf-8")

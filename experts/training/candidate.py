@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from .ledger import Ledger
 from .optimizer import build_optimizer
 from .optimizer_state import restore, state_of
 from .passes import Gradients, Graph, forward, gradients_of, graph_of
+from .slices import Packed, unpack
 
 WEIGHTS, LEDGER = "weights.", "ledger"
 
@@ -108,22 +109,70 @@ class Candidate:
         Raises OutOfStep for a pass that does not follow. One that fails changes nothing.
         """
         is_new = self.ledger.is_new_pass(step, number, seed)
-        self.module.train(training)
         with self._same_buffers() as counts:
-            graph = self._kept.pop(seed, None)
-            if graph is None:
-                drawn = seed_of(seed, self._name)
-                graph = graph_of(self.module, self._cast(rows_n), drawn, of_rows=of_rows)
-            found = gradients_of(graph, gradients_n, weights_n, self._parameters)
+            found = self._gradients(rows_n, gradients_n, weights_n, seed, training=training, of_rows=of_rows)
             if not is_new:
                 return found
             counts()
-        for parameter, gradient in zip(self._parameters, found.parameters, strict=True):
+        self._add(found.parameters, seed)
+        return found
+
+    def slice(
+        self,
+        rows_n: Tensor,
+        gradients_n: Tensor,
+        weights_n: Tensor | None,
+        step: int,
+        seed: int,
+        *,
+        training: bool = True,
+        of_rows: bool = True,
+    ) -> Gradients:
+        """The gradients of a slice of a pass, which are kept nowhere: `add` takes their sum. Changes nothing.
+
+        Raises OutOfStep, and FailedPrecondition for a module that changes its buffers: those have no sum.
+        """
+        self.ledger.check_step(step)
+        with self._same_buffers():
+            found = self._gradients(rows_n, gradients_n, weights_n, seed, training=training, of_rows=of_rows)
+            now = _buffers_of(self.module)
+            if any(not torch.equal(now[key], buffer) for key, buffer in self._buffers.items()):
+                raise FailedPrecondition(
+                    "it keeps averages of its rows in buffers, which several replicas cannot add up: train it on its "
+                    'first replica alone, with replicas="first"'
+                )
+        return found
+
+    def add(self, packed: Packed, step: int, number: int, seed: int) -> None:
+        """Count a backward pass whose gradients were computed in slices: their sum; a repeated one adds nothing.
+
+        Raises OutOfStep, and InvalidRequest for gradients of another expert.
+        """
+        if self.ledger.is_new_pass(step, number, seed):
+            self._add(unpack(packed, self._parameters), seed)
+
+    def _gradients(
+        self,
+        rows_n: Tensor,
+        gradients_n: Tensor,
+        weights_n: Tensor | None,
+        seed: int,
+        *,
+        training: bool,
+        of_rows: bool,
+    ) -> Gradients:
+        self.module.train(training)
+        graph = self._kept.pop(seed, None)
+        if graph is None:
+            graph = graph_of(self.module, self._cast(rows_n), seed_of(seed, self._name), of_rows=of_rows)
+        return gradients_of(graph, gradients_n, weights_n, self._parameters)
+
+    def _add(self, gradients: Sequence[Tensor | None], seed: int) -> None:
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         self.ledger.seeds.append(seed)
         self.square = self._measure()
-        return found
 
     def _measure(self) -> float:
         found = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
@@ -169,6 +218,16 @@ class Candidate:
                         parameter.grad.mul_(scale)
             self._optimizer.step()
         return self._recorded(step, request, {"square": self.square})
+
+    def follow(self, step: int, weights: bytes) -> None:
+        """Become a copy, before `step`, of a candidate elsewhere that has these weights: it computes slices alone.
+
+        Raises SpecMismatch or DataLoss.
+        """
+        with torch.no_grad():
+            load_into(self.module, tensors_from_bytes(weights)[0], "the weights of the candidate")
+        self.ledger = Ledger(applied=step - 1)
+        self._begin_step()
 
     def check_weights(self, weights: bytes) -> None:
         """Check that weights fit, and are finite. Raises SpecMismatch or DataLoss."""

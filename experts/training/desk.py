@@ -13,7 +13,13 @@ part that fails does not affect the others; its outcome says how.
     load      data?                             the caller's weights, as a step; without them it changes nothing
     gradients, weights, state                   data: safetensors, of one part
     open      data?                             a candidate: a copy of the version, in the saved state if there is one
-    close     -                                 drops candidates
+    close     -                                 drops candidates, and copies of them
+    add       values, sizes                     counts a pass that was computed in slices; number = that of the pass
+    copy      data                              a copy of a candidate of another replica, before `step`
+
+With `sliced`, forward and backward are of slices of the parts: number = that of the slice, and backward counts nothing
+but returns the gradients of the parameters: values [G] of all parts, and sizes [P, 3], in front the position of the
+part. With `copied` they are computed by copies of candidates that are at another replica.
 """
 
 from __future__ import annotations
@@ -27,17 +33,21 @@ import torch
 from torch import Tensor
 
 from ..construct.factory import RowFunction
-from ..errors import ConfigError, ExpertMeshError, FailedPrecondition, InvalidRequest, SpecMismatch
+from ..errors import ConfigError, ExpertMeshError, FailedPrecondition, InvalidRequest, SpecMismatch, VersionGone
 from ..protocol import TrainCall, TrainReply
 from ..sums.device_rows import to_device, to_host_all
 from .candidate import Candidate, TrainedBy
 from .ledger import OutOfStep
 from .passes import backward
+from .slices import pack, seed_of_slice
 
 log = logging.getLogger(__name__)
 Outcome = dict[str, Any]
 Part = tuple[str, str, int, int, int]
 Find = Callable[[str, str | None], RowFunction | None]
+Owner = tuple[Any, Any]
+"""A session and its generation, which tell with the step what a candidate is."""
+
 MOST_KEPT = 4
 """Of how many forward passes a candidate keeps what their backward passes need: the layers of a model, say."""
 
@@ -51,7 +61,8 @@ class TrainingDesk:
     def __init__(self, find: Find, device: str) -> None:
         self._find = find
         self._device = device
-        self._candidates: dict[str, tuple[str, Candidate]] = {}
+        self._candidates: dict[str, tuple[Owner, Candidate]] = {}
+        self._copies: dict[str, tuple[Owner, Candidate]] = {}
 
     def answer(self, call: TrainCall) -> TrainReply:
         """Carry out an operation; the host fills in `incarnation`. Raises InvalidRequest for what is malformed."""
@@ -68,18 +79,19 @@ class TrainingDesk:
         rows, index = self._rows(call, parts)
         (session, step, seed), training = _session(call), call.meta.get("training") is not False
         keep = MOST_KEPT if call.meta.get("keep") is True else 0
-        of_rows = call.meta.get("of_rows") is not False
+        of_rows, sliced = call.meta.get("of_rows") is not False, call.meta.get("sliced") is True
         outputs: list[Tensor] = []
 
         @torch.no_grad()
         def one(part: Part) -> Outcome:
-            expert, version, start, stop, _ = part
+            expert, version, start, stop, number = part
             own = rows.index_select(0, index[start:stop])
             if session:
-                candidate = self._candidate(call, expert)
+                candidate = self._computing(call, expert)
                 if candidate is None:
                     return {"absent": True}
-                answers = candidate.forward(own, step, seed, training=training, keep=keep, of_rows=of_rows)
+                drawn = seed_of_slice(seed, number) if sliced else seed
+                answers = candidate.forward(own, step, drawn, training=training, keep=keep, of_rows=of_rows)
             else:
                 function = self._find(expert, version)
                 if function is None:
@@ -101,7 +113,7 @@ class TrainingDesk:
     def _backward(self, call: TrainCall, parts: list[Part]) -> TrainReply:
         rows, index = self._rows(call, parts)
         (session, step, seed), training = _session(call), call.meta.get("training") is not False
-        of_rows = call.meta.get("of_rows") is not False
+        of_rows, sliced = call.meta.get("of_rows") is not False, call.meta.get("sliced") is True
         gradients, weights = _tensor(call, "gradients", rows.shape[0]), call.tensors.get("weights")
         gradients = to_device(gradients, self._device)
         weights = None if weights is None else to_device(weights, self._device)
@@ -109,16 +121,25 @@ class TrainingDesk:
         wanted = of_rows and rows.is_floating_point()
         total = torch.zeros(rows.shape, dtype=wide, device=rows.device) if wanted else None
         by_weight = torch.zeros(len(index), dtype=wide, device=rows.device)
+        values: list[Tensor] = []
+        sizes: list[Tensor] = []
 
         def one(part: Part) -> Outcome:
             expert, version, start, stop, number = part
             own = index[start:stop]
             given = (rows.index_select(0, own), gradients.index_select(0, own))
             factors = None if weights is None else weights[start:stop]
-            candidate = self._candidate(call, expert) if session else None
+            candidate = self._computing(call, expert) if session else None
             if session and candidate is None:
                 return {"absent": True}
-            if candidate is not None:
+            if candidate is not None and sliced:
+                drawn = seed_of_slice(seed, number)
+                found = candidate.slice(*given, factors, step, drawn, training=training, of_rows=of_rows)
+                own_values, own_sizes = pack(found.parameters)
+                values.append(own_values)
+                at = torch.full((len(own_sizes), 1), parts.index(part), dtype=torch.int64)
+                sizes.append(torch.cat([at, own_sizes], dim=1))
+            elif candidate is not None:
                 found = candidate.backward(*given, factors, step, number, seed, training=training, of_rows=of_rows)
             else:
                 function = self._find(expert, version)
@@ -130,28 +151,38 @@ class TrainingDesk:
             if total is not None and found.rows_n is not None:
                 total.index_add_(0, own, found.rows_n.to(wide))
             by_weight[start:stop] = found.weights_n.to(wide)
-            return {"ok": True} if candidate is None else {"ok": True, "square": candidate.square}
+            return {"ok": True} if candidate is None or sliced else {"ok": True, "square": candidate.square}
 
         outcomes = tuple(self._guarded(part, partial(one, part)) for part in parts)
         tensors = {"weights": by_weight} if total is None else {"weights": by_weight, "rows": total}
-        return TrainReply("", outcomes, dict(zip(tensors, to_host_all(list(tensors.values())), strict=True)))
+        if sizes:
+            tensors["values"] = torch.cat(values)
+        on_host = dict(zip(tensors, to_host_all(list(tensors.values())), strict=True))
+        return TrainReply("", outcomes, on_host | ({"sizes": torch.cat(sizes)} if sizes else {}))
 
     def _single(self, call: TrainCall, part: Part, data: dict[str, Tensor]) -> Outcome:
         expert, version, chain, _, number = part
         operation = call.meta["op"]
-        session, step, _ = _session(call)
+        session, step, seed = _session(call)
         if operation == "open":
             return self._open(call, expert, version, session)
         if operation == "close":
-            if self._candidate(call, expert) is not None:
-                del self._candidates[expert]
+            for held in (self._candidates, self._copies):
+                if expert in held and held[expert][0][0] == session:
+                    del held[expert]
             return {"ok": True}
+        if operation == "copy":
+            return self._copy(call, expert)
         candidate = self._candidate(call, expert)
         if candidate is None:
             return {"absent": True}
         if operation == "forget":
             candidate.forget_gradients(step)
             return {"ok": True}
+        if operation == "add":
+            packed = _tensor(call, "values"), _tensor(call, "sizes")
+            candidate.add(packed, step, number, seed)
+            return {"ok": True, "square": candidate.square}
         if operation == "update":
             lr, scale = call.meta.get("lr"), call.meta.get("scale", 1.0)
             try:
@@ -181,22 +212,42 @@ class TrainingDesk:
         return {"ok": True, "applied": ledger.applied, "updates": ledger.updates}
 
     def _open(self, call: TrainCall, expert: str, version: str, session: str) -> Outcome:
-        function = self._find(expert, version) or self._find(expert, None)
-        if function is None or function.module is None:
-            raise ConfigError("it is not a torch module: only modules have parameters to train")
         by = TrainedBy(call.meta.get("optimizer"), call.meta.get("arguments") or {})
-        candidate = Candidate(function.module, by, function.rows_dtype, frozen=function.frozen, name=expert)
+        candidate = self._made(expert, version, by)
         if "data" in call.tensors:
             candidate.restore(bytes(_tensor(call, "data").numpy()))
         elif self._find(expert, version) is None:
             return {"error": "VersionGone", "message": f"{expert} {version} is not loaded in this replica"}
-        self._candidates[expert] = session, candidate
+        self._candidates[expert] = _owner_of(call), candidate
         return {"ok": True, "applied": candidate.ledger.applied, "updates": candidate.ledger.updates}
 
+    def _copy(self, call: TrainCall, expert: str) -> Outcome:
+        self._copies.pop(expert, None)  # before another one takes memory
+        copied = self._made(expert, None, TrainedBy())
+        copied.follow(_session(call)[1], bytes(_tensor(call, "data").numpy()))
+        self._copies[expert] = _owner_of(call), copied
+        return {"ok": True}
+
+    def _made(self, expert: str, version: str | None, by: TrainedBy) -> Candidate:
+        function = self._find(expert, version) or self._find(expert, None)
+        if function is None:  # its process has just begun, say
+            raise VersionGone("no version of it is loaded in this replica yet")
+        if function.module is None:
+            raise ConfigError("it is not a torch module: only modules have parameters to train")
+        return Candidate(function.module, by, function.rows_dtype, frozen=function.frozen, name=expert)
+
+    def _computing(self, call: TrainCall, expert: str) -> Candidate | None:
+        """What computes a pass here: a candidate, or a copy of one that is elsewhere, in the state asked for."""
+        if call.meta.get("copied") is not True:
+            return self._candidate(call, expert)
+        held = self._copies.get(expert)
+        at_step = held is not None and held[1].ledger.applied + 1 == call.meta.get("step")
+        return held[1] if held is not None and at_step and held[0] == _owner_of(call) else None
+
     def _candidate(self, call: TrainCall, expert: str) -> Candidate | None:
-        """The candidate of a session, unless it is behind what is durable: then it was left here, and is dropped."""
+        """The candidate of a session, unless it was left here: of an earlier generation, or behind what is durable."""
         held, durable = self._candidates.get(expert), call.meta.get("durable", 0)
-        if held is None or held[0] != call.meta.get("session"):
+        if held is None or held[0] != _owner_of(call):
             return None
         if isinstance(durable, int) and held[1].ledger.applied < durable:
             del self._candidates[expert]
@@ -262,6 +313,10 @@ def _session(call: TrainCall) -> tuple[str, int, int]:
     if not isinstance(session, str) or type(step) is not int or type(seed) is not int:
         raise InvalidRequest("session must be text, and step and seed whole numbers")
     return session, step, seed
+
+
+def _owner_of(call: TrainCall) -> Owner:
+    return call.meta.get("session"), call.meta.get("generation")
 
 
 def _tensor(call: TrainCall, name: str, rows: int | None = None) -> Tensor:

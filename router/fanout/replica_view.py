@@ -111,11 +111,19 @@ class View:
 
     def first(self, expert: str) -> Replica:
         """The first replica of an expert, by id, that can be chosen now: the one that trains it. Raises Unavailable."""
-        for name in sorted(self._entries):
-            entry = self._entries[name]
-            if expert in entry.replica.experts and entry.replica.state == READY and not entry.suspect:
-                return entry.replica
-        raise Unavailable(f"no replica of {expert} is ready; retry in a moment")
+        return self.ready(expert)[0]
+
+    def ready(self, expert: str) -> list[Replica]:
+        """The replicas of an expert that can be chosen now, by id, at least one. Raises Unavailable."""
+        entries = (self._entries[name] for name in sorted(self._entries))
+        found = [
+            entry.replica
+            for entry in entries
+            if expert in entry.replica.experts and entry.replica.state == READY and not entry.suspect
+        ]
+        if not found:
+            raise Unavailable(f"no replica of {expert} is ready; retry in a moment")
+        return found
 
     def holds(self, replica_id: str, expert: str, version: str) -> bool:
         """Whether a replica holds this version and can be chosen now."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...experts.errors import SpecMismatch
 from ...experts.protocol import TrainReply
+from ...experts.training.slices import Packed
 from .exchange import Part
 
 
@@ -81,6 +82,48 @@ def weighted_sum(
             output = output * factors.reshape(-1, *(1,) * len(shape))
         total_T.index_add_(0, index_N[start:stop], output)
     return total_T.to(dtype)
+
+
+def slices_of(parts: Sequence[Part], counts: Mapping[str, int]) -> tuple[list[Part], list[int]]:
+    """The slices of parts, `counts[expert]` of each, none empty, and the position of the part of each.
+
+    The number of a slice takes the place of that of the pass.
+    """
+    slices: list[Part] = []
+    owners: list[int] = []
+    for at, (expert, version, start, stop, _) in enumerate(parts):
+        size, left = divmod(stop - start, counts[expert])
+        for number in range(counts[expert]):
+            end = start + size + (number < left)
+            if end > start:
+                slices.append((expert, version, start, end, number))
+                owners.append(at)
+            start = end
+    return slices, owners
+
+
+def folded(outcomes: Mapping[int, Mapping[str, Any]], owners: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """The outcome of each part, from those of its slices: that of the first that did not go well."""
+    found: dict[int, dict[str, Any]] = {}
+    for at, owner in enumerate(owners):
+        if owner not in found or "ok" in found[owner]:
+            found[owner] = dict(outcomes[at])
+    return found
+
+
+def gradients_of_slices(answered: Sequence[tuple[Share, TrainReply]]) -> dict[int, Packed]:
+    """The gradients of the parameters that slices came to, by the position of the slice."""
+    found: dict[int, Packed] = {}
+    for share, reply in answered:
+        if "values" not in reply.tensors:
+            continue
+        values, sizes = reply.tensors["values"], reply.tensors["sizes"]
+        parts = torch.split(values, sizes[:, 2].tolist())
+        for number, at in enumerate(share.positions):
+            own = (sizes[:, 0] == number).nonzero().flatten().tolist()
+            if own:
+                found[at] = torch.cat([parts[index] for index in own]), sizes[own, 1:]
+    return found
 
 
 def outputs_of(share: Share, reply: TrainReply) -> dict[int, Tensor]:

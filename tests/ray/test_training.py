@@ -149,6 +149,28 @@ def weights_of(session: TrainingSession) -> dict[str, Tensor]:
     }
 
 
+def test_all_replicas_learn_together_and_may_be_killed(client: Client, wanted: list[float]) -> None:
+    """The losses are those of this process, and the weights those of a run without kills, bit for bit."""
+    client.scale({"l/e0": 2, "l/e2": 2})
+    try:
+        with client.train("l", replicas="all", durable_every=10, **OPTIONS) as session:
+            losses = descend(client, session, 40)
+            weights = weights_of(session)
+        assert relative(losses, wanted[:40]) <= 1e-4
+        doomed, draw = {5: "ExpertActor", 14: "ExpertActor", 23: "RouterActor", 32: "ExpertActor"}, random.Random(2)
+
+        def before(number: int) -> None:
+            if number in doomed:
+                kill(doomed[number], draw.randrange(6))
+
+        with client.train("l", replicas="all", durable_every=10, patience=120.0, **OPTIONS) as session:
+            assert descend(client, session, 40, before) == losses
+            found = weights_of(session)
+            assert all(torch.equal(found[name], weights[name]) for name in weights)
+    finally:
+        client.scale({"l/e0": 1, "l/e2": 1})
+
+
 def test_killed_processes_lose_no_update_and_repeat_none(client: Client) -> None:
     """The weights are those of a run without faults, bit for bit."""
     with client.train("l", durable_every=10, **OPTIONS) as session:

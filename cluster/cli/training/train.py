@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from ....experts.errors import InvalidRequest, NotFound
 from ...client.client import Client
+from ...machine.folder_lock import alone_in
 from ...training import record
 from ...training.settings import read_train_file
 from ...training.trainer import Trainer
@@ -66,6 +67,9 @@ def train(
     read = read_train_file(config)
     options: dict[str, Any] = read.settings.trainer_options() | {"folder": read.out}
     with ExitStack() as stack:
+        stack.enter_context(alone_in(read.out))
+        for left in read.out.glob(".checkpoint.safetensors.*"):  # of a process that was killed as it wrote
+            left.unlink()
         client = stack.enter_context(connect(name, endpoint, ca_cert)) if in_cluster or publish else None
         if fresh and read.out.is_dir():
             _forget(read.out, client if in_cluster else None)

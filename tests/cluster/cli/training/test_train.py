@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 
 from expertmesh import Client, Cluster
 from expertmesh.cluster.cli.main import cli
+from expertmesh.cluster.machine.folder_lock import alone_in
 from expertmesh.experts.weights.files import save_tensors
 
 MESH = """
@@ -63,6 +64,17 @@ def test_it_trains_here_writes_and_goes_on(folder: Path) -> None:
     assert "epoch" not in again.stderr  # nothing was left to do
     fresh = run("train", folder / "train.yaml", "--fresh")
     assert "experts: epoch 2/2" in fresh.output
+
+
+def test_a_folder_has_one_training_at_a_time(folder: Path) -> None:
+    out = folder / "trained"
+    with alone_in(out):
+        (out / ".checkpoint.safetensors.0123").write_bytes(b"half")
+        refused = run("train", folder / "train.yaml")
+        assert refused.exit_code == 1
+        assert refused.output.strip().endswith(f"another process is at work in {out}: wait for it, or stop it")
+    assert run("train", folder / "train.yaml").exit_code == 0
+    assert not list(out.glob(".checkpoint*"))
 
 
 def test_it_trains_in_a_cluster_and_publishes(folder: Path) -> None:

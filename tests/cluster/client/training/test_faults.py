@@ -17,15 +17,25 @@ from expertmesh import RemoteMoE, Unavailable, gates
 from expertmesh.cluster.client.training.session import TrainingSession
 from expertmesh.experts.errors import ExpertMeshError
 from expertmesh.experts.weights.files import tensors_from_bytes
+from expertmesh.router.fanout.replica_view import Replica, View
 
 STEPS, PASSES = 8, 2
 OPTIONS: dict[str, Any] = {"optimizer": "torch.optim:AdamW", "lr": 0.02, "clip_norm": 0.3, "seed": 2}
+all_ready = View.ready
+
+
+@pytest.fixture(scope="module", params=["first", "all"])
+def replicas(request: pytest.FixtureRequest) -> str:
+    """Which replicas compute: all, of which there are two then."""
+    which: str = request.param
+    return which
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+def running(tmp_path_factory: pytest.TempPathFactory, replicas: str) -> Iterator[Trained]:
     folder: Path = tmp_path_factory.mktemp("faults")
-    with trained_cluster(folder, layer_of(folder, gates.TopK(WIDTH, 3, k=2))) as started:
+    layer = layer_of(folder, gates.TopK(WIDTH, 3, k=2), replicas=2 if replicas == "all" else 1)
+    with trained_cluster(folder, layer) as started:
         yield started
 
 
@@ -35,6 +45,7 @@ class Faulty:
     def __init__(self, running: Trained, seed: int) -> None:
         self.draw = random.Random(seed)
         self.faults = 0
+        self.away: dict[str, int] = {}
         self._running = running
 
     def __getattr__(self, name: str) -> Any:
@@ -57,10 +68,20 @@ class Faulty:
         return answer
 
     def lose(self) -> None:
-        """End one candidate, as with its process."""
+        """End what one replica has, as with its process; where there is another, it may take over for a while."""
         backend: Any = self._running.cluster._backend
-        host = self.draw.choice(list(backend._hosts.values()))
-        host._training._candidates.clear()
+        name = self.draw.choice(sorted(backend._hosts))
+        training = backend._hosts[name]._training
+        training._candidates.clear()
+        training._copies.clear()
+        self.away[name] = self.draw.randrange(6)
+
+    def ready(self, view: View, expert: str) -> list[Replica]:
+        """The replicas of an expert, without those that are away for some messages, if there are others."""
+        found = all_ready(view, expert)
+        here = [replica for replica in found if not self.away.get(replica.id)]
+        self.away = {name: count - 1 for name, count in self.away.items() if count}
+        return here or found
 
 
 class Interrupted(BaseException):
@@ -102,8 +123,8 @@ def weights_of(session: TrainingSession) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def wanted(running: Trained) -> dict[str, Tensor]:
-    with running.client.train("l", **OPTIONS) as session:
+def wanted(running: Trained, replicas: str) -> dict[str, Tensor]:
+    with running.client.train("l", replicas=replicas, **OPTIONS) as session:
         moe = RemoteMoE(running.client, "l", gate=gate(), session=session)
         for number in range(STEPS):
             one_step(session, moe, number, None)
@@ -111,11 +132,14 @@ def wanted(running: Trained) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_weights_are_those_of_a_run_without_faults(running: Trained, wanted: dict[str, Tensor], seed: int) -> None:
+def test_the_weights_are_those_of_a_run_without_faults(
+    running: Trained, wanted: dict[str, Tensor], replicas: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     faulty = Faulty(running, seed)
+    monkeypatch.setattr(View, "ready", lambda view, expert: faulty.ready(view, expert))
     every = faulty.draw.choice([None, 1, 3])
     train: Any = type(running.client).train
-    session: TrainingSession = train(faulty, "l", durable_every=every, **OPTIONS)
+    session: TrainingSession = train(faulty, "l", replicas=replicas, durable_every=every, **OPTIONS)
     try:
         moe = RemoteMoE(faulty, "l", gate=gate(), session=session)  # type: ignore[arg-type]
         while session.step_count < STEPS:

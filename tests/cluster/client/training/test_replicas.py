@@ -1,0 +1,163 @@
+"""Training by all replicas of each expert: the gradients are those of one, and no state of another branch is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.trained import OUT, WIDTH, Trained, layer_of, rows, trained_cluster
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from expertmesh import Expert, FailedPrecondition, InvalidRequest, Layer, RemoteMoE, TensorSpec, gates
+from expertmesh.cluster.client.training.session import TrainingSession
+from expertmesh.experts.training.desk import TrainingDesk
+from expertmesh.experts.weights.files import tensors_from_bytes
+from expertmesh.router.fanout.replica_view import Replica, View
+
+ADAM: dict[str, Any] = {"optimizer": "torch.optim:AdamW", "lr": 0.02, "clip_norm": 0.3, "seed": 2}
+all_ready = View.ready
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+    folder: Path = tmp_path_factory.mktemp("replicas")
+    layer = layer_of(folder, gates.TopK(WIDTH, 2, k=2), replicas=2)
+    with trained_cluster(folder, layer) as started:
+        yield started
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, Any]]:
+    """The fields of every message of training that a replica gets."""
+    seen: list[Mapping[str, Any]] = []
+    answer = TrainingDesk.answer
+
+    def noted(desk: TrainingDesk, call: Any) -> Any:
+        seen.append(dict(call.meta))
+        return answer(desk, call)
+
+    monkeypatch.setattr(TrainingDesk, "answer", noted)
+    return seen
+
+
+def gate() -> gates.TopK:
+    torch.manual_seed(4)
+    made = gates.TopK(WIDTH, 2, k=2)
+    nn.init.normal_(made.weight)
+    return made
+
+
+def descend(session: TrainingSession, client: Any, seeds: range) -> list[float]:
+    moe = RemoteMoE(client, "l", gate=gate(), session=session)
+    losses = []
+    for seed in seeds:
+        x = rows(seed, 9)
+        loss = F.mse_loss(moe(x), x.sin())
+        loss.backward()
+        session.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def weights_of(session: TrainingSession) -> dict[str, Tensor]:
+    named = {id: tensors_from_bytes(content)[0] for id, content in session.weights().items()}
+    return {f"{id}.{name}": tensor for id, own in named.items() for name, tensor in own.items()}
+
+
+def test_all_replicas_learn_what_one_learns(running: Trained, asked: list[Mapping[str, Any]]) -> None:
+    with running.client.train("l", **ADAM) as session:
+        wanted, weights = descend(session, running.client, range(20)), weights_of(session)
+    asked.clear()
+    with running.client.train("l", replicas="all", **ADAM) as session:
+        found = descend(session, running.client, range(20))
+        assert found == pytest.approx(wanted, rel=1e-4)
+        for name, tensor in weights_of(session).items():
+            assert torch.allclose(tensor, weights[name], atol=1e-4)
+    assert sum(meta["op"] == "backward" and meta.get("copied", False) for meta in asked) == 2 * 20  # by expert and step
+    assert sum(meta["op"] == "copy" for meta in asked) == 2 * 20
+
+
+def test_a_candidate_of_another_branch_is_never_used(running: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    away: list[str] = []
+
+    def ready(view: View, expert: str) -> list[Replica]:
+        return [replica for replica in all_ready(view, expert) if replica.id not in away]
+
+    experts = running.client.status()["layers"]["l"]["experts"].values()
+    firsts = [min(replica["id"] for replica in expert["replicas"]) for expert in experts]
+    monkeypatch.setattr(View, "ready", ready)
+    for which in ("first", "all"):
+        session = running.client.train("l", replicas=which, durable_every=None, **ADAM)
+        away[:] = firsts
+        descend(session, running.client, range(3))  # the second replicas have candidates of three steps
+        away.clear()
+        session = running.client.train("l", resume=session.id, durable_every=None, seed=2, lr=0.02, clip_norm=0.3)
+        assert session.step_count == 0
+        descend(session, running.client, range(10, 13))
+        away[:] = firsts
+        found = weights_of(session)
+        away.clear()
+        assert all(torch.equal(found[name], tensor) for name, tensor in weights_of(session).items())
+        session.abort()
+
+
+class Averaging(nn.Module):
+    """Keeps a running average of its rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, OUT)
+        self.norm = nn.BatchNorm1d(OUT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.linear(x))
+        return y
+
+
+def averaging() -> nn.Module:
+    """The factory of an expert with buffers that change."""
+    torch.manual_seed(0)
+    return Averaging()
+
+
+def test_buffers_that_change_have_no_sum(tmp_path: Path) -> None:
+    own = TensorSpec((WIDTH,), "float32")
+    expert = Expert(f"{__name__}:averaging", replicas=2, input=own)
+    with trained_cluster(tmp_path, Layer("l", gates.Fixed([1.0]), {"e0": expert}, input=own)) as running:
+        with running.client.train("l", replicas="all", **ADAM) as session:
+            moe = RemoteMoE(running.client, "l", gate=gates.Fixed([1.0]), session=session)
+            with pytest.raises(FailedPrecondition, match=r'averages of its rows .* replicas="first"'):
+                moe(rows(1)).sum().backward()
+        with running.client.train("l", **ADAM) as session:
+            moe = RemoteMoE(running.client, "l", gate=gates.Fixed([1.0]), session=session)
+            moe(rows(1)).sum().backward()
+            assert session.step().updated == ("l/e0",)
+
+
+def test_a_slice_that_fails_fails_its_expert_alone(running: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = TrainingDesk._guarded
+
+    def failing(desk: TrainingDesk, part: Any, work: Any) -> Any:
+        if part[0] == "l/e0" and part[4] == 1 and part[2] < part[3]:
+            return {"error": "Unavailable", "message": "l/e0: it does not answer"}
+        return answer(desk, part, work)
+
+    monkeypatch.setattr(TrainingDesk, "_guarded", failing)
+    options = {**ADAM, "on_missing": "leave_out", "patience": 0.0}
+    with running.client.train("l", replicas="all", **options) as session:
+        moe = RemoteMoE(running.client, "l", gate=gate(), session=session)
+        x = rows(3, 9).requires_grad_(True)
+        moe(x).sum().backward()
+        assert set(moe.left_out) == {"l/e0"}
+        assert x.grad is not None
+        assert session.step().updated == ("l/e1",)
+
+
+def test_who_computes_must_be_said_as_it_is(running: Trained) -> None:
+    with pytest.raises(InvalidRequest, match="replicas must be one of first, all, not 'two'"):
+        running.client.train("l", replicas="two", **ADAM)
+    assert running.client.training_sessions() == []
