@@ -37,8 +37,10 @@ class Candidates(Protocol):
         """A forward pass of the candidates."""
 
 
-def check_probe(session: Candidates, connection: Connection, probe: Any, max_drift: float | None) -> None:
-    """Check the answers of each candidate to rows `probe` [T, ...] against those of the version that it would replace.
+def check_probe(
+    session: Candidates, connection: Connection, experts: Sequence[str], probe: Any, max_drift: float | None
+) -> None:
+    """Check the answers of candidates to rows `probe` [T, ...] against those of the version that it would replace.
 
     Raises FailedPrecondition for one whose relative L2 distance is not finite, or above `max_drift`.
     """
@@ -47,7 +49,8 @@ def check_probe(session: Candidates, connection: Connection, probe: Any, max_dri
         raise InvalidRequest("probe must be rows, [T, ...]")
     count = rows.shape[0]
     tensors = {"rows": rows, "index": WireTensor.from_numpy(np.arange(count))}
-    for id, version in session.versions.items():
+    for id in experts:
+        version = session.versions[id]
         new = session.forward([(id, "", 0, count, 0)], tensors, 0, training=False)
         for error in new.left_out.values():
             raise error
@@ -103,7 +106,7 @@ class Publications:
             elif gate is not None:
                 path = changes[gate_id] = Path(folder) / "gate.safetensors"
                 gate.save(path)
-            expect = self.versions if expect is None else expect
+            expect = {id: self.versions[id] for id in contents} if expect is None else expect
             outcome = self._connection.swap(changes, expect=expect, swap_id=self._publishing, **options)
         self._noted(outcome.after if outcome.committed else {})
         return outcome

@@ -324,6 +324,7 @@ class TrainingSession:
     def publish(
         self,
         *,
+        experts: Sequence[str] | None = None,
         gate: Any = None,
         max_drift: float | None = None,
         probe: Any = None,
@@ -332,13 +333,13 @@ class TrainingSession:
         timeout: float = 60.0,
         **options: Any,
     ) -> SwapOutcome:
-        """Swap what the candidates have learned in for what serves: all experts, and the gate if given, in one epoch.
+        """Swap what the candidates have learned in for what serves: experts, and the gate if given, in one epoch.
 
-        `gate` is an object with a `save(path)` method, as those of `expertmesh.gates`, or a file. `max_drift` bounds
-        the relative L2 distance between old and new answers of each expert: on the rows `probe` [T, ...] where they
-        are given, else on the probe rows of the swap. `expect` are the versions that must serve now, by default those
-        that the session began with or published last. `options` are those of `Client.swap`. The session goes on from
-        what it has published.
+        `experts` are the ids of those that are published, by default all; `gate` is an object with a `save(path)`
+        method, as those of `expertmesh.gates`, or a file. `max_drift` bounds the relative L2 distance between old and
+        new answers of each expert: on the rows `probe` [T, ...] where they are given, else on the probe rows of the
+        swap. `expect` are the versions that must serve now, by default those that the session began with or published
+        last. `options` are those of `Client.swap`. The session goes on from what it has published.
 
         Raises FailedPrecondition for a candidate whose weights are not finite, or beyond `max_drift`, Aborted where
         another swap has replaced an expert since the session was opened, and the errors of a swap: what serves then
@@ -347,10 +348,13 @@ class TrainingSession:
         with self._lock:
             self._check_open()
             self._check_settled("publishing")
+            chosen = self.experts if experts is None else tuple(experts)
+            if unknown := sorted(set(chosen) - set(self.experts)):
+                raise InvalidRequest(f"{unknown[0]!r} is no expert of this session")
             if probe is not None:
-                check_probe(self, self._connection, probe, max_drift)
+                check_probe(self, self._connection, chosen, probe, max_drift)
                 max_drift = None
-            contents = {id: self._content("weights", id) for id in self.experts}
+            contents = {id: self._content("weights", id) for id in chosen}
             swap = {"max_drift": max_drift, "timeout": timeout, "allow_norm": allow_norm, **options}
             return self._publications.swap(contents, f"{self.layer}/gate", gate, expect, **swap)
 

@@ -104,6 +104,19 @@ def test_what_serves_changes_at_publish_alone(running: Trained) -> None:
     running.client.train("l", **SGD).abort()
 
 
+def test_some_experts_are_published_and_the_others_serve_on(running: Trained) -> None:
+    before = running.client.call("l", X, top_k=3).versions
+    with running.client.train("l", **SGD) as session:
+        descend(session, running.client, 3)
+        with pytest.raises(InvalidRequest, match="'l/e9' is no expert of this session"):
+            session.publish(experts=["l/e9"])
+        outcome = session.publish(experts=["l/e1"], probe=X, max_drift=9.0)
+        assert set(outcome.after) == {"l/e1"}
+        after = running.client.call("l", X, top_k=3).versions
+        assert {id for id, version in after.items() if before[id] != version} == {"l/e1"}
+        assert set(session.publish().after) >= {"l/e0", "l/e2"}  # what was kept back may follow
+
+
 def test_lost_candidates_get_back_what_they_had_learned(running: Trained) -> None:
     with running.client.train("l", **SGD, durable_every=None) as plain:
         losses = descend(plain, running.client, 12)
