@@ -30,7 +30,13 @@ def restore(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], doc
             index, _, key = name.removeprefix(PREFIX).partition(".")
             state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": {}, "param_groups": document["groups"]})
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if any(index >= len(parameters) for index in state):
+    groups = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
+    if any(index >= len(groups) for index in state):
         raise ValueError("the optimizer's state is of more parameters than it has")
-    optimizer.state.update({parameters[index]: entry for index, entry in state.items()})
+    for at, own in state.items():
+        parameter, group = groups[at]
+        counts_there = group.get("capturable") or group.get("fused")  # as torch has it: else "step" stays on the host
+        optimizer.state[parameter] = {
+            key: value.to(parameter.device) if isinstance(value, Tensor) and (key != "step" or counts_there) else value
+            for key, value in own.items()
+        }
