@@ -62,15 +62,21 @@ def check_pass(parts: Sequence[Part], rows_T: Tensor, index_N: Tensor, weights_N
 
 
 def added(answered: Sequence[tuple[Share, TrainReply]], rows_T: Tensor, index_N: Tensor) -> dict[str, Tensor]:
-    """The gradients of all rows and weights, from those of the shares."""
+    """The gradients of all rows and weights, from those of shares: by row, or by pair and added up in their order."""
     kind = wide(rows_T.dtype)
     by_weight = torch.zeros(len(index_N), dtype=kind)
     rows = torch.zeros(rows_T.shape, dtype=kind) if rows_T.is_floating_point() else None
+    pairs: Tensor | None = None
     for share, reply in answered:
         if "weights" in reply.tensors:
             by_weight[share.pairs_N] = reply.tensors["weights"].to(kind)
         if rows is not None and "rows" in reply.tensors:
             rows.index_add_(0, share.rows_R, reply.tensors["rows"].to(kind))
+        if rows is not None and "pairs" in reply.tensors:
+            pairs = torch.zeros((len(index_N), *rows_T.shape[1:]), dtype=kind) if pairs is None else pairs
+            pairs[share.pairs_N] = reply.tensors["pairs"].to(kind)
+    if rows is not None and pairs is not None:
+        rows.index_add_(0, index_N, pairs)
     return {"weights": by_weight} if rows is None else {"weights": by_weight, "rows": rows}
 
 

@@ -19,7 +19,8 @@ part that fails does not affect the others; its outcome says how.
 
 With `sliced`, forward and backward are of slices of the parts: number = that of the slice, and backward counts nothing
 but returns the gradients of the parameters: values [G] of all parts, and sizes [P, 3], in front the position of the
-part. With `copied` they are computed by copies of candidates that are at another replica.
+part; and those of rows by pair, pairs [N, ...], to be added up in an order that is not that of replicas. With `copied`
+they are computed by copies of candidates that are at another replica.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ class TrainingDesk:
         weights = None if weights is None else to_device(weights, self._device)
         wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
         wanted = of_rows and rows.is_floating_point()
-        total = torch.zeros(rows.shape, dtype=wide, device=rows.device) if wanted else None
+        shape = (len(index), *rows.shape[1:]) if sliced else rows.shape
+        total = torch.zeros(shape, dtype=wide, device=rows.device) if wanted else None
         by_weight = torch.zeros(len(index), dtype=wide, device=rows.device)
         values: list[Tensor] = []
         sizes: list[Tensor] = []
@@ -149,12 +151,15 @@ class TrainingDesk:
                     rows_n = _as_served(function, given[0])
                     found = backward(_differentiable(function), rows_n, given[1], factors, (), None, of_rows=of_rows)
             if total is not None and found.rows_n is not None:
-                total.index_add_(0, own, found.rows_n.to(wide))
+                where = torch.arange(start, stop, device=rows.device) if sliced else own
+                total.index_add_(0, where, found.rows_n.to(wide))
             by_weight[start:stop] = found.weights_n.to(wide)
             return {"ok": True} if candidate is None or sliced else {"ok": True, "square": candidate.square}
 
         outcomes = tuple(self._guarded(part, partial(one, part)) for part in parts)
-        tensors = {"weights": by_weight} if total is None else {"weights": by_weight, "rows": total}
+        tensors = (
+            {"weights": by_weight} if total is None else {"weights": by_weight, "pairs" if sliced else "rows": total}
+        )
         if sizes:
             tensors["values"] = torch.cat(values)
         on_host = dict(zip(tensors, to_host_all(list(tensors.values())), strict=True))

@@ -105,6 +105,31 @@ def test_a_candidate_of_another_branch_is_never_used(running: Trained, monkeypat
         session.abort()
 
 
+def test_who_computes_makes_no_difference_to_a_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not to the gradients of rows either, where the slices of a row's experts are at different replicas."""
+    away: list[str] = []
+
+    def ready(view: View, expert: str) -> list[Replica]:
+        return [replica for replica in all_ready(view, expert) if replica.id not in away]
+
+    monkeypatch.setattr(View, "ready", ready)
+    chosen = gates.TopK(WIDTH, 4, k=3)
+    torch.manual_seed(4)
+    nn.init.normal_(chosen.weight)
+    found = []
+    with trained_cluster(tmp_path, layer_of(tmp_path, gates.TopK(WIDTH, 4, k=3), replicas=2, pack="p")) as running:
+        for gone in ([], ["l/p#0"], ["l/p#1"]):
+            with running.client.train("l", replicas="all", **ADAM) as session:
+                away[:] = gone
+                x = rows(1, 64).requires_grad_(True)
+                RemoteMoE(running.client, "l", gate=chosen, session=session)(x).square().sum().backward()
+                assert x.grad is not None
+                session.step()
+                found.append({"rows": x.grad, **weights_of(session)})
+                away.clear()
+    assert all(torch.equal(other[name], tensor) for other in found[1:] for name, tensor in found[0].items())
+
+
 class Averaging(nn.Module):
     """Keeps a running average of its rows."""
 
