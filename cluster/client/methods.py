@@ -119,7 +119,7 @@ class BlockingMethods:
         without an expert that has not answered for `patience` seconds, "error" raises its error. `replicas` says who
         computes: the "first" replica of each expert, or "all" that there are now, each a slice of the rows, whose
         gradients are added up before the update. `seed` makes dropout reproducible. `resume` is the id of a session to
-        go on with at its durable step, with its own optimizer.
+        go on with at its durable step, with the optimizer and the replicas that it was opened with.
 
         An expert has one session: another one that wants it is refused, and told who has it. Needs the role operator.
 

@@ -114,13 +114,16 @@ class TrainingPasses:
         answered: Answered,
         timeout: float,
     ) -> dict[int, Outcome]:
-        """Give the first replicas the sums of their slices' gradients, which makes them passes of their candidates."""
-        gradients = gradients_of_slices(answered)
+        """Give the first replicas the sums of their slices' gradients, which makes them passes of their candidates.
+
+        They are as large as the experts: they are added up beside the event loop, which serves meanwhile.
+        """
+        gradients = await asyncio.to_thread(gradients_of_slices, answered)
         fields = {key: meta[key] for key in ("step", "seed", "durable")} | {"op": "add"}
 
         async def count(at: int, position: int) -> Outcome:
             of_part = [gradients[slice] for slice, owner in enumerate(owners) if owner == at and slice in gradients]
-            values, sizes = slices.added(of_part)
+            values, sizes = await asyncio.to_thread(slices.added, of_part)
             part, tensors = one.parts[position], {"values": values, "sizes": sizes}
             (outcome,), _ = await self._replicas.each(record, fields, [part], tensors, timeout)
             return outcome

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from torch.nn import functional as F
 
 from expertmesh import Expert, FailedPrecondition, InvalidRequest, Layer, RemoteMoE, TensorSpec, gates
 from expertmesh.cluster.client.training.session import TrainingSession
+from expertmesh.cluster.gateway import training_passes
+from expertmesh.experts.training import slices
 from expertmesh.experts.training.desk import TrainingDesk
 from expertmesh.experts.weights.files import tensors_from_bytes
 from expertmesh.router.fanout.replica_view import Replica, View
@@ -128,6 +132,21 @@ def test_who_computes_makes_no_difference_to_a_bit(tmp_path: Path, monkeypatch: 
                 found.append({"rows": x.grad, **weights_of(session)})
                 away.clear()
     assert all(torch.equal(other[name], tensor) for other in found[1:] for name, tensor in found[0].items())
+
+
+def test_gradients_are_not_added_up_on_the_event_loop(running: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which serves meanwhile: they are as large as the experts."""
+    on_loop: list[bool] = []
+
+    def noted(function: Any, *arguments: Any) -> Any:
+        on_loop.append(asyncio._get_running_loop() is not None)
+        return function(*arguments)
+
+    for module, name in ((slices, "added"), (training_passes, "gradients_of_slices")):
+        monkeypatch.setattr(module, name, partial(noted, getattr(module, name)))
+    with running.client.train("l", replicas="all", **ADAM) as session:
+        descend(session, running.client, range(1))
+    assert on_loop == [False] * 3  # of a pass, and of its two experts
 
 
 class Averaging(nn.Module):
