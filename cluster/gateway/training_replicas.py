@@ -194,6 +194,6 @@ def _of(record: SessionRecord | None, meta: Mapping[str, Any]) -> Mapping[str, A
 
 
 def _lost(part: Part, opened: Mapping[str, Outcome]) -> Outcome:
-    outcome = opened[part[0]]
+    outcome = opened.get(part[0], {"ok": True})  # one that was there at first is not among those that were opened
     lost = {"error": "Unavailable", "message": f"{part[0]}: its replica was replaced meanwhile; retry"}
     return lost if "ok" in outcome else outcome

@@ -224,6 +224,7 @@ class TrainingDesk:
         elif self._find(expert, version) is None:
             return {"error": "VersionGone", "message": f"{expert} {version} is not loaded in this replica"}
         self._candidates[expert] = _owner_of(call), candidate
+        self._copies.pop(expert, None)  # this replica is the first one now, and computes with the candidate
         return {"ok": True, "applied": candidate.ledger.applied, "updates": candidate.ledger.updates}
 
     def _copy(self, call: TrainCall, expert: str) -> Outcome:

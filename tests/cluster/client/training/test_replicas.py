@@ -134,6 +134,34 @@ def test_who_computes_makes_no_difference_to_a_bit(tmp_path: Path, monkeypatch: 
     assert all(torch.equal(other[name], tensor) for other in found[1:] for name, tensor in found[0].items())
 
 
+def test_what_is_lost_between_two_answers_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer, lost = TrainingDesk.answer, [(), (1,), (0,)]  # the candidates that have gone by each answer of a pack
+
+    def losing(desk: TrainingDesk, call: Any) -> Any:
+        if call.meta["op"] == "forward" and lost:
+            for at in lost.pop():
+                desk._candidates.pop(call.meta["parts"][at][0])
+        return answer(desk, call)
+
+    layer = layer_of(tmp_path, gates.TopK(WIDTH, 2, k=2), pack="p")
+    with trained_cluster(tmp_path, layer) as running, running.client.train("l", **ADAM) as session:
+        monkeypatch.setattr(TrainingDesk, "answer", losing)
+        descend(session, running.client, range(1))
+        assert (session.step_count, lost) == (1, [])
+
+
+def test_a_replica_that_becomes_the_first_keeps_no_copy(running: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend: Any = running.cluster._backend
+    with running.client.train("l", replicas="all", **ADAM) as session:
+        descend(session, running.client, range(1))
+        monkeypatch.setattr(View, "ready", lambda view, expert: all_ready(view, expert)[1:])
+        descend(session, running.client, range(1))
+        desks = [host._training for host in backend._hosts.values()]
+        assert sum(len(desk._candidates) for desk in desks) == 4
+        assert not any(desk._copies for desk in desks)
+        monkeypatch.undo()
+
+
 def test_gradients_are_not_added_up_on_the_event_loop(running: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which serves meanwhile: they are as large as the experts."""
     on_loop: list[bool] = []
