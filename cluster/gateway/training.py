@@ -35,6 +35,9 @@ from .training_replicas import TrainingReplicas
 from .training_requests import Outcome, frame_of, layer_frame, parts_of, raise_first
 
 MOST_HOLDER = 200
+MARGIN, MOST_MARGIN = 0.1, 1.0
+"""The share of a caller's time, and the most seconds, that replicas do not get: so that it hears which one is late."""
+
 ATTACHED = "attached "
 ANY_GENERATION = ("open", "resume", "close")
 """The operations that need not know who has taken up the session last."""
@@ -71,7 +74,7 @@ class TrainMethods:
         if not of_session and (asked.session or asked.op not in OPEN_TO_READERS):
             raise InvalidRequest("sessions are trained by the method Train")
         self._router.standing.check()
-        return await self._carry_out(asked, tensors, caller, timeout)
+        return await self._carry_out(asked, tensors, caller, timeout - min(MOST_MARGIN, MARGIN * timeout))
 
     async def _carry_out(
         self, asked: TrainAsked, tensors: Mapping[str, Tensor], caller: Caller, timeout: float
