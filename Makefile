@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-ray check format clean bench bench-quick bench-plane
+.PHONY: help demo examples test test-fast test-ray check format clean bench bench-quick bench-plane
 .PHONY: sim chaos-swap chaos-kill chaos-slow chaos-break chaos-routers chaos-train scaling soak-swap leak
 
 help: ## this list
@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("expertmesh needs Python 3.10 or newer, but \
 	$(PYTHON) is %d.%d: name another one, as in `make PYTHON=python3.11 demo`" % v[:2])'
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cluster,demo,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cluster,demo,examples,dev]'
 	@touch $@
 
 # What the peers of the benchmark need beside it: Ray Serve, matplotlib.
@@ -27,8 +27,13 @@ $(BENCH_STAMP): $(STAMP) pyproject.toml
 demo: $(STAMP) ## train experts on real text, serve them, replace one under traffic
 	$(BIN)/expertmesh demo
 
-test: $(STAMP) ## the whole suite, on real Ray and real gRPC too (minutes)
-	$(BIN)/python -m pytest
+NAMES := text_classification translation generation images recommendation modalities article
+examples: $(STAMP) ## every application at small size (minutes); `expertmesh example NAME` runs one at full size
+	@for name in $(NAMES); do $(BIN)/expertmesh example $$name --small --seeds 1 --out out/examples/$$name || exit 1; done
+
+test: $(STAMP) ## the whole suite, on real Ray and real gRPC too (minutes): what needs no Ray by two processes, then the rest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not gpu"
+	$(BIN)/python -m pytest -m "ray or gpu"
 
 FAST := tests/experts tests/router tests/cluster tests/house
 

@@ -35,12 +35,13 @@ def skewed_rows() -> Tensor:
     return torch.randn(CLUSTERS, WIDTH)[clusters] + 0.6 * torch.randn(ROWS, WIDTH)
 
 
-def balanced(gate: gates.Sigmoid, x: Tensor) -> gates.Sigmoid:
+def balanced(gate: gates.Gate, x: Tensor) -> gates.Gate:
     """The gate after 300 steps of balance by bias on the same rows (DeepSeek-V3)."""
     scores_TE = gate.scores(x)
     for _ in range(300):
         load_E = balance.load(gate.select(scores_TE), EXPERTS)
-        gate.expert_bias.copy_(balance.balanced_bias(gate.expert_bias, load_E, rate=0.01))
+        bias = gate.get_buffer("expert_bias")
+        bias.copy_(balance.balanced_bias(bias, load_E, rate=0.01))
     return gate
 
 

@@ -14,6 +14,8 @@ from ...experts.package_version import version
 
 _COMMANDS: Mapping[str, tuple[str, str]] = {
     "demo": ("Train, serve and swap experts on real text.", "cluster,demo"),
+    "examples": ("List the applications that can be run.", "cluster,examples"),
+    "example": ("Run an application: compared with dense models, served, updated live.", "cluster,examples"),
     "serve": ("Start the cluster described by a YAML file; Ctrl-C stops it.", "cluster"),
     "status": ("Show layers, experts, versions and replicas of a running cluster.", "cluster"),
     "swap": ("Replace the weights of experts and gates under traffic.", "cluster"),
@@ -37,6 +39,9 @@ _MODULES = {
     "scale": "changes.scale",
     "train": "training.train",
     "sessions": "training.sessions",
+    "demo": "applications.demo",
+    "example": "applications.examples",
+    "examples": "applications.examples",
     "history": "versions",
     "rollback": "versions",
 }
@@ -92,6 +97,7 @@ def cli(debug: bool) -> None:
 
     \b
     See it work:            expertmesh demo
+    Applications:           expertmesh examples
     Serve your own:         expertmesh serve mesh.yaml
     Look at it:             expertmesh status
     Measure it under load:  expertmesh bench mesh.yaml

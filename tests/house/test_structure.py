@@ -27,7 +27,8 @@ ORDER = (  # a folder, or a file beside the folders, imports only from its own a
     "router/gates", "router/mixture", "router/epochs", "router/fanout", "router/training", "router/request",
     "cluster/rpc", "cluster/machine", "cluster/client", "cluster/placement", "cluster/config", "cluster/state",
     "cluster/control", "cluster/channel", "cluster/gateway", "cluster/runtime", "cluster/attach",
-    "cluster/torch_client", "cluster/training", "cluster/owner", "cluster/bench", "cluster/demo", "cluster/cli",
+    "cluster/torch_client", "cluster/training", "cluster/owner", "cluster/bench", "cluster/demo",
+    "cluster/applications", "cluster/cli",
 )  # fmt: skip
 FENCES = {  # who alone may import what
     "ray": tuple(f"cluster/runtime/ray_{name}.py" for name in ("actors", "attach", "backend", "ports")),
@@ -38,7 +39,7 @@ FENCES = {  # who alone may import what
     "transformers": ("cluster/checkpoints/*.py",),
     "yaml": ("cluster/config/yaml_file.py",),
     "pydantic": ("cluster/config/cluster_config.py", "cluster/config/records.py"),
-    "matplotlib": ("cluster/bench/plot.py",),
+    "matplotlib": ("cluster/bench/plot.py", "cluster/applications/plots.py"),
     "click": ("cluster/cli/*.py",),
     "rich": ("cluster/cli/*.py", "cluster/demo/*.py"),
 }

@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 import torch
 
-from ..demo.run import run_demo
-from .output import new_console
+from ...demo.run import run_demo
+from ..output import new_console
 
 
 @click.command()

@@ -1,0 +1,1 @@
+"""Commands that show what a mesh is for: the demo and the examples."""
