@@ -10,6 +10,7 @@ from typing import Any
 
 from ...experts.errors import ConfigError
 from ..machine.durable_files import write_private
+from ..machine.folder_lock import alone_in
 from .result import Job, Measured, Result, from_document
 
 RESULT = "result.json"
@@ -101,9 +102,14 @@ class Comparison:
 def compare(application: Application, name: str, seeds: Sequence[int], job: Job) -> Comparison:
     """Run an application once for each seed, in a folder of its own; a seed whose result is there is not run again.
 
-    Raises ConfigError for a folder of a run that was asked for something else, and what the application raises.
+    Raises ConfigError for a folder of a run that was asked for something else, FailedPrecondition while another process
+    is at work there, and what the application raises.
     """
-    job.folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(job.folder):
+        return _compare(application, name, seeds, job)
+
+
+def _compare(application: Application, name: str, seeds: Sequence[int], job: Job) -> Comparison:
     _check_same(job)
     results = {}
     for number, seed in enumerate(seeds):

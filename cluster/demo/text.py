@@ -138,7 +138,8 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, str]]:
                 raise ConfigError(f"{where}: the row's {LABEL!r} is empty")
             yield " ".join(row), label
     except csv.Error as error:
-        raise ConfigError(f"{path}:{reader.line_num}: not CSV: {error}") from None
+        hint = "; is a quotation mark missing before?" if "limit" in str(error) else ""
+        raise ConfigError(f"{path}:{reader.line_num}: not CSV: {error}{hint}") from None
     finally:
         csv.field_size_limit(previous)
 
@@ -173,7 +174,7 @@ def _corpus(pairs: Iterable[tuple[str, str]], source: str) -> Corpus:
 def _check_counts(counts: Counter[str], source: str) -> None:
     rows = sum(counts.values())
     if rows < MIN_ROWS:
-        raise ConfigError(f"{source}: {rows} different texts, the demo needs at least {MIN_ROWS}")
+        raise ConfigError(f"{source}: {rows} different texts, but at least {MIN_ROWS} are needed")
     if len(counts) < 2:
         raise ConfigError(f"{source}: every row has the label {next(iter(counts))!r}; at least two labels are needed")
     rare = [name for name, count in counts.items() if count < MIN_ROWS_PER_LABEL]

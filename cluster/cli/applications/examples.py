@@ -17,12 +17,15 @@ from ....experts.suggestion import suggestion
 from ...applications.comparison import Comparison, compare
 from ...applications.plots import plot_comparison
 from ...applications.result import Job
+from ..main import cli
 from ..output import new_console, new_table, output_option, print_json
 
 NAMES = (
     "text_classification", "translation", "generation", "images", "recommendation", "modalities", "article",
 )  # fmt: skip
 PACKAGE = "expertmesh.examples"
+MOST_SHOWN = 4
+"""How many new versions are named in a line."""
 
 
 @click.command()
@@ -94,7 +97,7 @@ def example(
 
 def main(name: str, args: Sequence[str]) -> None:
     """Run an example as a script: `python examples/images.py --small`."""
-    example(args=[name, *args], prog_name="expertmesh example")
+    cli(args=["example", name, *args], prog_name="expertmesh")
 
 
 def _print(comparison: Comparison, folder: Path, picture: Path) -> None:
@@ -103,7 +106,9 @@ def _print(comparison: Comparison, folder: Path, picture: Path) -> None:
     for seed, result in comparison.results.items():
         update = asdict(result.update)
         told = "{requests:,} requests, {failed} failed, {mixed} mixed; quality {before:.4g} before, {after:.4g} after; "
-        line = f"seed {seed}: live update under " + told.format(**update) + ", ".join(update["versions"].values())
+        new = [f"{id} {version}" for id, version in update["versions"].items()]
+        names = ", ".join(new[:MOST_SHOWN]) + (f" and {len(new) - MOST_SHOWN} more" if len(new) > MOST_SHOWN else "")
+        line = f"seed {seed}: live update under " + told.format(**update) + names
         console.print(Text(line), soft_wrap=True)
     first = next(iter(comparison.results))
     for line in comparison.results[first].lines:
