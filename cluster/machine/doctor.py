@@ -25,7 +25,11 @@ CLUSTER: Mapping[str, str] = {
     "psutil": "6.0",
 }
 DEMO: Mapping[str, str] = {"scikit-learn": "1.5"}
-PACKAGES = (*BASE, *CLUSTER, *DEMO)
+EXAMPLES: Mapping[str, str] = {
+    "babel": "2.16", "tokenizers": "0.20", "sacrebleu": "2.4", "pillow": "10.3", "matplotlib": "3.9",
+}  # fmt: skip
+PACKAGES = (*BASE, *CLUSTER, *DEMO, *EXAMPLES)
+OPTIONAL = ("[demo]", "[examples]")
 PYTHON = (3, 10)
 GIB = 1 << 30
 
@@ -64,12 +68,12 @@ def _python(machine: Machine) -> Check:
 
 
 def _packages(machine: Machine) -> Iterator[Check]:
-    for wanted, extra in ((BASE, ""), (CLUSTER, "[cluster]"), (DEMO, "[demo]")):
+    for wanted, extra in ((BASE, ""), (CLUSTER, "[cluster]"), (DEMO, "[demo]"), (EXAMPLES, "[examples]")):
         for name, least in wanted.items():
             mend = f"pip install --upgrade 'expertmesh{extra}'"
             found = machine.versions.get(name)
             if found is None:
-                yield Check(name, "warn" if extra == "[demo]" else "fail", "not installed", mend)
+                yield Check(name, "warn" if extra in OPTIONAL else "fail", "not installed", mend)
             elif release(found) < release(least):
                 yield Check(name, "fail", f"{found}, needs at least {least}", mend)
             else:

@@ -384,8 +384,8 @@ def test_what_waits_is_bounded_and_routers_take_turns_however_many_there_are(
         stuck = known(made)
         stuck.sendall(b"".join(encode_call(made.call()))[:-1])  # a router that stops in the middle of a message
         known_routers = [known(made) for _ in range(routers)]
-        for number, router in enumerate(known_routers):
-            for attempt in range(CREDITS):
+        for attempt in range(CREDITS):  # in rounds: who comes late has no turn to lose
+            for number, router in enumerate(known_routers):
                 router.sendall(b"".join(encode_call(made.call(attempt, torch.full((rows, 4), float(number))))))
         HELD.set()
         for router in known_routers:

@@ -13,7 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from expertmesh.cluster.machine.doctor import BASE, CLUSTER, DEMO, GIB, PACKAGES, PYTHON, Check, examine, release
+from expertmesh.cluster.machine.doctor import (
+    BASE,
+    CLUSTER,
+    DEMO,
+    EXAMPLES,
+    GIB,
+    PACKAGES,
+    PYTHON,
+    Check,
+    examine,
+    release,
+)
 from expertmesh.cluster.machine.facts import Machine, cores, gpus, look, memory_bytes, open_to_others, ray_processes
 from expertmesh.cluster.machine.ports import is_free
 from expertmesh.cluster.machine.run_files import RunFile
@@ -21,7 +32,7 @@ from expertmesh.cluster.machine.run_files import RunFile
 PROJECT = Path(__file__).parents[3] / "pyproject.toml"
 GOOD = Machine(
     python=(3, 11, 7),
-    versions={**BASE, **CLUSTER, **DEMO},
+    versions={**BASE, **CLUSTER, **DEMO, **EXAMPLES},
     cores=8,
     memory=32 * GIB,
     memory_free=16 * GIB,
@@ -92,7 +103,7 @@ def test_all_routers_of_a_cluster_are_told_and_one_that_does_not_listen(own_home
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_package_is_checked_against_its_least_version(package: str) -> None:
-    optional = package in DEMO
+    optional = package in {**DEMO, **EXAMPLES}
     missing = replace(GOOD, versions={**GOOD.versions, package: None})
     old = replace(GOOD, versions={**GOOD.versions, package: "0.0.9"})
     assert [check.state for check in found(missing, package)] == ["warn" if optional else "fail"]
@@ -102,7 +113,7 @@ def test_every_package_is_checked_against_its_least_version(package: str) -> Non
 def test_the_least_versions_are_those_of_the_project_file() -> None:
     declared = dict(re.findall(r'"([a-z-]+)>=([0-9.]+)"', PROJECT.read_text(encoding="utf-8").partition("dev = [")[0]))
     del declared["setuptools"]
-    assert declared == {**BASE, **CLUSTER, **DEMO}
+    assert declared == {**BASE, **CLUSTER, **DEMO, **EXAMPLES}
     assert f'requires-python = ">={PYTHON[0]}.{PYTHON[1]}"' in PROJECT.read_text(encoding="utf-8")
 
 
