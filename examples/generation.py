@@ -33,10 +33,9 @@ from expertmesh.cluster.applications.result import Job, Measured, Result
 from expertmesh.cluster.cli.applications.examples import main
 from expertmesh.cluster.torch_client.served_layer import ServedLayer
 from expertmesh.examples.data.prose import documentation, read_text
+from expertmesh.examples.models.sparse_layer import SparseLayer
 from expertmesh.experts.modules import FeedForward
 from expertmesh.experts.weights.files import save_module
-from expertmesh.router.mixture.balance import load_balance_loss
-from expertmesh.router.mixture.local import LocalLayer
 
 BYTES = 256
 PARTS = 20
@@ -80,23 +79,6 @@ class Size:
 SMALL = Size(
     width=32, blocks=2, heads=2, experts=4, hidden=32, context=32, steps=30, update_steps=4, held=16, written=16
 )  # fmt: skip
-
-
-class SparseLayer(LocalLayer):
-    """A layer that learns in this process; after each call `balance_loss` is its gate's."""
-
-    balance_loss: Tensor
-
-    def forward(self, x: Tensor, **options: object) -> Tensor:
-        """The answers to the rows `x` [T, D]."""
-        scores_TE = self.gate.scores(x)
-        routing = self.gate.select(scores_TE)
-        self.balance_loss = load_balance_loss(scores_TE.softmax(dim=1), routing)
-        return self.with_routing(x, routing).output
-
-    def expert(self, name: str) -> FeedForward:
-        """One expert."""
-        return cast(FeedForward, self.get_submodule(f"experts.{name}"))
 
 
 class Block(nn.Module):

@@ -36,10 +36,9 @@ from expertmesh.cluster.applications.result import Job, Measured, Result
 from expertmesh.cluster.cli.applications.examples import main
 from expertmesh.cluster.torch_client.served_layer import ServedLayer
 from expertmesh.examples.data.interactions import Interactions, read_csv, standard_library
+from expertmesh.examples.models.sparse_layer import SparseLayer
 from expertmesh.experts.modules import FeedForward
 from expertmesh.experts.weights.files import save_module
-from expertmesh.router.mixture.balance import load_balance_loss
-from expertmesh.router.mixture.local import LocalLayer
 
 TASKS = ("takes", "likes")
 LAYER = "items"
@@ -98,21 +97,12 @@ class Pairs:
         return torch.cat([self.taken_N2, torch.stack([self.taken_N2[:, 0], self.others_NM[:, 0]], dim=1)])
 
 
-class SparseLayer(LocalLayer):
+class TwoGates(SparseLayer):
     """Experts of both tasks, and a gate of each: rows [T, D] to answers [2, T, O]."""
-
-    balance_loss: Tensor
 
     def forward(self, x: Tensor, **options: object) -> Tensor:
         """The answers for each task."""
-        scores_TE = self.gate.scores(for_gates(x))
-        routing = self.gate.select(scores_TE)
-        self.balance_loss = load_balance_loss(scores_TE.softmax(dim=1), routing)
-        return by_task(self.with_routing(torch.cat([x, x]), routing).output)
-
-    def expert(self, name: str) -> FeedForward:
-        """One expert."""
-        return cast(FeedForward, self.get_submodule(f"experts.{name}"))
+        return by_task(super().forward(torch.cat([x, x]), gate_input=for_gates(x)))
 
 
 class Remote(nn.Module):
@@ -271,7 +261,7 @@ def model_of(data: Interactions, size: Size, kind: str, seed: int) -> Recommende
     experts = {
         f"e{number}": FeedForward(width, size.hidden, out_features=size.outputs) for number in range(size.experts)
     }
-    layer = SparseLayer(gates.TopK(2 * width, size.experts, k=size.k), experts)
+    layer = TwoGates(gates.TopK(2 * width, size.experts, k=size.k), experts)
     sparse = Recommender(data, size, layer)
     if kind == "sparse":
         return sparse

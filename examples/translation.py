@@ -38,10 +38,10 @@ from expertmesh.cluster.torch_client.served_layer import ServedLayer
 from expertmesh.examples.data.corpus import Corpus, padded
 from expertmesh.examples.data.pairs import GENERATED, Pair, generated_pairs, read_pairs
 from expertmesh.examples.models.encoder_decoder import Transformer, beam_search
+from expertmesh.examples.models.sparse_layer import SparseLayer
 from expertmesh.experts.modules import FeedForward
 from expertmesh.experts.weights.files import save_module
 from expertmesh.router.gates import Routing
-from expertmesh.router.mixture.balance import load, load_balance_loss
 from expertmesh.router.mixture.local import LocalLayer
 
 OPTIONS = {"source": "en", "target": "de"}
@@ -89,21 +89,6 @@ class Size:
             vocabulary=min(4000, max(500, pairs // 8)), held=min(500, pairs // 10), width=width, hidden=width,
             batch=700 if pairs < 12_000 else 1000, steps=800 if pairs < 12_000 else 1000,
         )  # fmt: skip
-
-
-class SparseLayer(LocalLayer):
-    """A layer that learns in this process; after each call, the balance loss and the load are its gate's."""
-
-    balance_loss: Tensor
-    load_E: Tensor
-
-    def forward(self, x: Tensor, **options: object) -> Tensor:
-        """The answers to the rows `x` [N, D]."""
-        scores_NE = self.gate.scores(x)
-        routing = self.gate.select(scores_NE)
-        self.balance_loss = load_balance_loss(scores_NE.softmax(dim=1), routing)
-        self.load_E = load(routing, self.gate.num_experts)
-        return self.with_routing(x, routing).output
 
 
 class Translator:

@@ -114,10 +114,8 @@ class TrainMethods:
         if asked.op in BYTES and len(parts) != 1:
             raise InvalidRequest(f"{asked.op} are of one expert at a time")
         own = {"data": tensors["data"]} if asked.op in ("check", "load") and "data" in tensors else {}
-        meta = {
-            "op": asked.op, "step": asked.step, "lr": asked.lr, "scale": asked.scale,
-            "durable": asked.durable,
-        }  # fmt: skip
+        fields = ("op", "step", "lr", "scale", "durable")
+        meta = {name: getattr(asked, name) for name in fields}
         outcomes, found = await self._replicas.each(record, meta, parts, own, timeout)
         return frame_of({"outcomes": outcomes}, found)
 

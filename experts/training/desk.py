@@ -126,7 +126,7 @@ class TrainingDesk:
         values: list[Tensor] = []
         sizes: list[Tensor] = []
 
-        def one(part: Part) -> Outcome:
+        def one(at: int, part: Part) -> Outcome:
             expert, version, start, stop, number = part
             own = index[start:stop]
             given = (rows.index_select(0, own), gradients.index_select(0, own))
@@ -139,8 +139,7 @@ class TrainingDesk:
                 found = candidate.slice(*given, factors, step, drawn, training=training, of_rows=of_rows)
                 own_values, own_sizes = pack(found.parameters)
                 values.append(own_values)
-                at = torch.full((len(own_sizes), 1), parts.index(part), dtype=torch.int64)
-                sizes.append(torch.cat([at, own_sizes], dim=1))
+                sizes.append(torch.cat([torch.full_like(own_sizes[:, :1], at), own_sizes], dim=1))
             elif candidate is not None:
                 found = candidate.backward(*given, factors, step, number, seed, training=training, of_rows=of_rows)
             else:
@@ -156,7 +155,7 @@ class TrainingDesk:
             by_weight[start:stop] = found.weights_n.to(wide)
             return {"ok": True} if candidate is None or sliced else {"ok": True, "square": candidate.square}
 
-        outcomes = tuple(self._guarded(part, partial(one, part)) for part in parts)
+        outcomes = tuple(self._guarded(part, partial(one, at, part)) for at, part in enumerate(parts))
         tensors = (
             {"weights": by_weight} if total is None else {"weights": by_weight, "pairs" if sliced else "rows": total}
         )
@@ -170,7 +169,7 @@ class TrainingDesk:
         operation = call.meta["op"]
         session, step, seed = _session(call)
         if operation == "open":
-            return self._open(call, expert, version, session)
+            return self._open(call, expert, version)
         if operation == "close":
             for held in (self._candidates, self._copies):
                 if expert in held and held[expert][0][0] == session:
@@ -216,7 +215,7 @@ class TrainingDesk:
         ledger = candidate.ledger
         return {"ok": True, "applied": ledger.applied, "updates": ledger.updates}
 
-    def _open(self, call: TrainCall, expert: str, version: str, session: str) -> Outcome:
+    def _open(self, call: TrainCall, expert: str, version: str) -> Outcome:
         by = TrainedBy(call.meta.get("optimizer"), call.meta.get("arguments") or {})
         candidate = self._made(expert, version, by)
         if "data" in call.tensors:

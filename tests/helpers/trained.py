@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from expertmesh import Client, Cluster, Expert, Layer, TensorSpec, gates
 from expertmesh.cluster.attach.router import AttachedRouter
+from expertmesh.cluster.client.training.session import TrainingSession
 from expertmesh.experts.modules import FeedForward
-from expertmesh.experts.weights.files import save_module
+from expertmesh.experts.weights.files import save_module, tensors_from_bytes
 
 WIDTH, HIDDEN, OUT = 6, 8, 6
 NAMES = itertools.count()
@@ -79,3 +80,9 @@ def trained_cluster(folder: Path, layer: Layer, **settings: Any) -> Iterator[Tra
 def rows(seed: int, count: int = 12, dtype: torch.dtype = torch.float32) -> Tensor:
     """Rows [count, WIDTH]."""
     return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def weights_of(session: TrainingSession) -> dict[str, Tensor]:
+    """All tensors of a session's candidates, by the id of the expert and their name."""
+    named = {id: tensors_from_bytes(content)[0] for id, content in session.weights().items()}
+    return {f"{id}.{name}": tensor for id, own in named.items() for name, tensor in own.items()}

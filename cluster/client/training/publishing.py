@@ -40,7 +40,7 @@ class Candidates(Protocol):
 def check_probe(
     session: Candidates, connection: Connection, experts: Sequence[str], probe: Any, max_drift: float | None
 ) -> None:
-    """Check the answers of candidates to rows `probe` [T, ...] against those of the version that it would replace.
+    """Check the answers of candidates to rows `probe` [T, ...] against those of the versions that they would replace.
 
     Raises FailedPrecondition for one whose relative L2 distance is not finite, or above `max_drift`.
     """

@@ -13,7 +13,7 @@ from expertmesh.examples.recommendation import (
     DRAWS,
     SMALL,
     Recommender,
-    SparseLayer,
+    TwoGates,
     auc,
     cost_of,
     for_gates,
@@ -102,7 +102,7 @@ def test_s11_each_task_has_a_gate_of_its_own() -> None:
     model = model_of(data, SMALL, "sparse", 0)
     assert isinstance(model, Recommender)
     layer = model.network
-    assert isinstance(layer, SparseLayer)
+    assert isinstance(layer, TwoGates)
     before = layer.gate.scores(for_gates(x)).detach()
     with torch.no_grad():
         layer.gate.weight[:, :48] += 1.0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,23 +106,44 @@ def test_s10_translation_decodes_token_by_token_what_it_decodes_at_once() -> Non
             torch.testing.assert_close(logits, whole[:, place], atol=1e-5, rtol=1e-4)
 
 
-def test_s10_translation_beams_find_a_likelier_sentence_than_greedy_search_and_padding_changes_nothing() -> None:
+def test_s10_translation_padding_and_other_sentences_change_nothing() -> None:
+    torch.manual_seed(2)
     transformer = model()
-    with torch.no_grad():  # ends now and then, and not at once
-        transformer.embedding.weight.mul_(3.0)
-    sources = [torch.randint(3, 20, (length,)) for length in (2, 4, 7)]
-
-    def mean_log_probability(source: torch.Tensor, found: list[int]) -> float:
-        target = torch.tensor([[BEGIN, *found, END]])
+    with torch.no_grad():
+        transformer.embedding.weight[: END + 1] = 0.0  # so that words are likelier, and no sentence ends at once
+    sources, target = [torch.randint(3, 20, (length,)) for length in (2, 4, 7)], torch.randint(3, 20, (1, 5))
+    batch = padded(sources)
+    together = beam_search(transformer, batch, beams=4)
+    for number, source in enumerate(sources):
+        assert together[number]
+        assert beam_search(transformer, batch[number : number + 1], beams=4) == [together[number]]
         with torch.no_grad():
-            logits = transformer(source[None], target[:, :-1]).log_softmax(dim=1)
-        return float(logits.gather(1, target[0, 1:, None]).mean())
+            whole = transformer(batch[number : number + 1], target)
+            torch.testing.assert_close(transformer(source[None], target), whole, atol=1e-5, rtol=1e-4)
 
-    together = beam_search(transformer, padded(sources), beams=4)
-    for source, found in zip(sources, together, strict=True):
-        (alone,) = beam_search(transformer, source[None], beams=4)
-        shared = min(len(alone), len(found))
-        assert alone[:shared] == found[:shared]  # a longer batch may go on for longer
-        (greedy,) = beam_search(transformer, source[None], beams=1)
-        if len(found) < 2 * len(source) + 8 and len(greedy) < 2 * len(source) + 8:
-            assert mean_log_probability(source, found) >= mean_log_probability(source, greedy) - 1e-5
+
+class Chances:
+    """A model whose next token depends on the last one alone, by the table of the source's first token."""
+
+    def __init__(self, *tables: dict[int, dict[int, float]]) -> None:
+        self.tables = torch.full((len(tables), 7, 7), 1e-9)
+        for number, table in enumerate(tables):
+            for last, chances in table.items():
+                for token, chance in chances.items():
+                    self.tables[number, last, token] = chance
+
+    def encode(self, source_BS: torch.Tensor) -> list[Any]:
+        return [((source_BS[:, :1], source_BS[:, :1]), source_BS[:, :1])]
+
+    def decode(self, last: torch.Tensor, going: torch.Tensor, memory: Any, caches: Any) -> tuple[torch.Tensor, Any]:
+        tables = self.tables[memory[0][1][:, 0]]
+        return tables[torch.arange(len(last)), last[:, 0]][going[:, 0]].log(), caches
+
+
+def test_s10_translation_beams_find_the_sentence_that_greed_misses() -> None:
+    misled = {BEGIN: {3: 0.6, 4: 0.4}, 3: {5: 0.6, 6: 0.4}, 4: {6: 1.0}, 5: {END: 0.5, 5: 0.5}, 6: {END: 1.0}}
+    plain = {BEGIN: {5: 0.9, 4: 0.1}, 5: {END: 1.0}, 4: {END: 1.0}}
+    chances: Any = Chances(misled, plain)
+    sources = torch.tensor([[0], [1]])
+    assert beam_search(chances, sources, beams=1) == [[3, 5], [5]]  # 0.6 · 0.6 · 0.5
+    assert beam_search(chances, sources, beams=3) == [[4, 6], [5]]  # 0.4 · 1 · 1

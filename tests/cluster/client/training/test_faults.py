@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.trained import WIDTH, Trained, layer_of, rows, trained_cluster
+from helpers.trained import WIDTH, Trained, layer_of, rows, trained_cluster, weights_of
 from torch import Tensor
 from torch.nn import functional as F
 
 from expertmesh import RemoteMoE, Unavailable, gates
 from expertmesh.cluster.client.training.session import TrainingSession
 from expertmesh.experts.errors import ExpertMeshError
-from expertmesh.experts.weights.files import tensors_from_bytes
 from expertmesh.router.fanout.replica_view import Replica, View
 
 STEPS, PASSES = 8, 2
@@ -112,14 +111,6 @@ def one_step(session: TrainingSession, moe: RemoteMoE, number: int, draw: random
             session.zero_grad()
             session._drawn = (session.step_count, 0)  # the same numbers again, as in a run without faults
     session.step()
-
-
-def weights_of(session: TrainingSession) -> dict[str, Tensor]:
-    return {
-        f"{id}.{name}": tensor
-        for id, content in session.weights().items()
-        for name, tensor in tensors_from_bytes(content)[0].items()
-    }
 
 
 @pytest.fixture(scope="module")

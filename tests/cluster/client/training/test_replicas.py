@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,16 +11,25 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.trained import OUT, WIDTH, Trained, layer_of, rows, trained_cluster
+from helpers.trained import OUT, WIDTH, Trained, layer_of, rows, trained_cluster, weights_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from expertmesh import Expert, FailedPrecondition, InvalidRequest, Layer, RemoteMoE, TensorSpec, gates
+from expertmesh import (
+    Client,
+    DeadlineExceeded,
+    Expert,
+    FailedPrecondition,
+    InvalidRequest,
+    Layer,
+    RemoteMoE,
+    TensorSpec,
+    gates,
+)
 from expertmesh.cluster.client.training.session import TrainingSession
 from expertmesh.cluster.gateway import training_passes
 from expertmesh.experts.training import slices
 from expertmesh.experts.training.desk import TrainingDesk
-from expertmesh.experts.weights.files import tensors_from_bytes
 from expertmesh.router.fanout.replica_view import Replica, View
 
 ADAM: dict[str, Any] = {"optimizer": "torch.optim:AdamW", "lr": 0.02, "clip_norm": 0.3, "seed": 2}
@@ -65,11 +75,6 @@ def descend(session: TrainingSession, client: Any, seeds: range) -> list[float]:
         session.step()
         losses.append(float(loss.detach()))
     return losses
-
-
-def weights_of(session: TrainingSession) -> dict[str, Tensor]:
-    named = {id: tensors_from_bytes(content)[0] for id, content in session.weights().items()}
-    return {f"{id}.{name}": tensor for id, own in named.items() for name, tensor in own.items()}
 
 
 def test_all_replicas_learn_what_one_learns(running: Trained, asked: list[Mapping[str, Any]]) -> None:
@@ -226,6 +231,34 @@ def test_a_slice_that_fails_fails_its_expert_alone(running: Trained, monkeypatch
         moe(x).sum().backward()
         assert set(moe.left_out) == {"l/e0"}
         assert x.grad is not None
+        assert session.step().updated == ("l/e1",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["first", "all"])
+def test_an_expert_that_hangs_is_left_out_within_the_time_of_its_caller(
+    running: Trained, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    answer, goes_on = TrainingDesk._guarded, threading.Event()
+
+    def hanging(desk: TrainingDesk, part: Any, work: Any) -> Any:
+        if part[0] == "l/e0" and part[2] < part[3]:
+            goes_on.wait(60)
+        return answer(desk, part, work)
+
+    options = {**ADAM, "on_missing": "leave_out", "patience": 0.0}
+    with (
+        Client(running.cluster.endpoint, timeout=10.0) as client,
+        client.train("l", replicas=which, **options) as session,
+    ):
+        moe = RemoteMoE(client, "l", gate=gate(), session=session)
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainingDesk, "_guarded", hanging)
+            try:
+                moe(rows(3, 9)).sum().backward()
+            finally:
+                goes_on.set()
+        assert isinstance(moe.left_out["l/e0"], DeadlineExceeded)
         assert session.step().updated == ("l/e1",)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.trained import WIDTH, Trained, layer_of, rows, trained_cluster
+from helpers.trained import WIDTH, Trained, layer_of, rows, trained_cluster, weights_of
 from helpers.waiting import eventually
 from torch import Tensor
 from torch.nn import functional as F
@@ -64,14 +64,6 @@ def descend(session: TrainingSession, door: Any, steps: int, first: int = 0) -> 
         session.step()
         losses.append(float(loss.detach()))
     return losses
-
-
-def weights_of(session: TrainingSession) -> dict[str, Tensor]:
-    return {
-        f"{id}.{name}": tensor
-        for id, content in session.weights().items()
-        for name, tensor in tensors_from_bytes(content)[0].items()
-    }
 
 
 def lose_candidates(running: Trained, *experts: str) -> None:
