@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from ...experts.errors import ConfigError
@@ -103,10 +105,15 @@ def compare(application: Application, name: str, seeds: Sequence[int], job: Job)
     """Run an application once for each seed, in a folder of its own; a seed whose result is there is not run again.
 
     Raises ConfigError for a folder of a run that was asked for something else, FailedPrecondition while another process
-    is at work there, and what the application raises.
+    is at work there, and what the application raises: then what it had begun is kept, and nothing if it had not.
     """
+    was_there = job.folder.exists()
     with alone_in(job.folder):
-        return _compare(application, name, seeds, job)
+        try:
+            return _compare(application, name, seeds, job)
+        except BaseException:
+            _remove_if_empty(job.folder, was_there=was_there)
+            raise
 
 
 def _compare(application: Application, name: str, seeds: Sequence[int], job: Job) -> Comparison:
@@ -125,6 +132,18 @@ def _compare(application: Application, name: str, seeds: Sequence[int], job: Job
             write_private(path, json.dumps(asdict(application(own))))
         results[seed] = from_document(json.loads(path.read_text(encoding="utf-8")))
     return Comparison(name, results)
+
+
+def _remove_if_empty(folder: Path, *, was_there: bool) -> None:
+    """Remove the folders of seeds that hold nothing, and the whole one if there are no others."""
+    for seed in folder.glob("seed-*"):
+        with suppress(OSError):
+            seed.rmdir()
+    if not any(folder.glob("seed-*")):
+        (folder / ASKED).unlink(missing_ok=True)
+        if not was_there:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _check_same(job: Job) -> None:

@@ -39,7 +39,7 @@ def plot_confusion(labels_T: Tensor, answers_T: Tensor, names: Sequence[str], pa
     counts = (labels_T * count + answers_T).bincount(minlength=count * count).reshape(count, count)
     picture = Figure(figsize=(2.5 + 0.4 * count, 2 + 0.4 * count), layout="constrained")
     axes = picture.subplots()
-    axes.imshow(counts.sqrt(), cmap="Blues")
+    axes.imshow(counts.sqrt().numpy(), cmap="Blues")
     for row in range(count):
         for column in range(count):
             dark = counts[row, column] > counts.max() / 2

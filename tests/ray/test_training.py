@@ -14,7 +14,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from helpers.trained import weights_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +21,7 @@ from expertmesh import Client, Cluster, Expert, FailedPrecondition, Layer, Remot
 from expertmesh.cluster.client.training.session import TrainingSession
 from expertmesh.experts.construct.factory import build
 from expertmesh.experts.modules import FeedForward
+from expertmesh.experts.weights.files import tensors_from_bytes
 from expertmesh.router.mixture.local import LocalLayer
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::UserWarning")]
@@ -139,6 +139,14 @@ def kill(word: str, which: int) -> None:
     found = sorted((p for p in ours if p.is_running() and word in " ".join(p.cmdline())), key=lambda p: p.pid)
     if found:
         os.kill(found[which % len(found)].pid, signal.SIGKILL)
+
+
+def weights_of(session: TrainingSession) -> dict[str, Tensor]:
+    return {
+        f"{id}.{name}": tensor
+        for id, content in session.weights().items()
+        for name, tensor in tensors_from_bytes(content)[0].items()
+    }
 
 
 def test_all_replicas_learn_together_and_may_be_killed(client: Client, wanted: list[float]) -> None:

@@ -63,6 +63,34 @@ def test_a_seed_that_failed_leaves_no_result(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("result.json"))
 
 
+def test_what_is_refused_before_it_begins_leaves_nothing(tmp_path: Path) -> None:
+    def refusing(job: Job) -> Result:
+        raise ConfigError("bad.csv:3: the label is missing")
+
+    bad, good = Job(seed=0, folder=tmp_path / "new", data=tmp_path / "bad.csv"), Job(seed=0, folder=tmp_path / "new")
+    with pytest.raises(ConfigError, match=r"bad\.csv:3"):
+        compare(refusing, "it", [0], bad)
+    assert not bad.folder.exists()
+    good.folder.mkdir()  # the user's own, which stays
+    with pytest.raises(ConfigError, match=r"bad\.csv:3"):
+        compare(refusing, "it", [0], bad)
+    assert list(good.folder.iterdir()) == []
+    assert compare(lambda job: result(0), "it", [0], good).ok
+    with pytest.raises(ConfigError, match="has results of other data or options"):
+        compare(refusing, "it", [0], bad)
+    assert (good.folder / "seed-0" / "result.json").is_file()
+
+
+def test_what_an_interrupted_seed_had_begun_is_kept(tmp_path: Path) -> None:
+    def interrupted(job: Job) -> Result:
+        (job.folder / "checkpoint.safetensors").write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(interrupted, "it", [0], Job(seed=0, folder=tmp_path / "new"))
+    assert (tmp_path / "new" / "seed-0" / "checkpoint.safetensors").is_file()
+
+
 def test_the_table_has_means_and_spreads(tmp_path: Path) -> None:
     comparison = Comparison("it", {seed: result(seed) for seed in range(3)})
     assert comparison.ok
