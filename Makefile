@@ -27,9 +27,8 @@ $(BENCH_STAMP): $(STAMP) pyproject.toml
 demo: $(STAMP) ## train experts on real text, serve them, replace one under traffic
 	$(BIN)/expertmesh demo
 
-NAMES := text_classification translation generation images recommendation modalities article
 examples: $(STAMP) ## every application at small size (minutes); `expertmesh example NAME` runs one at full size
-	@for name in $(NAMES); do $(BIN)/expertmesh example $$name --small --seeds 1 --out out/examples/$$name || exit 1; done
+	@for name in $$($(BIN)/python -c 'from expertmesh.cluster.cli.applications.examples import NAMES; print(*NAMES)'); do $(BIN)/expertmesh example $$name --small --seeds 1 --out out/examples/$$name || exit 1; done
 
 test: $(STAMP) ## the whole suite, on real Ray and real gRPC too (minutes): what needs no Ray by two processes, then the rest
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not gpu"
